@@ -1,0 +1,16 @@
+"""Adapt diffusion transformers: PixArt, DiT and any other whose blocks hold diffusers' attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit.adapter import Adapter
+from cachekit.hookspecs import hookimpl
+
+
+@hookimpl
+def cachekit_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register the transformer adapter."""
+    from .adapter import DiTAdapter
+
+    register(DiTAdapter())

@@ -1,0 +1,16 @@
+"""Adapt diffusers' UNets: SD, SDXL, SVD and every other with paired down and up blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit.adapter import Adapter
+from cachekit.hookspecs import hookimpl
+
+
+@hookimpl
+def cachekit_register_adapters(register: Callable[[Adapter], None]) -> None:
+    """Register the UNet adapter."""
+    from .adapter import UNetAdapter
+
+    register(UNetAdapter())

@@ -1,0 +1,92 @@
+"""Name a UNet's sites, and the nested regions that deep-feature caching can skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from cachekit.guidance import Layout
+from cachekit.modules import module_sites
+from cachekit.sites import Kind, Region, Site, SiteMap
+
+# A layer of a block runs these in this order; the last one present gives the layer's output.
+_LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
+
+
+class UNetAdapter:
+    """Know every denoiser that is built of `down_blocks`, `mid_block` and `up_blocks`."""
+
+    name = "unet"
+    summary = "UNets with paired down and up blocks (SD, SDXL, SVD, AnimateDiff)"
+
+    def matches(self, denoiser: Any) -> bool:
+        """Tell whether the paired block lists are there."""
+        return all(isinstance(getattr(denoiser, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks"))
+
+    def sites(self, denoiser: Any) -> SiteMap:
+        """Return attention and feed-forward sites, blocks, and regions in order of depth."""
+        blocks = tuple(Site(name, Kind.BLOCK) for name in _block_names(denoiser))
+        regions = tuple(nested_regions(denoiser))
+        return SiteMap(type(denoiser).__name__, (*module_sites(denoiser), *blocks), regions)
+
+    def layout(self, denoiser: Any) -> Layout:
+        """Return the unconditional half first; image-to-video UNets carry the condition in their sample."""
+        image_conditioned = type(denoiser).__name__ == "UNetSpatioTemporalConditionModel"
+        return Layout(condition="image" if image_conditioned else "text")
+
+
+def nested_regions(denoiser: Any) -> Iterator[Region]:
+    """Yield region 0, 1, 2 ...: everything deeper than one skip connection, from the shallowest on.
+
+    Region `B * layers + L` begins after layer L of down block B and ends where up block `-1 - B` takes the skip
+    connection of that place: its exit is the input of that up layer. This is the branch numbering of DeepCache
+    (arXiv 2312.00858, section 3.3) with the number of layers taken from the model.
+    """
+    downs, ups = list(denoiser.down_blocks), list(denoiser.up_blocks)
+    if len(downs) != len(ups) or any(not hasattr(block, "resnets") for block in (*downs, *ups)):
+        return
+    for depth in range(len(downs)):
+        up = len(ups) - 1 - depth
+        if len(ups[up].resnets) != len(downs[depth].resnets) + 1:
+            return
+        for layer in range(len(ups[up].resnets)):
+            yield _region(denoiser, depth, layer, up)
+
+
+def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region:
+    boundary = len(denoiser.up_blocks[up].resnets) - 1 - layer
+    deeper_ups = [f"up_blocks.{index}" for index in range(up)]
+    inner = _layers(denoiser.up_blocks[up], f"up_blocks.{up}", range(boundary))
+    skipped = [*_skipped_downs(denoiser, depth, layer), *_middle(denoiser), *deeper_ups, *inner]
+    return Region(f"region {_number(denoiser, depth, layer)}", skipped[-1], tuple(skipped[:-1]), edited=True)
+
+
+def _number(denoiser: Any, depth: int, layer: int) -> int:
+    ups = list(denoiser.up_blocks)[::-1]
+    return sum(len(block.resnets) for block in ups[:depth]) + layer
+
+
+def _skipped_downs(denoiser: Any, depth: int, layer: int) -> list[str]:
+    name, block = f"down_blocks.{depth}", denoiser.down_blocks[depth]
+    deeper = [f"down_blocks.{index}" for index in range(depth + 1, len(denoiser.down_blocks))]
+    if layer == 0:
+        return [name, *deeper]
+    rest = _layers(block, name, range(layer, len(block.resnets)))
+    samplers = [f"{name}.downsamplers.{i}" for i in range(len(getattr(block, "downsamplers", None) or ()))]
+    return [*rest, *samplers, *deeper]
+
+
+def _layers(block: Any, name: str, layers: range) -> list[str]:
+    present = [part for part in _LAYER_PARTS if getattr(block, part, None) is not None]
+    return [f"{name}.{part}.{layer}" for layer in layers for part in present if layer < len(getattr(block, part))]
+
+
+def _middle(denoiser: Any) -> list[str]:
+    return ["mid_block"] if getattr(denoiser, "mid_block", None) is not None else []
+
+
+def _block_names(denoiser: Any) -> list[str]:
+    names = [f"down_blocks.{index}" for index in range(len(denoiser.down_blocks))]
+    return [*names, *_middle(denoiser), *(f"up_blocks.{index}" for index in range(len(denoiser.up_blocks)))]

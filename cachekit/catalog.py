@@ -1,0 +1,177 @@
+"""Find plugins by entry point and hold what they registered, checked, in one immutable catalog."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from . import hookspecs, notices
+from .adapter import Adapter
+from .errors import AdapterError, ConflictError, PluginError, PluginWarning
+from .plan import Plan
+from .policy import Policy
+from .spec import is_name
+
+GROUP = "cachekit"
+#: Names of plugins that are not loaded, separated by commas.
+DISABLE = "CACHEKIT_DISABLE"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Say which plugin failed to load, from which distribution, and why."""
+
+    plugin: str
+    distribution: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Return one line with the cure."""
+        return (
+            f"plugin {self.plugin!r} of {self.distribution} failed to load: {self.reason}"
+            f" (mend or uninstall it, or set {DISABLE}={self.plugin})"
+        )
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Hold policies and adapters by name, who registered them, and the plugins that failed."""
+
+    policies: dict[str, type[Policy]]
+    adapters: dict[str, Adapter]
+    owners: dict[str, str]
+    plugins: dict[str, str]
+    failures: tuple[Failure, ...]
+    manager: pluggy.PluginManager = field(repr=False)
+
+    def adapter_for(self, denoiser: Any) -> Adapter:
+        """Return the one adapter that knows `denoiser`; raise `AdapterError` for none or several."""
+        found = [adapter for adapter in self.adapters.values() if adapter.matches(denoiser)]
+        name = type(denoiser).__name__
+        if not found:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise AdapterError(f"no adapter knows {name}; adapters: {known}; install or write one that does")
+        if len(found) > 1:
+            names = " and ".join(repr(adapter.name) for adapter in found)
+            raise AdapterError(f"adapters {names} both know {name}; disable one with {DISABLE}=its plugin")
+        return found[0]
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise `ConflictError` with the first reason that a plugin gives against `plan`."""
+        for reasons in self.manager.hook.cachekit_check_plan(plan=plan):
+            for reason in reasons:
+                raise ConflictError(reason)
+
+    def run_finished(self, report: Any) -> None:
+        """Tell every plugin that a run has ended."""
+        self.manager.hook.cachekit_run_finished(report=report)
+
+
+def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog:
+    """Return the catalog of these entry points; a plugin that fails is recorded and left out.
+
+    Raise `PluginError` where two plugins register the same name.
+    """
+    manager = pluggy.PluginManager("cachekit")
+    manager.add_hookspecs(hookspecs)
+    manager.register(notices, name="notices")
+    plugins: dict[str, str] = {}
+    failures: list[Failure] = []
+    for point in sorted(points, key=lambda point: point.name):
+        if point.name in set(disabled):
+            continue
+        reason = _load(manager, point)
+        if reason:
+            failures.append(Failure(point.name, _distribution(point), reason))
+        else:
+            plugins[point.name] = _distribution(point)
+    registry = _Registry()
+    failures += registry.collect(manager, plugins)
+    return Catalog(registry.policies, registry.adapters, registry.owners, plugins, tuple(failures), manager)
+
+
+@functools.cache
+def installed() -> Catalog:
+    """Return the catalog of everything installed, built once; warn of each plugin that failed."""
+    disabled = [name.strip() for name in os.environ.get(DISABLE, "").split(",")]
+    catalog = build(entry_points(group=GROUP), disabled)
+    for failure in catalog.failures:
+        warnings.warn(str(failure), PluginWarning, stacklevel=2)
+    return catalog
+
+
+def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
+    try:
+        manager.register(point.load(), name=point.name)
+        manager.check_pending()
+    except Exception as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
+        if manager.has_plugin(point.name):
+            manager.unregister(name=point.name)
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
+def _distribution(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else "an unknown distribution"
+
+
+class _Registry:
+    """Check and remember what plugins hand to their `register` callback."""
+
+    def __init__(self) -> None:
+        self.policies: dict[str, type[Policy]] = {}
+        self.adapters: dict[str, Adapter] = {}
+        self.owners: dict[str, str] = {}
+
+    def collect(self, manager: pluggy.PluginManager, plugins: dict[str, str]) -> list[Failure]:
+        failures = []
+        for name, distribution in list(plugins.items()):
+            module = manager.get_plugin(name)
+            try:
+                self._ask(manager, module, name)
+            except PluginError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                manager.unregister(name=name)
+                del plugins[name]
+                failures.append(Failure(name, distribution, f"{type(error).__name__}: {error}"))
+        return failures
+
+    def _ask(self, manager: pluggy.PluginManager, module: Any, plugin: str) -> None:
+        policies: list[type[Policy]] = []
+        adapters: list[Adapter] = []
+        # One plugin at a time, so that the registry knows who registers what.
+        others = [other for other in manager.get_plugins() if other is not module]
+        manager.subset_hook_caller("cachekit_register_policies", others)(register=policies.append)
+        manager.subset_hook_caller("cachekit_register_adapters", others)(register=adapters.append)
+        for policy in policies:
+            _check_policy(policy)
+            self._own(f"policy {policy.name!r}", plugin)
+            self.policies[policy.name] = policy
+        for adapter in adapters:
+            self._own(f"adapter {adapter.name!r}", plugin)
+            self.adapters[adapter.name] = adapter
+
+    def _own(self, what: str, plugin: str) -> None:
+        if what in self.owners:
+            raise PluginError(
+                f"{what} is registered by plugin {self.owners[what]!r} and by plugin {plugin!r};"
+                f" uninstall one or set {DISABLE}={plugin}"
+            )
+        self.owners[what] = plugin
+
+
+def _check_policy(policy: Any) -> None:
+    if not (isinstance(policy, type) and issubclass(policy, Policy)):
+        raise TypeError(f"{policy!r} is not a subclass of cachekit.Policy")
+    if not is_name(policy.name):
+        raise ValueError(f"{policy.__name__}.name is {policy.name!r}; use lower case, digits and underscores")
+    if not policy.kinds:
+        raise ValueError(f"{policy.__name__}.kinds is empty; name the kinds of sites that it acts on")

@@ -1,0 +1,48 @@
+"""Name every way in which cachekit refuses, so that a caller can catch one or all."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CachekitError(Exception):
+    """Base of all errors of cachekit and its plugins."""
+
+
+class SpecError(CachekitError):
+    """Report a spec that cannot be read: unknown policy, unknown key or bad value."""
+
+
+class ConflictError(CachekitError):
+    """Report policies that cannot work together."""
+
+
+class SiteError(CachekitError):
+    """Report a policy that finds nothing to act on in this model."""
+
+
+class AdapterError(CachekitError):
+    """Report a pipeline without a denoiser, or a denoiser that no adapter (or more than one) knows."""
+
+
+class AttachmentError(CachekitError):
+    """Report an attachment that is already there, or that something else has broken."""
+
+
+class GuidanceError(CachekitError):
+    """Report branches that reach the denoiser in a way that cannot be told apart safely."""
+
+
+class PluginError(CachekitError):
+    """Report a plugin that failed to load or registered something unusable."""
+
+
+class PluginWarning(UserWarning):
+    """Warn of a plugin that failed to load while the others go on."""
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """Return " (did you mean 'x'?)" for the allowed word nearest to `word`, or nothing."""
+    found = difflib.get_close_matches(word, sorted(allowed), n=1)
+    return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,0 +1,149 @@
+"""Know how guidance branches reach a denoiser, and narrow a call to one of them at its boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import GuidanceError
+from .plan import Branches
+from .tree import tensors, tree_map
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say how the branches of a guided call lie in the batch.
+
+    `order` is their order along dimension 0; `condition` tells where the condition enters ("text", or
+    "image" where the image latents are part of the sample); `unbatched` are parameters of the denoiser that
+    never have a batch dimension, whatever their first size is.
+    """
+
+    order: Branches = ("uncond", "cond")
+    condition: str = "text"
+    unbatched: frozenset[str] = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Hold what an observing policy may look at after a guided call.
+
+    `outputs` maps each branch to its output `(batch, channels, ...)`; `sample` is the input that all branches
+    share, scaled as the denoiser saw it; `step` is 0-based.
+    """
+
+    step: int
+    outputs: Mapping[str, Tensor]
+    sample: Tensor
+    timestep: Any
+    scheduler: Any = field(repr=False, default=None)
+
+    def denoised(self, branch: str) -> Tensor:
+        """Return the branch's prediction of the clean sample, x0 `(batch, channels, ...)`."""
+        output = self.outputs[branch][:, : self.sample.shape[1]]
+        return predict_x0(self.sample[:, : output.shape[1]], output, self.timestep, self.scheduler)
+
+
+def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
+    """Return x0 from the denoiser's scaled input and output, both `(batch, channels, ...)`.
+
+    Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of
+    the same timestep, so one formula serves both kinds; rectified flows use x - (t / T) v.
+    """
+    table = getattr(scheduler, "alphas_cumprod", None)
+    time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
+    if table is None:
+        flow: Tensor = sample - time / scheduler.config.num_train_timesteps * output
+        return flow
+    alpha = table.to(sample.device)[time.long().clamp(0, len(table) - 1)].to(sample.dtype)
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    prediction = getattr(scheduler.config, "prediction_type", "epsilon")
+    if prediction == "v_prediction":
+        clean: Tensor = signal * sample - noise * output
+    else:
+        clean = output if prediction == "sample" else (sample - noise * output) / signal
+    return clean
+
+
+def is_guided(pipe: Any, arguments: Mapping[str, Any]) -> bool | None:
+    """Tell whether the pipeline's present run is guided, or None when it does not say.
+
+    The pipeline's own property is right from the first call of the denoiser on; without one, a
+    guidance scale above 1 means two branches, as everywhere in diffusers.
+    """
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    if told is not None:
+        return bool(told)
+    scale = arguments.get("guidance_scale")
+    return None if scale is None else bool(scale > 1)
+
+
+def looks_guided(sample: Tensor) -> bool:
+    """Tell whether both halves of a batch are the same latents: what a bare sampling loop hands over."""
+    if sample.shape[0] % 2 or sample.device.type == "meta":
+        return False
+    first, second = sample.chunk(2)
+    return bool(torch.equal(first, second))
+
+
+def check_batch(sample: Tensor, order: Branches, name: str) -> None:
+    """Raise `GuidanceError` when a batch cannot hold these branches."""
+    if sample.shape[0] % len(order):
+        raise GuidanceError(
+            f"{name}: a guided batch of {sample.shape[0]} does not divide into {len(order)} branches"
+            f" ({', '.join(order)}); this pipeline's guidance is not supported, call cachekit.remove(pipe)"
+        )
+
+
+def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
+    """Return the denoiser's arguments with every batched tensor cut down to one branch.
+
+    `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
+    may be repeated per frame, so its first dimension may be a multiple of `batch`.
+    """
+    place, count = layout.order.index(branch), len(layout.order)
+
+    def cut(multiples: bool) -> Callable[[Tensor], Tensor]:
+        def one(tensor: Tensor) -> Tensor:
+            size = tensor.shape[0] if tensor.dim() else 0
+            batched = size == batch or (multiples and size > 0 and size % batch == 0)
+            return tensor.chunk(count)[place] if batched else tensor
+
+        return one
+
+    return {name: _pick_one(name, value, layout, cut) for name, value in arguments.items()}
+
+
+def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[bool], Callable[[Tensor], Tensor]]) -> Any:
+    if name in layout.unbatched:
+        return value
+    if isinstance(value, dict):
+        return {key: _pick_one(key, item, layout, cut) for key, item in value.items()}
+    return tree_map(cut("encoder_hidden_states" in name), value)
+
+
+def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:
+    """Return a one-branch output as the pair the pipeline expects.
+
+    The dropped branches' outputs come from `restore`; by default that is the same output, and then the
+    pipeline's own u + g * (c - u) is exactly it.
+    """
+
+    def join(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor if name == branch else restore(tensor) for name in layout.order])
+
+    return tree_map(join, output)
+
+
+def by_branch(tensor: Tensor, branches: Branches) -> dict[str, Tensor]:
+    """Return the part `(batch, ...)` of each branch."""
+    return dict(zip(branches, tensor.chunk(len(branches))))
+
+
+def first_tensor(tree: Any) -> Tensor:
+    """Return the first tensor of a denoiser's output: the prediction."""
+    return next(tensors(tree))

@@ -1,0 +1,244 @@
+"""Compose policies into a plan: the table step x target -> action of a run, before or while it runs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from .errors import ConflictError
+from .policy import Action, BranchChange, Moment, Policy
+from .sites import GUIDANCE, Kind, Region, Target
+
+Branches = tuple[str, ...]
+#: Asked for the cells that a rule leaves open; returns None where a probe decides inside the call.
+Decide = Callable[["Assignment", Moment], "Action | None"]
+
+_MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", None: "?"}
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Bind one policy to one target; the position in a plan's `assignments` is its index."""
+
+    policy: Policy
+    target: Target
+    stays: str = "cond"
+
+
+@dataclass
+class Row:
+    """Hold one step of a plan: the branches that run and an action per assignment.
+
+    `narrowed_by` is the index of the guidance assignment that dropped a branch, or -1; `origins` are the steps at
+    which each assignment's schedule last started anew; `last_branches` gives, for a STORE whose next reuse is
+    known to come with fewer branches, those branches.
+    """
+
+    step: int
+    branches: Branches
+    actions: list[Action | None]
+    narrowed_by: int = -1
+    origins: list[int] = field(default_factory=list)
+    last_branches: dict[int, Branches] = field(default_factory=dict)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Return what makes two steps cost the same."""
+        return (self.branches, tuple(self.actions), tuple(sorted(self.last_branches.items())))
+
+
+def assign(policies: Iterable[tuple[Policy, Sequence[Target], str]]) -> tuple[Assignment, ...]:
+    """Return the assignments of policies to their targets; raise `ConflictError` where two collide.
+
+    The guidance site is shared: there the policy that narrows first decides.
+    """
+    found: list[Assignment] = []
+    for policy, targets, stays in policies:
+        for target in targets:
+            _refuse_clash(policy, target, found)
+            found.append(Assignment(policy, target, stays))
+    return tuple(found)
+
+
+def _refuse_clash(policy: Policy, target: Target, found: Iterable[Assignment]) -> None:
+    for other in found:
+        if other.policy is policy or target is GUIDANCE or other.target is GUIDANCE:
+            continue
+        if _clash(target, other.target):
+            raise ConflictError(
+                f"{str(other.policy)!r} and {str(policy)!r} would both write {target.name!r}; apply one of them"
+            )
+
+
+def _clash(one: Target, other: Target) -> bool:
+    if isinstance(one, Region) and isinstance(other, Region):
+        return one.covers(other.exit) or other.covers(one.exit)
+    if isinstance(one, Region) or isinstance(other, Region):
+        return False
+    return one.name == other.name
+
+
+class Composer:
+    """Compose rows step by step; the same code makes the printed plan and drives the run.
+
+    Rank is guidance, then regions, then single sites. A step on which a policy must STORE a site is a step
+    on which no region around it is reused. A change of branches restarts the schedules that ask for it.
+    """
+
+    def __init__(self, assignments: Sequence[Assignment], steps: int, order: Branches) -> None:
+        """Start before step 0 of `steps`; `order` are the branches as they lie in the batch."""
+        self.assignments = assignments
+        self.steps = steps
+        self.order = order
+        self.branches: Branches = order
+        self.narrowed_by = -1
+        self._origin = [0] * len(assignments)
+        self._schedules: dict[tuple[int, int], list[Action | None]] = {}
+        self._regions = [i for i, a in enumerate(assignments) if isinstance(a.target, Region)]
+        self._guidance = [i for i, a in enumerate(assignments) if a.target is GUIDANCE]
+        self._inside = {i: self._covered(i) for i in self._regions}
+
+    def row(self, step: int, decide: Decide) -> Row:
+        """Return the row of `step`; steps are asked for in order, each once."""
+        if step >= self.steps:
+            self._lengthen(step + 1)
+        cells = [self._cell(index, step, decide) for index in range(len(self.assignments))]
+        before = self.branches
+        self._narrow(cells)
+        if self.branches != before:
+            for index in self._restart(step):
+                cells[index] = self._cell(index, step, decide)
+        self._force_full(cells, step)
+        return Row(step, self.branches, cells, self.narrowed_by, list(self._origin))
+
+    def _cell(self, index: int, step: int, decide: Decide) -> Action | None:
+        origin = self._origin[index]
+        action = self._schedule(index, origin)[step - origin]
+        if action is None:
+            return decide(self.assignments[index], Moment(step, self.steps, origin))
+        return action
+
+    def _schedule(self, index: int, origin: int) -> list[Action | None]:
+        if (index, origin) not in self._schedules:
+            bound = self.assignments[index]
+            moments = (Moment(step, self.steps, origin) for step in range(origin, self.steps))
+            actions = [bound.policy.action(bound.target, at) for at in moments]
+            keeps_for_later = bound.target is GUIDANCE
+            self._schedules[index, origin] = actions if keeps_for_later else _without_idle_stores(actions)
+        return self._schedules[index, origin]
+
+    def _narrow(self, cells: list[Action | None]) -> None:
+        votes = [i for i in self._guidance if cells[i] is Action.REUSE] if len(self.order) > 1 else []
+        if self.narrowed_by not in votes:
+            self.narrowed_by = min(votes, key=lambda i: self.assignments[i].policy.name, default=-1)
+        for index in self._guidance:
+            if cells[index] is None and len(self.order) > 1:
+                continue
+            stored = self.narrowed_by < 0 and cells[index] is Action.STORE and len(self.order) > 1
+            cells[index] = Action.STORE if stored else Action.COMPUTE
+        if self.narrowed_by >= 0:
+            cells[self.narrowed_by] = Action.REUSE
+            self.branches = (self.assignments[self.narrowed_by].stays,)
+        else:
+            self.branches = self.order
+
+    def _restart(self, step: int) -> list[int]:
+        if step == 0:
+            return []
+        refreshed = [
+            i
+            for i, bound in enumerate(self.assignments)
+            if bound.policy.on_branch_change is BranchChange.REFRESH and bound.target is not GUIDANCE
+        ]
+        for index in refreshed:
+            self._origin[index] = step
+        return refreshed
+
+    def _force_full(self, cells: list[Action | None], step: int) -> None:
+        for index in self._regions:
+            if cells[index] not in (Action.REUSE, None):
+                continue
+            if any(cells[inner] is Action.STORE for inner in self._inside[index]):
+                cells[index] = Action.STORE
+                self._origin[index] = step
+
+    def _covered(self, index: int) -> list[int]:
+        region = self.assignments[index].target
+        return [
+            i
+            for i, bound in enumerate(self.assignments)
+            if i != index and bound.target.kind is not Kind.BLOCK and region.covers(bound.target.name)
+        ]
+
+    def _lengthen(self, steps: int) -> None:
+        self.steps = steps
+        self._schedules.clear()
+
+
+def _without_idle_stores(actions: list[Action | None]) -> list[Action | None]:
+    """Replace each STORE that no later REUSE reads by COMPUTE: it would cost memory for nothing."""
+    wanted = False
+    cleaned: list[Action | None] = []
+    for action in reversed(actions):
+        cleaned.append(Action.COMPUTE if action is Action.STORE and not wanted else action)
+        if action is Action.STORE:
+            wanted = False
+        elif action is not Action.COMPUTE:
+            wanted = True
+    return cleaned[::-1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the table of a run: rows of steps, columns of assignments. `str(plan)` prints it."""
+
+    assignments: tuple[Assignment, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def is_static(self) -> bool:
+        """Tell whether every action is known before the run."""
+        return all(None not in row.actions for row in self.rows)
+
+    def lines(self) -> list[tuple[str, str, int, list[Action | None]]]:
+        """Return (spec, kind, number of targets, actions) per distinct column of the table."""
+        groups: dict[tuple[str, str, tuple[Action | None, ...]], int] = defaultdict(int)
+        for index, bound in enumerate(self.assignments):
+            column = tuple(row.actions[index] for row in self.rows)
+            groups[str(bound.policy), str(bound.target.kind), column] += 1
+        return [(spec, kind, count, list(column)) for (spec, kind, column), count in groups.items()]
+
+    def __str__(self) -> str:
+        """Return the table as text: one character per step."""
+        lines = self.lines()
+        labels = [f"{spec}  {kind} x {count}" for spec, kind, count, _ in lines]
+        width = max([len(label) for label in labels] + [len("branches")])
+        count = len(self.rows)
+        tens = "".join(str(step // 10 % 10) if step % 10 == 0 else " " for step in range(count))
+        units = "".join(str(step % 10) for step in range(count))
+        table = [f"{'step':{width}}  {tens}", f"{'':{width}}  {units}"]
+        table.append(f"{'branches':{width}}  " + "".join(str(len(row.branches)) for row in self.rows))
+        for label, (_, _, _, column) in zip(labels, lines):
+            table.append(f"{label:{width}}  " + "".join(_MARKS[action] for action in column))
+        return "\n".join([*table, ". compute  S compute and keep  r reuse  ? decided during the run"])
+
+
+def make_plan(assignments: tuple[Assignment, ...], steps: int, order: Branches) -> Plan:
+    """Return the plan of a run of `steps` steps; cells that the run decides stay None."""
+    composer = Composer(assignments, steps, order)
+    rows = tuple(composer.row(step, lambda bound, at: None) for step in range(steps))
+    plan = Plan(assignments, rows)
+    if plan.is_static:
+        _mark_narrowing_stores(rows)
+    return plan
+
+
+def _mark_narrowing_stores(rows: Sequence[Row]) -> None:
+    later: dict[int, Branches] = {}
+    for row in reversed(rows):
+        for index, action in enumerate(row.actions):
+            if action is Action.REUSE:
+                later[index] = row.branches
+            elif action is Action.STORE and len(later.get(index, row.branches)) < len(row.branches):
+                row.last_branches[index] = later[index]

@@ -1,0 +1,210 @@
+"""Hold everything that lives as long as one run: its clock, rows, kept tensors and counts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .clock import Clock
+from .guidance import Layout
+from .plan import Assignment, Branches, Composer, Plan, Row
+from .policy import Action, Moment
+from .sites import GUIDANCE, Region
+from .store import Store, narrow_kept, split_kept
+
+if TYPE_CHECKING:
+    from .policy import Streams
+
+_ALONE: Branches = ("cond",)
+_COUNTED = (Action.COMPUTE, Action.STORE, Action.REUSE)
+
+
+class RunState(threading.local):
+    """Hold the present run and call of each thread; a deep copy starts empty."""
+
+    run: Run | None = None
+    call: Call | None = None
+    paused: int = 0
+    pipeline: tuple[Any, dict[str, Any]] | None = None
+    replay: list[Row]  # rows that the next calls obey, last first
+
+    def __init__(self) -> None:
+        """Begin with no run, once in each thread."""
+        self.replay = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
+        """Return a fresh state: a run is never shared with a copy of the model."""
+        return RunState()
+
+
+@dataclass
+class Record:
+    """Hold what a run leaves behind: numbers and shapes, no tensors with values.
+
+    `rows` are the steps as planned or decided; `calls` pairs each forward's batch with what really happened in
+    it, misses and probes included; `inputs` holds the shapes of the arguments by batch.
+    """
+
+    steps: int
+    guided: bool
+    exact: bool
+    rows: list[Row] = field(default_factory=list)
+    calls: list[tuple[int, Row]] = field(default_factory=list)
+    counts: list[dict[Action, int]] = field(default_factory=list)
+    missed: list[int] = field(default_factory=list)
+    peak_bytes: int = 0
+    deciding_seconds: float = 0.0
+    traces: dict[str, list[Any]] = field(default_factory=dict)
+    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    interrupted: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """Drive one run: find the row of each call and own what is kept."""
+
+    def __init__(self, assignments: Sequence[Assignment], layout: Layout, clock: Clock) -> None:
+        """Start before the first call; `begin` follows when the first call shows batch and steps."""
+        self.assignments = assignments
+        self.layout = layout
+        self.clock = clock
+        self.store = Store()
+        self.shapes: dict[tuple[int, str], tuple[Any, int]] = {}
+        self.templates: dict[int, Any] = {}
+        self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
+        self.probed: dict[tuple[str, Branches], dict[str, Any]] = {}
+        self.order: Branches = _ALONE
+        self.signature: tuple[Any, ...] = ()
+        self._regions = [i for i, bound in enumerate(assignments) if isinstance(bound.target, Region)]
+
+    def begin(self, plan: Plan, order: Branches, steps: int) -> None:
+        """Begin with the plan of `steps` steps over the branches in `order`."""
+        self.plan = plan
+        self.order = order
+        self._composer: Composer | None = None
+        self.record = Record(steps, len(order) > 1, self.clock.exact)
+        self.record.counts = [dict.fromkeys(_COUNTED, 0) for _ in self.assignments]
+        self.record.missed = [0] * len(self.assignments)
+        if not plan.is_static:
+            self._composer = Composer(self.assignments, steps, order)
+
+    def change_order(self, order: Branches) -> None:
+        """Follow a pipeline that itself changes its branches in the middle of a run."""
+        done = len(self.record.rows)
+        if self._composer is None:
+            self._composer = Composer(self.assignments, self.record.steps, self.order)
+            for step in range(done):
+                self._composer.row(step, self._decide)
+        self.order = self._composer.order = order
+
+    def row(self, step: int) -> Row:
+        """Return the row of `step`, composing those not yet reached."""
+        rows = self.record.rows
+        while len(rows) <= step:
+            self.enter(self._next_row(len(rows)))
+        return rows[step]
+
+    def enter(self, row: Row) -> None:
+        """Begin a step; when its branches differ from the last one's, what is kept follows."""
+        rows = self.record.rows
+        if rows and row.branches != rows[-1].branches:
+            changes = [bound.policy.on_branch_change for bound in self.assignments]
+            self.store.change_branches(row.branches, changes)
+        rows.append(row)
+
+    def _next_row(self, step: int) -> Row:
+        if self._composer is None and step < len(self.plan.rows):
+            return self.plan.rows[step]
+        if self._composer is None:
+            self.change_order(self.order)
+        assert self._composer is not None
+        return self._composer.row(step, self._decide)
+
+    def _decide(self, bound: Assignment, at: Moment) -> Action | None:
+        if isinstance(bound.target, Region) and bound.target.probe:
+            return None
+        return bound.policy.decide(bound.target, at, self.memories[bound.policy.name])
+
+    def begin_call(self, step: int) -> Call:
+        """Return the call of `step`, with every region that has nothing to reuse turned into STORE."""
+        call = Call(self, self.row(step))
+        for index in self._regions:
+            if call.actions[index] is Action.REUSE and self.store.get(index, call.branches) is None:
+                call.miss(index)
+                call.actions[index] = Action.STORE
+        return call
+
+    def finish(self) -> Record:
+        """Return the record and forget every tensor."""
+        self.record.peak_bytes = self.store.peak_bytes
+        self.record.traces = {
+            name: list(memory["trace"]) for name, memory in self.memories.items() if "trace" in memory
+        }
+        return self.record
+
+
+class Call:
+    """Hold the actions of one forward of the denoiser."""
+
+    __slots__ = ("actions", "branches", "entries", "row", "run", "sample", "timestep")
+
+    def __init__(self, run: Run, row: Row) -> None:
+        """Start with the row's actions; a probe or a miss may change them for this call alone."""
+        self.run = run
+        self.actions = list(row.actions)
+        self.row = replace(row, actions=self.actions)
+        self.branches = row.branches
+        self.entries: dict[int, Streams] = {}
+        self.sample: Tensor | None = None
+        self.timestep: Any = None
+
+    def moment(self, index: int) -> Moment:
+        """Return the moment that policy methods are told."""
+        return Moment(self.row.step, self.run.record.steps, self.row.origins[index])
+
+    def count(self, index: int, action: Action) -> None:
+        """Count what really happened."""
+        self.run.record.counts[index][action] += 1
+
+    def miss(self, index: int) -> None:
+        """Count a reuse that found nothing; the site is computed instead."""
+        self.run.record.missed[index] += 1
+
+    def keep(self, index: int, kept: Any) -> None:
+        """Keep, at once in the form of the branches that will read it where the plan knows them."""
+        branches = self.branches
+        last = self.row.last_branches.get(index)
+        if last is not None:
+            change = self.run.assignments[index].policy.on_branch_change
+            narrowed = narrow_kept(split_kept(kept, branches), last, change)
+            if narrowed is not None:
+                branches, kept = last, narrowed
+        self.run.store.put(index, branches, kept)
+
+    def decide(self, index: int, value: Streams) -> None:
+        """Let the policy decide from its probe; a reuse needs something kept."""
+        policy = self.run.assignments[index].policy
+        memory = self.run.probed.setdefault((policy.name, self.branches), {})
+        target = self.run.assignments[index].target
+        action = policy.probe(target, self.moment(index), value, memory)
+        if action is Action.REUSE and self.run.store.get(index, self.branches) is None:
+            self.miss(index)
+            action = Action.STORE
+        self.actions[index] = action
+
+    @property
+    def narrowed_by(self) -> int:
+        """Return the guidance assignment that dropped a branch in this call, or -1."""
+        return self.row.narrowed_by
+
+    def guidance_stores(self) -> list[int]:
+        """Return the guidance assignments that keep something of this call's branches."""
+        return [
+            index
+            for index, bound in enumerate(self.run.assignments)
+            if bound.target is GUIDANCE and self.actions[index] is Action.STORE
+        ]

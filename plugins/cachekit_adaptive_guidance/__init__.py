@@ -1,0 +1,16 @@
+"""Adaptive guidance (arXiv 2312.12487) as a plugin: stop guidance once it changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit.hookspecs import hookimpl
+from cachekit.policy import Policy
+
+
+@hookimpl
+def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Register `adaptive_guidance`."""
+    from .policy import AdaptiveGuidance
+
+    register(AdaptiveGuidance)

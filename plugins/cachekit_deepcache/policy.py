@@ -1,0 +1,68 @@
+"""Reuse the deep features of a UNet between full steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from cachekit.errors import SiteError
+from cachekit.policy import Action, BranchChange, Moment, Policy
+from cachekit.sites import Kind, SiteMap, Target
+
+
+class DeepCache(Policy):
+    """Configure DeepCache.
+
+    A full step keeps the tensor `(branches * batch, channels, height, width)` that enters the up layer of
+    `branch`; skipped steps compute only what is shallower. `branch` counts skip connections from the
+    shallowest, 0, on. Uniform: a full step every `interval` steps. Quadratic: as many full steps, dense around
+    step `center` (in steps of the loop) with exponent `power` (section 3.3, the 1:N non-uniform strategy). Steps
+    before `start` and from `end` on are full.
+    """
+
+    name: ClassVar[str] = "deepcache"
+    summary: ClassVar[str] = "skip everything deeper than one skip connection between full steps"
+    paper: ClassVar[str] = "arXiv 2312.00858"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
+    # Features of guided steps are stale once guidance or attention changes: begin a new phase.
+    on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
+
+    interval: int = Field(3, ge=1)
+    branch: int = Field(0, ge=0)
+    schedule: Literal["uniform", "quadratic"] = "uniform"
+    center: int = Field(15, ge=0)
+    power: float = Field(1.4, gt=0)
+    start: int = Field(0, ge=0)
+    end: int | None = Field(None, ge=0)
+
+    def select(self, sites: SiteMap) -> Sequence[Target]:
+        """Return the one region below the skip connection `branch`."""
+        if not sites.regions:
+            raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; use it on a UNet")
+        if self.branch >= len(sites.regions):
+            last = len(sites.regions) - 1
+            raise SiteError(f"{self}: branch={self.branch}, but {sites.model} has branches 0..{last}; use one of them")
+        return [sites.regions[self.branch]]
+
+    def action(self, target: Target, at: Moment) -> Action:
+        """Return STORE on full steps and REUSE between them."""
+        in_use = at.step >= self.start and (self.end is None or at.step < self.end)
+        return Action.REUSE if in_use and not self._is_full(at) else Action.STORE
+
+    def _is_full(self, at: Moment) -> bool:
+        if self.schedule == "uniform":
+            return (at.step - max(at.origin, self.start)) % self.interval == 0
+        return at.step in (at.origin, self.start) or at.step in self.full_steps(at.steps)
+
+    def full_steps(self, steps: int) -> frozenset[int]:
+        """Return the full steps of the quadratic schedule for a run of `steps`: c + sign(l) |l|^p, l linear."""
+        count = -(-steps // self.interval)
+        low, high = (_root(end - self.center, self.power) for end in (0, steps))
+        places = (low + (high - low) * k / count for k in range(count))
+        return frozenset({0, *(int(self.center + _root(place, 1 / self.power)) for place in places)})
+
+
+def _root(value: float, power: float) -> float:
+    return float(abs(value) ** (1 / power)) * (1 if value >= 0 else -1)

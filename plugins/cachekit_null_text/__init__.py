@@ -1,0 +1,49 @@
+"""Null text (arXiv 2404.02747, section 3) as a plugin: take the caption away for some steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from cachekit.hookspecs import hookimpl
+from cachekit.policy import Action, Policy
+from cachekit.sites import Kind
+
+if TYPE_CHECKING:
+    from cachekit.plan import Plan
+    from cachekit.report import Report
+
+_log = logging.getLogger("cachekit")
+
+
+@hookimpl
+def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Register `null_text`."""
+    from .policy import NullText
+
+    register(NullText)
+
+
+@hookimpl
+def cachekit_check_plan(plan: Plan) -> list[str]:
+    """Refuse a cross-attention that would be kept on a step without text: it would never see the caption."""
+    reasons = []
+    for row in plan.rows:
+        narrowing = plan.assignments[row.narrowed_by].policy if row.narrowed_by >= 0 else None
+        if narrowing is None or narrowing.name != "null_text":
+            continue
+        for bound, action in zip(plan.assignments, row.actions):
+            if bound.target.kind is Kind.CROSS_ATTENTION and action is Action.STORE:
+                reasons.append(
+                    f"{str(narrowing)!r} takes the text away at step {row.step}, where {str(bound.policy)!r} keeps"
+                    " cross-attention; keep it at another step"
+                )
+    return reasons
+
+
+@hookimpl
+def cachekit_run_finished(report: Report) -> None:
+    """Warn where the unconditional branch carries a negative prompt instead of the empty one."""
+    if "null_text" in report.policies and report.arguments.get("negative_prompt"):
+        _log.warning("null_text ran with a negative prompt: that, not the empty prompt, stood in for the caption")

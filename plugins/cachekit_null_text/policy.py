@@ -1,0 +1,46 @@
+"""Feed the empty prompt instead of the caption in some steps, to measure what the text does when."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from cachekit.policy import Action, Moment, Policy
+from cachekit.sites import Kind, Target
+
+if TYPE_CHECKING:
+    from cachekit.guidance import Layout
+
+
+class NullText(Policy):
+    """Configure null text: the paper's S^F with `after=m`, S^L with `before=m` (section 3).
+
+    `after=m` feeds the empty prompt from step m on, `before=m` in the steps below m. With the empty prompt in
+    both branches guidance is u + g (u - u) = u, so those steps run the unconditional branch alone.
+    """
+
+    name: ClassVar[str] = "null_text"
+    summary: ClassVar[str] = "feed the empty prompt from a step on, or up to it"
+    paper: ClassVar[str] = "arXiv 2404.02747"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
+
+    after: int | None = Field(None, ge=0)
+    before: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> Self:
+        if self.after is None and self.before is None:
+            raise ValueError("give after=m, before=m or both")
+        return self
+
+    def action(self, target: Target, at: Moment) -> Action:
+        """Return REUSE (one branch) in the steps without text."""
+        late = self.after is not None and at.step >= self.after
+        early = self.before is not None and at.step < self.before
+        return Action.REUSE if late or early else Action.COMPUTE
+
+    def stays(self, layout: Layout) -> str:
+        """Return the branch that has no text."""
+        return "uncond"

@@ -1,0 +1,17 @@
+"""TGATE (arXiv 2404.02747) as a plugin: cross-attention converges after a few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit.hookspecs import hookimpl
+from cachekit.policy import Policy
+
+
+@hookimpl
+def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Register `tgate` and its other name `cair`."""
+    from .policy import Cair, Tgate
+
+    register(Tgate)
+    register(Cair)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .engine import apply as apply
     from .engine import remove as remove
     from .errors import CachekitError as CachekitError
+    from .estimate import Estimate as Estimate
+    from .estimate import estimate as estimate
     from .guidance import Layout as Layout
     from .guidance import Observation as Observation
     from .hookspecs import hookimpl as hookimpl
@@ -37,6 +39,7 @@ _HOME = {
     "BranchChange": "policy",
     "CachekitError": "errors",
     "Catalog": "catalog",
+    "Estimate": "estimate",
     "GUIDANCE": "sites",
     "Kind": "sites",
     "Layout": "guidance",
@@ -49,6 +52,7 @@ _HOME = {
     "adapters": "listing",
     "apply": "engine",
     "demo_pipeline": "demo",
+    "estimate": "estimate",
     "hookimpl": "hookspecs",
     "policies": "listing",
     "remove": "engine",

@@ -108,14 +108,21 @@ def installed() -> Catalog:
 
 
 def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
+    module = None
     try:
-        manager.register(point.load(), name=point.name)
+        module = point.load()
+        manager.register(module, name=point.name)
         manager.check_pending()
     except Exception as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
-        if manager.has_plugin(point.name):
+        # Another plugin may own the name: that one stays.
+        if module is not None and manager.get_plugin(point.name) is module:
             manager.unregister(name=point.name)
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return _one_line(error)
     return ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _distribution(point: EntryPoint) -> str:
@@ -141,7 +148,7 @@ class _Registry:
             except Exception as error:  # noqa: BLE001 - as above
                 manager.unregister(name=name)
                 del plugins[name]
-                failures.append(Failure(name, distribution, f"{type(error).__name__}: {error}"))
+                failures.append(Failure(name, distribution, _one_line(error)))
         return failures
 
     def _ask(self, manager: pluggy.PluginManager, module: Any, plugin: str) -> None:
@@ -153,6 +160,7 @@ class _Registry:
         manager.subset_hook_caller("cachekit_register_adapters", others)(register=adapters.append)
         for policy in policies:
             _check_policy(policy)
+        for policy in policies:
             self._own(f"policy {policy.name!r}", plugin)
             self.policies[policy.name] = policy
         for adapter in adapters:

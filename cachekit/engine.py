@@ -29,7 +29,7 @@ from .pipelines import call_arguments, denoiser_of, plain_arguments, track, untr
 from .plan import Assignment, Branches, Plan, Row, assign, make_plan
 from .policy import Action, Policy
 from .report import Report
-from .run import Call, Record, Run, RunState
+from .run import Call, Run, RunState
 from .sites import GUIDANCE, Region, SiteMap
 from .spec import Spec, parse_all
 from .switch import Entry, Exit, Member, Part, Probe, Switch
@@ -284,14 +284,14 @@ class Attachment:
         return getattr(pipe, "scheduler", None)
 
     @contextlib.contextmanager
-    def replaying(self, rows: Sequence[Row], record: Record) -> Iterator[None]:
+    def replaying(self, rows: Sequence[Row], steps: int, guided: bool) -> Iterator[Run]:
         """Make the next calls obey these rows, one each, instead of the clock: for counting costs."""
         run = Run(self.assignments, self.layout, Clock(exact=True))
-        order = self.layout.order if record.guided else ("cond",)
-        run.begin(self._plan(record.steps, order), order, record.steps)
+        order = self.layout.order if guided else ("cond",)
+        run.begin(self._plan(steps, order), order, steps)
         self._state.run, self._state.replay = run, list(reversed(rows))
         try:
-            yield
+            yield run
         finally:
             self._state.run, self._state.call, self._state.replay = None, None, []
 

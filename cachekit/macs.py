@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,34 +32,47 @@ class Cost:
         return self.baseline_macs / self.macs if self.macs else 1.0
 
 
-def cost_of(attachment: Attachment, record: Record) -> Cost:
-    """Return what the calls of `record` cost, and what they would have cost uncached.
+@dataclass(frozen=True)
+class Forward:
+    """Hold what one forward of the denoiser did: multiply-accumulates, and which modules with weights ran."""
 
-    Calls with the same actions cost the same, so each distinct one is replayed once, in order, by the same
-    engine on a copy of the model that has shapes only.
-    """
+    macs: int
+    attention_macs: int
+    ran: frozenset[str]
+
+
+def cost_of(attachment: Attachment, record: Record) -> Cost:
+    """Return what the calls of `record` cost, and what they would have cost uncached."""
     from .engine import Attachment, remove
 
     twin = meta_copy(attachment.denoiser)
     remove(twin)
-    inputs = {batch: tree_map(_on_meta, arguments) for batch, arguments in record.inputs.items()}
-    with MacCounter(twin) as counter, torch.no_grad():
-        full = {batch: counter.count(twin, *arguments) for batch, arguments in inputs.items()}
-        with Attachment(twin, attachment.policies, attachment.catalog) as replica:
-            replica.install(twin)
-            per_call = _replay(replica, counter, record, inputs)
-    return Cost(sum(per_call), sum(full[batch] for batch, _ in record.calls), tuple(per_call))
+    inputs = {batch: tree_map(on_meta, arguments) for batch, arguments in record.inputs.items()}
+    full = {batch: count_forward(twin, *arguments).macs for batch, arguments in inputs.items()}
+    with Attachment(twin, attachment.policies, attachment.catalog) as replica:
+        replica.install(twin)
+        forwards, _ = replay(replica, record.calls, inputs, record.steps, record.guided)
+    per_call = tuple(forward.macs for forward in forwards)
+    return Cost(sum(per_call), sum(full[batch] for batch, _ in record.calls), per_call)
 
 
-def _replay(replica: Attachment, counter: MacCounter, record: Record, inputs: dict[int, Any]) -> list[int]:
+def replay(
+    attachment: Attachment, calls: Sequence[tuple[int, Row]], inputs: dict[int, Any], steps: int, guided: bool
+) -> tuple[list[Forward], int]:
+    """Return what each call (batch, row) does, and the peak of bytes kept.
+
+    Calls with the same batch and actions cost the same, so each distinct one runs once, in order, by the same
+    engine that drives a run. `inputs` maps a batch to the arguments (args, kwargs) of the uncached forward.
+    """
     distinct: dict[Any, tuple[int, Row]] = {}
-    for batch, row in record.calls:
+    for batch, row in calls:
         distinct.setdefault((batch, row.signature), (batch, row))
-    costs: dict[Any, int] = {}
-    with replica.replaying([row for _, row in distinct.values()], record):
+    found: dict[Any, Forward] = {}
+    with attachment.replaying([row for _, row in distinct.values()], steps, guided) as run:
         for key, (batch, _) in distinct.items():
-            costs[key] = counter.count(replica.denoiser, *inputs[batch])
-    return [costs[batch, row.signature] for batch, row in record.calls]
+            found[key] = count_forward(attachment.denoiser, *inputs[batch])
+        peak = run.store.peak_bytes
+    return [found[batch, row.signature] for batch, row in calls], peak
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
@@ -72,35 +86,33 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
     return copy.deepcopy(denoiser, memo)
 
 
-class MacCounter:
-    """Count what Linear and convolution modules of a model multiply, by hooks, while entered."""
+def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Forward:
+    """Return what one forward of `model` does; meant for the meta device, where it takes no time."""
+    from torch.utils.flop_counter import FlopCounterMode
 
-    def __init__(self, model: nn.Module) -> None:
-        """Count for `model`; the hooks live from `__enter__` to `__exit__`."""
-        self.total = 0
-        self._model = model
-        self._handles: list[Any] = []
+    macs, ran, handles = 0, set(), []
 
-    def __enter__(self) -> MacCounter:
-        """Put a hook on each layer that multiplies."""
-        for module in self._model.modules():
+    def watch(name: str, module: nn.Module) -> Any:
+        def count(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            nonlocal macs
+            ran.add(name)
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                self._handles.append(module.register_forward_hook(self._add))
-        return self
+                macs += macs_of_layer(module, inputs[0], output)
 
-    def __exit__(self, *exception: object) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
+        return module.register_forward_hook(count)
+
+    try:
+        for name, module in model.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                handles.append(watch(name, module))
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
             handle.remove()
-
-    def count(self, model: nn.Module, args: Any, kwargs: Any) -> int:
-        """Return the multiply-accumulates of one forward."""
-        self.total = 0
-        model(*args, **kwargs)
-        return self.total
-
-    def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.total += macs_of_layer(module, inputs[0], output)
+    products = flops.get_flop_counts().get("Global", {})
+    attention = sum(count for kind, count in products.items() if "attention" in str(kind)) // 2
+    return Forward(macs, attention, frozenset(ran))
 
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
@@ -113,5 +125,6 @@ def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
     return output.numel() * weight[0].numel()
 
 
-def _on_meta(tensor: Tensor) -> Tensor:
+def on_meta(tensor: Tensor) -> Tensor:
+    """Return a tensor of the same shape and dtype without memory."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -182,6 +182,7 @@ class Call:
             change = self.run.assignments[index].policy.on_branch_change
             narrowed = narrow_kept(split_kept(kept, branches), last, change)
             if narrowed is not None:
+                self.run.store.drop(index, branches)
                 branches, kept = last, narrowed
         self.run.store.put(index, branches, kept)
 

@@ -82,4 +82,4 @@ def _build(spec: str, policy: type[Policy], pairs: dict[str, str]) -> Policy:
 def _first(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     where = ".".join(str(part) for part in error["loc"])
-    return f"{where}={error['input']}: {message}" if where else message
+    return f"{where}={repr(error['input'])[1:-1]}: {message}" if where else message

@@ -30,7 +30,7 @@ class Store:
 
     def put(self, index: int, branches: Branches, kept: Any) -> None:
         """Keep, in place of what was kept for these branches before."""
-        self._drop((index, branches))
+        self.drop(index, branches)
         self._entries[index, branches] = kept
         self._bytes[index, branches] = size_in_bytes(kept)
         self.bytes += self._bytes[index, branches]
@@ -39,7 +39,7 @@ class Store:
     def clear(self) -> None:
         """Forget everything kept; the peak stays."""
         for key in list(self._entries):
-            self._drop(key)
+            self.drop(*key)
 
     def change_branches(self, branches: Branches, changes: list[BranchChange]) -> None:
         """Turn everything kept into what the remaining `branches` need, each by its policy's rule."""
@@ -48,7 +48,10 @@ class Store:
             if named:
                 kept_for.setdefault(index, set()).add(named)
         for index, present in kept_for.items():
-            if present == {branches}:
+            if branches in present:
+                # Kept in the form of these branches already, and never older than the rest.
+                for named in present - {branches}:
+                    self.drop(index, named)
                 continue
             narrowed = narrow_kept(self._take(index, present), branches, changes[index])
             if narrowed is not None:
@@ -58,13 +61,13 @@ class Store:
         parts: dict[str, Any] = {}
         for named in present:
             parts.update(split_kept(self._entries[index, named], named))
-            self._drop((index, named))
+            self.drop(index, named)
         return parts
 
-    def _drop(self, key: tuple[int, Branches]) -> None:
-        if key in self._entries:
-            del self._entries[key]
-            self.bytes -= self._bytes.pop(key)
+    def drop(self, index: int, branches: Branches) -> None:
+        """Forget what assignment `index` keeps for exactly these branches, if anything."""
+        if self._entries.pop((index, branches), None) is not None:
+            self.bytes -= self._bytes.pop((index, branches))
 
 
 def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Measure what cachekit claims; every command writes its figures as data."""

@@ -1,0 +1,169 @@
+"""Measure what attached policies cost beyond the work they plan, beside the published packages.
+
+`python -m benchmarks.overhead --model demo|sd15 --output FILE` alternates the contenders within one process and
+writes every time and the median ratios as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+
+import cachekit
+from cachekit.architectures import architecture
+from cachekit.demo import DEMO_GUIDANCE, heldout_captions
+
+STEPS = {"demo": 25, "sd15": 6}
+PIXELS = {"sd15": 256}
+Run = Callable[[], Any]
+
+
+def main() -> None:
+    """Read the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=sorted(STEPS), default="demo")
+    parser.add_argument("--rounds", type=int, default=0, help="pairs of runs per comparison; 0 chooses by model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rounds = options.rounds or {"demo": 25, "sd15": 5}[options.model]
+    results = measure(options.model, rounds)
+    for name, result in results.items():
+        print(f"{options.model}: {name}: {result['ratio']:.4f}")
+    append(options.output, options.model, results, options.threads)
+
+
+def append(output: Path, model: str, results: dict[str, Any], threads: int) -> None:
+    """Put this model's figures into the file, beside those of others."""
+    held = json.loads(output.read_text()) if output.exists() else {}
+    environment = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "threads": threads,
+    }
+    held[model] = {"steps": STEPS[model], "environment": environment, "comparisons": results}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(held, indent=1) + "\n")
+
+
+def measure(model: str, rounds: int) -> dict[str, Any]:
+    """Return the times and ratios of each comparison on one model."""
+    pipe, arguments = prepare(model)
+    return {
+        "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
+        "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
+        "cachekit deepcache / published DeepCache": compare(*deepcache(pipe, arguments), rounds),
+    }
+
+
+def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
+    """Return seconds of both in turn, after one warm-up each, and the median of the pairs' ratios."""
+    one(), other()
+    times: tuple[list[float], list[float]] = ([], [])
+    for round_ in range(rounds):
+        # Who goes first changes, so that a drift of the machine favours nobody.
+        order = (0, 1) if round_ % 2 else (1, 0)
+        for place in order:
+            start = time.perf_counter()
+            (one, other)[place]()
+            times[place].append(time.perf_counter() - start)
+    ratio = median(first / second for first, second in zip(*times))
+    return {"ratio": ratio, "seconds": [median(times[0]), median(times[1])], "times": times}
+
+
+def prepare(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+    """Return a pipeline and the arguments of a run that ends with latents."""
+    if model == "demo":
+        pipe = cachekit.demo_pipeline("unet")
+        given = {"prompt": heldout_captions(1, seed=0)[0], "guidance_scale": DEMO_GUIDANCE}
+    else:
+        pipe, given = true_size(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
+
+
+def true_size(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+    """Return a pipeline around the true architecture with random weights: right for times, not for images."""
+    known = architecture(model)
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8, 8, 8],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        norm_num_groups=4,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=known.build("cpu", torch.float32),
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    text = torch.randn(1, known.tokens, known.text_width)
+    side = PIXELS[model]
+    given = {"prompt_embeds": text, "negative_prompt_embeds": text.flip(1), "height": side, "width": side}
+    return pipe, given
+
+
+def no_op(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Return a run with all switches in place that change nothing, and the plain run."""
+    steps = arguments["num_inference_steps"]
+    attached, plain = twins(pipe)
+    cachekit.apply(attached, [f"tgate:m={steps}", "deepcache:interval=1", f"adaptive_guidance:m={steps}"])
+    return lambda: attached(**arguments), lambda: plain(**arguments)
+
+
+def tgate(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Return cachekit's TGATE and the published one on the same weights."""
+    from tgate import TgateSDLoader
+
+    gate = max(1, arguments["num_inference_steps"] * 2 // 5)
+    ours, theirs = twins(pipe)
+    cachekit.apply(ours, f"tgate:m={gate}")
+    published = TgateSDLoader(theirs)
+    schedule = {"gate_step": gate, "sp_interval": 1, "fi_interval": 1, "warm_up": 0}
+    return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
+
+
+def deepcache(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Return cachekit's DeepCache and the published helper on the same weights."""
+    from DeepCache import DeepCacheSDHelper
+
+    ours, theirs = twins(pipe)
+    cachekit.apply(ours, "deepcache:interval=3,branch=0")
+    helper = DeepCacheSDHelper(pipe=theirs)
+    helper.set_params(cache_interval=3, cache_branch_id=0)
+
+    def published() -> None:
+        helper.enable()
+        theirs(**arguments)
+        helper.disable()
+
+    return lambda: ours(**arguments), published
+
+
+def twins(pipe: StableDiffusionPipeline) -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
+    """Return two pipelines over equal modules that share every weight, so that both fit into memory."""
+    cachekit.remove(pipe)
+    memo = {id(weight): weight for part in (pipe.unet, pipe.vae) for weight in (*part.parameters(), *part.buffers())}
+    return pipe, copy.deepcopy(pipe, memo)
+
+
+if __name__ == "__main__":
+    main()

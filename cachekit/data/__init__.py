@@ -1,0 +1,1 @@
+"""Hold the data files of cachekit: the true architectures of published models."""

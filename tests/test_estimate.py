@@ -1,0 +1,105 @@
+"""The estimate runs the real engine on shapes alone, and gives the published figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import cachekit
+import pytest
+import tiny
+import torch
+from cachekit.architectures import architecture, architectures
+from cachekit.errors import CachekitError
+from diffusers import EulerDiscreteScheduler
+
+TABLES = json.loads((Path(__file__).parent.parent / "benchmarks" / "paper_tables.json").read_text())
+# One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
+CHOSEN = {
+    ("sd15", "tgate:m=5"),
+    ("sdxl", "tgate:m=13", "deepcache:interval=3,branch=1"),
+    ("lcm-sdxl", "tgate:m=1"),
+    ("pixart-alpha", "tgate:m=8"),
+    ("pixart-alpha", "adaptive_guidance:m=10"),
+    ("pixart-alpha", "tgate:m=15,sp_interval=3,fi_interval=1,warm_up=2"),
+    ("pixart-sigma",),
+    ("lcm-pixart", "tgate:m=2"),
+}
+ROWS = [row for row in TABLES["rows"] if (row["model"], *row["specs"]) in CHOSEN]
+# The papers' SD rows lie 0.04 % above an exact count.
+TOLERANCE = {"sd15": 5e-4, "sd21": 5e-4}
+
+
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: f"{row['model']}-{'+'.join(row['specs']) or 'plain'}-{row['steps']}"
+)
+def test_published_macs(row: dict) -> None:
+    found = cachekit.estimate(row["model"], row["specs"], num_inference_steps=row["steps"])
+    assert found.macs / 1e12 == pytest.approx(row["macs_T"], rel=TOLERANCE.get(row["model"], 1e-4))
+
+
+@pytest.mark.parametrize(("model", "specs", "macs"), TABLES["exact"])
+def test_exact_macs_of_one_branch(model: str, specs: list[str], macs: int) -> None:
+    last = cachekit.estimate(model, specs, num_inference_steps=2, guided=False).steps[-1]
+    assert last.macs == macs
+
+
+@pytest.mark.parametrize(("model", "before", "after"), TABLES["params"])
+def test_parameters_of_the_final_phase(model: str, before: int, after: int) -> None:
+    found = cachekit.estimate(model, "tgate:m=2", num_inference_steps=4)
+    assert (found.baseline_params, found.params) == (before, after)
+
+
+def test_deepcache_keeps_a_tenth_of_what_the_published_helper_keeps() -> None:
+    from DeepCache import DeepCacheSDHelper
+
+    unet, inputs = architecture("sdxl").build(), architecture("sdxl").inputs(2)
+    scheduler = EulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    helper = DeepCacheSDHelper(pipe=SimpleNamespace(unet=unet, scheduler=scheduler))
+    helper.set_params(cache_interval=2, cache_branch_id=0)
+    helper.enable()
+    inputs.pop("timestep")
+    with torch.no_grad():
+        unet(inputs.pop("sample"), scheduler.timesteps[0], **inputs)
+    kept = {id(t): t.numel() * t.element_size() for t in _tensors(helper.cached_output)}
+    ours = cachekit.estimate("sdxl", "deepcache:interval=2", num_inference_steps=4).cache_bytes
+    assert 0 < ours <= sum(kept.values()) / 10
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    values = tree.values() if isinstance(tree, dict) else tree
+    return [tensor for value in values for tensor in _tensors(value)]
+
+
+def test_a_pipeline_at_hand_gives_what_its_run_reports() -> None:
+    pipe = tiny.sd()
+    specs = ["tgate:m=3", "deepcache:interval=2"]
+    with cachekit.apply(pipe, specs) as attachment:
+        tiny.latents(pipe, steps=6)
+        report = attachment.report()
+    found = cachekit.estimate(pipe, specs, num_inference_steps=6, height=128, width=128)
+    assert found.baseline_macs > found.macs > 0
+    assert (len(found.steps), found.cache_bytes > 0) == (6, True)
+    ratio = found.macs / found.baseline_macs
+    assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
+
+
+def test_estimating_leaves_the_pipeline_as_it_was() -> None:
+    pipe = tiny.sd()
+    before = tiny.latents(pipe)
+    cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=4)
+    assert torch.equal(before, tiny.latents(pipe))
+
+
+def test_unknown_model_names_the_nearest() -> None:
+    with pytest.raises(CachekitError, match="unknown model 'sdlx'.*did you mean 'sdxl'"):
+        cachekit.estimate("sdlx", "tgate:m=2")
+
+
+def test_every_architecture_builds_on_meta() -> None:
+    for known in architectures().values():
+        assert all(parameter.is_meta for parameter in known.build().parameters())

@@ -84,7 +84,7 @@ def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
     return {"ratio": ratio, "seconds": [median(times[0]), median(times[1])], "times": times}
 
 
-def prepare(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+def prepare(model: str) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline and the arguments of a run that ends with latents."""
     if model == "demo":
         pipe = cachekit.demo_pipeline("unet")
@@ -95,7 +95,7 @@ def prepare(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
 
 
-def true_size(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
+def true_size(model: str) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline around the true architecture with random weights: right for times, not for images."""
     known = architecture(model)
     torch.manual_seed(0)
@@ -121,7 +121,7 @@ def true_size(model: str) -> tuple[StableDiffusionPipeline, dict[str, Any]]:
     return pipe, given
 
 
-def no_op(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     """Return a run with all switches in place that change nothing, and the plain run."""
     steps = arguments["num_inference_steps"]
     attached, plain = twins(pipe)
@@ -129,7 +129,7 @@ def no_op(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run
     return lambda: attached(**arguments), lambda: plain(**arguments)
 
 
-def tgate(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     """Return cachekit's TGATE and the published one on the same weights."""
     from tgate import TgateSDLoader
 
@@ -141,7 +141,7 @@ def tgate(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run
     return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
 
 
-def deepcache(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple[Run, Run]:
+def deepcache(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     """Return cachekit's DeepCache and the published helper on the same weights."""
     from DeepCache import DeepCacheSDHelper
 
@@ -158,7 +158,7 @@ def deepcache(pipe: StableDiffusionPipeline, arguments: dict[str, Any]) -> tuple
     return lambda: ours(**arguments), published
 
 
-def twins(pipe: StableDiffusionPipeline) -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
+def twins(pipe: Any) -> tuple[Any, Any]:
     """Return two pipelines over equal modules that share every weight, so that both fit into memory."""
     cachekit.remove(pipe)
     memo = {id(weight): weight for part in (pipe.unet, pipe.vae) for weight in (*part.parameters(), *part.buffers())}

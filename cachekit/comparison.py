@@ -274,13 +274,14 @@ def _measure(bench: _Bench, rows: list[Row], prompt: str, seed: int, judge: Judg
 def _likeness(image: Image, reference: Image) -> tuple[float, float]:
     """Return PSNR and SSIM of 8-bit colour images."""
     import numpy as np
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    import skimage.metrics
 
+    metrics: Any = skimage.metrics
     pixels, wanted = np.asarray(image), np.asarray(reference)
     if np.array_equal(pixels, wanted):
         return math.inf, 1.0
-    ssim = structural_similarity(wanted, pixels, channel_axis=-1, data_range=255)
-    return float(peak_signal_noise_ratio(wanted, pixels, data_range=255)), float(ssim)
+    ssim = metrics.structural_similarity(wanted, pixels, channel_axis=-1, data_range=255)
+    return float(metrics.peak_signal_noise_ratio(wanted, pixels, data_range=255)), float(ssim)
 
 
 @contextmanager

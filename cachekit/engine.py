@@ -17,11 +17,10 @@ from .clock import Clock, count_steps
 from .errors import AdapterError, AttachmentError
 from .guidance import (
     Observation,
+    branch_order,
     by_branch,
-    check_batch,
     first_tensor,
     is_guided,
-    looks_guided,
     pick,
     spread,
 )
@@ -271,13 +270,8 @@ class Attachment:
         run.signature = signature
 
     def _order(self, sample: Tensor) -> Branches:
-        pipeline = self._state.pipeline
-        guided = is_guided(*pipeline) if pipeline else None
-        if guided is None:
-            guided = looks_guided(sample)
-        if guided:
-            check_batch(sample, self.layout.order, type(self.denoiser).__name__)
-        return self.layout.order if guided else ("cond",)
+        told = is_guided(*self._state.pipeline) if self._state.pipeline else None
+        return branch_order(told, sample, self.layout, type(self.denoiser).__name__)
 
     def _scheduler(self) -> Any:
         pipe = self._state.pipeline[0] if self._state.pipeline else next(iter(self._pipes), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,47 +15,73 @@ if TYPE_CHECKING:
 
 __all__ = ["picture_grid"]
 
-_CAPTION, _HEAD, _GAP, _FONT = 190, 58, 10, 12
+_CAPTION, _GAP, _MARK, _LINE = 190, 12, 14, 16
 _INK, _GOOD, _BAD = (30, 30, 30), (20, 140, 60), (200, 40, 40)
 
 
 def picture_grid(comparison: Comparison, cell: int = 128) -> Image.Image:
     """Return the images of a comparison side by side, each `cell` pixels wide."""
-    columns, rows = len(comparison.rows), len(comparison.prompts)
-    size = (_CAPTION + columns * (cell + _GAP), _HEAD + rows * (cell + _GAP))
-    picture = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT)
-    for column, row in enumerate(comparison.rows):
-        left = _CAPTION + column * (cell + _GAP)
-        _write(pen, (left, _GAP), comparison.label(row).replace(" + ", " +\n"), font, cell)
+    font = ImageFont.load_default(_LINE - 4)
+    labels = [_wrapped(comparison.label(row), font, cell + _MARK) for row in comparison.rows]
+    captions = [_wrapped(prompt, font, _CAPTION - 2 * _GAP) for prompt in comparison.prompts]
+    grid = _Grid(
+        cell=cell,
+        head=_GAP + _LINE * max(len(lines) for lines in labels),
+        height=_GAP + max(cell, *(_LINE * len(lines) for lines in captions)),
+    )
+    picture = Image.new("RGB", grid.corner(len(labels), len(captions)), "white")
+    pen = ImageDraw.Draw(picture)
+    for column, (row, lines) in enumerate(zip(comparison.rows, labels)):
+        _write(pen, (grid.corner(column, 0)[0], _GAP), lines, font)
         for line, sample in enumerate(row.samples):
-            _paste(picture, sample, (left, _HEAD + line * (cell + _GAP)), cell)
-    for line, prompt in enumerate(comparison.prompts):
-        _write(pen, (_GAP, _HEAD + line * (cell + _GAP)), prompt, font, _CAPTION - 2 * _GAP)
+            _paste(picture, pen, sample, grid.corner(column, line), cell)
+    for line, caption in enumerate(captions):
+        _write(pen, (_GAP, grid.corner(0, line)[1]), caption, font)
     return picture
 
 
-def _paste(picture: Image.Image, sample: Sample, corner: tuple[int, int], cell: int) -> None:
-    height = round(cell * sample.image.height / sample.image.width)
-    enlarges = cell > sample.image.width
-    resampling = Image.Resampling.NEAREST if enlarges else Image.Resampling.LANCZOS
-    picture.paste(sample.image.convert("RGB").resize((cell, min(height, cell)), resampling), corner)
+@dataclass(frozen=True)
+class _Grid:
+    """Say where things lie: the head's height, and the width and height of a cell."""
+
+    cell: int
+    head: int
+    height: int
+
+    def corner(self, column: int, line: int) -> tuple[int, int]:
+        """Return the upper left corner of a cell; a mark stands to the right of its image."""
+        return (_CAPTION + column * (self.cell + _MARK + _GAP), _GAP + self.head + line * self.height)
+
+
+def _paste(picture: Image.Image, pen: ImageDraw.ImageDraw, sample: Sample, corner: tuple[int, int], cell: int) -> None:
+    image = sample.image.convert("RGB")
+    scale = cell / max(image.size)
+    resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    picture.paste(image.resize((round(image.width * scale), round(image.height * scale)), resampling), corner)
     if sample.shown is not None:
-        _mark(ImageDraw.Draw(picture), sample.shown, (corner[0] + cell - 22, corner[1] + cell - 22))
+        _mark(pen, sample.shown, (corner[0] + cell + 3, corner[1] + 2))
 
 
 def _mark(pen: ImageDraw.ImageDraw, good: bool, corner: tuple[int, int]) -> None:
-    """Draw a check mark or a cross as lines: the built-in font has neither."""
+    """Draw a check mark or a cross of lines: the built-in font has neither."""
     x, y = corner
-    pen.rectangle((x, y, x + 20, y + 20), fill="white", outline=_GOOD if good else _BAD)
     if good:
-        pen.line((x + 4, y + 10, x + 8, y + 15, x + 16, y + 5), fill=_GOOD, width=3)
+        pen.line((x, y + 6, x + 4, y + 11, x + 12, y), fill=_GOOD, width=3)
     else:
-        pen.line((x + 5, y + 5, x + 15, y + 15), fill=_BAD, width=3)
-        pen.line((x + 15, y + 5, x + 5, y + 15), fill=_BAD, width=3)
+        pen.line((x, y, x + 11, y + 11), fill=_BAD, width=3)
+        pen.line((x + 11, y, x, y + 11), fill=_BAD, width=3)
 
 
-def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, font: Font, width: int) -> None:
-    letters = max(1, int(width / font.getlength("n")))
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, letters)]
-    pen.multiline_text(corner, "\n".join(lines), fill=_INK, font=font)
+def _wrapped(text: str, font: Font, width: int) -> list[str]:
+    """Return lines no wider than `width`, broken after spaces and the separators of specs."""
+    lines = [""]
+    for piece in re.findall(r"[^ :,]*[ :,]*", text):
+        if lines[-1] and font.getlength((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return lines
+
+
+def _write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], lines: list[str], font: Font) -> None:
+    for number, line in enumerate(lines):
+        pen.text((corner[0], corner[1] + number * _LINE), line, fill=_INK, font=font)

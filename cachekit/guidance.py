@@ -82,21 +82,37 @@ def is_guided(pipe: Any, arguments: Mapping[str, Any]) -> bool | None:
     return None if scale is None else bool(scale > 1)
 
 
-def looks_guided(sample: Tensor) -> bool:
-    """Tell whether both halves of a batch are the same latents: what a bare sampling loop hands over."""
-    if sample.shape[0] % 2 or sample.device.type == "meta":
+def branches_share(sample: Tensor, layout: Layout) -> bool:
+    """Tell whether a batch holds the same latents once per branch, as batched guidance does.
+
+    Where the condition is an image, it fills the second half of the sample's channels and differs.
+    """
+    count = len(layout.order)
+    if sample.shape[0] % count:
         return False
-    first, second = sample.chunk(2)
-    return bool(torch.equal(first, second))
+    if sample.is_meta:
+        return True
+    if layout.condition == "image":
+        sample = sample.narrow(2, 0, sample.shape[2] // 2)
+    first, *others = sample.chunk(count)
+    return all(torch.equal(first, other) for other in others)
 
 
-def check_batch(sample: Tensor, order: Branches, name: str) -> None:
-    """Raise `GuidanceError` when a batch cannot hold these branches."""
-    if sample.shape[0] % len(order):
+def branch_order(told: bool | None, sample: Tensor, layout: Layout, name: str) -> Branches:
+    """Return the branches of a batch: what the pipeline told, checked against the latents themselves.
+
+    A bare loop tells nothing (None): then equal parts of the batch are its branches. Raise `GuidanceError` where
+    a guided pipeline's batch is something else (three branches, a call per branch): guessing would mix images.
+    """
+    if told is False:
+        return ("cond",)
+    shared = branches_share(sample, layout)
+    if told and not shared:
         raise GuidanceError(
-            f"{name}: a guided batch of {sample.shape[0]} does not divide into {len(order)} branches"
-            f" ({', '.join(order)}); this pipeline's guidance is not supported, call cachekit.remove(pipe)"
+            f"{name}: a guided batch of {sample.shape[0]} is not {' and '.join(layout.order)} over the same latents;"
+            " this pipeline's guidance is not supported, call cachekit.remove(pipe)"
         )
+    return layout.order if shared else ("cond",)
 
 
 def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:

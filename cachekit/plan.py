@@ -72,18 +72,20 @@ def _refuse_clash(policy: Policy, target: Target, found: Iterable[Assignment]) -
 
 
 def _clash(one: Target, other: Target) -> bool:
-    if isinstance(one, Region) and isinstance(other, Region):
-        return one.covers(other.exit) or other.covers(one.exit)
-    if isinstance(one, Region) or isinstance(other, Region):
-        return False
+    if one.kind is Kind.BLOCK and other.kind is Kind.BLOCK:
+        return one.covers(_last(other)) or other.covers(_last(one))
     return one.name == other.name
+
+
+def _last(target: Target) -> str:
+    return target.exit if isinstance(target, Region) else target.name
 
 
 class Composer:
     """Compose rows step by step; the same code makes the printed plan and drives the run.
 
-    Rank is guidance, then regions, then single sites. A step on which a policy must STORE a site is a step
-    on which no region around it is reused. A change of branches restarts the schedules that ask for it.
+    Rank is guidance, then blocks, then the sites inside. A step on which a policy must STORE a site is a step on
+    which no block or region around it is reused. A change of branches restarts the schedules that ask for it.
     """
 
     def __init__(self, assignments: Sequence[Assignment], steps: int, order: Branches) -> None:
@@ -95,9 +97,9 @@ class Composer:
         self.narrowed_by = -1
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Action | None]] = {}
-        self._regions = [i for i, a in enumerate(assignments) if isinstance(a.target, Region)]
+        self._blocks = [i for i, a in enumerate(assignments) if a.target.kind is Kind.BLOCK]
         self._guidance = [i for i, a in enumerate(assignments) if a.target is GUIDANCE]
-        self._inside = {i: self._covered(i) for i in self._regions}
+        self._inside = {i: self._covered(i) for i in self._blocks}
 
     def row(self, step: int, decide: Decide) -> Row:
         """Return the row of `step`; steps are asked for in order, each once."""
@@ -124,8 +126,8 @@ class Composer:
             bound = self.assignments[index]
             moments = (Moment(step, self.steps, origin) for step in range(origin, self.steps))
             actions = [bound.policy.action(bound.target, at) for at in moments]
-            keeps_for_later = bound.target is GUIDANCE
-            self._schedules[index, origin] = actions if keeps_for_later else _without_idle_stores(actions)
+            every_store_counts = bound.target is GUIDANCE or bound.policy.keeps_history
+            self._schedules[index, origin] = actions if every_store_counts else _without_idle_stores(actions)
         return self._schedules[index, origin]
 
     def _narrow(self, cells: list[Action | None]) -> None:
@@ -156,7 +158,7 @@ class Composer:
         return refreshed
 
     def _force_full(self, cells: list[Action | None], step: int) -> None:
-        for index in self._regions:
+        for index in self._blocks:
             if cells[index] not in (Action.REUSE, None):
                 continue
             if any(cells[inner] is Action.STORE for inner in self._inside[index]):

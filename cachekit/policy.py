@@ -68,6 +68,8 @@ class Policy(BaseModel):
     paper: ClassVar[str] = ""
     kinds: ClassVar[frozenset[Kind]] = frozenset()
     on_branch_change: ClassVar[BranchChange] = BranchChange.REMAINING
+    #: Set where `to_keep` builds on what was kept before: then a STORE that no REUSE reads is not idle.
+    keeps_history: ClassVar[bool] = False
 
     # -- which places -------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from .clock import Clock
 from .guidance import Layout
 from .plan import Assignment, Branches, Composer, Plan, Row
 from .policy import Action, Moment
-from .sites import GUIDANCE, Region
+from .sites import GUIDANCE, Kind, Region
 from .store import Store, narrow_kept, split_kept
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class Run:
         self.probed: dict[tuple[str, Branches], dict[str, Any]] = {}
         self.order: Branches = _ALONE
         self.signature: tuple[Any, ...] = ()
-        self._regions = [i for i, bound in enumerate(assignments) if isinstance(bound.target, Region)]
+        self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
 
     def begin(self, plan: Plan, order: Branches, steps: int) -> None:
         """Begin with the plan of `steps` steps over the branches in `order`."""
@@ -130,9 +130,9 @@ class Run:
         return bound.policy.decide(bound.target, at, self.memories[bound.policy.name])
 
     def begin_call(self, step: int) -> Call:
-        """Return the call of `step`, with every region that has nothing to reuse turned into STORE."""
+        """Return the call of `step`, with every block that has nothing to reuse turned into STORE."""
         call = Call(self, self.row(step))
-        for index in self._regions:
+        for index in self._blocks:
             if call.actions[index] is Action.REUSE and self.store.get(index, call.branches) is None:
                 call.miss(index)
                 call.actions[index] = Action.STORE

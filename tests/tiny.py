@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,18 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 TOKENS, WIDTH = 7, 16
 
 
+def reproducible(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Make `make` draw the same random numbers at every call, and leave the global generator alone."""
+
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return make(*args, **kwargs)
+
+    return made
+
+
 def seeded(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Draw all weights anew, large enough that every layer matters."""
     generator = torch.Generator().manual_seed(seed)
@@ -39,6 +52,7 @@ def seeded(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+@reproducible
 def vae() -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=[8, 8],
@@ -49,6 +63,7 @@ def vae() -> AutoencoderKL:
     )
 
 
+@reproducible
 def unet(**changes: Any) -> UNet2DConditionModel:
     """SD's structure: four resolutions, two layers each, cross-attention in all but the lowest."""
     config: dict[str, Any] = {
@@ -64,6 +79,7 @@ def unet(**changes: Any) -> UNet2DConditionModel:
     return seeded(UNet2DConditionModel(**{**config, **changes}))
 
 
+@reproducible
 def sd(**changes: Any) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline(
         vae=vae(),
@@ -81,6 +97,7 @@ def sd(**changes: Any) -> StableDiffusionPipeline:
     return pipe
 
 
+@reproducible
 def sdxl() -> StableDiffusionXLPipeline:
     model = UNet2DConditionModel(
         sample_size=16,
@@ -112,6 +129,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     return pipe
 
 
+@reproducible
 def pixart(sigma: bool = False) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     transformer = PixArtTransformer2DModel(
         sample_size=16,
@@ -137,6 +155,7 @@ def pixart(sigma: bool = False) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     return pipe
 
 
+@reproducible
 def dit() -> DiTPipeline:
     transformer = DiTTransformer2DModel(
         sample_size=8,
@@ -153,6 +172,7 @@ def dit() -> DiTPipeline:
     return pipe
 
 
+@reproducible
 def svd() -> StableVideoDiffusionPipeline:
     model = UNetSpatioTemporalConditionModel(
         sample_size=8,

@@ -36,11 +36,10 @@ class Gated(Policy):
 
     def select(self, sites: SiteMap) -> Sequence[Target]:
         """Return guidance and cross-attention, and self-attention where an interval reuses it."""
-        found = super().select(sites)
-        if not any(site.kind is Kind.CROSS_ATTENTION for site in found):
+        if not sites.of(Kind.CROSS_ATTENTION):
             raise self._refusal(sites)
         reuses = self.self_attention[:2] != (1, 1)
-        return [site for site in found if site.kind is not Kind.SELF_ATTENTION or reuses]
+        return [site for site in sites.of(*self.kinds) if site.kind is not Kind.SELF_ATTENTION or reuses]
 
     def action(self, target: Target, at: Moment) -> Action:
         """Return the action of section 4.2, and of self-attention in the second version."""

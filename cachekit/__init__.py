@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapter import Adapter as Adapter
+    from .adapter import Layout as Layout
     from .catalog import Catalog as Catalog
     from .demo import demo_pipeline as demo_pipeline
     from .engine import Attachment as Attachment
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from .errors import CachekitError as CachekitError
     from .estimate import Estimate as Estimate
     from .estimate import estimate as estimate
-    from .guidance import Layout as Layout
     from .guidance import Observation as Observation
     from .hookspecs import hookimpl as hookimpl
     from .listing import adapters as adapters
@@ -42,7 +42,7 @@ _HOME = {
     "Estimate": "estimate",
     "GUIDANCE": "sites",
     "Kind": "sites",
-    "Layout": "guidance",
+    "Layout": "adapter",
     "Moment": "policy",
     "Observation": "guidance",
     "Policy": "policy",

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+from .plan import Branches
 from .sites import SiteMap
 
-if TYPE_CHECKING:
-    from .guidance import Layout
+
+@dataclass(frozen=True)
+class Layout:
+    """Say how the branches of a guided call lie in the batch.
+
+    `order` is their order along dimension 0; `condition` tells where the condition enters ("text", or
+    "image" where the image latents are part of the sample); `unbatched` are parameters of the denoiser that
+    never have a batch dimension, whatever their first size is.
+    """
+
+    order: Branches = ("uncond", "cond")
+    condition: str = "text"
+    unbatched: frozenset[str] = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
 
 
 class Adapter(Protocol):

@@ -9,23 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter import Layout
 from .errors import GuidanceError
 from .plan import Branches
 from .tree import tensors, tree_map
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Say how the branches of a guided call lie in the batch.
-
-    `order` is their order along dimension 0; `condition` tells where the condition enters ("text", or
-    "image" where the image latents are part of the sample); `unbatched` are parameters of the denoiser that
-    never have a batch dimension, whatever their first size is.
-    """
-
-    order: Branches = ("uncond", "cond")
-    condition: str = "text"
-    unbatched: frozenset[str] = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .sites import Kind, Site
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def module_sites(denoiser: nn.Module) -> Iterator[Site]:

@@ -240,7 +240,7 @@ def _mark_narrowing_stores(rows: Sequence[Row]) -> None:
     later: dict[int, Branches] = {}
     for row in reversed(rows):
         for index, action in enumerate(row.actions):
-            if action is Action.REUSE:
-                later[index] = row.branches
-            elif action is Action.STORE and len(later.get(index, row.branches)) < len(row.branches):
+            if action is Action.STORE and len(later.get(index, row.branches)) < len(row.branches):
                 row.last_branches[index] = later[index]
+            if action in (Action.STORE, Action.REUSE):
+                later[index] = row.branches

@@ -15,7 +15,8 @@ from .sites import Kind, SiteMap, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .guidance import Layout, Observation
+    from .adapter import Layout
+    from .guidance import Observation
 
     Streams = tuple[Tensor, ...]
 

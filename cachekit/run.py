@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .adapter import Layout
 from .clock import Clock
-from .guidance import Layout
 from .plan import Assignment, Branches, Composer, Plan, Row
 from .policy import Action, Moment
 from .sites import GUIDANCE, Kind, Region

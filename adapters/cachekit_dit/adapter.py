@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from cachekit.guidance import Layout
+from cachekit.adapter import Layout
 from cachekit.modules import kind_of, module_sites
 from cachekit.sites import Kind, Site, SiteMap
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _STREAMS = ("encoder_hidden_states", "hidden_states")
 
@@ -24,7 +25,7 @@ class DiTAdapter:
     def matches(self, denoiser: Any) -> bool:
         """Tell whether there is a chain of blocks."""
         is_unet = hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
-        return isinstance(denoiser, nn.Module) and not is_unet and any(True for _ in _chains(denoiser))
+        return hasattr(denoiser, "named_children") and not is_unet and any(True for _ in _chains(denoiser))
 
     def sites(self, denoiser: Any) -> SiteMap:
         """Return attention and feed-forward sites, and each block as a site and in its chain."""
@@ -43,6 +44,8 @@ class DiTAdapter:
 
 
 def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
+    from torch import nn
+
     for name, child in denoiser.named_children():
         if isinstance(child, nn.ModuleList) and len(child) and _holds_attention(child[0]):
             yield name, child

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
-from cachekit.guidance import Layout
+from cachekit.adapter import Layout
 from cachekit.modules import module_sites
 from cachekit.sites import Kind, Region, Site, SiteMap
 
@@ -23,6 +21,8 @@ class UNetAdapter:
 
     def matches(self, denoiser: Any) -> bool:
         """Tell whether the paired block lists are there."""
+        from torch import nn
+
         return all(isinstance(getattr(denoiser, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks"))
 
     def sites(self, denoiser: Any) -> SiteMap:

@@ -11,7 +11,7 @@ from cachekit.policy import Action, Moment, Policy
 from cachekit.sites import Kind, Target
 
 if TYPE_CHECKING:
-    from cachekit.guidance import Layout
+    from cachekit.adapter import Layout
 
 
 class NullText(Policy):

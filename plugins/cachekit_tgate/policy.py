@@ -11,7 +11,7 @@ from cachekit.policy import Action, BranchChange, Moment, Policy
 from cachekit.sites import Kind, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.guidance import Layout
+    from cachekit.adapter import Layout
 
 Keep = Literal["auto", "cond", "uncond"]
 

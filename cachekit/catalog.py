@@ -65,13 +65,22 @@ class Catalog:
 
     def check_plan(self, plan: Plan) -> None:
         """Raise `ConflictError` with the first reason that a plugin gives against `plan`."""
-        for reasons in self.manager.hook.cachekit_check_plan(plan=plan):
-            for reason in reasons:
-                raise ConflictError(reason)
+        try:
+            answers = self.manager.hook.cachekit_check_plan(plan=plan)
+        except Exception as error:
+            raise PluginError(
+                f"a plugin failed in cachekit_check_plan: {_one_line(error)}; see cachekit doctor"
+            ) from error
+        for reason in (reason for reasons in answers for reason in reasons):
+            raise ConflictError(reason)
 
     def run_finished(self, report: Any) -> None:
-        """Tell every plugin that a run has ended."""
-        self.manager.hook.cachekit_run_finished(report=report)
+        """Tell every plugin that a run has ended; one that fails is warned of, for the images are made."""
+        try:
+            self.manager.hook.cachekit_run_finished(report=report)
+        except Exception as error:  # noqa: BLE001 - a plugin must not cost the user an image
+            warning = f"a plugin failed in cachekit_run_finished: {_one_line(error)}"
+            warnings.warn(warning, PluginWarning, stacklevel=2)
 
 
 def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog:

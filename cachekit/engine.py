@@ -144,7 +144,9 @@ class Attachment:
 
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        fresh: dict[str, Any] = {"_pipes": weakref.WeakSet(), "_last": None, "_plans": {}, "catalog": self.catalog}
+        fresh: dict[str, Any] = {"_pipes": weakref.WeakSet(), "_last": None, "_plans": {}}
+        # What never changes is shared; `GUIDANCE` must stay itself.
+        fresh |= {name: vars(self)[name] for name in ("catalog", "policies", "assignments", "sites", "layout")}
         for name, value in vars(self).items():
             vars(twin)[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
         return twin

@@ -1,0 +1,109 @@
+"""Put measured figures into the documents, between their markers: `python -m benchmarks.readme`.
+
+Run after `cachekit demo` and `python -m benchmarks.overhead`; a test checks that no document is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "cachekit" / "demo" / "weights" / "unet" / "figures.json"
+
+
+def main() -> None:
+    """Keep the demo's files with the results, then fill every marker."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--demo", type=Path, help="folder written by `cachekit demo`; without it the kept one is used")
+    options = parser.parse_args()
+    if options.demo:
+        keep_demo(options.demo)
+    for document, text in filled().items():
+        document.write_text(text)
+        print(f"wrote {document.relative_to(ROOT)}")
+
+
+def keep_demo(folder: Path) -> None:
+    """Copy the demo's table and pictures to where the documents find them."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for name in ("table.md", "table.json"):
+        shutil.copy(folder / name, RESULTS / f"demo-{name}")
+    shutil.copy(folder / "pictures.png", ROOT / "docs" / "demo.png")
+
+
+def filled() -> dict[Path, str]:
+    """Return each document with markers as it should read."""
+    parts = {
+        "demo table": demo_table(),
+        "overhead table": overhead_table(),
+        "model figures": model_figures(),
+        "paper table": paper_table(),
+    }
+    documents = {}
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = document.read_text()
+        if "<!-- " in text:
+            documents[document] = fill(text, parts)
+    return documents
+
+
+def fill(text: str, parts: dict[str, str]) -> str:
+    """Return `text` with what stands between `<!-- name: begin -->` and `<!-- name: end -->` replaced."""
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin in text and part:
+            head, rest = text.split(begin, 1)
+            text = f"{head}{begin}\n{part.strip()}\n{end}{rest.split(end, 1)[1]}"
+    return text
+
+
+def demo_table() -> str:
+    """Return the demo's table."""
+    table = RESULTS / "demo-table.md"
+    return table.read_text() if table.exists() else ""
+
+
+def overhead_table() -> str:
+    """Return the overhead comparisons of every model measured."""
+    source = RESULTS / "overhead.json"
+    if not source.exists():
+        return ""
+    lines = ["| model | comparison | seconds | ratio of wall times |", "| --- | --- | ---: | ---: |"]
+    for model, held in json.loads(source.read_text()).items():
+        for name, result in held["comparisons"].items():
+            seconds = " / ".join(f"{value:.3f}" for value in result["seconds"])
+            lines.append(f"| {model}, {held['steps']} steps | {name} | {seconds} | {result['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def paper_table() -> str:
+    """Return the published multiply-accumulates beside ours."""
+    source = RESULTS / "paper.json"
+    if not source.exists():
+        return ""
+    lines = ["| table | row | paper (T) | cachekit (T) | ratio |", "| --- | --- | ---: | ---: | ---: |"]
+    for row in json.loads(source.read_text()):
+        figures = f"{row['paper']:.3f} | {row['ours']:.3f} | {row['ratio']:.5f}"
+        lines.append(f"| {row['table']} | {row['name']} | {figures} |")
+    return "\n".join(lines)
+
+
+def model_figures() -> str:
+    """Return what the embedded model reaches."""
+    if not FIGURES.exists():
+        return ""
+    figures: dict[str, Any] = json.loads(FIGURES.read_text())
+    lines = ["| sampling | captions shown | standard error | images |", "| --- | ---: | ---: | ---: |"]
+    for row in figures["rows"]:
+        shown, error = 100 * row["shown"], 100 * row["standard_error"]
+        lines.append(f"| {row['name']} | {shown:.1f} % | {error:.1f} | {row['n']} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,87 +2,115 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Identify one timestep: by its place in a table of timesteps, a scheduler's step index, or its value.
+
+    `place` rises from step to step within one `table`; `source` is held so that the table's address is not used
+    again while it is compared.
+    """
+
+    kind: str
+    place: float
+    table: int = 0
+    index: int | None = None
+    source: Any = None
+
+    def same_step(self, other: Mark | None) -> bool:
+        """Tell whether both belong to one iteration of the loop."""
+        return other is not None and self._key() == other._key()
+
+    def begins_after(self, other: Mark) -> bool:
+        """Tell whether this can only be a new run: other timesteps, or one that lies before the last."""
+        return (self.kind, self.table) != (other.kind, other.table) or self.place < other.place
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.kind, self.table, self.place, self.index)
 
 
 class Clock:
-    """Count the steps of a pipeline's loop.
+    """Count the steps of a pipeline's loop; within a step any number of calls may follow.
 
-    A timestep that is a view of the scheduler's own table is recognised by its place in the table, which is
-    exact for schedulers that repeat timesteps (Heun, KDPM2) or add calls (PNDM), and needs no transfer. Other
-    timesteps are told apart by the scheduler's step index, or by value where there is none. Within a step any
-    number of calls may follow.
+    A timestep that is one entry of a longer table is recognised by its place there, which is exact for
+    schedulers that repeat timesteps (Heun, KDPM2) or add calls (PNDM), and needs no transfer. Within a pipeline's
+    call others are told apart by the scheduler's step index; all else by value.
     """
 
     def __init__(self, exact: bool) -> None:
         """Start before the first call; `exact` says that somebody else ends the run (a pipeline's call)."""
         self.exact = exact
         self.step = -1
-        self.first_place = 0
-        self._table: Any = None
-        self._mark: tuple[str, Any] | None = None
+        self.first: Mark | None = None
+        self._last: Mark | None = None
 
-    def starts_anew(self, timestep: Any, scheduler: Any) -> bool:
-        """Tell whether this call belongs to a new run: new timesteps, or a timestep that rises."""
-        if self.exact or self.step < 0:
-            return False
-        if getattr(scheduler, "timesteps", None) is not self._table:
-            return True
-        kind, value = self._mark_of(timestep, scheduler)
-        return self._mark is None or kind != self._mark[0] or _rank(value) < _rank(self._mark[1])
+    def starts_anew(self, timestep: Any) -> bool:
+        """Tell whether this call belongs to a new run."""
+        return not self.exact and self._last is not None and mark_of(timestep, None).begins_after(self._last)
 
     def tick(self, timestep: Any, scheduler: Any) -> int:
-        """Return the 0-based step that this call belongs to."""
-        mark = self._mark_of(timestep, scheduler)
-        if self.step < 0:
-            self._table = getattr(scheduler, "timesteps", None)
-            self.first_place = mark[1] if mark[0] == "place" else 0
-        if mark != self._mark:
+        """Return the 0-based step that this call belongs to; `scheduler` counts only where the run is exact."""
+        mark = mark_of(timestep, scheduler if self.exact else None)
+        if not mark.same_step(self._last):
             self.step += 1
-            self._mark = mark
+            self._last = mark
+        self.first = self.first or mark
         return self.step
 
-    def _mark_of(self, timestep: Any, scheduler: Any) -> tuple[str, Any]:
-        if not isinstance(timestep, torch.Tensor):
-            return ("value", (-float(timestep), _step_index(scheduler)))
-        table = getattr(scheduler, "timesteps", None)
-        if isinstance(table, torch.Tensor) and _is_view(timestep, table):
-            return ("place", timestep.storage_offset() - table.storage_offset())
-        index = _step_index(scheduler)
-        if self.exact and index is not None:
-            return ("index", index)
-        return ("value", (-float(timestep.reshape(-1)[0]), index))
+
+def mark_of(timestep: Any, scheduler: Any) -> Mark:
+    """Return the mark of what a denoiser is given as timestep: a tensor of any shape, or a number."""
+    if not isinstance(timestep, Tensor):
+        return Mark("value", -float(timestep), index=_step_index(scheduler))
+    storage = timestep.untyped_storage()
+    if is_entry(timestep):
+        return Mark("entry", int(timestep.storage_offset()), storage.data_ptr(), source=timestep)
+    index = _step_index(scheduler)
+    if index is not None:
+        return Mark("index", index)
+    return Mark("value", -float(timestep.reshape(-1)[0]))
 
 
-def count_steps(pipe: Any, clock: Clock, scheduler: Any, timestep: Any) -> int:
-    """Return the number of iterations of the loop that has just begun.
+def is_entry(timestep: Tensor) -> bool:
+    """Tell whether a tensor is one entry of a longer table, perhaps expanded over the batch."""
+    one_place = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride()))
+    return one_place and not timestep.is_meta and table_length(timestep) > 1
 
-    The pipeline's own count comes first (image-to-image shortens the loop), then the scheduler's table from
-    the first timestep on, then the timestep's own storage.
+
+def table_length(timestep: Tensor) -> int:
+    """Return the number of entries of the table that a timestep lies in."""
+    return int(timestep.untyped_storage().nbytes() // timestep.element_size())
+
+
+def shares_table(timestep: Any, scheduler: Any) -> bool:
+    """Tell whether a timestep is an entry of this scheduler's table."""
+    table = getattr(scheduler, "timesteps", None)
+    if not (isinstance(table, Tensor) and isinstance(timestep, Tensor)) or table.device != timestep.device:
+        return False
+    return bool(timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr())
+
+
+def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
+    """Return the number of iterations of the loop whose first timestep this is.
+
+    The pipeline's own count comes first (image-to-image shortens the loop), then the timestep's place in its
+    table, then the scheduler's table. Without a pipeline (None) only the timestep tells.
     """
-    counted = getattr(pipe, "_num_timesteps", None) if clock.exact else None
+    counted = getattr(pipe, "_num_timesteps", None)
     if isinstance(counted, int):
         return counted
+    if isinstance(timestep, Tensor) and is_entry(timestep):
+        return table_length(timestep) - int(timestep.storage_offset())
     table = getattr(scheduler, "timesteps", None)
-    if isinstance(table, torch.Tensor) and clock.exact:
-        return max(1, len(table) - clock.first_place)
-    if isinstance(timestep, torch.Tensor) and timestep.dim() == 0:
-        return max(1, timestep.untyped_storage().nbytes() // timestep.element_size() - int(timestep.storage_offset()))
-    return max(1, len(table)) if table is not None else 1
+    return max(1, len(table)) if isinstance(table, torch.Tensor) else 1
 
 
-def _is_view(timestep: torch.Tensor, table: torch.Tensor) -> bool:
-    return timestep.device == table.device and (
-        timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr()
-    )
-
-
-def _step_index(scheduler: Any) -> Any:
-    return getattr(scheduler, "_step_index", None)
-
-
-def _rank(value: Any) -> Any:
-    """Return what rises from step to step: the place, or the negated timestep."""
-    return value[0] if isinstance(value, tuple) else value
+def _step_index(scheduler: Any) -> int | None:
+    index = getattr(scheduler, "_step_index", None)
+    return index if isinstance(index, int) else None

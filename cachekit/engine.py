@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .catalog import Catalog, installed
-from .clock import Clock, count_steps
+from .clock import Clock, count_steps, shares_table
 from .errors import AdapterError, AttachmentError
 from .guidance import (
     Observation,
@@ -230,6 +230,7 @@ class Attachment:
             return
         run.record.interrupted = bool(interrupted)
         self._last = self._report(run)
+        run.forget()
         if interrupted is False:
             self.catalog.run_finished(self._last)
 
@@ -243,18 +244,16 @@ class Attachment:
 
     def _run_for(self, sample: Tensor, timestep: Any) -> Run:
         state = self._state
-        scheduler = self._scheduler()
-        if state.run is not None and state.run.clock.starts_anew(timestep, scheduler):
+        if state.run is not None and state.run.clock.starts_anew(timestep):
             self._end_run(False)
         if state.run is None:
             self._check_switches()
             state.run = Run(self.assignments, self.layout, Clock(exact=state.pipeline is not None))
-        run = state.run
+        run, scheduler = state.run, self._scheduler(timestep)
         run.clock.tick(timestep, scheduler)
         if not run.signature:
             order = self._order(sample)
-            pipe = state.pipeline[0] if state.pipeline else None
-            steps = count_steps(pipe, run.clock, scheduler, timestep)
+            steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
             run.begin(self._plan(steps, order), order, steps)
             run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
         self._follow_batch(run, sample)
@@ -275,9 +274,13 @@ class Attachment:
         told = is_guided(*self._state.pipeline) if self._state.pipeline else None
         return branch_order(told, sample, self.layout, type(self.denoiser).__name__)
 
-    def _scheduler(self) -> Any:
-        pipe = self._state.pipeline[0] if self._state.pipeline else next(iter(self._pipes), None)
-        return getattr(pipe, "scheduler", None)
+    def _scheduler(self, timestep: Any) -> Any:
+        """Return the scheduler behind a timestep: the running pipeline's, else the known one it belongs to."""
+        if self._state.pipeline:
+            return getattr(self._state.pipeline[0], "scheduler", None)
+        known = [getattr(pipe, "scheduler", None) for pipe in list(self._pipes)]
+        owners = [scheduler for scheduler in known if shares_table(timestep, scheduler)]
+        return owners[0] if owners else (known[0] if len(known) == 1 else None)
 
     @contextlib.contextmanager
     def replaying(self, rows: Sequence[Row], steps: int, guided: bool) -> Iterator[Run]:
@@ -349,7 +352,7 @@ class Attachment:
         if self._observers and call.sample is not None:
             start = time.perf_counter()
             sample = call.sample.chunk(len(call.branches))[0]
-            seen = Observation(call.row.step, outputs, sample, call.timestep, self._scheduler())
+            seen = Observation(call.row.step, outputs, sample, call.timestep, self._scheduler(call.timestep))
             for policy in self._observers:
                 policy.observe(seen, call.run.memories[policy.name])
             call.run.record.deciding_seconds += time.perf_counter() - start

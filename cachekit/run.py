@@ -138,8 +138,14 @@ class Run:
                 call.actions[index] = Action.STORE
         return call
 
+    def forget(self) -> None:
+        """Let go of every tensor, even where the frames of an exception hold this run."""
+        self.store.clear()
+        self.memories.clear()
+        self.probed.clear()
+
     def finish(self) -> Record:
-        """Return the record and forget every tensor."""
+        """Return the record with its final figures."""
         self.record.peak_bytes = self.store.peak_bytes
         self.record.traces = {
             name: list(memory["trace"]) for name, memory in self.memories.items() if "trace" in memory

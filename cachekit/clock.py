@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+
+_UNKNOWN = 100
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Mark:
 
 
 class Clock:
-    """Count the steps of a pipeline's loop; within a step any number of calls may follow.
+    """Count the steps of a pipeline's loop, and the calls within a step.
 
     A timestep that is one entry of a longer table is recognised by its place there, which is exact for
     schedulers that repeat timesteps (Heun, KDPM2) or add calls (PNDM), and needs no transfer. Within a pipeline's
@@ -47,7 +48,7 @@ class Clock:
         """Start before the first call; `exact` says that somebody else ends the run (a pipeline's call)."""
         self.exact = exact
         self.step = -1
-        self.first: Mark | None = None
+        self.call = 0
         self._last: Mark | None = None
 
     def starts_anew(self, timestep: Any) -> bool:
@@ -57,10 +58,11 @@ class Clock:
     def tick(self, timestep: Any, scheduler: Any) -> int:
         """Return the 0-based step that this call belongs to; `scheduler` counts only where the run is exact."""
         mark = mark_of(timestep, scheduler if self.exact else None)
-        if not mark.same_step(self._last):
-            self.step += 1
+        if mark.same_step(self._last):
+            self.call += 1
+        else:
+            self.step, self.call = self.step + 1, 0
             self._last = mark
-        self.first = self.first or mark
         return self.step
 
 
@@ -100,7 +102,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
     """Return the number of iterations of the loop whose first timestep this is.
 
     The pipeline's own count comes first (image-to-image shortens the loop), then the timestep's place in its
-    table, then the scheduler's table. Without a pipeline (None) only the timestep tells.
+    table, then the scheduler's table. Where nothing tells, it is a round number that a plan can outgrow.
     """
     counted = getattr(pipe, "_num_timesteps", None)
     if isinstance(counted, int):
@@ -108,7 +110,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
     if isinstance(timestep, Tensor) and is_entry(timestep):
         return table_length(timestep) - int(timestep.storage_offset())
     table = getattr(scheduler, "timesteps", None)
-    return max(1, len(table)) if isinstance(table, torch.Tensor) else 1
+    return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN
 
 
 def _step_index(scheduler: Any) -> int | None:

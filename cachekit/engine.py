@@ -271,7 +271,7 @@ class Attachment:
         run.signature = signature
 
     def _order(self, sample: Tensor) -> Branches:
-        told = is_guided(*self._state.pipeline) if self._state.pipeline else None
+        told = is_guided(*self._state.pipeline, self.denoiser) if self._state.pipeline else None
         return branch_order(told, sample, self.layout, type(self.denoiser).__name__)
 
     def _scheduler(self, timestep: Any) -> Any:
@@ -300,7 +300,7 @@ class Attachment:
             return None
         row = state.replay.pop()
         state.run.enter(row)
-        return Call(state.run, row)
+        return Call(state.run, row, 0)
 
     # -- calls --------------------------------------------------------------------------------------------
 
@@ -341,14 +341,14 @@ class Attachment:
     def _spread(self, call: Call, output: Any) -> Any:
         index = call.narrowed_by
         call.count(index, Action.REUSE)
-        policy, kept = self.assignments[index].policy, call.run.store.get(index, ())
+        policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
         return spread(output, self.layout, call.branches[0], lambda tensor: policy.restore_branch(tensor, kept))
 
     def _observe(self, call: Call, output: Any) -> None:
         outputs = by_branch(first_tensor(output), call.branches)
         for index in call.guidance_stores():
             call.count(index, Action.STORE)
-            call.run.store.put(index, (), self.assignments[index].policy.branches_to_keep(outputs))
+            call.run.store.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
         if self._observers and call.sample is not None:
             start = time.perf_counter()
             sample = call.sample.chunk(len(call.branches))[0]

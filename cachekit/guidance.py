@@ -56,17 +56,19 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     return clean
 
 
-def is_guided(pipe: Any, arguments: Mapping[str, Any]) -> bool | None:
+def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any) -> bool | None:
     """Tell whether the pipeline's present run is guided, or None when it does not say.
 
-    The pipeline's own property is right from the first call of the denoiser on; without one, a
-    guidance scale above 1 means two branches, as everywhere in diffusers.
+    The pipeline's own property is right from the first call of the denoiser on. Without one, a guidance scale up
+    to 1 means one branch; a higher one may mean two, or feed an embedding.
     """
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if told is not None:
         return bool(told)
     scale = arguments.get("guidance_scale")
-    return None if scale is None else bool(scale > 1)
+    if getattr(getattr(denoiser, "config", None), "guidance_embeds", False) or (scale is not None and scale <= 1):
+        return False
+    return None
 
 
 def branches_share(sample: Tensor, layout: Layout) -> bool:

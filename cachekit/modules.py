@@ -36,7 +36,8 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def _is_attention(module: Any) -> bool:
     has_query = hasattr(module, "to_q") or hasattr(module, "to_qkv")
-    return has_query and hasattr(module, "processor") and not getattr(module, "residual_connection", False)
+    adds_input = getattr(module, "residual_connection", False) or getattr(module, "group_norm", None) is not None
+    return has_query and hasattr(module, "processor") and not adds_input
 
 
 def _projects_context(module: Any) -> bool:

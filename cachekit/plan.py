@@ -104,7 +104,7 @@ class Composer:
     def row(self, step: int, decide: Decide) -> Row:
         """Return the row of `step`; steps are asked for in order, each once."""
         if step >= self.steps:
-            self._lengthen(step + 1)
+            self._lengthen(max(step + 1, 2 * self.steps))
         cells = [self._cell(index, step, decide) for index in range(len(self.assignments))]
         before = self.branches
         self._narrow(cells)

@@ -14,7 +14,7 @@ from .clock import Clock
 from .plan import Assignment, Branches, Composer, Plan, Row
 from .policy import Action, Moment
 from .sites import GUIDANCE, Kind, Region
-from .store import Store, narrow_kept, split_kept
+from .store import Slot, Store, narrow_kept, split_kept
 
 if TYPE_CHECKING:
     from .policy import Streams
@@ -76,7 +76,7 @@ class Run:
         self.shapes: dict[tuple[int, str], tuple[Any, int]] = {}
         self.templates: dict[int, Any] = {}
         self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
-        self.probed: dict[tuple[str, Branches], dict[str, Any]] = {}
+        self.probed: dict[tuple[str, Branches, int], dict[str, Any]] = {}
         self.order: Branches = _ALONE
         self.signature: tuple[Any, ...] = ()
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
@@ -131,9 +131,9 @@ class Run:
 
     def begin_call(self, step: int) -> Call:
         """Return the call of `step`, with every block that has nothing to reuse turned into STORE."""
-        call = Call(self, self.row(step))
+        call = Call(self, self.row(step), self.clock.call)
         for index in self._blocks:
-            if call.actions[index] is Action.REUSE and self.store.get(index, call.branches) is None:
+            if call.actions[index] is Action.REUSE and call.kept(index) is None:
                 call.miss(index)
                 call.actions[index] = Action.STORE
         return call
@@ -156,11 +156,12 @@ class Run:
 class Call:
     """Hold the actions of one forward of the denoiser."""
 
-    __slots__ = ("actions", "branches", "entries", "row", "run", "sample", "timestep")
+    __slots__ = ("actions", "branches", "entries", "ordinal", "row", "run", "sample", "timestep")
 
-    def __init__(self, run: Run, row: Row) -> None:
-        """Start with the row's actions; a probe or a miss may change them for this call alone."""
+    def __init__(self, run: Run, row: Row, ordinal: int) -> None:
+        """Start the `ordinal`-th call of a step with its row's actions; probes and misses change them for it alone."""
         self.run = run
+        self.ordinal = ordinal
         self.actions = list(row.actions)
         self.row = replace(row, actions=self.actions)
         self.branches = row.branches
@@ -171,6 +172,14 @@ class Call:
     def moment(self, index: int) -> Moment:
         """Return the moment that policy methods are told."""
         return Moment(self.row.step, self.run.record.steps, self.row.origins[index])
+
+    def slot(self, index: int) -> Slot:
+        """Return where the store keeps what assignment `index` keeps in this call."""
+        return (index, self.ordinal)
+
+    def kept(self, index: int) -> Any:
+        """Return what assignment `index` has kept for this call and its branches, or None."""
+        return self.run.store.get(self.slot(index), self.branches)
 
     def count(self, index: int, action: Action) -> None:
         """Count what really happened."""
@@ -188,17 +197,17 @@ class Call:
             change = self.run.assignments[index].policy.on_branch_change
             narrowed = narrow_kept(split_kept(kept, branches), last, change)
             if narrowed is not None:
-                self.run.store.drop(index, branches)
+                self.run.store.drop(self.slot(index), branches)
                 branches, kept = last, narrowed
-        self.run.store.put(index, branches, kept)
+        self.run.store.put(self.slot(index), branches, kept)
 
     def decide(self, index: int, value: Streams) -> None:
         """Let the policy decide from its probe; a reuse needs something kept."""
         policy = self.run.assignments[index].policy
-        memory = self.run.probed.setdefault((policy.name, self.branches), {})
+        memory = self.run.probed.setdefault((policy.name, self.branches, self.ordinal), {})
         target = self.run.assignments[index].target
         action = policy.probe(target, self.moment(index), value, memory)
-        if action is Action.REUSE and self.run.store.get(index, self.branches) is None:
+        if action is Action.REUSE and self.kept(index) is None:
             self.miss(index)
             action = Action.STORE
         self.actions[index] = action

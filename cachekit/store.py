@@ -10,6 +10,9 @@ from .plan import Branches
 from .policy import BranchChange
 from .tree import size_in_bytes, tree_map
 
+#: An assignment's index, and the ordinal of the call within its step: calls never read each other's.
+Slot = tuple[int, int]
+
 
 class Store:
     """Hold what the policies of one run keep; nothing is ever shared between runs, branches or shapes.
@@ -19,21 +22,21 @@ class Store:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._entries: dict[tuple[int, Branches], Any] = {}
-        self._bytes: dict[tuple[int, Branches], int] = {}
+        self._entries: dict[tuple[Slot, Branches], Any] = {}
+        self._bytes: dict[tuple[Slot, Branches], int] = {}
         self.bytes = 0
         self.peak_bytes = 0
 
-    def get(self, index: int, branches: Branches) -> Any:
-        """Return what assignment `index` keeps for exactly these branches, or None."""
-        return self._entries.get((index, branches))
+    def get(self, slot: Slot, branches: Branches) -> Any:
+        """Return what `slot` keeps for exactly these branches, or None."""
+        return self._entries.get((slot, branches))
 
-    def put(self, index: int, branches: Branches, kept: Any) -> None:
+    def put(self, slot: Slot, branches: Branches, kept: Any) -> None:
         """Keep, in place of what was kept for these branches before."""
-        self.drop(index, branches)
-        self._entries[index, branches] = kept
-        self._bytes[index, branches] = size_in_bytes(kept)
-        self.bytes += self._bytes[index, branches]
+        self.drop(slot, branches)
+        self._entries[slot, branches] = kept
+        self._bytes[slot, branches] = size_in_bytes(kept)
+        self.bytes += self._bytes[slot, branches]
         self.peak_bytes = max(self.peak_bytes, self.bytes)
 
     def clear(self) -> None:
@@ -43,31 +46,31 @@ class Store:
 
     def change_branches(self, branches: Branches, changes: list[BranchChange]) -> None:
         """Turn everything kept into what the remaining `branches` need, each by its policy's rule."""
-        kept_for: dict[int, set[Branches]] = {}
-        for index, named in self._entries:
+        kept_for: dict[Slot, set[Branches]] = {}
+        for slot, named in self._entries:
             if named:
-                kept_for.setdefault(index, set()).add(named)
-        for index, present in kept_for.items():
+                kept_for.setdefault(slot, set()).add(named)
+        for slot, present in kept_for.items():
             if branches in present:
                 # Kept in the form of these branches already, and never older than the rest.
                 for named in present - {branches}:
-                    self.drop(index, named)
+                    self.drop(slot, named)
                 continue
-            narrowed = narrow_kept(self._take(index, present), branches, changes[index])
+            narrowed = narrow_kept(self._take(slot, present), branches, changes[slot[0]])
             if narrowed is not None:
-                self.put(index, branches, narrowed)
+                self.put(slot, branches, narrowed)
 
-    def _take(self, index: int, present: set[Branches]) -> dict[str, Any]:
+    def _take(self, slot: Slot, present: set[Branches]) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for named in present:
-            parts.update(split_kept(self._entries[index, named], named))
-            self.drop(index, named)
+            parts.update(split_kept(self._entries[slot, named], named))
+            self.drop(slot, named)
         return parts
 
-    def drop(self, index: int, branches: Branches) -> None:
-        """Forget what assignment `index` keeps for exactly these branches, if anything."""
-        if self._entries.pop((index, branches), None) is not None:
-            self.bytes -= self._bytes.pop((index, branches))
+    def drop(self, slot: Slot, branches: Branches) -> None:
+        """Forget what `slot` keeps for exactly these branches, if anything."""
+        if self._entries.pop((slot, branches), None) is not None:
+            self.bytes -= self._bytes.pop((slot, branches))
 
 
 def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Exit(Part):
         action = call.actions[self.index]
         if action is not Action.REUSE:
             return _RUN_IT
-        found = call.run.store.get(self.index, call.branches)
+        found = call.kept(self.index)
         if found is None:
             call.miss(self.index)
             return _RUN_IT
@@ -104,7 +104,7 @@ class Exit(Part):
             call.count(self.index, Action.COMPUTE)
             return
         call.count(self.index, Action.STORE)
-        before = call.run.store.get(self.index, call.branches)
+        before = call.kept(self.index)
         entry = call.entries.get(self.index, ())
         streams = self._own(tuple(tensors(output)))
         call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))

@@ -29,7 +29,7 @@ from .plan import Assignment, Branches, Plan, Row, assign, make_plan
 from .policy import Action, Policy
 from .report import Report
 from .run import Call, Run, RunState
-from .sites import GUIDANCE, Region, SiteMap
+from .sites import Kind, Region, SiteMap
 from .spec import Spec, parse_all
 from .switch import Entry, Exit, Member, Part, Probe, Switch
 from .tree import shape_of, tree_map
@@ -161,7 +161,7 @@ class Attachment:
             return switches.setdefault(name, Switch(self._state, modules[name], name)).parts
 
         for index, bound in enumerate(self.assignments):
-            if bound.target is GUIDANCE:
+            if bound.target.kind is Kind.GUIDANCE:
                 continue
             if isinstance(bound.target, Region):
                 for name, part in _region_parts(index, bound, modules):
@@ -235,6 +235,11 @@ class Attachment:
             self.catalog.run_finished(self._last)
 
     def _check_switches(self) -> None:
+        if any(handle.hooks_dict_ref().get(handle.id) is None for handle in self._handles):
+            raise AttachmentError(
+                f"something removed the hooks of {type(self.denoiser).__name__} since apply;"
+                " call cachekit.remove(pipe) and apply again"
+            )
         for switch in self._switches:
             if not switch.in_place:
                 raise AttachmentError(
@@ -248,7 +253,7 @@ class Attachment:
             self._end_run(False)
         if state.run is None:
             self._check_switches()
-            state.run = Run(self.assignments, self.layout, Clock(exact=state.pipeline is not None))
+            state.run = Run(self.assignments, Clock(exact=state.pipeline is not None))
         run, scheduler = state.run, self._scheduler(timestep)
         run.clock.tick(timestep, scheduler)
         if not run.signature:
@@ -285,7 +290,7 @@ class Attachment:
     @contextlib.contextmanager
     def replaying(self, rows: Sequence[Row], steps: int, guided: bool) -> Iterator[Run]:
         """Make the next calls obey these rows, one each, instead of the clock: for counting costs."""
-        run = Run(self.assignments, self.layout, Clock(exact=True))
+        run = Run(self.assignments, Clock(exact=True))
         order = self.layout.order if guided else ("cond",)
         run.begin(self._plan(steps, order), order, steps)
         self._state.run, self._state.replay = run, list(reversed(rows))

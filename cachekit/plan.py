@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from .errors import ConflictError
 from .policy import Action, BranchChange, Moment, Policy
-from .sites import GUIDANCE, Kind, Region, Target
+from .sites import Kind, Region, Target
 
 Branches = tuple[str, ...]
 #: Asked for the cells that a rule leaves open; returns None where a probe decides inside the call.
@@ -63,7 +63,7 @@ def assign(policies: Iterable[tuple[Policy, Sequence[Target], str]]) -> tuple[As
 
 def _refuse_clash(policy: Policy, target: Target, found: Iterable[Assignment]) -> None:
     for other in found:
-        if other.policy is policy or target is GUIDANCE or other.target is GUIDANCE:
+        if other.policy is policy or target.kind is Kind.GUIDANCE or other.target.kind is Kind.GUIDANCE:
             continue
         if _clash(target, other.target):
             raise ConflictError(
@@ -98,7 +98,7 @@ class Composer:
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Action | None]] = {}
         self._blocks = [i for i, a in enumerate(assignments) if a.target.kind is Kind.BLOCK]
-        self._guidance = [i for i, a in enumerate(assignments) if a.target is GUIDANCE]
+        self._guidance = [i for i, a in enumerate(assignments) if a.target.kind is Kind.GUIDANCE]
         self._inside = {i: self._covered(i) for i in self._blocks}
 
     def row(self, step: int, decide: Decide) -> Row:
@@ -126,7 +126,7 @@ class Composer:
             bound = self.assignments[index]
             moments = (Moment(step, self.steps, origin) for step in range(origin, self.steps))
             actions = [bound.policy.action(bound.target, at) for at in moments]
-            every_store_counts = bound.target is GUIDANCE or bound.policy.keeps_history
+            every_store_counts = bound.target.kind is Kind.GUIDANCE or bound.policy.keeps_history
             self._schedules[index, origin] = actions if every_store_counts else _without_idle_stores(actions)
         return self._schedules[index, origin]
 
@@ -151,7 +151,7 @@ class Composer:
         refreshed = [
             i
             for i, bound in enumerate(self.assignments)
-            if bound.policy.on_branch_change is BranchChange.REFRESH and bound.target is not GUIDANCE
+            if bound.policy.on_branch_change is BranchChange.REFRESH and bound.target.kind is not Kind.GUIDANCE
         ]
         for index in refreshed:
             self._origin[index] = step

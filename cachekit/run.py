@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .adapter import Layout
 from .clock import Clock
 from .plan import Assignment, Branches, Composer, Plan, Row
 from .policy import Action, Moment
-from .sites import GUIDANCE, Kind, Region
+from .sites import Kind, Region
 from .store import Slot, Store, narrow_kept, split_kept
 
 if TYPE_CHECKING:
@@ -67,14 +66,13 @@ class Record:
 class Run:
     """Drive one run: find the row of each call and own what is kept."""
 
-    def __init__(self, assignments: Sequence[Assignment], layout: Layout, clock: Clock) -> None:
+    def __init__(self, assignments: Sequence[Assignment], clock: Clock) -> None:
         """Start before the first call; `begin` follows when the first call shows batch and steps."""
         self.assignments = assignments
-        self.layout = layout
         self.clock = clock
         self.store = Store()
-        self.shapes: dict[tuple[int, str], tuple[Any, int]] = {}
-        self.templates: dict[int, Any] = {}
+        self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
+        self.templates: dict[Slot, Any] = {}
         self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
         self.probed: dict[tuple[str, Branches, int], dict[str, Any]] = {}
         self.order: Branches = _ALONE
@@ -222,5 +220,5 @@ class Call:
         return [
             index
             for index, bound in enumerate(self.run.assignments)
-            if bound.target is GUIDANCE and self.actions[index] is Action.STORE
+            if bound.target.kind is Kind.GUIDANCE and self.actions[index] is Action.STORE
         ]

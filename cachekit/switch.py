@@ -95,7 +95,7 @@ class Exit(Part):
             return _RUN_IT
         call.count(self.index, Action.REUSE)
         streams = self.policy.restore(found, call.entries.get(self.index, ()), call.moment(self.index))
-        return with_tensors(call.run.templates[self.index], self._own(streams))
+        return with_tensors(call.run.templates[call.slot(self.index)], self._own(streams))
 
     def after(self, call: Call, output: Any) -> None:
         """Keep the output when the action is STORE."""
@@ -108,7 +108,7 @@ class Exit(Part):
         entry = call.entries.get(self.index, ())
         streams = self._own(tuple(tensors(output)))
         call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))
-        call.run.templates[self.index] = tree_map(_no_elements, output)
+        call.run.templates[call.slot(self.index)] = tree_map(_no_elements, output)
 
     def _own(self, streams: Streams) -> Streams:
         edited = isinstance(self.target, Region) and self.target.edited
@@ -127,14 +127,14 @@ class Member(Part):
         """Return a placeholder when the region is reused."""
         if call.actions[self.index] is not Action.REUSE:
             return _RUN_IT
-        shapes, branches = call.run.shapes[self.index, self.name]
+        shapes, branches = call.run.shapes[call.slot(self.index), self.name]
         placeholder = Placeholder(len(call.branches), branches)
         return tree_map(placeholder, shapes)
 
     def after(self, call: Call, output: Any) -> None:
         """Record the shapes that a placeholder must have."""
         if call.actions[self.index] is not Action.COMPUTE:
-            call.run.shapes[self.index, self.name] = (tree_map(shape_of, output), len(call.branches))
+            call.run.shapes[call.slot(self.index), self.name] = (tree_map(shape_of, output), len(call.branches))
 
 
 class Placeholder:

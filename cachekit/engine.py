@@ -145,7 +145,7 @@ class Attachment:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         fresh: dict[str, Any] = {"_pipes": weakref.WeakSet(), "_last": None, "_plans": {}}
-        # What never changes is shared; `GUIDANCE` must stay itself.
+        # What never changes is shared.
         fresh |= {name: vars(self)[name] for name in ("catalog", "policies", "assignments", "sites", "layout")}
         for name, value in vars(self).items():
             vars(twin)[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)

@@ -254,3 +254,30 @@ def latents(pipe: Any, **changes: Any) -> torch.Tensor:
     known = {key: changes.pop(key) for key in ("steps", "batch", "guidance", "seed") if key in changes}
     output = pipe(**{**arguments(pipe, **known), **changes})
     return output.frames if hasattr(output, "frames") else output.images
+
+
+class TgateByHand:
+    """TGATE written out for a denoiser of its own: every `attn2` gives `kept` where `mode` is "reuse"."""
+
+    def __init__(self, denoiser: torch.nn.Module) -> None:
+        self.mode = ""
+        self.kept: dict[str, torch.Tensor] = {}
+        for name, module in denoiser.named_modules():
+            if name.endswith(".attn2"):
+                module.forward = functools.partial(self.stand_in, name, module.forward)
+
+    def stand_in(self, name: str, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.mode == "reuse":
+            return self.kept[name]
+        output = original(*args, **kwargs)
+        if self.mode == "keep the mean":
+            self.kept[name] = sum(output.chunk(2)) / 2
+        if self.mode == "keep":
+            self.kept[name] = output
+        return output
+
+
+def guide(both: torch.Tensor, scale: float = 5.0) -> torch.Tensor:
+    """Return the guided prediction from the unconditional and the conditional half."""
+    u, c = both.chunk(2)
+    return u + scale * (c - u)

@@ -30,9 +30,13 @@ class Observation:
     scheduler: Any = field(repr=False, default=None)
 
     def denoised(self, branch: str) -> Tensor:
-        """Return the branch's prediction of the clean sample, x0 `(batch, channels, ...)`."""
-        output = self.outputs[branch][:, : self.sample.shape[1]]
-        return predict_x0(self.sample[:, : output.shape[1]], output, self.timestep, self.scheduler)
+        """Return the branch's prediction of the clean sample, x0.
+
+        Channels that only one of both has, an input image or a learned variance, are left out.
+        """
+        output = self.outputs[branch]
+        shared = tuple(slice(min(sizes)) for sizes in zip(self.sample.shape, output.shape))
+        return predict_x0(self.sample[shared], output[shared], self.timestep, self.scheduler)
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
@@ -46,14 +50,24 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     if table is None:
         flow: Tensor = sample - time / scheduler.config.num_train_timesteps * output
         return flow
-    alpha = table.to(sample.device)[time.long().clamp(0, len(table) - 1)].to(sample.dtype)
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    sigma = _sigma(table.to(sample.device), time, scheduler).to(sample.dtype)
+    signal, noise = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
     if prediction == "v_prediction":
         clean: Tensor = signal * sample - noise * output
     else:
         clean = output if prediction == "sample" else (sample - noise * output) / signal
     return clean
+
+
+def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
+    """Return noise over signal at a timestep, which may lie between two of the training's."""
+    if getattr(scheduler.config, "timestep_type", "") == "continuous":
+        return (4 * time).exp()
+    sigmas = ((1 - table) / table).sqrt()
+    time = time.clamp(0, len(table) - 1)
+    low, high = sigmas[time.floor().long()], sigmas[time.ceil().long()]
+    return torch.lerp(low, high, time.to(low.dtype).frac())
 
 
 def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any) -> bool | None:

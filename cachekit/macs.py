@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .run import Record
 
 
+#: Operations that multiply activations: where no fused attention exists, as on the meta device, it is two of `bmm`.
+_PRODUCTS = ("attention", "bmm")
+
+
 @dataclass(frozen=True)
 class Cost:
     """Hold multiply-accumulates of Linear and convolution layers over all calls and branches of a run."""
@@ -111,7 +115,7 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
         for handle in handles:
             handle.remove()
     products = flops.get_flop_counts().get("Global", {})
-    attention = sum(count for kind, count in products.items() if "attention" in str(kind)) // 2
+    attention = sum(count for kind, count in products.items() if any(name in str(kind) for name in _PRODUCTS)) // 2
     return Forward(macs, attention, frozenset(ran))
 
 

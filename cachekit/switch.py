@@ -94,8 +94,9 @@ class Exit(Part):
             call.miss(self.index)
             return _RUN_IT
         call.count(self.index, Action.REUSE)
-        streams = self.policy.restore(found, call.entries.get(self.index, ()), call.moment(self.index))
-        return with_tensors(call.run.templates[call.slot(self.index)], self._own(streams))
+        template = call.run.templates[call.slot(self.index)]
+        streams = self.policy.restore(found, self._entry(call, template), call.moment(self.index))
+        return with_tensors(template, self._own(streams))
 
     def after(self, call: Call, output: Any) -> None:
         """Keep the output when the action is STORE."""
@@ -105,10 +106,17 @@ class Exit(Part):
             return
         call.count(self.index, Action.STORE)
         before = call.kept(self.index)
-        entry = call.entries.get(self.index, ())
+        entry = self._entry(call, output)
         streams = self._own(tuple(tensors(output)))
         call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))
         call.run.templates[call.slot(self.index)] = tree_map(_no_elements, output)
+
+    def _entry(self, call: Call, output: Any) -> Streams:
+        """Return the tensors that entered the region, without a stream that the exit ends (its output is None)."""
+        entry = call.entries.get(self.index, ())
+        if isinstance(output, tuple) and len(output) == len(entry):
+            return tuple(tensor for tensor, left in zip(entry, output) if left is not None)
+        return entry
 
     def _own(self, streams: Streams) -> Streams:
         edited = isinstance(self.target, Region) and self.target.edited

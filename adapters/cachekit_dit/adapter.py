@@ -56,7 +56,20 @@ def _holds_attention(block: nn.Module) -> bool:
 
 
 def _streams(block: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that a block's outputs continue: two streams only in joint blocks."""
+    """Return the parameters that a block's outputs continue, in the order of its outputs.
+
+    Blocks with joint attention carry two streams; which of them comes first is what diffusers says of the class.
+    """
     parameters = inspect.signature(type(block).forward).parameters
     joint = any(kind_of(module) is Kind.JOINT_ATTENTION for module in block.modules())
-    return tuple(name for name in _STREAMS if name in parameters and (joint or name == "hidden_states"))
+    streams = _STREAMS if _text_first(block) else _STREAMS[::-1]
+    return tuple(name for name in streams if name in parameters and (joint or name == "hidden_states"))
+
+
+def _text_first(block: nn.Module) -> bool:
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    try:
+        return bool(TransformerBlockRegistry.get(type(block)).return_hidden_states_index)
+    except ValueError:  # a class that diffusers says nothing of
+        return True

@@ -1,0 +1,15 @@
+"""Pyramid lite as a plugin: self-attention changes little in the middle of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit import Policy, hookimpl
+
+
+@hookimpl
+def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Register `pyramid_lite`."""
+    from .policy import PyramidLite
+
+    register(PyramidLite)

@@ -1,0 +1,41 @@
+"""Reuse self-attention outputs for a few steps at a time in a window of the run."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from cachekit import Action, Kind, Moment, Policy
+from cachekit.sites import Target
+
+
+class PyramidLite(Policy):
+    """Configure pyramid lite, one level of pyramid attention broadcast (arXiv 2408.12588, section 3).
+
+    Within the window from share `start` to share `end` of the steps, self-attention is computed every `interval`
+    steps and its output serves in between; before and after the window it is computed always.
+    """
+
+    name: ClassVar[str] = "pyramid_lite"
+    summary: ClassVar[str] = "reuse self-attention for a few steps in the middle of a run"
+    paper: ClassVar[str] = "arXiv 2408.12588"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.SELF_ATTENTION})
+
+    interval: int = Field(2, ge=1)
+    start: float = Field(0.2, ge=0, le=1)
+    end: float = Field(0.8, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError("start must be below end; give the window as shares of the steps")
+        return self
+
+    def action(self, target: Target, at: Moment) -> Action:
+        """Return STORE every `interval` steps of the window, REUSE between them, COMPUTE elsewhere."""
+        first, stop = round(self.start * at.steps), round(self.end * at.steps)
+        if not first <= at.step < stop:
+            return Action.COMPUTE
+        return Action.REUSE if (at.step - first) % self.interval else Action.STORE

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from .errors import SpecError
+from .measuring import Configuration, Drawer, Drawn, likeness, silent_log, steps_at
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from .report import Report
 
 __all__ = ["HEADER", "Comparison", "Configuration", "Row", "Sample", "compare", "equal_cost"]
 
@@ -27,28 +21,6 @@ Judge = Callable[["Image", str], bool]
 Progress = Callable[[int, int], None]
 
 HEADER = ("configuration", "s/image", "faster", "GMACs", "fewer", "PSNR", "SSIM", "shown", "kept")
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """Say which specs are applied and how many steps are run; without specs it is the plain pipeline."""
-
-    steps: int
-    specs: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str, steps: int) -> Configuration:
-        """Return the configuration of specs joined by `+`, such as `tgate:m=10+deepcache:interval=3`."""
-        # The sign of an exponent, as in 1e+3, joins nothing: names begin with a letter.
-        specs = tuple(spec.strip() for spec in re.split(r"\+(?!\d)", text))
-        if not all(specs):
-            raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
-        return cls(steps, specs)
-
-    @property
-    def label(self) -> str:
-        """Return what tables and pictures call it."""
-        return " + ".join(self.specs) or f"{self.steps} plain step{'s' * (self.steps != 1)}"
 
 
 @dataclass(frozen=True)
@@ -174,9 +146,11 @@ def compare(
     plain pipeline with as many steps as the best cached configuration pays for. `arguments` go to the pipeline.
     """
     total = (len(configurations) + fewer_steps) * (1 + len(prompts))
-    bench = _Bench(pipe, dict(arguments or {}), lambda done: progress(done, total))
+    given = {**(arguments or {}), "output_type": "pil"}
+    drawer = Drawer(pipe, lambda prompt: {"prompt": prompt, **given})
+    bench = _Bench(drawer, lambda done: progress(done, total))
     rows = [Row(configuration) for configuration in configurations]
-    with _silent_log():
+    with silent_log():
         macs = [bench.draw(row, prompts[0], seed).macs for row in rows]
         if fewer_steps:
             rows.append(Row(equal_cost(configurations, macs)))
@@ -193,70 +167,25 @@ def equal_cost(configurations: Sequence[Configuration], macs: Sequence[int]) -> 
     """
     composed = [cost for made, cost in zip(configurations, macs) if len(made.specs) > 1]
     cached = [cost for made, cost in zip(configurations, macs) if made.specs]
-    per_step = macs[0] / configurations[0].steps
-    return Configuration(max(1, round(min(composed or cached or macs) / per_step)))
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Hold one image and what it took, before it is compared."""
-
-    image: Image
-    seconds: float
-    macs: int
-    cache_bytes: int
+    return Configuration(steps_at(min(composed or cached or macs) / macs[0], configurations[0].steps))
 
 
 class _Bench:
-    """Draw images with one pipeline, count their costs, and tell how many are done."""
+    """Draw images for rows, and tell how many are done."""
 
-    def __init__(self, pipe: Any, arguments: dict[str, Any], progress: Callable[[int], None]) -> None:
-        """Draw with `pipe`; nothing stays attached to it between images."""
-        self._pipe = pipe
-        self._arguments = arguments
+    def __init__(self, drawer: Drawer, progress: Callable[[int], None]) -> None:
+        """Draw with `drawer`."""
+        self._drawer = drawer
         self._progress = progress
         self._done = 0
-        self._costs: dict[tuple[Any, ...], int] = {}
 
-    def draw(self, row: Row, prompt: str, seed: int) -> _Drawn:
-        """Return the image of `prompt` with the row's configuration; only the pipeline's call is timed."""
-        made = row.configuration
-        if not made.specs and (made,) in self._costs:
-            image, seconds = self._run(made, prompt, seed)
-            drawn = _Drawn(image, seconds, self._costs[made,], 0)
-        else:
-            drawn = self._attached(row, prompt, seed)
+    def draw(self, row: Row, prompt: str, seed: int) -> Drawn:
+        """Return the image of `prompt` with the row's configuration."""
+        drawn = self._drawer.draw(row.configuration, prompt, seed)
+        row.warnings += drawn.warnings
         self._done += 1
         self._progress(self._done)
         return drawn
-
-    def _attached(self, row: Row, prompt: str, seed: int) -> _Drawn:
-        from .engine import apply
-
-        # Without specs the attachment only counts: that run is the warm-up, and never timed.
-        with apply(self._pipe, row.configuration.specs) as attachment:
-            image, seconds = self._run(row.configuration, prompt, seed)
-            report = attachment.report()
-        row.warnings += report.warnings
-        return _Drawn(image, seconds, self._macs(row.configuration, report), report.cache_bytes)
-
-    def _run(self, made: Configuration, prompt: str, seed: int) -> tuple[Image, float]:
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        start = time.perf_counter()
-        output = self._pipe(
-            prompt=prompt, num_inference_steps=made.steps, generator=generator, output_type="pil", **self._arguments
-        )
-        return output.images[0], time.perf_counter() - start
-
-    def _macs(self, made: Configuration, report: Report) -> int:
-        """Return the run's cost, counted once for all runs that took the same actions."""
-        actions = [(batch, row.signature) for batch, row in report.record.calls]
-        key = (made, *actions) if made.specs else (made,)
-        if key not in self._costs:
-            self._costs[key] = report.macs
-        return self._costs[key]
 
 
 def _measure(bench: _Bench, rows: list[Row], prompt: str, seed: int, judge: Judge | None) -> None:
@@ -265,34 +194,15 @@ def _measure(bench: _Bench, rows: list[Row], prompt: str, seed: int, judge: Judg
     turns = [*range(first, len(rows)), *range(first)]
     drawn = {turn: bench.draw(rows[turn], prompt, seed) for turn in turns}
     for index, row in enumerate(rows):
-        one = drawn[index]
-        shown = None if judge is None else bool(judge(one.image, prompt))
-        psnr, ssim = _likeness(one.image, drawn[0].image)
-        row.samples.append(Sample(one.image, one.seconds, one.macs, one.cache_bytes, psnr, ssim, shown))
+        row.samples.append(_sample(drawn[index], drawn[0], prompt, judge))
 
 
-def _likeness(image: Image, reference: Image) -> tuple[float, float]:
-    """Return PSNR and SSIM of 8-bit colour images."""
-    import numpy as np
-    import skimage.metrics
-
-    metrics: Any = skimage.metrics
-    pixels, wanted = np.asarray(image), np.asarray(reference)
-    if np.array_equal(pixels, wanted):
-        return math.inf, 1.0
-    ssim = metrics.structural_similarity(wanted, pixels, channel_axis=-1, data_range=255)
-    return float(metrics.peak_signal_noise_ratio(wanted, pixels, data_range=255)), float(ssim)
-
-
-@contextmanager
-def _silent_log() -> Iterator[None]:
-    """Keep the warnings of runs, which the rows collect, from being logged once per image as well."""
-    log = logging.getLogger("cachekit")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
+def _sample(one: Drawn, uncached: Drawn, prompt: str, judge: Judge | None) -> Sample:
+    assert one.image is not None
+    assert uncached.image is not None
+    shown = None if judge is None else bool(judge(one.image, prompt))
+    psnr, ssim = likeness(one.image, uncached.image)
+    return Sample(one.image, one.seconds, one.macs, one.cache_bytes or 0, psnr, ssim, shown)
 
 
 def _finite(value: Any) -> Any:

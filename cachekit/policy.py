@@ -147,4 +147,6 @@ class Policy(BaseModel):
 def _word(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "none"
     return str(value.value if isinstance(value, Enum) else value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Union
+from typing import Any, Union, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -76,10 +76,17 @@ def _build(spec: str, policy: type[Policy], pairs: dict[str, str]) -> Policy:
         if key not in fields:
             allowed = ", ".join(fields) or "none"
             raise SpecError(f"spec {spec!r}: unknown key {key!r}{nearest(key, fields)}; allowed: {allowed}")
+    values = {
+        key: None if value == "none" and _may_be_none(fields[key].annotation) else value for key, value in pairs.items()
+    }
     try:
-        return policy(**pairs)
+        return policy(**values)
     except ValidationError as error:
         raise SpecError(f"spec {spec!r}: {_first(error.errors()[0])}") from None
+
+
+def _may_be_none(annotation: Any) -> bool:
+    return type(None) in get_args(annotation)
 
 
 def _first(error: ErrorDetails) -> str:

@@ -20,6 +20,7 @@ POLICIES = installed().policies
 VALID = {
     "tgate": "tgate",
     "tgate:m=10": "tgate",
+    "deepcache:end=none": "deepcache",
     "tgate:m=5": "tgate:m=5",
     "tgate:keep=cond,m=5": "tgate:m=5,keep=cond",
     " tgate : m = 5 , keep = auto ": "tgate:m=5",

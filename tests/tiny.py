@@ -281,3 +281,29 @@ def guide(both: torch.Tensor, scale: float = 5.0) -> torch.Tensor:
     """Return the guided prediction from the unconditional and the conditional half."""
     u, c = both.chunk(2)
     return u + scale * (c - u)
+
+
+def narrowed_by_hand(pipe: Any, m: int, half: int, gated: bool = False) -> Any:
+    """Return `pipe` with a denoiser that from call m on runs one half of its inputs, and TGATE if `gated`."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    attention = TgateByHand(denoiser) if gated else None
+    whole, calls = denoiser.forward, 0
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim():
+            return value.chunk(2)[half]
+        if isinstance(value, dict):
+            return {key: cut(item) for key, item in value.items()}
+        return type(value)(cut(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if attention:
+            attention.mode = "reuse" if calls > m else "keep the mean" if calls == m else ""
+        if calls <= m:
+            return whole(*args, **kwargs)
+        return tuple(torch.cat([part] * 2) for part in whole(*cut(args), **cut(kwargs)))
+
+    denoiser.forward = forward
+    return pipe

@@ -1,0 +1,152 @@
+"""Measure how often the shipped model shows what held-out captions say, and write figures.json.
+
+Every row: a sampler, a number of steps and a guidance scale; the share of captions fully shown with its
+standard error, and the share of each aspect. `python -m benchmarks.train.evaluate` runs all rows;
+`--table` prints those already measured as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+
+from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
+from cachekit.demo.checker import Verdict, shows
+from cachekit.demo.pipeline import WEIGHTS, load_pipeline
+
+BATCH = 25
+SEED = 1
+SCHEDULERS = {"DDIM": DDIMScheduler, "Euler": EulerDiscreteScheduler}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Name one setting to measure."""
+
+    sampler: str
+    steps: int
+    guidance: float
+    text: bool
+    n: int
+
+
+def rows(headline: int, others: int) -> list[Row]:
+    """Return the settings of the published table."""
+    main = [Row("DPM++", steps, DEMO_GUIDANCE, True, headline) for steps in (DEMO_STEPS, 8)]
+    plain = [
+        Row("DPM++", DEMO_STEPS, 1.0, True, headline),
+        Row("DPM++", DEMO_STEPS, DEMO_GUIDANCE, False, others),
+    ]
+    steps = [Row("DPM++", steps, DEMO_GUIDANCE, True, others) for steps in (5, 12, 50)]
+    other = [
+        Row(name, steps, DEMO_GUIDANCE, True, others) for name in SCHEDULERS for steps in (8, DEMO_STEPS)
+    ]
+    return main + plain + steps + other
+
+
+def sample(
+    pipe: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
+) -> Iterator[Any]:
+    """Yield one 64 x 64 x 3 image in [0, 1] per caption, made in batches, each from its own seed."""
+    for start in range(0, len(captions), BATCH):
+        chunk = captions[start : start + BATCH]
+        generators = [
+            torch.Generator().manual_seed(1000 * seed + start + index) for index in range(len(chunk))
+        ]
+        settings: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "output_type": "np",
+        }
+        yield from pipe(chunk, generator=generators, **settings).images
+
+
+def _aspects(verdicts: list[Verdict]) -> dict[str, float]:
+    return {
+        name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in vars(verdicts[0])
+    }
+
+
+def measure(pipe: StableDiffusionPipeline, row: Row, seed: int = SEED) -> dict[str, Any]:
+    """Return a row's settings and what was measured, CPU seconds per image included."""
+    captions = heldout_captions(row.n, seed)
+    began = time.process_time()
+    prompts = captions if row.text else [""] * row.n
+    images = list(sample(pipe, prompts, row.steps, row.guidance, seed))
+    seconds = (time.process_time() - began) / row.n
+    verdicts = [shows(image, text) for image, text in zip(images, captions, strict=True)]
+    shown = float(np.mean([bool(verdict) for verdict in verdicts]))
+    error = float(np.sqrt(shown * (1 - shown) / row.n))
+    return asdict(row) | {
+        "shown": shown,
+        "error": error,
+        "cpu_seconds": seconds,
+        "aspects": _aspects(verdicts),
+    }
+
+
+def prepare(folder: Path, sampler: str) -> StableDiffusionPipeline:
+    """Load the model in `folder` with the scheduler of that name, DPM++ being its own."""
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    if sampler in SCHEDULERS:
+        pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
+    return pipe
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """Return the measured rows as a Markdown table."""
+    lines = [
+        "| sampler | steps | guidance | text | n | captions shown | CPU-s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in measured:
+        shown = f"{100 * row['shown']:.1f} ± {100 * row['error']:.1f} %"
+        text = "caption" if row["text"] else "empty"
+        cells = (
+            row["sampler"],
+            row["steps"],
+            row["guidance"],
+            text,
+            row["n"],
+            shown,
+            f"{row['cpu_seconds']:.2f}",
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def evaluate(folder: Path, headline: int, others: int) -> None:
+    """Measure every row; figures.json is written after each, so that nothing is lost."""
+    measured: list[dict[str, Any]] = []
+    for row in rows(headline, others):
+        measured.append(measure(prepare(folder, row.sampler), row))
+        (folder / "figures.json").write_text(json.dumps({"seed": SEED, "rows": measured}, indent=1) + "\n")
+        print(table(measured[-1:]).splitlines()[-1], flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=WEIGHTS / "unet")
+    parser.add_argument("--headline", type=int, default=1000, help="captions for the first rows")
+    parser.add_argument("--others", type=int, default=300, help="captions for the other rows")
+    parser.add_argument("--table", action="store_true", help="print the figures that were measured before")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads((options.folder / "figures.json").read_text())["rows"]))
+    else:
+        evaluate(options.folder, options.headline, options.others)
+
+
+if __name__ == "__main__":
+    main()

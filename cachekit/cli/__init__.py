@@ -1,0 +1,25 @@
+"""Offer cachekit on the command line; torch and diffusers are loaded only by the commands that need them."""
+
+from __future__ import annotations
+
+import typer
+
+from . import demo, doctor, estimate, generate, inspection
+from .output import Group
+
+__all__ = ["app"]
+
+app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app.command("list")(inspection.list_installed)
+app.command()(inspection.show)
+app.command()(inspection.sites)
+app.command()(inspection.plan)
+app.command()(estimate.estimate)
+app.command()(generate.generate)
+app.command()(demo.demo)
+app.command()(doctor.doctor)
+
+
+@app.callback()
+def _cachekit() -> None:
+    """Apply composable, undoable and measurable caching policies to diffusion pipelines."""

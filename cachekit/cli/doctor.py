@@ -1,0 +1,74 @@
+"""Say whether the installation is sound."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from ..errors import CachekitError
+from .output import say
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
+
+
+def doctor() -> None:
+    """Check versions, plugins and the embedded model; exit with 1 when something is wrong."""
+    from .. import __version__
+
+    say(f"ok      python {platform.python_version()}")
+    say(f"ok      cachekit {__version__}")
+    # Each check runs, whatever the ones before it found.
+    sound = [*map(_library, _LIBRARIES), _plugins(), _weights()]
+    raise typer.Exit(0 if all(sound) else 1)
+
+
+def _library(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+        say(f"ok      {name} {version(name)}")
+    except (ImportError, PackageNotFoundError, OSError) as error:
+        return _failed(f"{name}: {error}")
+    return True
+
+
+def _plugins() -> bool:
+    from ..catalog import installed
+
+    try:
+        with warnings.catch_warnings():
+            # Each failure is printed below.
+            warnings.simplefilter("ignore")
+            catalog = installed()
+    except CachekitError as error:
+        return _failed(str(error))
+    for plugin, distribution in sorted(catalog.plugins.items()):
+        owned = ", ".join(what for what, owner in sorted(catalog.owners.items()) if owner == plugin)
+        say(f"ok      plugin {plugin} of {distribution}: {owned or 'registers nothing'}")
+    for failure in catalog.failures:
+        _failed(str(failure))
+    return not catalog.failures
+
+
+def _weights() -> bool:
+    from ..demo.pipeline import WEIGHTS, WeightsError, verify
+
+    folders = sorted(path for path in WEIGHTS.glob("*") if path.is_dir())
+    if not folders:
+        return _failed("demo model: no weights; reinstall cachekit")
+    sound = True
+    for folder in folders:
+        try:
+            verify(folder)
+            say(f"ok      demo model {folder.name}: every file has its SHA-256")
+        except WeightsError as error:
+            sound = _failed(str(error))
+    return sound
+
+
+def _failed(reason: str) -> bool:
+    say(f"FAILED  {' '.join(reason.split())}")
+    return False

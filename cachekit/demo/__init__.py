@@ -1,0 +1,43 @@
+"""The embedded trained model, the scenes that it draws, and the checker of what an image shows."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .checker import Verdict, shows
+    from .pipeline import WeightsError, demo_pipeline
+    from .scenes import heldout_captions
+
+__all__ = [
+    "DEMO_GUIDANCE",
+    "DEMO_STEPS",
+    "Verdict",
+    "WeightsError",
+    "demo_pipeline",
+    "heldout_captions",
+    "shows",
+]
+
+DEMO_GUIDANCE = 5.0
+DEMO_STEPS = 25
+_HOMES = {
+    "Verdict": "checker",
+    "WeightsError": "pipeline",
+    "demo_pipeline": "pipeline",
+    "heldout_captions": "scenes",
+    "shows": "checker",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted([*globals(), *__all__])

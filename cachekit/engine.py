@@ -178,7 +178,7 @@ class Attachment:
 
     def report(self) -> Report:
         """Return what the last run did: the present one of this thread, if it has not ended."""
-        if self._state.run is not None:
+        if self._state.run is not None and self._state.run.signature:
             return self._report(self._state.run)
         if self._last is None:
             raise AttachmentError("no run yet: call the pipeline, then report()")
@@ -226,7 +226,7 @@ class Attachment:
 
     def _end_run(self, interrupted: bool | None) -> None:
         run, self._state.run, self._state.call = self._state.run, None, None
-        if run is None:
+        if run is None or not run.signature:  # none, or one whose first call was refused
             return
         run.record.interrupted = bool(interrupted)
         self._last = self._report(run)

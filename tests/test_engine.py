@@ -26,7 +26,7 @@ from cachekit.switch import Switch
 from cachekit.tree import tensors
 
 MAKERS: dict[str, Callable[[], Any]] = {
-    "sd": tiny.sd,
+    "sd": tiny.small,
     "sdxl": tiny.sdxl,
     "pixart": tiny.pixart,
     "sigma": functools.partial(tiny.pixart, sigma=True),
@@ -46,7 +46,7 @@ def shared(name: str) -> Any:
 
 @pytest.fixture
 def pipe() -> Any:
-    return tiny.sd()
+    return tiny.small()
 
 
 # -- calls counted by hooks inside the model --------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_the_report_counts_what_ran(pipe: Any, specs: tuple[str, ...]) -> None:
 
 def loop(unet: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], steps: int) -> torch.Tensor:
     """Sample with DDIM; `unet` gives the guided prediction from latents, timestep and step."""
-    scheduler = tiny.sd().scheduler
+    scheduler = tiny.small().scheduler
     scheduler.set_timesteps(steps)
     latents = start()
     with torch.no_grad():
@@ -202,31 +202,14 @@ def start(batch: int = 1) -> torch.Tensor:
 EMBEDDINGS = torch.cat([tiny.text(1, seed=4), tiny.text(1)])
 
 
-def guide(both: torch.Tensor) -> torch.Tensor:
-    u, c = both.chunk(2)
-    return u + 5.0 * (c - u)
-
-
 def test_tgate_by_hand(pipe: Any) -> None:
-    unet, m, kept = tiny.unet(), 3, {}
-    mode = "compute"
-
-    def standing_in(name: str, original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        if mode == "reuse":
-            return kept[name]
-        output = original(*args, **kwargs)
-        kept[name] = sum(output.chunk(2)) / 2
-        return output
-
-    for name, module in unet.named_modules():
-        if name.endswith(".attn2"):
-            module.forward = functools.partial(standing_in, name, module.forward)
+    unet, m = tiny.small().unet, 3
+    attention = tiny.TgateByHand(unet)
 
     def predict(latents: torch.Tensor, t: torch.Tensor, step: int) -> torch.Tensor:
-        nonlocal mode
-        mode = "compute" if step < m else "reuse"
+        attention.mode = {m - 1: "keep the mean"}.get(step, "reuse" if step >= m else "")
         if step < m:
-            return guide(unet(torch.cat([latents] * 2), t, EMBEDDINGS).sample)
+            return tiny.guide(unet(torch.cat([latents] * 2), t, EMBEDDINGS).sample)
         return unet(latents, t, EMBEDDINGS[:1]).sample
 
     with cachekit.apply(pipe, f"tgate:m={m}"):
@@ -243,14 +226,14 @@ def shallow(unet: Any, sample: torch.Tensor, t: torch.Tensor, text: torch.Tensor
 
 
 def test_deepcache_by_hand(pipe: Any) -> None:
-    unet, kept = tiny.unet(), []
+    unet, kept = tiny.small().unet, []
     unet.up_blocks[-1].attentions[-2].register_forward_hook(lambda module, args, output: kept.append(output[0]))
 
     def predict(latents: torch.Tensor, t: torch.Tensor, step: int) -> torch.Tensor:
         sample = torch.cat([latents] * 2)
         if step % 3 == 0:
-            return guide(unet(sample, t, EMBEDDINGS).sample)
-        return guide(shallow(unet, sample, t, EMBEDDINGS, kept[-1]))
+            return tiny.guide(unet(sample, t, EMBEDDINGS).sample)
+        return tiny.guide(shallow(unet, sample, t, EMBEDDINGS, kept[-1]))
 
     with cachekit.apply(pipe, "deepcache:interval=3"):
         assert torch.equal(tiny.latents(pipe, steps=7, latents=start()), loop(predict, 7))
@@ -492,14 +475,14 @@ def test_removing_a_copy_leaves_the_original_attached(pipe: Any) -> None:
 
 
 def attached_like(specs: tuple[str, ...], **changes: Any) -> torch.Tensor:
-    pipe = tiny.sd()
+    pipe = tiny.small()
     cachekit.apply(pipe, specs)
     return tiny.latents(pipe, **changes)
 
 
 def test_a_second_pipeline_with_the_same_denoiser_is_cached(pipe: Any) -> None:
     other = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": tiny.sd().scheduler}, requires_safety_checker=False
+        **{**pipe.components, "scheduler": tiny.small().scheduler}, requires_safety_checker=False
     )
     other.set_progress_bar_config(disable=True)
     expected = {steps: attached_like(BOTH, steps=steps) for steps in (4, 6)}
@@ -512,7 +495,7 @@ def test_a_second_pipeline_with_the_same_denoiser_is_cached(pipe: Any) -> None:
 
 def test_a_run_in_another_thread_does_not_disturb(pipe: Any) -> None:
     other = StableDiffusionPipeline(
-        **{**pipe.components, "scheduler": tiny.sd().scheduler}, requires_safety_checker=False
+        **{**pipe.components, "scheduler": tiny.small().scheduler}, requires_safety_checker=False
     )
     other.set_progress_bar_config(disable=True)
     expected = {steps: attached_like(BOTH, steps=steps) for steps in (5, 6)}
@@ -580,7 +563,7 @@ def test_what_is_kept_is_gone_when_the_run_ends(pipe: Any, error: type[BaseExcep
         caught = raised
     assert (caught is not None) == (error is not None)
     gc.collect()
-    assert len(references) > 10
+    assert len(references) == 8
     assert not any(reference() is not None for reference in references)
 
 
@@ -599,7 +582,7 @@ def test_what_is_kept_is_gone_although_the_exception_is_held(pipe: Any) -> None:
         tiny.latents(pipe, steps=6)
     gc.collect()
     assert held.value is not None
-    assert len(references) == 32
+    assert len(references) == 12
     assert not any(reference() is not None for reference in references)
 
 
@@ -611,7 +594,7 @@ def test_the_report_holds_no_tensor_values(pipe: Any) -> None:
 
 
 def test_a_bare_denoiser_is_attached_too() -> None:
-    unet, scheduler = tiny.unet(), DDIMScheduler()
+    unet, scheduler = tiny.small().unet, DDIMScheduler()
     scheduler.set_timesteps(4)
     with cachekit.apply(unet, "deepcache:interval=2"), Watch(unet) as watch, torch.no_grad():
         for t in scheduler.timesteps:

@@ -17,7 +17,7 @@ from cachekit.guidance import Layout, pick, predict_x0
 from cachekit.policy import BranchChange
 from cachekit.store import Store
 
-MAKERS = {"sd": tiny.sd, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}
+MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ NOISE = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(5))
 
 def by_hand(script: list[str], batch: int = 1, scheduler: Any = None) -> torch.Tensor:
     """Sample with SD's tiny UNet; each step is "2", "c" or "u" and then what cross-attention does."""
-    unet, scheduler = tiny.unet(), scheduler or tiny.sd().scheduler
+    unet, scheduler = tiny.small().unet, scheduler or tiny.small().scheduler
     attention = tiny.TgateByHand(unet)
     u, c = tiny.text(batch, seed=4), tiny.text(batch)
     texts = {"2": torch.cat([u, c]), "c": c, "u": u}
@@ -144,7 +144,7 @@ def test_guidance_cut_by_the_pipeline_after_the_gate_computes_the_other_branch()
     cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=3)
     found, report = cached_with_report("sd", "tgate:m=2", steps=6, callback_on_step_end=cut, latents=NOISE[:1])
     assert torch.equal(found, by_hand(["2", "2 keep the mean", "u reuse", "u reuse", "c keep", "c reuse"]))
-    assert sum(count.missed for count in report.counts) == 16
+    assert sum(count.missed for count in report.counts) == 6
 
 
 # -- narrowing at the denoiser's boundary -----------------------------------------------------------------
@@ -211,7 +211,7 @@ def scheduler_of(kind: type, prediction: str) -> Any:
 
 def gammas_by_hand(scheduler: Any, space: str, steps: int, batch: int) -> list[float]:
     """Return the cosine of both branches in each step of a fully guided run, of the image where it is smallest."""
-    unet, gammas = tiny.unet(), []
+    unet, gammas = tiny.small().unet, []
     text = torch.cat([tiny.text(batch, seed=4), tiny.text(batch)])
     scheduler.set_timesteps(steps)
     latents = NOISE[:batch] * scheduler.init_noise_sigma
@@ -314,7 +314,7 @@ def test_a_threshold_below_everything_guides_the_first_step_alone() -> None:
 @pytest.mark.parametrize("spec", ["adaptive_guidance:m=3,linear=true", "adaptive_guidance:threshold=-1,linear=true"])
 def test_linear_adaptive_guidance_by_hand(spec: str) -> None:
     m = 3 if "m=" in spec else 1
-    unet, scheduler = tiny.unet(), tiny.sd().scheduler
+    unet, scheduler = tiny.small().unet, tiny.small().scheduler
     scheduler.set_timesteps(6)
     latents, difference = NOISE[:1], torch.zeros(())
     for step, t in enumerate(scheduler.timesteps):

@@ -54,11 +54,11 @@ def tgate_latents(name: str, m: int, intervals: tuple[int, int, int], **changes:
     return published_call(pipe, m, intervals, **changes)
 
 
-def published_call(pipe: Any, m: int, intervals: tuple[int, int, int], **changes: Any) -> torch.Tensor:
-    names = ("sp_interval", "fi_interval", "warm_up")
-    output = pipe.tgate(
-        **tiny.arguments(pipe, **{"steps": STEPS, **changes}), gate_step=m, **dict(zip(names, intervals))
-    )
+def published_call(
+    pipe: Any, m: int, intervals: tuple[int, int, int], lcm: bool | None = None, **changes: Any
+) -> torch.Tensor:
+    given = tiny.arguments(pipe, **{"steps": STEPS, **changes}) | ({} if lcm is None else {"lcm": lcm})
+    output = pipe.tgate(**given, gate_step=m, **dict(zip(("sp_interval", "fi_interval", "warm_up"), intervals)))
     return output.frames if hasattr(output, "frames") else output.images
 
 
@@ -101,6 +101,14 @@ def test_published_defaults_of_the_second_version() -> None:
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_gate_changes_the_latents(name: str) -> None:
     assert not torch.equal(cached(name, "tgate:m=3"), plain(name))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["sdxl", "pixart_alpha", "pixart_sigma"])
+def test_tgate_of_latent_consistency_models(name: str, batch: int) -> None:
+    """Without guidance each image keeps its own attention."""
+    changes = {"guidance": 1.0, "batch": batch}
+    assert torch.equal(cached(name, "tgate:m=2", **changes), tgate_latents(name, 2, FIRST, lcm=True, **changes))
 
 
 # -- DeepCache --------------------------------------------------------------------------------------------

@@ -156,6 +156,14 @@ def test_held_out_whatever_the_order_size_fill_and_background() -> None:
         assert scenes.is_heldout(scene) == scenes.is_heldout(scenes.Scene(things, "black"))
 
 
+def test_scenes_have_no_small_hollow_crosses_and_stars() -> None:
+    rng = np.random.default_rng(12)
+    things = [thing for _ in range(500) for thing in scenes.random_scene(rng).things]
+    assert all(map(scenes.is_drawn, things))
+    drawn = {(thing.size, thing.fill, thing.shape) for thing in things}
+    assert len(drawn) == len(scenes.SIZES) * len(scenes.FILLS) * len(scenes.SHAPES) - 2
+
+
 def test_a_sixth_is_held_out() -> None:
     rng = np.random.default_rng(11)
     share = np.mean([scenes.is_heldout(scenes.random_scene(rng)) for _ in range(3000)])

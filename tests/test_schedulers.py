@@ -42,7 +42,7 @@ STEPS = 6
 
 @functools.cache
 def shared(name: str) -> Any:
-    return {"sd": tiny.sd, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit}[name]()
+    return {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit}[name]()
 
 
 def scheduled(name: str, scheduler: str) -> Any:
@@ -52,7 +52,7 @@ def scheduled(name: str, scheduler: str) -> Any:
 
 
 def fresh(scheduler: str, specs: Iterable[str] = BOTH) -> Any:
-    pipe = tiny.sd()
+    pipe = tiny.small()
     pipe.scheduler = SCHEDULERS[scheduler](pipe.scheduler.config)
     cachekit.apply(pipe, specs)
     return pipe

@@ -97,6 +97,16 @@ def sd(**changes: Any) -> StableDiffusionPipeline:
     return pipe
 
 
+def small(**changes: Any) -> StableDiffusionPipeline:
+    """SD with two resolutions: for tests that do not need all of its branches."""
+    blocks = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return sd(**blocks, **changes)
+
+
 @reproducible
 def sdxl() -> StableDiffusionXLPipeline:
     model = UNet2DConditionModel(
@@ -176,12 +186,12 @@ def dit() -> DiTPipeline:
 def svd() -> StableVideoDiffusionPipeline:
     model = UNetSpatioTemporalConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=2,
+        block_out_channels=(32, 32),
+        layers_per_block=1,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         cross_attention_dim=WIDTH,
-        num_attention_heads=8,
+        num_attention_heads=4,
         projection_class_embeddings_input_dim=96,
         addition_time_embed_dim=32,
     )

@@ -135,9 +135,8 @@ def train(work: Path, seconds: float, rate: float, processes: int, batch: int = 
 
 
 @torch.no_grad()
-def reconstruction(work: Path, count: int = 300, folder: str = "autoencoder") -> dict[str, float]:
+def reconstruction(model: AutoencoderTiny, count: int = 300) -> dict[str, float]:
     """Return how many held-out scenes pass the checker after encoding and decoding, and the PSNR (dB)."""
-    model = AutoencoderTiny.from_pretrained(work / folder)
     rng = np.random.default_rng(5)
     captions = scenes.heldout_captions(count, seed=5)
     images = scenes.render_batch([scenes.parse(text) for text in captions], rng)
@@ -146,7 +145,7 @@ def reconstruction(work: Path, count: int = 300, folder: str = "autoencoder") ->
     decoded = (model.decode(latents).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     passed = [bool(shows(image, text)) for image, text in zip(decoded, captions, strict=True)]
     psnr = -10 * np.log10(((decoded - images) ** 2).mean())
-    return {"shown": float(np.mean(passed)), "psnr": float(psnr), "latent_std": float(latents.std())}
+    return {"n": count, "shown": float(np.mean(passed)), "psnr": float(psnr)}
 
 
 @torch.no_grad()

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from cachekit.demo import scenes
+
 from .autoencoder import LATENT_STD
 from .data import load_captions
 from .parallel import agree, average_gradients, launch
@@ -60,6 +62,12 @@ class Settings:
     snapshot_seconds: float = 450
 
 
+def _weight(text: str) -> float:
+    """Return how often a caption is drawn: more often for more things, never if scenes no longer have one."""
+    things = scenes.parse(text).things
+    return THINGS_WEIGHT[len(things) - 1] if all(map(scenes.is_drawn, things)) else 0.0
+
+
 class Corpus:
     """Draw batches of latents, tokens and what the captions say."""
 
@@ -70,8 +78,8 @@ class Corpus:
         self.tokens = tokenize(tokenizer, self.captions)
         self.empty = tokenize(tokenizer, [""])[0]
         self.rng = np.random.default_rng(seed)
-        things = np.array([text.count(" and ") for text in self.captions])
-        self.chances = np.cumsum(np.array(THINGS_WEIGHT)[things] / np.array(THINGS_WEIGHT)[things].sum())
+        weights = np.array([_weight(text) for text in self.captions])
+        self.chances = np.cumsum(weights / weights.sum())
 
     def batch(self, n: int) -> tuple[Tensor, Tensor, list[str]]:
         """Return n x 8 x 16 x 16 latents, n x 28 tokens and the captions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import demo, doctor, estimate, generate, inspection
+from . import bench, demo, doctor, estimate, generate, inspection
 from .output import Group
 
 __all__ = ["app"]
@@ -17,6 +17,7 @@ app.command()(inspection.plan)
 app.command()(estimate.estimate)
 app.command()(generate.generate)
 app.command()(demo.demo)
+app.command()(bench.bench)
 app.command()(doctor.doctor)
 
 

@@ -1,0 +1,118 @@
+"""Run the published packages on a copy of the pipeline, where they are installed and can do what a spec says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from ..macs import macs_of_layer
+from ..measuring import Arguments, Drawn, run
+from ..pipelines import denoiser_of
+from ..policy import Policy
+
+__all__ = ["Peer", "peer_exists"]
+
+#: The options of each policy that the published package has too.
+_SHARED = {
+    "tgate": {"m", "sp_interval", "fi_interval", "warm_up"},
+    "deepcache": {"interval", "branch"},
+}
+_PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache"}
+_LOADERS = {
+    ("StableDiffusionPipeline", "tgate"): "TgateSDLoader",
+    ("StableDiffusionXLPipeline", "tgate"): "TgateSDXLLoader",
+    ("StableDiffusionPipeline", "deepcache+tgate"): "TgateSDDeepCacheLoader",
+    ("StableDiffusionXLPipeline", "deepcache+tgate"): "TgateSDXLDeepCacheLoader",
+    ("StableDiffusionPipeline", "deepcache"): "DeepCacheSDHelper",
+    ("StableDiffusionXLPipeline", "deepcache"): "DeepCacheSDHelper",
+}
+
+
+def peer_exists(policies: Sequence[Policy], pipeline: str) -> bool:
+    """Tell whether installed published packages do what these policies say on a pipeline of that class."""
+    if (pipeline, _names(policies)) not in _LOADERS:
+        return False
+    packages = {_PACKAGES[policy.name] for policy in policies}
+    known = all(set(policy.model_dump(exclude_defaults=True)) <= _SHARED[policy.name] for policy in policies)
+    return known and all(find_spec(package) for package in packages)
+
+
+class Peer:
+    """Draw with the published packages; the pipeline itself stays as it is."""
+
+    def __init__(self, pipe: Any, policies: Sequence[Policy], arguments: Arguments) -> None:
+        """Prepare a copy of `pipe` that shares its weights."""
+        self._twin = _twin(pipe)
+        self._arguments = arguments
+        self._call, self._extra = _prepared(self._twin, policies)
+        self._macs: int | None = None
+
+    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
+        """Return the image of `prompt`; the first run counts what every later one costs too."""
+        arguments = {"num_inference_steps": steps, **self._arguments(prompt), **self._extra}
+        if self._macs is None:
+            with _counting(denoiser_of(self._twin)) as count:
+                image, watch = run(self._call, arguments, seed)
+            self._macs = count.macs
+        else:
+            image, watch = run(self._call, arguments, seed)
+        return Drawn(image, watch.seconds, self._macs, cache_bytes=None, peak_memory=watch.peak_memory)
+
+
+def _names(policies: Sequence[Policy]) -> str:
+    return "+".join(sorted(policy.name for policy in policies))
+
+
+def _prepared(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return what is called instead of the pipeline, and the arguments that only it takes."""
+    fields = {policy.name: policy.model_dump() for policy in policies}
+    gate, cache = fields.get("tgate", {}), fields.get("deepcache", {})
+    extra = {name: gate[name] for name in ("sp_interval", "fi_interval", "warm_up") if gate}
+    name = _LOADERS[type(twin).__name__, _names(policies)]
+    if not gate:
+        import DeepCache
+
+        helper = getattr(DeepCache, name)(pipe=twin)
+        helper.set_params(cache_interval=cache["interval"], cache_branch_id=cache["branch"])
+        helper.enable()
+        return twin.__call__, {}
+    import tgate
+
+    intervals = {"cache_interval": cache["interval"], "cache_branch_id": cache["branch"]} if cache else {}
+    loaded = getattr(tgate, name)(twin, **intervals)
+    return loaded.tgate, {"gate_step": gate["m"], **extra}
+
+
+def _twin(pipe: Any) -> Any:
+    """Return a copy of the pipeline over equal modules that share every weight."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    weights = (weight for part in parts for weight in (*part.parameters(), *part.buffers()))
+    return copy.deepcopy(pipe, {id(weight): weight for weight in weights})
+
+
+@dataclass
+class _Count:
+    macs: int = 0
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[_Count]:
+    """Count the multiply-accumulates of all Linear and convolution layers that run."""
+    count = _Count()
+
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        count.macs += macs_of_layer(module, inputs[0], output)
+
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+    handles = [layer.register_forward_hook(add) for layer in layers]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()

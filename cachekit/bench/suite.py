@@ -1,0 +1,108 @@
+"""Measure all cells of a suite that are not measured yet, and then the plain pipelines they must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
+
+from ..catalog import installed
+from ..engine import Attachment
+from ..loading import precision, scheduler_for
+from ..policy import Policy
+from .cells import Cell, Method, Setting, digest
+from .executors import executor
+from .peers import peer_exists
+from .results import Result, Results
+from .subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
+from .workbench import environment
+
+__all__ = ["Suite", "measure_suite"]
+
+#: Called after each cell with the number of cells done and of all cells known by then, and what was wrong, if anything.
+Progress = Callable[[int, int, "str | None"], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Say what is measured of one model: every composition with every scheduler, number of steps and seed."""
+
+    setting: Setting
+    compositions: Sequence[tuple[Policy, ...]]
+    schedulers: Sequence[str] = ()
+    steps: Sequence[int] = (25,)
+    seeds: Sequence[int] = (0,)
+    peers: bool = True
+    executor: str = "serial"
+    workers: int = 1
+
+    def cells(self) -> list[Cell]:
+        """Return all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
+        self._check()
+        pipeline = class_of_pipeline(self.setting.model)
+        shared = self._shared()
+        found = []
+        for scheduler, steps, seed in product(self._schedulers(), self.steps, self.seeds):
+            at = {"scheduler": scheduler, "steps": steps, "uncached_steps": steps, "seed": seed}
+            for policies in self.compositions:
+                made = {**shared, **at, "specs": tuple(sorted(map(str, policies)))}
+                found.append(Cell(method=Method.CACHEKIT, **made))
+                if self.peers and peer_exists(policies, pipeline):
+                    found.append(Cell(method=Method.PUBLISHED, **made))
+        return found
+
+    def _check(self) -> None:
+        precision(self.setting.dtype)
+        denoiser, catalog = shape_of_model(self.setting.model), installed()
+        for policies in self.compositions:
+            Attachment(denoiser, policies, catalog)
+
+    def _schedulers(self) -> list[str]:
+        own = own_scheduler(self.setting.model)
+        if not self.schedulers:
+            return [type(own).__name__]
+        pipe: Any = type(class_of_pipeline(self.setting.model), (), {"scheduler": own})()
+        return list(dict.fromkeys(type(scheduler_for(pipe, name)).__name__ for name in self.schedulers))
+
+    def _shared(self) -> dict[str, Any]:
+        setting = self.setting
+        around = {**environment(setting), "executor": self.executor, "workers": self.workers}
+        names = ("model", "dtype", "device", "compiled", "height", "width", "guidance")
+        return {
+            **{name: getattr(setting, name) for name in names},
+            "model_hash": model_hash(setting.model),
+            "captions": digest(setting.captions),
+            "metrics": tuple(name for name, _ in setting.metrics),
+            "environment": digest(around),
+        }
+
+
+def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:
+    """Measure what is missing in `results`, which holds each cell as soon as it is done; return what failed."""
+    from .summary import groups
+
+    cells = suite.cells()
+    chosen = {cell.id for cell in cells}
+    run = partial(_run, suite, results)
+    failures = [*run(cells, progress, 0)]
+    measured = [result for result in results.all if result.id in chosen]
+    baselines = [cell for group in groups(measured) for cell in group.baselines()]
+    return [*failures, *run(baselines, progress, len(cells))]
+
+
+def _run(suite: Suite, results: Results, cells: Sequence[Cell], progress: Progress, before: int) -> Iterator[str]:
+    missing = [cell for cell in cells if cell not in results]
+    done, total = before + len(cells) - len(missing), before + len(cells)
+    progress(done, total, None)
+    if not missing:
+        return
+    for _, outcome in executor(suite.executor)(suite.setting, missing, suite.workers):
+        done += 1
+        failure = None if isinstance(outcome, Result) else outcome
+        if isinstance(outcome, Result):
+            results.add([outcome])
+        progress(done, total, failure)
+        if failure:
+            yield failure

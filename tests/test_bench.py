@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 
@@ -302,20 +301,10 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     assert outcomes[good].cell == good
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "process",
-        pytest.param(
-            "ray",
-            marks=pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed"),
-        ),
-    ],
-)
-def test_two_workers_measure_what_one_does(name, folder):
+def test_two_workers_measure_what_one_does(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
     wanted = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
-    outcomes = dict(executor(name)(setting, wanted, 2))
+    outcomes = dict(executor("process")(setting, wanted, 2))
     assert set(outcomes) == set(wanted)
     for cell in wanted:
         alone = measure(setting, cell)

@@ -1,4 +1,4 @@
-"""Spread cells over this process, a pool of processes or Ray actors, each with one loaded pipeline."""
+"""Spread cells over this process or a pool of processes, each with one loaded pipeline."""
 
 from __future__ import annotations
 
@@ -68,39 +68,6 @@ def _choose_gpu(places: Any, device: str | None) -> None:
         torch.cuda.set_device(place % torch.cuda.device_count())
 
 
-def _ray(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ImportError as error:
-        raise BenchError("the ray executor needs Ray: pip install 'cachekit-diffusion[ray]'") from error
-    started = not ray.is_initialized()
-    if started:
-        # A cluster that is named brings its own processors; one made here gets as many as there are workers.
-        size = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers}
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
-    try:
-        on_gpu = setting.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
-        actor = ray.remote(num_cpus=1, num_gpus=1 if on_gpu else 0)(_Actor)
-        pool = ActorPool([actor.remote(setting) for _ in range(workers)])
-        yield from pool.map_unordered(lambda one, cell: one.attempt.remote(cell), cells)
-    finally:
-        if started:
-            ray.shutdown()
-
-
-class _Actor:
-    """Measure cells in a process of Ray's, on any machine."""
-
-    def __init__(self, setting: Setting) -> None:
-        """Take the setting; the pipeline is loaded with the first cell."""
-        self._setting = setting
-
-    def attempt(self, cell: Cell) -> Outcome:
-        """Return the cell with what came of it."""
-        return cell, attempt(self._setting, cell)
-
-
 def default_workers(name: str) -> int:
     """Return as many workers as there are GPUs, or two; a serial run has one."""
     import torch
@@ -110,4 +77,4 @@ def default_workers(name: str) -> int:
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
 
 
-EXECUTORS: dict[str, Executor] = {"serial": _serial, "process": _process, "ray": _ray}
+EXECUTORS: dict[str, Executor] = {"serial": _serial, "process": _process}

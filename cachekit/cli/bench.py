@@ -40,7 +40,7 @@ def bench(
     metric: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="lpips or clip, with weights.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure published packages that are installed too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
-    executor: Annotated[str, typer.Option(help="serial, process or ray.")] = "serial",
+    executor: Annotated[str, typer.Option(help="serial or process.")] = "serial",
     workers: Annotated[int | None, typer.Option(min=1, help="Workers, each with a loaded pipeline.")] = None,
     output: Annotated[Path, typer.Option(help="File of results; what it holds is kept.")] = Path("bench.jsonl"),
     merge: Annotated[list[Path] | None, typer.Option(help="Take in results of another file; may be repeated.")] = None,

@@ -28,9 +28,13 @@ def demo(
     spec: Annotated[list[str] | None, typer.Option(help="Compare these too; join several specs by '+'.")] = None,
 ) -> None:
     """Compare policies on the embedded model, which needs no download, and write table and pictures."""
+    import torch
+
     from ..demo import demo_pipeline, heldout_captions
 
     configurations = _configurations(steps, spec or [])
+    # So small a model gains nothing from more threads; on a busy machine they wait for each other.
+    torch.set_num_threads(1)
     pipe: Any = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     _check(pipe, configurations)

@@ -41,13 +41,13 @@ def _shown(pipe: Any, prompts: list[str], captions: list[str]) -> int:
 
 
 def test_held_out_captions_are_mostly_shown(pipe: Any) -> None:
-    captions = heldout_captions(16, seed=0)
-    assert _shown(pipe, captions, captions) >= 12
+    captions = heldout_captions(12, seed=0)
+    assert _shown(pipe, captions, captions) >= 10
 
 
 def test_without_text_nothing_is_shown(pipe: Any) -> None:
-    captions = heldout_captions(8, seed=0)
-    assert _shown(pipe, [""] * 8, captions) <= 1
+    captions = heldout_captions(6, seed=0)
+    assert _shown(pipe, [""] * 6, captions) <= 1
 
 
 def test_it_is_a_stable_diffusion_pipeline(pipe: Any) -> None:
@@ -79,18 +79,14 @@ def test_loading_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
 def test_loads_offline_in_silence() -> None:
     code = "from cachekit.demo import demo_pipeline; demo_pipeline()"
     environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importing_the_demo_imports_no_torch() -> None:
     code = "import sys, cachekit.demo; print('torch' in sys.modules or 'diffusers' in sys.modules)"
     environment = {"PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 

@@ -25,17 +25,13 @@ def _drawn(n: int, seed: int) -> tuple[list[scenes.Scene], np.ndarray]:
 
 
 def test_true_images_pass() -> None:
-    chosen, images = _drawn(200, 0)
-    failed = [
-        scenes.caption(s)
-        for s, image in zip(chosen, images, strict=True)
-        if not shows(image, scenes.caption(s))
-    ]
+    chosen, images = _drawn(120, 0)
+    failed = [scenes.caption(s) for s, image in zip(chosen, images, strict=True) if not shows(image, scenes.caption(s))]
     assert failed == []
 
 
 def test_shuffled_captions_fail() -> None:
-    chosen, images = _drawn(100, 1)
+    chosen, images = _drawn(60, 1)
     passed = [bool(shows(image, scenes.caption(s))) for s, image in zip(chosen[1:], images[:-1], strict=True)]
     assert sum(passed) == 0
 
@@ -86,12 +82,14 @@ def test_noise_shows_nothing() -> None:
     assert not shows(noise, scenes.heldout_captions(1)[0])
 
 
-def test_blurred_images_fail() -> None:
-    chosen, images = _drawn(30, 7)
-    moved = [np.roll(images, (dy, dx), (1, 2)) for dy in range(-2, 3) for dx in range(-2, 3)]
-    blurred = np.mean(moved, axis=0)
-    passed = [bool(shows(image, scenes.caption(s))) for s, image in zip(chosen, blurred, strict=True)]
-    assert sum(passed) < 10
+def test_blurred_outlines_fail() -> None:
+    chosen, images = _drawn(40, 7)
+    fine = [index for index, scene in enumerate(chosen) if any(thing.fill == "hollow" for thing in scene.things)]
+    moved = [np.roll(images[fine], (dy, dx), (1, 2)) for dy in range(-2, 3) for dx in range(-2, 3)]
+    captions = [scenes.caption(chosen[index]) for index in fine]
+    passed = [bool(shows(image, text)) for text, image in zip(captions, np.mean(moved, axis=0), strict=True)]
+    assert len(fine) > 15
+    assert sum(passed) <= len(fine) / 5
 
 
 def test_bytes_and_floats_read_the_same() -> None:

@@ -1,6 +1,6 @@
-"""Measure guidance scales and timestep spacings on captions apart from the published ones; write choice.json.
+"""Measure guidance scales and timestep spacings on captions apart from the published ones.
 
-`python -m benchmarks.train.choose --n 100` shows what DEMO_GUIDANCE and the shipped spacing were chosen from.
+`python -m benchmarks.train.choose` writes choice.json.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cachekit.demo import DEMO_STEPS
+from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS
 from cachekit.demo.pipeline import WEIGHTS
 
 from .evaluate import Row, measure, prepare, table
@@ -37,8 +37,8 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS / "unet")
-    parser.add_argument("--n", type=int, default=100)
-    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 5.0, 7.0])
+    parser.add_argument("--n", type=int, default=60)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[2.0, DEMO_GUIDANCE, 5.0])
     parser.add_argument("--spacing", nargs="+", default=["trailing", "leading"])
     options = parser.parse_args()
     choose(options.folder, options.n, options.guidance, options.spacing)

@@ -51,21 +51,15 @@ def rows(headline: int, others: int) -> list[Row]:
         Row("DPM++", DEMO_STEPS, DEMO_GUIDANCE, False, others),
     ]
     steps = [Row("DPM++", steps, DEMO_GUIDANCE, True, others) for steps in (5, 12, 50)]
-    other = [
-        Row(name, steps, DEMO_GUIDANCE, True, others) for name in SCHEDULERS for steps in (8, DEMO_STEPS)
-    ]
+    other = [Row(name, steps, DEMO_GUIDANCE, True, others) for name in SCHEDULERS for steps in (8, DEMO_STEPS)]
     return main + plain + steps + other
 
 
-def sample(
-    pipe: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int
-) -> Iterator[Any]:
+def sample(pipe: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int) -> Iterator[Any]:
     """Yield one 64 x 64 x 3 image in [0, 1] per caption, made in batches, each from its own seed."""
     for start in range(0, len(captions), BATCH):
         chunk = captions[start : start + BATCH]
-        generators = [
-            torch.Generator().manual_seed(1000 * seed + start + index) for index in range(len(chunk))
-        ]
+        generators = [torch.Generator().manual_seed(1000 * seed + start + index) for index in range(len(chunk))]
         settings: dict[str, Any] = {
             "num_inference_steps": steps,
             "guidance_scale": guidance,
@@ -75,9 +69,7 @@ def sample(
 
 
 def _aspects(verdicts: list[Verdict]) -> dict[str, float]:
-    return {
-        name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in vars(verdicts[0])
-    }
+    return {name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in vars(verdicts[0])}
 
 
 def measure(pipe: StableDiffusionPipeline, row: Row, seed: int = SEED) -> dict[str, Any]:
@@ -139,11 +131,18 @@ def measure_row(task: tuple[Path, Row]) -> dict[str, Any]:
     return measure(prepare(folder, row.sampler), row)
 
 
-def evaluate(folder: Path, headline: int, others: int, processes: int) -> None:
+def kept(folder: Path, samplers: list[str]) -> list[dict[str, Any]]:
+    """Return the rows measured before with samplers that are not measured now."""
+    path = folder / "figures.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in before if row["sampler"] not in samplers]
+
+
+def evaluate(folder: Path, headline: int, others: int, processes: int, samplers: list[str]) -> None:
     """Measure every row; figures.json is written after each, so that nothing is lost."""
-    measured: list[dict[str, Any]] = []
+    measured = kept(folder, samplers)
     figures = {"seed": SEED, "reconstruction": reconstruction(load_pipeline(folder).vae), "rows": measured}
-    tasks = [(folder, row) for row in rows(headline, others)]
+    tasks = [(folder, row) for row in rows(headline, others) if row.sampler in samplers]
     with get_context("spawn").Pool(processes) as pool:
         for row in pool.imap(measure_row, tasks, chunksize=1):
             measured.append(row)
@@ -158,12 +157,13 @@ def main() -> None:
     parser.add_argument("--headline", type=int, default=1000, help="captions for the first rows")
     parser.add_argument("--others", type=int, default=300, help="captions for the other rows")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sampler", nargs="+", default=["DPM++", *SCHEDULERS], help="which rows to measure")
     parser.add_argument("--table", action="store_true", help="print the figures that were measured before")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads((options.folder / "figures.json").read_text())["rows"]))
     else:
-        evaluate(options.folder, options.headline, options.others, options.processes)
+        evaluate(options.folder, options.headline, options.others, options.processes, options.sampler)
 
 
 if __name__ == "__main__":

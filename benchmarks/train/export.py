@@ -16,19 +16,28 @@ from cachekit.demo.pipeline import write_manifest
 
 from .unet import NOISE_SCHEDULE, averaged
 
+# What other schedulers need to know when they are made from this one's configuration goes with it.
+SCHEDULER = NOISE_SCHEDULE | {
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+}
+
+
+def _clean(config: str) -> str:
+    """Return a configuration without the folder it came from and the one key that the autoencoder warns about."""
+    loaded = json.loads(config)
+    foreign = ["_name_or_path"] + ["block_out_channels"] * (loaded.get("_class_name") == "AutoencoderTiny")
+    kept = {name: value for name, value in loaded.items() if name not in foreign}
+    return json.dumps(kept, indent=2, sort_keys=True) + "\n"
+
 
 def _write(module: nn.Module, config: str, folder: Path, weights: str) -> None:
     folder.mkdir(parents=True)
     halves = {name: value.to(torch.float16).contiguous() for name, value in module.state_dict().items()}
     save_file(halves, folder / weights, {"format": "pt"})
-    (folder / "config.json").write_text(config)
-
-
-def _autoencoder_config(autoencoder: AutoencoderTiny) -> str:
-    """Return the configuration without the one key that the class adds and then warns about."""
-    config = json.loads(autoencoder.to_json_string())
-    del config["block_out_channels"]
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(_clean(config))
 
 
 def export(work: Path, target: Path) -> None:
@@ -38,7 +47,7 @@ def export(work: Path, target: Path) -> None:
     autoencoder = AutoencoderTiny.from_pretrained(work / "autoencoder")
     weights = "diffusion_pytorch_model.safetensors"
     _write(unet, unet.to_json_string(), target / "unet", weights)
-    _write(autoencoder, _autoencoder_config(autoencoder), target / "vae", weights)
+    _write(autoencoder, autoencoder.to_json_string(), target / "vae", weights)
     _write(
         text_encoder,
         text_encoder.config.to_json_string(use_diff=False),
@@ -46,7 +55,5 @@ def export(work: Path, target: Path) -> None:
         "model.safetensors",
     )
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(target / "tokenizer")
-    DPMSolverMultistepScheduler(
-        **NOISE_SCHEDULE, timestep_spacing="trailing", steps_offset=1
-    ).save_pretrained(target / "scheduler")
+    DPMSolverMultistepScheduler.from_config(SCHEDULER).save_pretrained(target / "scheduler")
     write_manifest(target)

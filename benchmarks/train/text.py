@@ -77,9 +77,7 @@ def build_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
     """Return n x 28 token numbers, padded as the pipeline pads them."""
-    encoded = tokenizer(
-        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-    )
+    encoded = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 
@@ -96,9 +94,7 @@ def targets(captions: list[str]) -> tuple[Tensor, Tensor]:
         position = 0
         for thing in scene.things:
             position += len(str(thing).split())
-            rows.append(
-                [index, position, *(options.index(getattr(thing, name)) for name, options in ASPECTS.items())]
-            )
+            rows.append([index, position, *(options.index(getattr(thing, name)) for name, options in ASPECTS.items())])
             position += 1
         backgrounds.append(tuple(scenes.BACKGROUNDS).index(scene.background))
     return torch.tensor(rows), torch.tensor(backgrounds)
@@ -122,13 +118,9 @@ class Heads(nn.Module):
         places = self.whole(hidden[:, -1]).view(len(hidden), len(scenes.PLACES), -1)
         whole = places[rows, aspects[:, -1]]
         loss = functional.cross_entropy(self.background(hidden[:, -1]), backgrounds)
-        for number, (a, b) in enumerate(
-            zip(phrase.split(self.counts, 1), whole.split(self.counts, 1), strict=True)
-        ):
+        for number, (a, b) in enumerate(zip(phrase.split(self.counts, 1), whole.split(self.counts, 1), strict=True)):
             loss = (
-                loss
-                + functional.cross_entropy(a, aspects[:, number])
-                + functional.cross_entropy(b, aspects[:, number])
+                loss + functional.cross_entropy(a, aspects[:, number]) + functional.cross_entropy(b, aspects[:, number])
             )
         return loss / (1 + 2 * len(self.counts))
 

@@ -121,9 +121,7 @@ class Learner(nn.Module):
         noisy = self.noise.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):
             velocity = self.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
-        return functional.mse_loss(
-            velocity.float(), self.noise.get_velocity(latents, noise, timesteps)
-        ), aside
+        return functional.mse_loss(velocity.float(), self.noise.get_velocity(latents, noise, timesteps)), aside
 
 
 class Average:

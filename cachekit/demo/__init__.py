@@ -20,7 +20,7 @@ __all__ = [
     "shows",
 ]
 
-DEMO_GUIDANCE = 5.0
+DEMO_GUIDANCE = 3.5
 DEMO_STEPS = 25
 _HOMES = {
     "Verdict": "checker",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,21 +62,32 @@ def _fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
     """Load half-precision weights into a module of the wanted precision, ready for inference."""
     from safetensors.torch import load_file
 
-    module.to(dtype)
-    module.load_state_dict(load_file(path))
+    weights = {name: value.to(dtype) for name, value in load_file(path).items()}
+    module.load_state_dict(weights, assign=True)
     module.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Keep transformers from telling, on import, that torchvision would be faster at images it never sees."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
     """Check and load the pipeline in `folder`, in single precision unless told otherwise."""
     import torch
-    from diffusers import (
-        AutoencoderTiny,
-        DPMSolverMultistepScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    with _without_hints():
+        from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+        from diffusers import DPMSolverMultistepScheduler as Scheduler
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     verify(folder)
     dtype = torch_dtype or torch.float32
@@ -89,7 +102,7 @@ def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None) -> Stabl
         text_encoder=text_encoder,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         unet=unet,
-        scheduler=DPMSolverMultistepScheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
+        scheduler=Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

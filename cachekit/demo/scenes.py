@@ -27,6 +27,7 @@ __all__ = [
     "caption",
     "coverage",
     "heldout_captions",
+    "is_drawn",
     "is_heldout",
     "parse",
     "random_scene",
@@ -110,9 +111,7 @@ def _parse_thing(part: str, text: str) -> Thing:
         raise ValueError(f"cannot read {part!r} in caption {text!r}")
     thing = Thing(words[1], words[2], words[3], words[4], " ".join(words[5:]))
     allowed = (tuple(SIZES), FILLS, tuple(COLOURS), SHAPES, PLACES)
-    for word, options in zip(
-        (thing.size, thing.fill, thing.colour, thing.shape, thing.place), allowed, strict=True
-    ):
+    for word, options in zip((thing.size, thing.fill, thing.colour, thing.shape, thing.place), allowed, strict=True):
         if word not in options:
             raise ValueError(f"unknown word {word!r} in caption {text!r}, allowed: {', '.join(options)}")
     return thing
@@ -124,21 +123,25 @@ def vocabulary() -> tuple[str, ...]:
     return tuple(sorted(words | {word for place in PLACES for word in place.split()}))
 
 
+def is_drawn(thing: Thing) -> bool:
+    """Tell whether scenes have such a thing: all but small hollow crosses and stars, whose outlines fill them."""
+    return thing.size == "large" or thing.fill != "hollow" or thing.shape not in ("cross", "star")
+
+
+def _random_thing(rng: np.random.Generator, place: str) -> Thing:
+    options = (tuple(SIZES), FILLS, tuple(COLOURS), SHAPES)
+    while True:
+        size, fill, colour, shape = (words[rng.integers(len(words))] for words in options)
+        thing = Thing(size, fill, colour, shape, place)
+        if is_drawn(thing):
+            return thing
+
+
 def random_scene(rng: np.random.Generator) -> Scene:
     """Draw a scene: one, two or three things in different places, in any order."""
     count = 1 + int(rng.choice(len(_COUNTS), p=_COUNTS))
     places = rng.permutation(len(PLACES))[:count]
-    sizes, colours = tuple(SIZES), tuple(COLOURS)
-    things = tuple(
-        Thing(
-            sizes[rng.integers(len(sizes))],
-            FILLS[rng.integers(len(FILLS))],
-            colours[rng.integers(len(colours))],
-            SHAPES[rng.integers(len(SHAPES))],
-            PLACES[place],
-        )
-        for place in places
-    )
+    things = tuple(_random_thing(rng, PLACES[place]) for place in places)
     return Scene(things, tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))])
 
 
@@ -225,9 +228,7 @@ def _fill(distance: Array, u: Array, v: Array, fill: str, phase: Array) -> Array
     return np.asarray(inside, dtype=np.float32)
 
 
-def coverage(
-    shape: str, fill: str, centre: Array, radius: Array, tilt: Array, phase: Array, size: int = CELL
-) -> Array:
+def coverage(shape: str, fill: str, centre: Array, radius: Array, tilt: Array, phase: Array, size: int = CELL) -> Array:
     """Draw n shapes of one kind, one per window.
 
     centre: n x 2 (x, y) from the window's middle, in pixels; radius in pixels; tilt in radians; phase in

@@ -51,12 +51,14 @@ class Architecture:
         def tensor(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
 
-        sample, text = tensor(batch, 4, rows, columns), tensor(batch, self.tokens, self.text_width)
+        channels = self.config["in_channels"]
+        sample, text = tensor(batch, channels, rows, columns), tensor(batch, self.tokens, self.text_width)
         if self.cls == "PixArtTransformer2DModel":
             return {"hidden_states": sample, "encoder_hidden_states": text, **self._pixart_extras(batch, device, dtype)}
         extras: dict[str, Any] = {}
         if self.config.get("addition_embed_type") == "text_time":
-            extras["added_cond_kwargs"] = {"text_embeds": tensor(batch, 1280), "time_ids": tensor(batch, 6)}
+            pooled = self.config["projection_class_embeddings_input_dim"] - 6 * self.config["addition_time_embed_dim"]
+            extras["added_cond_kwargs"] = {"text_embeds": tensor(batch, pooled), "time_ids": tensor(batch, 6)}
         if self.config.get("time_cond_proj_dim"):
             extras["timestep_cond"] = tensor(batch, self.config["time_cond_proj_dim"])
         return {"sample": sample, "timestep": 500, "encoder_hidden_states": text, **extras}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 _UNKNOWN = 100
+_MOST_CALLS = 8
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,18 @@ class Clock:
         self.call = 0
         self._last: Mark | None = None
 
-    def starts_anew(self, timestep: Any) -> bool:
-        """Tell whether this call belongs to a new run."""
-        return not self.exact and self._last is not None and mark_of(timestep, None).begins_after(self._last)
+    def starts_anew(self, mark: Mark) -> bool:
+        """Tell whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
+        if self._last is None:
+            return False
+        if self.exact:
+            return mark.kind == self._last.kind == "entry" and mark.begins_after(self._last)
+        # A loop at one timestep never shows that it begins again, and must not keep without end.
+        endless = mark.same_step(self._last) and self.call + 1 >= _MOST_CALLS
+        return endless or mark.begins_after(self._last)
 
-    def tick(self, timestep: Any, scheduler: Any) -> int:
-        """Return the 0-based step that this call belongs to; `scheduler` counts only where the run is exact."""
-        mark = mark_of(timestep, scheduler if self.exact else None)
+    def tick(self, mark: Mark) -> int:
+        """Return the 0-based step that the call at this mark belongs to."""
         if mark.same_step(self._last):
             self.call += 1
         else:
@@ -67,7 +73,10 @@ class Clock:
 
 
 def mark_of(timestep: Any, scheduler: Any) -> Mark:
-    """Return the mark of what a denoiser is given as timestep: a tensor of any shape, or a number."""
+    """Return the mark of what a denoiser is given as timestep: a tensor of any shape, or a number.
+
+    `scheduler` is the running pipeline's, or None in a bare loop.
+    """
     if not isinstance(timestep, Tensor):
         return Mark("value", -float(timestep), index=_step_index(scheduler))
     storage = timestep.untyped_storage()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from .adapter import Adapter
 from .catalog import Catalog, installed
-from .clock import Clock, count_steps, shares_table
-from .errors import AdapterError, AttachmentError
+from .clock import Clock, count_steps, mark_of, shares_table
+from .errors import AdapterError, AttachmentError, CachekitError
 from .guidance import (
     Observation,
     branch_order,
@@ -174,6 +174,8 @@ class Attachment:
 
     def plan(self, num_inference_steps: int, *, guided: bool = True) -> Plan:
         """Return the table of actions of a run whose loop has `num_inference_steps` iterations."""
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
         return self._plan(num_inference_steps, self.layout.order if guided else ("cond",))
 
     def report(self) -> Report:
@@ -211,6 +213,8 @@ class Attachment:
         self._pipes.add(pipe)
         self._check_switches()
         state = self._state
+        if state.pipeline is None:
+            self._end_run(False)  # of a bare loop, which nothing else ends
         outer = (state.run, state.call, state.pipeline)
         state.run, state.call = None, None
         state.pipeline = (pipe, call_arguments(pipe, args, kwargs))
@@ -241,21 +245,23 @@ class Attachment:
                 " call cachekit.remove(pipe) and apply again"
             )
         for switch in self._switches:
-            if not switch.in_place:
+            if not switch.in_place or self.denoiser.get_submodule(switch.name) is not switch.module:
                 raise AttachmentError(
-                    f"something replaced the forward of {switch.name!r} since apply;"
+                    f"something replaced {switch.name!r} or its forward since apply;"
                     " call cachekit.remove(pipe) and apply again"
                 )
 
     def _run_for(self, sample: Tensor, timestep: Any) -> Run:
         state = self._state
-        if state.run is not None and state.run.clock.starts_anew(timestep):
+        scheduler = self._scheduler(timestep)
+        mark = mark_of(timestep, scheduler if state.pipeline else None)
+        if state.run is not None and state.run.clock.starts_anew(mark):
             self._end_run(False)
         if state.run is None:
             self._check_switches()
             state.run = Run(self.assignments, Clock(exact=state.pipeline is not None))
-        run, scheduler = state.run, self._scheduler(timestep)
-        run.clock.tick(timestep, scheduler)
+        run = state.run
+        run.clock.tick(mark)
         if not run.signature:
             order = self._order(sample)
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
@@ -266,6 +272,8 @@ class Attachment:
 
     def _follow_batch(self, run: Run, sample: Tensor) -> None:
         """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
+        if run.signature and not run.serves(sample.shape[0]):
+            return
         branches = len(run.order)
         signature = (sample.shape[0] // branches, sample.shape[1:], sample.dtype, sample.device)
         if run.signature and signature != run.signature:
@@ -317,9 +325,16 @@ class Attachment:
         start = time.perf_counter()
         arguments = {**dict(zip(self._parameters, args)), **kwargs}
         sample, timestep = _find(arguments, _SAMPLE), _find(arguments, _TIMESTEP)
+        if not isinstance(sample, Tensor):
+            name = type(self.denoiser).__name__
+            raise AdapterError(
+                f"{name}: samples in a {type(sample).__name__} are not supported; call cachekit.remove(pipe)"
+            )
         call = self._replayed()
         if call is None:
             run = self._run_for(sample, timestep)
+            if not run.serves(sample.shape[0]):
+                return None
             call = run.begin_call(run.clock.step)
             call.sample, call.timestep = sample, timestep
             run.record.calls.append((sample.shape[0], call.row))
@@ -350,9 +365,11 @@ class Attachment:
         return spread(output, self.layout, call.branches[0], lambda tensor: policy.restore_branch(tensor, kept))
 
     def _observe(self, call: Call, output: Any) -> None:
+        keeping = call.count_guidance()
+        if not keeping and not self._observers:
+            return
         outputs = by_branch(first_tensor(output), call.branches)
-        for index in call.guidance_stores():
-            call.count(index, Action.STORE)
+        for index in keeping:
             call.run.store.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
         if self._observers and call.sample is not None:
             start = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import nn
 
 from .architectures import architecture, architecture_of
 from .catalog import Catalog, installed
-from .engine import Attachment, remove
+from .engine import Attachment
 from .macs import count_forward, meta_copy, on_meta, replay
 from .pipelines import denoiser_of
 from .plan import Plan, Row
@@ -86,7 +86,6 @@ def _prepare(
         known = architecture(model)
         return known.build(), known.inputs(*size)
     denoiser = meta_copy(denoiser_of(model))
-    remove(denoiser)
     if inputs is not None:
         return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}
     return denoiser, architecture_of(denoiser).inputs(*size, dtype=next(denoiser.parameters()).dtype)
@@ -95,10 +94,10 @@ def _prepare(
 def _measure(attachment: Attachment, plan: Plan, arguments: dict[str, Any], guided: bool) -> Estimate:
     batch = 2 if guided else 1
     inputs = {batch: ((), arguments)}
-    full = count_forward(attachment.denoiser, (), arguments)
+    full = count_forward(attachment.denoiser, (), arguments, products=True)
     calls = [(batch, _decided(row)) for row in plan.rows]
     attachment.install(attachment.denoiser)
-    forwards, peak = replay(attachment, calls, inputs, len(calls), guided)
+    forwards, peak = replay(attachment, calls, inputs, len(calls), guided, products=True)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for (_, row), forward in zip(calls, forwards)

@@ -14,6 +14,9 @@ from .errors import GuidanceError
 from .plan import Branches
 from .tree import tensors, tree_map
 
+#: Arguments whose first dimension may count frames too: a multiple of the batch.
+_PER_FRAME = ("encoder_hidden_states", "additional_residual")
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -73,16 +76,21 @@ def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
 def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any) -> bool | None:
     """Tell whether the pipeline's present run is guided, or None when it does not say.
 
-    The pipeline's own property is right from the first call of the denoiser on. Without one, a guidance scale up
-    to 1 means one branch; a higher one may mean two, or feed an embedding.
+    The pipeline's own property is right from the first call of the denoiser on. Without one, a guidance scale
+    above 1 may mean two branches, or feed an embedding; anything else means one. Raise `GuidanceError` where a
+    further branch is at work.
     """
+    if getattr(pipe, "do_perturbed_attention_guidance", False):
+        raise GuidanceError(
+            f"{type(pipe).__name__}: perturbed-attention guidance adds a branch that is not supported;"
+            " set pag_scale=0 or call cachekit.remove(pipe)"
+        )
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if told is not None:
         return bool(told)
+    embedded = "guidance_embeds" in (getattr(denoiser, "config", None) or {})
     scale = arguments.get("guidance_scale")
-    if getattr(getattr(denoiser, "config", None), "guidance_embeds", False) or (scale is not None and scale <= 1):
-        return False
-    return None
+    return None if not embedded and scale is not None and scale > 1 else False
 
 
 def branches_share(sample: Tensor, layout: Layout) -> bool:
@@ -122,7 +130,7 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
     """Return the denoiser's arguments with every batched tensor cut down to one branch.
 
     `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
-    may be repeated per frame, so its first dimension may be a multiple of `batch`.
+    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`.
     """
     place, count = layout.order.index(branch), len(layout.order)
 
@@ -142,7 +150,7 @@ def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[bool], Calla
         return value
     if isinstance(value, dict):
         return {key: _pick_one(key, item, layout, cut) for key, item in value.items()}
-    return tree_map(cut("encoder_hidden_states" in name), value)
+    return tree_map(cut(any(part in name for part in _PER_FRAME)), value)
 
 
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:

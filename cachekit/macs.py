@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .tree import tree_map
+from .tree import tensors, tree_map
 
 if TYPE_CHECKING:
     from .engine import Attachment
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .run import Record
 
 
+_MOVERS = ("_hf_hook", "_diffusers_hook")
 #: Operations that multiply activations: where no fused attention exists, as on the meta device, it is two of `bmm`.
 _PRODUCTS = ("attention", "bmm")
 
@@ -47,10 +48,9 @@ class Forward:
 
 def cost_of(attachment: Attachment, record: Record) -> Cost:
     """Return what the calls of `record` cost, and what they would have cost uncached."""
-    from .engine import Attachment, remove
+    from .engine import Attachment
 
     twin = meta_copy(attachment.denoiser)
-    remove(twin)
     inputs = {batch: tree_map(on_meta, arguments) for batch, arguments in record.inputs.items()}
     full = {batch: count_forward(twin, *arguments).macs for batch, arguments in inputs.items()}
     with Attachment(twin, attachment.policies, attachment.catalog) as replica:
@@ -61,7 +61,12 @@ def cost_of(attachment: Attachment, record: Record) -> Cost:
 
 
 def replay(
-    attachment: Attachment, calls: Sequence[tuple[int, Row]], inputs: dict[int, Any], steps: int, guided: bool
+    attachment: Attachment,
+    calls: Sequence[tuple[int, Row]],
+    inputs: dict[int, Any],
+    steps: int,
+    guided: bool,
+    products: bool = False,
 ) -> tuple[list[Forward], int]:
     """Return what each call (batch, row) does, and the peak of bytes kept.
 
@@ -74,49 +79,72 @@ def replay(
     found: dict[Any, Forward] = {}
     with attachment.replaying([row for _, row in distinct.values()], steps, guided) as run:
         for key, (batch, _) in distinct.items():
-            found[key] = count_forward(attachment.denoiser, *inputs[batch])
+            args, kwargs = inputs[batch]
+            found[key] = count_forward(attachment.denoiser, args, kwargs, products)
         peak = run.store.peak_bytes
     return [found[batch, row.signature] for batch, row in calls], peak
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
-    """Return a deep copy with shapes only: LoRA, processors and switches included, no weights copied."""
+    """Return a plain copy with shapes only: LoRA and processors included, no weights, no offload hooks, no switches."""
+    from .engine import remove
+
     memo: dict[int, Any] = {}
     for parameter in denoiser.parameters():
         meta = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(meta, requires_grad=False)
     for buffer in denoiser.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(denoiser, memo)
+    for module in denoiser.modules():
+        # Hooks that move weights hold devices and streams, and would find none here.
+        memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
+    twin = copy.deepcopy(denoiser, memo)
+    remove(twin)
+    for module in twin.modules():
+        for name in (*_MOVERS, "forward", "_old_forward"):
+            vars(module).pop(name, None)
+    return twin
 
 
-def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Forward:
-    """Return what one forward of `model` does; meant for the meta device, where it takes no time."""
-    from torch.utils.flop_counter import FlopCounterMode
+def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool = False) -> Forward:
+    """Return what one forward of `model` does; meant for the meta device, where it takes little time.
 
+    The attention products are counted only where `products` asks for them: it takes several times as long.
+    """
     macs, ran, handles = 0, set(), []
 
     def watch(name: str, module: nn.Module) -> Any:
-        def count(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        def count(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             nonlocal macs
             ran.add(name)
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                macs += macs_of_layer(module, inputs[0], output)
+                macs += macs_of_layer(module, next(tensors((inputs, named))), output)
 
-        return module.register_forward_hook(count)
+        return module.register_forward_hook(count, with_kwargs=True)
 
     try:
         for name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
                 handles.append(watch(name, module))
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
-            model(*args, **kwargs)
+        with torch.no_grad():
+            attention = _run(model, args, kwargs, products)
     finally:
         for handle in handles:
             handle.remove()
-    products = flops.get_flop_counts().get("Global", {})
-    attention = sum(count for kind, count in products.items() if any(name in str(kind) for name in _PRODUCTS)) // 2
     return Forward(macs, attention, frozenset(ran))
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool) -> int:
+    """Run one forward and return its attention products, or 0 where nobody asked for them."""
+    if not products:
+        model(*args, **kwargs)
+        return 0
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as flops:
+        model(*args, **kwargs)
+    counts = flops.get_flop_counts().get("Global", {})
+    return int(sum(count for kind, count in counts.items() if any(name in str(kind) for name in _PRODUCTS))) // 2
 
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:

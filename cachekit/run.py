@@ -77,6 +77,7 @@ class Run:
         self.probed: dict[tuple[str, Branches, int], dict[str, Any]] = {}
         self.order: Branches = _ALONE
         self.signature: tuple[Any, ...] = ()
+        self.guidance = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.GUIDANCE]
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
 
     def begin(self, plan: Plan, order: Branches, steps: int) -> None:
@@ -126,6 +127,10 @@ class Run:
         if isinstance(bound.target, Region) and bound.target.probe:
             return None
         return bound.policy.decide(bound.target, at, self.memories[bound.policy.name])
+
+    def serves(self, batch: int) -> bool:
+        """Tell whether a call's batch is that of the step's first call; an odd one out runs uncached."""
+        return self.clock.call == 0 or batch == self.signature[0] * len(self.order)
 
     def begin_call(self, step: int) -> Call:
         """Return the call of `step`, with every block that has nothing to reuse turned into STORE."""
@@ -210,15 +215,13 @@ class Call:
             action = Action.STORE
         self.actions[index] = action
 
+    def count_guidance(self) -> list[int]:
+        """Count a call of all branches for the policies that choose among them; return those that keep something."""
+        for index in self.run.guidance:
+            self.count(index, self.actions[index] or Action.COMPUTE)
+        return [index for index in self.run.guidance if self.actions[index] is Action.STORE]
+
     @property
     def narrowed_by(self) -> int:
         """Return the guidance assignment that dropped a branch in this call, or -1."""
         return self.row.narrowed_by
-
-    def guidance_stores(self) -> list[int]:
-        """Return the guidance assignments that keep something of this call's branches."""
-        return [
-            index
-            for index, bound in enumerate(self.run.assignments)
-            if bound.target.kind is Kind.GUIDANCE and self.actions[index] is Action.STORE
-        ]

@@ -37,7 +37,7 @@ def parse(spec: Spec, policies: Mapping[str, type[Policy]]) -> Policy:
 
 def parse_all(specs: Spec | Iterable[Spec], policies: Mapping[str, type[Policy]]) -> tuple[Policy, ...]:
     """Return the policies of one spec or several; raise `SpecError` if one policy is named twice."""
-    if not isinstance(specs, (str, Policy, Iterable)):
+    if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)):
         raise SpecError(f"specs {specs!r}: is a {type(specs).__name__}; give a spec or a list of specs")
     # A policy is iterable too, over its fields.
     listed = [specs] if isinstance(specs, (str, Policy)) else list(specs)

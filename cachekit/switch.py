@@ -47,7 +47,7 @@ class Switch:
     @property
     def in_place(self) -> bool:
         """Tell whether the module still calls this switch."""
-        return self in (vars(self.module).get("forward"), vars(self.module).get("_old_forward"))
+        return any(vars(self.module).get(name) is self for name in ("forward", "_old_forward"))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward unless an action of the present call says otherwise."""

@@ -45,21 +45,34 @@ def nested_regions(denoiser: Any) -> Iterator[Region]:
     (arXiv 2312.00858, section 3.3) with the number of layers taken from the model.
     """
     downs, ups = list(denoiser.down_blocks), list(denoiser.up_blocks)
-    if len(downs) != len(ups) or any(not hasattr(block, "resnets") for block in (*downs, *ups)):
+    if len(downs) != len(ups) or not all(_is_plain(block) for block in (*downs, *ups)):
         return
     for depth in range(len(downs)):
         up = len(ups) - 1 - depth
         if len(ups[up].resnets) != len(downs[depth].resnets) + 1:
             return
         for layer in range(len(ups[up].resnets)):
-            yield _region(denoiser, depth, layer, up)
+            region = _region(denoiser, depth, layer, up)
+            if region is None:
+                return
+            yield region
 
 
-def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region:
+def _is_plain(block: Any) -> bool:
+    """Tell whether a block's layers are all that carries features: skip convolutions are a second stream."""
+    layers = len(getattr(block, "resnets", None) or ())
+    parts = [getattr(block, part) for part in _LAYER_PARTS if getattr(block, part, None) is not None]
+    return layers > 0 and not hasattr(block, "skip_conv") and all(len(part) % layers == 0 for part in parts)
+
+
+def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region | None:
+    """Return one region, or None where nothing lies deeper (a UNet without a middle)."""
     boundary = len(denoiser.up_blocks[up].resnets) - 1 - layer
     deeper_ups = [f"up_blocks.{index}" for index in range(up)]
     inner = _layers(denoiser.up_blocks[up], f"up_blocks.{up}", range(boundary))
     skipped = [*_skipped_downs(denoiser, depth, layer), *_middle(denoiser), *deeper_ups, *inner]
+    if not skipped:
+        return None
     return Region(f"region {_number(denoiser, depth, layer)}", skipped[-1], tuple(skipped[:-1]), edited=True)
 
 
@@ -79,8 +92,15 @@ def _skipped_downs(denoiser: Any, depth: int, layer: int) -> list[str]:
 
 
 def _layers(block: Any, name: str, layers: range) -> list[str]:
-    present = [part for part in _LAYER_PARTS if getattr(block, part, None) is not None]
-    return [f"{name}.{part}.{layer}" for layer in layers for part in present if layer < len(getattr(block, part))]
+    """Return the modules of these layers in the order they run; a layer may have several attentions."""
+    present = {part: getattr(block, part) for part in _LAYER_PARTS if getattr(block, part, None) is not None}
+    each = {part: len(modules) // len(block.resnets) for part, modules in present.items()}
+    return [
+        f"{name}.{part}.{layer * each[part] + place}"
+        for layer in layers
+        for part in present
+        for place in range(each[part])
+    ]
 
 
 def _middle(denoiser: Any) -> list[str]:

@@ -33,7 +33,7 @@ def demo(
     from ..demo import demo_pipeline, heldout_captions
 
     configurations = _configurations(steps, spec or [])
-    # So small a model gains nothing from more threads; on a busy machine they wait for each other.
+    # On a busy machine threads wait for each other, and that would be measured instead of the policies.
     torch.set_num_threads(1)
     pipe: Any = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)

@@ -32,8 +32,8 @@ class DeepCache(Policy):
     interval: int = Field(3, ge=1)
     branch: int = Field(0, ge=0)
     schedule: Literal["uniform", "quadratic"] = "uniform"
-    center: int = Field(15, ge=0)
-    power: float = Field(1.4, gt=0)
+    center: int = Field(15, ge=0, le=10_000)
+    power: float = Field(1.4, ge=0.1, le=10)
     start: int = Field(0, ge=0)
     end: int | None = Field(None, ge=0)
 

@@ -9,7 +9,6 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -20,10 +19,14 @@ def main() -> None:
     """Keep the demo's files with the results, then fill every marker."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder written by `cachekit demo`; without it the kept one is used")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a document is stale")
     options = parser.parse_args()
     if options.demo:
         keep_demo(options.demo)
-    for document, text in filled().items():
+    stale = {document: text for document, text in filled().items() if document.read_text() != text}
+    if options.check and stale:
+        raise SystemExit("stale: " + ", ".join(str(document.relative_to(ROOT)) for document in stale))
+    for document, text in stale.items():
         document.write_text(text)
         print(f"wrote {document.relative_to(ROOT)}")
 
@@ -94,14 +97,19 @@ def paper_table() -> str:
 
 
 def model_figures() -> str:
-    """Return what the embedded model reaches."""
+    """Return what the embedded model reaches on held-out captions."""
     if not FIGURES.exists():
         return ""
-    figures: dict[str, Any] = json.loads(FIGURES.read_text())
-    lines = ["| sampling | captions shown | standard error | images |", "| --- | ---: | ---: | ---: |"]
-    for row in figures["rows"]:
-        shown, error = 100 * row["shown"], 100 * row["standard_error"]
-        lines.append(f"| {row['name']} | {shown:.1f} % | {error:.1f} | {row['n']} |")
+    lines = [
+        "| sampler | steps | guidance | text | captions shown | with stricter outlines | images |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for row in json.loads(FIGURES.read_text())["rows"]:
+        shown = f"{100 * row['shown']:.1f} ± {100 * row['error']:.1f} %"
+        text, strict = ("caption" if row["text"] else "empty"), f"{100 * row['shown_strict']:.1f} %"
+        lines.append(
+            f"| {row['sampler']} | {row['steps']} | {row['guidance']:g} | {text} | {shown} | {strict} | {row['n']} |"
+        )
     return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,3 +172,10 @@ def test_markers_are_in_pairs(path):
 def test_the_readme_has_a_place_for_the_demo():
     assert "<!-- demo table: begin -->" in (ROOT / "README.md").read_text()
     assert "docs/demo.png" in (ROOT / "README.md").read_text()
+
+
+def test_no_figure_in_the_documents_is_stale():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

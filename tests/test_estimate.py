@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import cachekit
 import pytest
 import tiny
 import torch
+from diffusers import EulerDiscreteScheduler
+
+import cachekit
 from cachekit.architectures import architecture, architectures
 from cachekit.errors import CachekitError
-from diffusers import EulerDiscreteScheduler
 
 TABLES = json.loads((Path(__file__).parent.parent / "benchmarks" / "paper_tables.json").read_text())
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
@@ -96,7 +97,7 @@ def test_estimating_leaves_the_pipeline_as_it_was() -> None:
 
 
 def test_unknown_model_names_the_nearest() -> None:
-    with pytest.raises(CachekitError, match="unknown model 'sdlx'.*did you mean 'sdxl'"):
+    with pytest.raises(CachekitError, match=r"unknown model 'sdlx'.*did you mean 'sdxl'"):
         cachekit.estimate("sdlx", "tgate:m=2")
 
 

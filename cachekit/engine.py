@@ -281,6 +281,7 @@ class Attachment:
                 run.change_order(("cond",))
                 return
             run.store.clear()
+            run.shapes.clear()
         run.signature = signature
 
     def _order(self, sample: Tensor) -> Branches:

@@ -140,9 +140,10 @@ class Member(Part):
         return tree_map(placeholder, shapes)
 
     def after(self, call: Call, output: Any) -> None:
-        """Record the shapes that a placeholder must have."""
-        if call.actions[self.index] is not Action.COMPUTE:
-            call.run.shapes[call.slot(self.index), self.name] = (tree_map(shape_of, output), len(call.branches))
+        """Record, once in a run, the shapes that a placeholder must have."""
+        key = (call.slot(self.index), self.name)
+        if call.actions[self.index] is not Action.COMPUTE and key not in call.run.shapes:
+            call.run.shapes[key] = (tree_map(shape_of, output), len(call.branches))
 
 
 class Placeholder:

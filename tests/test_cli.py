@@ -140,7 +140,7 @@ def test_show_gives_types_defaults_and_bounds():
     text = printed("show", "deepcache")
     assert "  interval=3  whole number, >= 1\n" in text
     assert "  schedule=uniform  uniform | quadratic\n" in text
-    assert "  power=1.4  number, > 0\n" in text
+    assert "  power=1.4  number, >= 0.1 and <= 10\n" in text
     text = printed("show", "adaptive_guidance")
     assert "  threshold=none  number, >= -1 and <= 1\n" in text
     assert "  linear=false  true | false\n" in text

@@ -267,13 +267,10 @@ class Attachment:
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
             run.begin(self._plan(steps, order), order, steps)
             run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
-        self._follow_batch(run, sample)
         return run
 
     def _follow_batch(self, run: Run, sample: Tensor) -> None:
         """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
-        if run.signature and not run.serves(sample.shape[0]):
-            return
         branches = len(run.order)
         signature = (sample.shape[0] // branches, sample.shape[1:], sample.dtype, sample.device)
         if run.signature and signature != run.signature:
@@ -336,6 +333,7 @@ class Attachment:
             run = self._run_for(sample, timestep)
             if not run.serves(sample.shape[0]):
                 return None
+            self._follow_batch(run, sample)
             call = run.begin_call(run.clock.step)
             call.sample, call.timestep = sample, timestep
             run.record.calls.append((sample.shape[0], call.row))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import Row
     from .run import Record
 
-
+#: Attributes by which accelerate and diffusers hang hooks that move weights on modules.
 _MOVERS = ("_hf_hook", "_diffusers_hook")
 #: Operations that multiply activations: where no fused attention exists, as on the meta device, it is two of `bmm`.
 _PRODUCTS = ("attention", "bmm")
@@ -96,7 +96,7 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
     for buffer in denoiser.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for module in denoiser.modules():
-        # Hooks that move weights hold devices and streams, and would find none here.
+        # They hold devices and streams, and would find none here.
         memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
     twin = copy.deepcopy(denoiser, memo)
     remove(twin)

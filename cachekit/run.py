@@ -130,7 +130,7 @@ class Run:
 
     def serves(self, batch: int) -> bool:
         """Tell whether a call's batch is that of the step's first call; an odd one out runs uncached."""
-        return self.clock.call == 0 or batch == self.signature[0] * len(self.order)
+        return not self.signature or self.clock.call == 0 or batch == self.signature[0] * len(self.order)
 
     def begin_call(self, step: int) -> Call:
         """Return the call of `step`, with every block that has nothing to reuse turned into STORE."""

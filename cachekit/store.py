@@ -69,7 +69,8 @@ class Store:
 
     def drop(self, slot: Slot, branches: Branches) -> None:
         """Forget what `slot` keeps for exactly these branches, if anything."""
-        if self._entries.pop((slot, branches), None) is not None:
+        if (slot, branches) in self._entries:
+            del self._entries[slot, branches]
             self.bytes -= self._bytes.pop((slot, branches))
 
 

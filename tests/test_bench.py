@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
+import commands
 import pytest
 import tiny
-from typer.testing import CliRunner
 
 import cachekit
 from cachekit.bench.cells import Method, Setting, expand
@@ -16,8 +17,6 @@ from cachekit.bench.results import Results, read
 from cachekit.bench.suite import Suite
 from cachekit.bench.summary import groups
 from cachekit.bench.workbench import measure
-from cachekit.cli import app
-from cachekit.demo.pipeline import WEIGHTS
 
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
 SMALL = ["--steps", "4", "--threads", "1"]
@@ -46,14 +45,7 @@ def measured(folder, captions, tmp_path_factory):
     return file
 
 
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["bench", *map(str, arguments)])
-
-
-def printed(*arguments):
-    result = run(*arguments)
-    assert (result.exit_code, result.exception) == (0, None), result.output
-    return result.stdout
+run, printed = (functools.partial(command, "bench") for command in (commands.run, commands.printed))
 
 
 def refused(*arguments):
@@ -171,7 +163,6 @@ def test_an_architecture_is_timed_with_random_weights_and_never_judged():
     assert cell.scheduler == "DDIMScheduler"
 
 
-@pytest.mark.skipif(not (WEIGHTS / "unet").is_dir(), reason="the embedded model is not there yet")
 def test_the_embedded_model_is_judged_by_what_it_shows(tmp_path):
     file = tmp_path / "r.jsonl"
     printed("demo", "--spec", "tgate:m=2", "--steps", 4, "--no-peers", "--captions", 1, "--output", file)

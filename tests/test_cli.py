@@ -10,25 +10,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import printed, run
 from PIL import Image, ImageChops
-from typer.testing import CliRunner
 
 import cachekit
 from cachekit import catalog as catalogs
-from cachekit.cli import app
 from cachekit.demo import pipeline as demo_files
 
 SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "doctor"]
-
-
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
-
-
-def printed(*arguments):
-    result = run(*arguments)
-    assert (result.exit_code, result.exception) == (0, None), result.output
-    return result.stdout
 
 
 def refused(*arguments):

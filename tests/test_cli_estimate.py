@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
+import commands
 import pytest
 import tiny
-from typer.testing import CliRunner
 
 import cachekit
-from cachekit.cli import app
 
 SPECS = ["tgate:m=3", "deepcache:interval=2"]
 
 
-def run(*arguments):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, ["estimate", *map(str, arguments)])
+run = functools.partial(commands.run, "estimate")
 
 
 @pytest.fixture(scope="module")

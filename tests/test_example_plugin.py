@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from cachekit.demo.pipeline import WEIGHTS
-
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "cachekit-pyramid-lite"
 
@@ -80,7 +78,6 @@ def test_the_command_line_knows_it(plugin):
         assert word in shown
 
 
-@pytest.mark.skipif(not WEIGHTS.is_dir(), reason="this checkout lacks the embedded model's weights")
 def test_the_demo_measures_it(plugin, tmp_path):
     spec = "pyramid_lite:interval=2+deepcache:interval=2"
     plugin(*CLI, "demo", "--captions", "1", "--steps", "5", "--output", str(tmp_path), "--spec", spec)

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from .architectures import architecture, architecture_of
+from .architectures import PIXELS_PER_LATENT, architecture, architecture_of
 from .catalog import Catalog, installed
 from .engine import Attachment
 from .macs import count_forward, meta_copy, on_meta, replay
 from .pipelines import denoiser_of
 from .plan import Plan, Row
 from .policy import Action
+from .run import Made
 from .spec import Spec, parse_all
 from .tree import tree_map
 
@@ -68,15 +69,16 @@ def estimate(
 
     `model` is a name (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha, pixart-sigma, lcm-pixart), a pipeline or a
     denoiser; for the latter two `inputs` may give the arguments of one forward over all branches. `height` and
-    `width` are in pixels and default to the model's own. Cells that a run would decide count as computed.
+    `width` are in pixels and default to the model's own; a pipeline says how many pixels a latent is, a name's are
+    known, and for a bare denoiser it is 8. Cells that a run would decide count as computed.
     """
     catalog = catalog or installed()
     if guided is None:
         guided = architecture(model).guided if isinstance(model, str) else True
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
     policies = parse_all(specs, catalog.policies)
-    with Attachment(denoiser, policies, catalog) as attachment:
-        return _measure(attachment, attachment.plan(num_inference_steps, guided=guided), arguments, guided)
+    with Attachment({"": denoiser}, policies, catalog) as attachment:
+        return _measure(attachment, denoiser, attachment.plan(num_inference_steps, guided=guided), arguments, guided)
 
 
 def _prepare(
@@ -88,29 +90,33 @@ def _prepare(
     denoiser = meta_copy(denoiser_of(model))
     if inputs is not None:
         return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}
-    return denoiser, architecture_of(denoiser).inputs(*size, dtype=next(denoiser.parameters()).dtype)
+    known = architecture_of(denoiser, getattr(model, "vae_scale_factor", PIXELS_PER_LATENT))
+    return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
 
 
-def _measure(attachment: Attachment, plan: Plan, arguments: dict[str, Any], guided: bool) -> Estimate:
-    batch = 2 if guided else 1
-    inputs = {batch: ((), arguments)}
-    full = count_forward(attachment.denoiser, (), arguments, products=True)
-    calls = [(batch, _decided(row)) for row in plan.rows]
-    attachment.install(attachment.denoiser)
-    forwards, peak = replay(attachment, calls, inputs, len(calls), guided, products=True)
+def _measure(
+    attachment: Attachment, denoiser: nn.Module, plan: Plan, arguments: dict[str, Any], guided: bool
+) -> Estimate:
+    full = count_forward(denoiser, (), arguments, products=True)
+    rows = [_decided(row) for row in plan.rows]
+    calls = [Made("", "", 2 if guided else 1, row) for row in rows]
+    attachment.install(denoiser)
+    layout = attachment.layout if guided else attachment.layout.alone
+    inputs = {calls[0].inputs: ((), arguments)}
+    forwards, peak = replay(attachment, calls, inputs, layout, len(rows), products=True)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
-        for (_, row), forward in zip(calls, forwards)
+        for row, forward in zip(rows, forwards)
     )
-    final = forwards[_final_phase([row for _, row in calls]) :]
+    final = forwards[_final_phase(rows) :]
     idle = full.ran - frozenset().union(*(forward.ran for forward in final))
-    weights = sum(parameter.numel() for parameter in attachment.denoiser.parameters())
+    weights = sum(parameter.numel() for parameter in denoiser.parameters())
     return Estimate(
         macs=sum(step.macs for step in steps),
         baseline_macs=full.macs * len(calls),
         attention_macs=sum(step.attention_macs for step in steps),
         baseline_attention_macs=full.attention_macs * len(calls),
-        params=weights - _own_parameters(attachment.denoiser, idle),
+        params=weights - _own_parameters(denoiser, idle),
         baseline_params=weights,
         cache_bytes=peak,
         steps=steps,

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .adapter import Layout
 from .errors import GuidanceError
-from .plan import Branches
+from .sites import Branches
 from .tree import tensors, tree_map
 
 #: Arguments whose first dimension may count frames too: a multiple of the batch.
 _PER_FRAME = ("encoder_hidden_states", "additional_residual")
+
+#: What diffusers' pipelines call the calls of two branches.
+_PAIR = ("cond", "uncond")
 
 
 @dataclass(frozen=True)
@@ -77,14 +80,8 @@ def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any) -> bool | 
     """Tell whether the pipeline's present run is guided, or None when it does not say.
 
     The pipeline's own property is right from the first call of the denoiser on. Without one, a guidance scale
-    above 1 may mean two branches, or feed an embedding; anything else means one. Raise `GuidanceError` where a
-    further branch is at work.
+    above 1 may mean two branches, or feed an embedding; anything else means one.
     """
-    if getattr(pipe, "do_perturbed_attention_guidance", False):
-        raise GuidanceError(
-            f"{type(pipe).__name__}: perturbed-attention guidance adds a branch that is not supported;"
-            " set pag_scale=0 or call cachekit.remove(pipe)"
-        )
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if told is not None:
         return bool(told)
@@ -109,21 +106,55 @@ def branches_share(sample: Tensor, layout: Layout) -> bool:
     return all(torch.equal(first, other) for other in others)
 
 
-def branch_order(told: bool | None, sample: Tensor, layout: Layout, name: str) -> Branches:
-    """Return the branches of a batch: what the pipeline told, checked against the latents themselves.
+@dataclass(frozen=True)
+class FirstCall:
+    """Hold what the first call of a run shows of its guidance.
 
-    A bare loop tells nothing (None): then equal parts of the batch are its branches. Raise `GuidanceError` where
-    a guided pipeline's batch is something else (three branches, a call per branch): guessing would mix images.
+    `told` is what the pipeline says, `context` the name that it gives the call, `narrows` whether any policy
+    would drop a branch, `perturbed` whether attention is perturbed
+    for one; `denoiser` is the name of its class, for errors.
     """
-    if told is False:
-        return ("cond",)
-    shared = branches_share(sample, layout)
-    if told and not shared:
-        raise GuidanceError(
-            f"{name}: a guided batch of {sample.shape[0]} is not {' and '.join(layout.order)} over the same latents;"
-            " this pipeline's guidance is not supported, call cachekit.remove(pipe)"
-        )
-    return layout.order if shared else ("cond",)
+
+    told: bool | None
+    sample: Tensor
+    context: str | None
+    narrows: bool
+    denoiser: str
+    perturbed: bool = False
+
+
+def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
+    """Return how the branches of a run come, from what its first call shows.
+
+    A pipeline that names its calls after branches makes one for each. A batch is what the pipeline told, checked
+    against the latents themselves; a bare loop tells nothing (None), and there equal parts of the batch are its
+    branches. Raise `GuidanceError` where a policy would drop a branch of something else (three branches, calls
+    without names): guessing would mix images. Where no policy would, each call is a whole of its own.
+    """
+    if first.context in _PAIR and (first.told is not False or first.context == _PAIR[1]):
+        other = _PAIR[1 - _PAIR.index(first.context)]
+        return layout.by_calls((first.context, other))
+    if first.told is False:
+        return layout.alone
+    if first.perturbed:
+        return _refuse_or_alone(first, layout, "perturbed-attention guidance adds a branch of its own; set pag_scale=0")
+    if first.told and layout.calls:
+        return layout.by_calls(layout.calls)
+    if branches_share(first.sample, layout):
+        return layout
+    if not first.told:
+        return layout.alone
+    batch = f"a guided batch of {first.sample.shape[0]} is not {' and '.join(layout.order)} over the same latents"
+    return _refuse_or_alone(first, layout, batch)
+
+
+def _refuse_or_alone(first: FirstCall, layout: Layout, reason: str) -> Layout:
+    if not first.narrows:
+        return layout.alone
+    raise GuidanceError(
+        f"{first.denoiser}: {reason}; no branch of it can be dropped: this pipeline's guidance is not supported,"
+        " call cachekit.remove(pipe), or apply policies that keep all branches"
+    )
 
 
 def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:

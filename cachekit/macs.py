@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .tree import tensors, tree_map
 
 if TYPE_CHECKING:
+    from .adapter import Layout
     from .engine import Attachment
-    from .plan import Row
-    from .run import Record
+    from .run import Made, Record
 
 #: Attributes by which accelerate and diffusers hang hooks that move weights on modules.
 _MOVERS = ("_hf_hook", "_diffusers_hook")
@@ -50,39 +50,43 @@ def cost_of(attachment: Attachment, record: Record) -> Cost:
     """Return what the calls of `record` cost, and what they would have cost uncached."""
     from .engine import Attachment
 
-    twin = meta_copy(attachment.denoiser)
-    inputs = {batch: tree_map(on_meta, arguments) for batch, arguments in record.inputs.items()}
-    full = {batch: count_forward(twin, *arguments).macs for batch, arguments in inputs.items()}
-    with Attachment(twin, attachment.policies, attachment.catalog) as replica:
-        replica.install(twin)
-        forwards, _ = replay(replica, record.calls, inputs, record.steps, record.guided)
+    twins = {name: meta_copy(denoiser.module) for name, denoiser in attachment.denoisers.items()}
+    inputs = {key: tree_map(on_meta, arguments) for key, arguments in record.inputs.items()}
+    full = {key: count_forward(twins[key[0]], *arguments).macs for key, arguments in inputs.items()}
+    with Attachment(twins, attachment.policies, attachment.catalog) as replica:
+        replica.install(next(iter(twins.values())))
+        forwards, _ = replay(replica, record.calls, inputs, record.layout, record.steps)
     per_call = tuple(forward.macs for forward in forwards)
-    return Cost(sum(per_call), sum(full[batch] for batch, _ in record.calls), per_call)
+    return Cost(sum(per_call), sum(full[made.inputs] for made in record.calls), per_call)
 
 
 def replay(
     attachment: Attachment,
-    calls: Sequence[tuple[int, Row]],
-    inputs: dict[int, Any],
+    calls: Sequence[Made],
+    inputs: dict[Any, Any],
+    layout: Layout,
     steps: int,
-    guided: bool,
     products: bool = False,
 ) -> tuple[list[Forward], int]:
-    """Return what each call (batch, row) does, and the peak of bytes kept.
+    """Return what each call does, and the peak of bytes kept.
 
-    Calls with the same batch and actions cost the same, so each distinct one runs once, in order, by the same
-    engine that drives a run. `inputs` maps a batch to the arguments (args, kwargs) of the uncached forward.
+    Calls with the same shapes and actions cost the same, so each distinct one runs once, in order, by the same
+    engine that drives a run. `inputs` maps `Made.inputs` to the arguments (args, kwargs) of the uncached forward.
     """
-    distinct: dict[Any, tuple[int, Row]] = {}
-    for batch, row in calls:
-        distinct.setdefault((batch, row.signature), (batch, row))
     found: dict[Any, Forward] = {}
-    with attachment.replaying([row for _, row in distinct.values()], steps, guided) as run:
-        for key, (batch, _) in distinct.items():
-            args, kwargs = inputs[batch]
-            found[key] = count_forward(attachment.denoiser, args, kwargs, products)
+    with attachment.driver.replaying(layout, steps) as run:
+        for made in calls:
+            if made.signature in found:
+                continue
+            if made.dropped:
+                found[made.signature] = Forward(0, 0, frozenset())
+                continue
+            attachment.driver.expect(made)
+            args, kwargs = inputs[made.inputs]
+            module = attachment.denoisers[made.denoiser].module
+            found[made.signature] = count_forward(module, args, kwargs, products)
         peak = run.store.peak_bytes
-    return [found[batch, row.signature] for batch, row in calls], peak
+    return [found[made.signature] for made in calls], peak
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:

@@ -138,7 +138,7 @@ class Drawer:
         return {"num_inference_steps": made.steps, **self._arguments(prompt)}
 
     def _macs(self, made: Configuration, report: Report) -> int:
-        actions = [(batch, row.signature) for batch, row in report.record.calls]
+        actions = [call.signature for call in report.record.calls]
         key = (made, *actions) if made.specs else (made,)
         if key not in self._costs:
             self._costs[key] = report.macs

@@ -1,31 +1,55 @@
-"""Know diffusers' pipelines from outside: where the denoiser is, and where a run begins and ends."""
+"""Know diffusers' pipelines from outside: where the denoisers are, and where a run begins and ends."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 from .errors import AdapterError
 
-_DENOISERS = ("unet", "transformer")
+#: Where pipelines hold what denoises: together in one loop, or one loop after the other.
+_DENOISERS = ("unet", "transformer", "transformer_2")
+_STAGES = ("prior", "decoder", "prior_prior")
+
 _BASE = "_cachekit_base"
 _SUBCLASSES: dict[type[Any], type[Any]] = {}
 
 
-def denoiser_of(pipe: Any) -> nn.Module:
-    """Return the denoiser of a pipeline, or the module itself; raise `AdapterError` where there is none."""
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by name, or the module itself; raise `AdapterError` where there is none.
+
+    A prior and a decoder are denoisers where nothing else is.
+    """
     if isinstance(pipe, nn.Module):
-        return pipe
-    found = [getattr(pipe, name, None) for name in _DENOISERS]
-    for module in found:
-        if isinstance(module, nn.Module):
-            return module
-    raise AdapterError(
-        f"{type(pipe).__name__} has no denoiser: looked for {' and '.join(_DENOISERS)}; give a diffusers pipeline"
-    )
+        return {"": pipe}
+    found = _modules(pipe, _DENOISERS) or _modules(pipe, _STAGES)
+    if not found:
+        looked_for = ", ".join((*_DENOISERS, *_STAGES))
+        raise AdapterError(f"{type(pipe).__name__} has no denoiser: looked for {looked_for}; give a diffusers pipeline")
+    return found
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """Return the first denoiser of a pipeline, or the module itself; raise `AdapterError` where there is none."""
+    return next(iter(denoisers_of(pipe).values()))
+
+
+def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    present = {name: getattr(pipe, name, None) for name in names}
+    return {name: module for name, module in present.items() if isinstance(module, nn.Module)}
+
+
+def with_inner(pipe: Any) -> Iterator[Any]:
+    """Yield a pipeline and the pipelines that it calls: a combined one's prior and decoder."""
+    yield pipe
+    for value in list(vars(pipe).values()):
+        if hasattr(value, "register_modules"):
+            yield value
 
 
 def track(pipe: Any) -> None:
@@ -69,12 +93,11 @@ def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _tracked(base: type[Any]) -> type[Any]:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from .engine import attachment_of
+        from .engine import attachments_of
 
-        attachment = attachment_of(denoiser_of(self))
-        if attachment is None:
-            return base.__call__(self, *args, **kwargs)
-        with attachment.run_of(self, args, kwargs):
+        with contextlib.ExitStack() as runs:
+            for attachment in attachments_of(self):
+                runs.enter_context(attachment.driver.run_of(self, args, kwargs))
             return base.__call__(self, *args, **kwargs)
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -6,11 +6,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from .adapter import Layout
 from .errors import ConflictError
 from .policy import Action, BranchChange, Moment, Policy
-from .sites import Kind, Region, Target
+from .sites import Branches, Kind, Region, Target
 
-Branches = tuple[str, ...]
 #: Asked for the cells that a rule leaves open; returns None where a probe decides inside the call.
 Decide = Callable[["Assignment", Moment], "Action | None"]
 
@@ -19,11 +19,14 @@ _MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", None: "?"}
 
 @dataclass(frozen=True)
 class Assignment:
-    """Bind one policy to one target; the position in a plan's `assignments` is its index."""
+    """Bind one policy to one target of a denoiser; the position in a plan's `assignments` is its index.
+
+    The guidance is one for all denoisers of a pipeline: there `denoiser` is empty.
+    """
 
     policy: Policy
     target: Target
-    stays: str = "cond"
+    denoiser: str = ""
 
 
 @dataclass
@@ -48,26 +51,32 @@ class Row:
         return (self.branches, tuple(self.actions), tuple(sorted(self.last_branches.items())))
 
 
-def assign(policies: Iterable[tuple[Policy, Sequence[Target], str]]) -> tuple[Assignment, ...]:
-    """Return the assignments of policies to their targets; raise `ConflictError` where two collide.
+def assign(chosen: Iterable[tuple[Policy, str, Sequence[Target]]]) -> tuple[Assignment, ...]:
+    """Return the assignments of (policy, denoiser, targets); raise `ConflictError` where two policies collide.
 
     The guidance site is shared: there the policy that narrows first decides.
     """
     found: list[Assignment] = []
-    for policy, targets, stays in policies:
+    for policy, denoiser, targets in chosen:
         for target in targets:
-            _refuse_clash(policy, target, found)
-            found.append(Assignment(policy, target, stays))
+            is_guidance = target.kind is Kind.GUIDANCE
+            if is_guidance and any(other.policy is policy and other.target is target for other in found):
+                continue
+            bound = Assignment(policy, target, "" if is_guidance else denoiser)
+            _refuse_clash(bound, found)
+            found.append(bound)
     return tuple(found)
 
 
-def _refuse_clash(policy: Policy, target: Target, found: Iterable[Assignment]) -> None:
+def _refuse_clash(bound: Assignment, found: Iterable[Assignment]) -> None:
     for other in found:
-        if other.policy is policy or target.kind is Kind.GUIDANCE or other.target.kind is Kind.GUIDANCE:
+        guidance = Kind.GUIDANCE in (bound.target.kind, other.target.kind)
+        if other.policy is bound.policy or other.denoiser != bound.denoiser or guidance:
             continue
-        if _clash(target, other.target):
+        if _clash(bound.target, other.target):
             raise ConflictError(
-                f"{str(other.policy)!r} and {str(policy)!r} would both write {target.name!r}; apply one of them"
+                f"{str(other.policy)!r} and {str(bound.policy)!r} would both write {bound.target.name!r};"
+                " apply one of them"
             )
 
 
@@ -88,12 +97,12 @@ class Composer:
     which no block or region around it is reused. A change of branches restarts the schedules that ask for it.
     """
 
-    def __init__(self, assignments: Sequence[Assignment], steps: int, order: Branches) -> None:
-        """Start before step 0 of `steps`; `order` are the branches as they lie in the batch."""
+    def __init__(self, assignments: Sequence[Assignment], steps: int, layout: Layout) -> None:
+        """Start before step 0 of `steps`; `layout` says how the branches come."""
         self.assignments = assignments
         self.steps = steps
-        self.order = order
-        self.branches: Branches = order
+        self.layout = layout
+        self.branches: Branches = layout.order
         self.narrowed_by = -1
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Action | None]] = {}
@@ -111,7 +120,7 @@ class Composer:
         if self.branches != before:
             for index in self._restart(step):
                 cells[index] = self._cell(index, step, decide)
-        self._force_full(cells, step)
+        self._force_full(cells, step, decide)
         return Row(step, self.branches, cells, self.narrowed_by, list(self._origin))
 
     def _cell(self, index: int, step: int, decide: Decide) -> Action | None:
@@ -131,19 +140,20 @@ class Composer:
         return self._schedules[index, origin]
 
     def _narrow(self, cells: list[Action | None]) -> None:
-        votes = [i for i in self._guidance if cells[i] is Action.REUSE] if len(self.order) > 1 else []
+        guided = len(self.layout.order) > 1
+        votes = [i for i in self._guidance if cells[i] is Action.REUSE] if guided else []
         if self.narrowed_by not in votes:
             self.narrowed_by = min(votes, key=lambda i: self.assignments[i].policy.name, default=-1)
         for index in self._guidance:
-            if cells[index] is None and len(self.order) > 1:
+            if cells[index] is None and guided:
                 continue
-            stored = self.narrowed_by < 0 and cells[index] is Action.STORE and len(self.order) > 1
+            stored = self.narrowed_by < 0 and cells[index] is Action.STORE and guided
             cells[index] = Action.STORE if stored else Action.COMPUTE
         if self.narrowed_by >= 0:
             cells[self.narrowed_by] = Action.REUSE
-            self.branches = (self.assignments[self.narrowed_by].stays,)
+            self.branches = (self.assignments[self.narrowed_by].policy.stays(self.layout),)
         else:
-            self.branches = self.order
+            self.branches = self.layout.order
 
     def _restart(self, step: int) -> list[int]:
         if step == 0:
@@ -157,20 +167,27 @@ class Composer:
             self._origin[index] = step
         return refreshed
 
-    def _force_full(self, cells: list[Action | None], step: int) -> None:
+    def _force_full(self, cells: list[Action | None], step: int, decide: Decide) -> None:
+        """Let blocks run around a STORE; all blocks of such a policy begin anew, or they would get out of step."""
+        forced = [index for index in self._blocks if self._must_run(index, cells)]
+        policies = [self.assignments[index].policy for index in forced]
         for index in self._blocks:
-            if cells[index] not in (Action.REUSE, None):
-                continue
-            if any(cells[inner] is Action.STORE for inner in self._inside[index]):
-                cells[index] = Action.STORE
+            if self.assignments[index].policy in policies:
                 self._origin[index] = step
+                cells[index] = Action.STORE if index in forced else self._cell(index, step, decide)
+
+    def _must_run(self, index: int, cells: list[Action | None]) -> bool:
+        skipped = cells[index] in (Action.REUSE, None)
+        return skipped and any(cells[inner] is Action.STORE for inner in self._inside[index])
 
     def _covered(self, index: int) -> list[int]:
-        region = self.assignments[index].target
+        block = self.assignments[index]
         return [
             i
             for i, bound in enumerate(self.assignments)
-            if i != index and bound.target.kind is not Kind.BLOCK and region.covers(bound.target.name)
+            if bound.denoiser == block.denoiser
+            and bound.target.kind is not Kind.BLOCK
+            and block.target.covers(bound.target.name)
         ]
 
     def _lengthen(self, steps: int) -> None:
@@ -226,12 +243,13 @@ class Plan:
         return "\n".join([*table, ". compute  S compute and keep  r reuse  ? decided during the run"])
 
 
-def make_plan(assignments: tuple[Assignment, ...], steps: int, order: Branches) -> Plan:
+def make_plan(assignments: tuple[Assignment, ...], steps: int, layout: Layout) -> Plan:
     """Return the plan of a run of `steps` steps; cells that the run decides stay None."""
-    composer = Composer(assignments, steps, order)
+    composer = Composer(assignments, steps, layout)
     rows = tuple(composer.row(step, lambda bound, at: None) for step in range(steps))
     plan = Plan(assignments, rows)
-    if plan.is_static:
+    # Where branches come one by one, what is kept of the first waits for the second.
+    if plan.is_static and not layout.separate:
         _mark_narrowing_stores(rows)
     return plan
 

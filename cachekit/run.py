@@ -9,58 +9,89 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .adapter import Layout
 from .clock import Clock
-from .plan import Assignment, Branches, Composer, Plan, Row
+from .plan import Assignment, Composer, Plan, Row
 from .policy import Action, Moment
-from .sites import Kind, Region
+from .sites import Branches, Kind, Region
 from .store import Slot, Store, narrow_kept, split_kept
 
 if TYPE_CHECKING:
     from .policy import Streams
 
-_ALONE: Branches = ("cond",)
 _COUNTED = (Action.COMPUTE, Action.STORE, Action.REUSE)
 
 
 class RunState(threading.local):
-    """Hold the present run and call of each thread; a deep copy starts empty."""
+    """Hold the present run and call of each thread; a deep copy starts empty.
+
+    `context` is the name that the pipeline gives the present call, if any; `replayed` the call whose row the
+    next one obeys instead of the clock.
+    """
 
     run: Run | None = None
     call: Call | None = None
     paused: int = 0
     pipeline: tuple[Any, dict[str, Any]] | None = None
-    replay: list[Row]  # rows that the next calls obey, last first
-
-    def __init__(self) -> None:
-        """Begin with no run, once in each thread."""
-        self.replay = []
+    context: str | None = None
+    replayed: Made | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
         """Return a fresh state: a run is never shared with a copy of the model."""
         return RunState()
 
 
+@dataclass(frozen=True)
+class Made:
+    """Say of one call what its cost depends on.
+
+    `branch` is the branch that the call is for, or empty for all that the batch holds. `row` is what really
+    happened in it, misses and probes included; a call that was `dropped` did not run at all.
+    """
+
+    denoiser: str
+    branch: str
+    batch: int
+    row: Row
+    dropped: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, str, int]:
+        """Return what the shapes of the call's arguments depend on."""
+        return (self.denoiser, self.branch, self.batch)
+
+    @property
+    def signature(self) -> tuple[object, ...]:
+        """Return what makes two calls cost the same."""
+        return (*self.inputs, self.dropped, self.row.signature)
+
+
 @dataclass
 class Record:
     """Hold what a run leaves behind: numbers and shapes, no tensors with values.
 
-    `rows` are the steps as planned or decided; `calls` pairs each forward's batch with what really happened in
-    it, misses and probes included; `inputs` holds the shapes of the arguments by batch.
+    `rows` are the steps as planned or decided; `calls` what was done in each call; `inputs` holds the shapes of
+    the arguments of calls, by `Made.inputs`.
     """
 
     steps: int
-    guided: bool
+    layout: Layout
     exact: bool
     rows: list[Row] = field(default_factory=list)
-    calls: list[tuple[int, Row]] = field(default_factory=list)
+    calls: list[Made] = field(default_factory=list)
     counts: list[dict[Action, int]] = field(default_factory=list)
     missed: list[int] = field(default_factory=list)
     peak_bytes: int = 0
     deciding_seconds: float = 0.0
     traces: dict[str, list[Any]] = field(default_factory=dict)
-    inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    inputs: dict[tuple[str, str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     interrupted: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def guided(self) -> bool:
+        """Tell whether the run had branches to choose from."""
+        return len(self.layout.order) > 1
 
 
 class Run:
@@ -74,31 +105,34 @@ class Run:
         self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
         self.templates: dict[Slot, Any] = {}
         self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
-        self.probed: dict[tuple[str, Branches, int], dict[str, Any]] = {}
-        self.order: Branches = _ALONE
+        self.probed: dict[tuple[str, str, Branches, int], dict[str, Any]] = {}
+        self.outputs: dict[str, Any] = {}
         self.signature: tuple[Any, ...] = ()
         self.guidance = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.GUIDANCE]
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
+        self._sites = [i for i, bound in enumerate(assignments) if bound.target.kind is not Kind.GUIDANCE]
+        self._seen: set[tuple[str, str]] = set()
+        self._in_step: list[tuple[str, str]] = []
 
-    def begin(self, plan: Plan, order: Branches, steps: int) -> None:
-        """Begin with the plan of `steps` steps over the branches in `order`."""
+    def begin(self, plan: Plan, layout: Layout, steps: int) -> None:
+        """Begin with the plan of `steps` steps over the branches of `layout`."""
         self.plan = plan
-        self.order = order
+        self.layout = layout
         self._composer: Composer | None = None
-        self.record = Record(steps, len(order) > 1, self.clock.exact)
+        self.record = Record(steps, layout, self.clock.exact)
         self.record.counts = [dict.fromkeys(_COUNTED, 0) for _ in self.assignments]
         self.record.missed = [0] * len(self.assignments)
         if not plan.is_static:
-            self._composer = Composer(self.assignments, steps, order)
+            self._composer = Composer(self.assignments, steps, layout)
 
-    def change_order(self, order: Branches) -> None:
-        """Follow a pipeline that itself changes its branches in the middle of a run."""
+    def change_layout(self, layout: Layout) -> None:
+        """Follow a pipeline whose branches are others than at the beginning of the run."""
         done = len(self.record.rows)
         if self._composer is None:
-            self._composer = Composer(self.assignments, self.record.steps, self.order)
+            self._composer = Composer(self.assignments, self.record.steps, self.layout)
             for step in range(done):
                 self._composer.row(step, self._decide)
-        self.order = self._composer.order = order
+        self.layout = self._composer.layout = layout
 
     def row(self, step: int) -> Row:
         """Return the row of `step`, composing those not yet reached."""
@@ -119,7 +153,7 @@ class Run:
         if self._composer is None and step < len(self.plan.rows):
             return self.plan.rows[step]
         if self._composer is None:
-            self.change_order(self.order)
+            self.change_layout(self.layout)
         assert self._composer is not None
         return self._composer.row(step, self._decide)
 
@@ -128,16 +162,49 @@ class Run:
             return None
         return bound.policy.decide(bound.target, at, self.memories[bound.policy.name])
 
+    @property
+    def together(self) -> int:
+        """Return how many branches lie in the batch of one call."""
+        return 1 if self.layout.separate else len(self.layout.order)
+
     def serves(self, batch: int) -> bool:
         """Tell whether a call's batch is that of the step's first call; an odd one out runs uncached."""
-        return not self.signature or self.clock.call == 0 or batch == self.signature[0] * len(self.order)
+        return not self.signature or self.clock.call == 0 or batch == self.signature[0] * self.together
 
-    def begin_call(self, step: int) -> Call:
-        """Return the call of `step`, with every block that has nothing to reuse turned into STORE."""
-        call = Call(self, self.row(step), self.clock.call)
-        for index in self._blocks:
-            if call.actions[index] is Action.REUSE and call.kept(index) is None:
-                call.miss(index)
+    def tick(self) -> None:
+        """Begin a step when the clock says so: calls are numbered, and outputs belong to a step, from there."""
+        if self.clock.call == 0:
+            self._in_step.clear()
+            self.outputs.clear()
+
+    def branch_of_call(self, context: str | None) -> str:
+        """Return the branch that the present call is for: by the pipeline's name for it, or by its place."""
+        if not self.layout.separate:
+            return ""
+        place = min(self.clock.call, len(self.layout.order) - 1)
+        return context or self.layout.order[place]
+
+    def calls_one_branch(self) -> bool:
+        """Tell whether a step is over in which only the first of several branches was called."""
+        is_second = self.clock.step == 1 and self.clock.call == 0
+        return self.layout.separate and is_second and len({branch for _, branch in self._seen}) == 1
+
+    def begin_call(self, step: int, denoiser: str, branch: str) -> Call:
+        """Return the call of `step`, with every block that has nothing to reuse turned into STORE.
+
+        So is every site in a denoiser's first call when the run has begun without it: two denoisers may share
+        one loop.
+        """
+        who = (denoiser, branch)
+        call = Call(self, self.row(step), denoiser, branch, self._in_step.count(who))
+        is_late = step > 0 and who not in self._seen
+        self._in_step.append(who)
+        self._seen.add(who)
+        for index in self._sites if is_late else self._blocks:
+            here = self.assignments[index].denoiser == denoiser
+            if here and call.actions[index] is Action.REUSE and call.kept(index) is None:
+                if not is_late:
+                    call.miss(index)
                 call.actions[index] = Action.STORE
         return call
 
@@ -146,6 +213,7 @@ class Run:
         self.store.clear()
         self.memories.clear()
         self.probed.clear()
+        self.outputs.clear()
 
     def finish(self) -> Record:
         """Return the record with its final figures."""
@@ -157,20 +225,36 @@ class Run:
 
 
 class Call:
-    """Hold the actions of one forward of the denoiser."""
+    """Hold the actions of one forward of a denoiser.
 
-    __slots__ = ("actions", "branches", "entries", "ordinal", "row", "run", "sample", "timestep")
+    `branches` are those that its batch holds; `branch` is empty unless each has a call of its own.
+    """
 
-    def __init__(self, run: Run, row: Row, ordinal: int) -> None:
-        """Start the `ordinal`-th call of a step with its row's actions; probes and misses change them for it alone."""
+    __slots__ = ("actions", "branch", "branches", "denoiser", "entries", "ordinal", "row", "run", "sample", "timestep")
+
+    def __init__(self, run: Run, row: Row, denoiser: str, branch: str, ordinal: int) -> None:
+        """Start the `ordinal`-th like call of a step with its row's actions; probes and misses change them for it."""
         self.run = run
+        self.denoiser = denoiser
+        self.branch = branch
         self.ordinal = ordinal
         self.actions = list(row.actions)
         self.row = replace(row, actions=self.actions)
-        self.branches = row.branches
+        self.branches: Branches = (branch,) if branch else row.branches
         self.entries: dict[int, Streams] = {}
         self.sample: Tensor | None = None
         self.timestep: Any = None
+
+    @property
+    def is_dropped(self) -> bool:
+        """Tell whether this call is of a branch that another one stands in for."""
+        if self.narrowed_by < 0 or self.branch not in self.run.layout.order or self.branch in self.row.branches:
+            return False
+        return self.row.branches[0] in self.run.outputs
+
+    def made(self, batch: int) -> Made:
+        """Return what this call's cost depends on."""
+        return Made(self.denoiser, self.branch, batch, self.row, self.is_dropped)
 
     def moment(self, index: int) -> Moment:
         """Return the moment that policy methods are told."""
@@ -207,7 +291,7 @@ class Call:
     def decide(self, index: int, value: Streams) -> None:
         """Let the policy decide from its probe; a reuse needs something kept."""
         policy = self.run.assignments[index].policy
-        memory = self.run.probed.setdefault((policy.name, self.branches, self.ordinal), {})
+        memory = self.run.probed.setdefault((policy.name, self.denoiser, self.branches, self.ordinal), {})
         target = self.run.assignments[index].target
         action = policy.probe(target, self.moment(index), value, memory)
         if action is Action.REUSE and self.kept(index) is None:

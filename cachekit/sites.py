@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Union
 
+#: Names of guidance branches, in an order.
+Branches = tuple[str, ...]
+
 
 class Kind(str, Enum):
     """Tell what a site is; policies register for kinds, never for module classes."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .plan import Branches
 from .policy import BranchChange
+from .sites import Branches
 from .tree import size_in_bytes, tree_map
 
 #: An assignment's index, and the ordinal of the call within its step: calls never read each other's.
@@ -51,9 +51,10 @@ class Store:
             if named:
                 kept_for.setdefault(slot, set()).add(named)
         for slot, present in kept_for.items():
-            if branches in present:
-                # Kept in the form of these branches already, and never older than the rest.
-                for named in present - {branches}:
+            together = {named for named in present if len(named) > 1}
+            if present == {branches} or (branches in present and together):
+                # Kept in the form of these branches already, and never older than that of all.
+                for named in together:
                     self.drop(slot, named)
                 continue
             narrowed = narrow_kept(self._take(slot, present), branches, changes[slot[0]])

@@ -251,12 +251,29 @@ def test_an_offloading_wrapper_at_the_root(before_apply: bool, specs: tuple[str,
             add_hook_to_module(pipe.unet, ModelHook())
 
 
-@pytest.mark.parametrize("spec", ["deepcache:interval=2", "tgate:m=2", "adaptive_guidance:m=2"])
-def test_three_branches_are_refused_and_nothing_remains(spec: str) -> None:
-    pipe = StableDiffusionInstructPix2PixPipeline(**tiny.small(in_channels=8).components, requires_safety_checker=False)
+def with_three_branches() -> tuple[Any, dict[str, Any]]:
+    parts = tiny.small(in_channels=8).components
+    pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    given = {"image": picture(), "image_guidance_scale": 2.0, "steps": 3}
+    return pipe, {"image": picture(), "image_guidance_scale": 2.0, "steps": 3}
+
+
+@pytest.mark.parametrize("spec", ["tgate:m=2", "adaptive_guidance:m=2"])
+def test_none_of_three_branches_is_dropped(spec: str) -> None:
+    pipe, given = with_three_branches()
     without = tiny.latents(pipe, **given)
     with cachekit.apply(pipe, spec), pytest.raises(GuidanceError, match="this pipeline's guidance is not supported"):
         tiny.latents(pipe, **given)
+    assert torch.equal(tiny.latents(pipe, **given), without)
+
+
+def test_three_branches_keep_their_deep_features() -> None:
+    pipe, given = with_three_branches()
+    without = tiny.latents(pipe, **given)
+    with cachekit.apply(pipe, "deepcache:interval=2"):
+        found = tiny.latents(pipe, **given)
+        assert torch.equal(tiny.latents(pipe, **given), found)
+    replayed, _ = with_three_branches()
+    assert torch.equal(tiny.latents(replay(replayed, 0, 2), **given), found)
+    assert not torch.equal(found, without)
     assert torch.equal(tiny.latents(pipe, **given), without)

@@ -9,8 +9,7 @@ import json
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +21,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 import cachekit
 from cachekit import engine
 from cachekit.errors import AttachmentError
+from cachekit.pipelines import denoiser_of
 from cachekit.switch import Switch
 from cachekit.tree import tensors
 
@@ -91,7 +91,7 @@ class Watch:
 @functools.cache
 def plain(name: str, steps: int) -> tuple[torch.Tensor, dict[str, int]]:
     """Return the latents without any policy, and the guided batch of every watched module."""
-    with Watch(engine.denoiser_of(shared(name))) as watch:
+    with Watch(denoiser_of(shared(name))) as watch:
         latents = tiny.latents(shared(name), steps=steps)
     assert all(len(batches) == steps for batches in watch.seen.values())
     return latents, {module: batches[0] for module, batches in watch.seen.items()}
@@ -154,7 +154,7 @@ def test_applied_runs_the_plan_undone_is_equal_and_again_is_the_same(
 ) -> None:
     pipe, steps = shared(name), len(expected["root"])
     without = plain(name, steps)[0]
-    with cachekit.apply(pipe, specs) as attachment, Watch(attachment.denoiser) as watch:
+    with cachekit.apply(pipe, specs) as attachment, Watch(denoiser_of(pipe)) as watch:
         first = tiny.latents(pipe, steps=steps)
         rows = attachment.report().record.rows
     assert not torch.equal(first, without)
@@ -169,7 +169,7 @@ def test_applied_runs_the_plan_undone_is_equal_and_again_is_the_same(
 
 @pytest.mark.parametrize("specs", [("tgate:m=3,sp_interval=2",), ("deepcache:interval=3",), BOTH])
 def test_the_report_counts_what_ran(pipe: Any, specs: tuple[str, ...]) -> None:
-    with cachekit.apply(pipe, specs) as attachment, Watch(pipe.unet) as watch:
+    with cachekit.apply(pipe, specs) as attachment, Watch(denoiser_of(pipe)) as watch:
         tiny.latents(pipe, steps=6)
     ran = {role: sum(len(watch.seen[name]) for name in watch.seen if WATCHED[role].fullmatch(name)) for role in WATCHED}
     for count in attachment.report().counts:
@@ -242,24 +242,6 @@ def test_deepcache_by_hand(pipe: Any) -> None:
 # -- undo -------------------------------------------------------------------------------------------------
 
 
-def content(value: Any) -> Any:
-    items = value.items() if isinstance(value, dict) else ()
-    return id(value), [(key, id(item)) for key, item in items]
-
-
-def state_of(pipe: Any) -> Any:
-    """Return the identity of everything that a pipeline and the modules of its denoiser hold."""
-    modules = [pipe, *engine.denoiser_of(pipe).modules()]
-    return [(type(module), {key: content(value) for key, value in vars(module).items()}) for module in modules]
-
-
-@contextmanager
-def leaves_no_trace(pipe: Any) -> Iterator[None]:
-    before = state_of(pipe)
-    yield
-    assert state_of(pipe) == before
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_nothing_remains_after_a_run_and_remove(name: str) -> None:
     pipe = MAKERS[name]()
@@ -268,29 +250,29 @@ def test_nothing_remains_after_a_run_and_remove(name: str) -> None:
         ("adaptive_guidance:m=2",) if name == "dit" else ("tgate:m=2,sp_interval=2", *BOTH[1:] * (name in UNETS))
     ):
         before = {key: value for key, value in vars(pipe).items() if not key.startswith("_")}
-        with leaves_no_trace(pipe):
+        with tiny.leaves_no_trace(pipe):
             attachment = cachekit.apply(pipe, spec)
             attachment.remove()
             attachment.remove()
         cachekit.apply(pipe, spec)
         tiny.latents(pipe, steps=3)
-        modules = state_of(pipe)
+        modules = tiny.state_of(pipe)
         cachekit.remove(pipe)
         cachekit.remove(pipe)
         assert type(pipe) is type(MAKERS[name]())
-        assert state_of(pipe) != modules
+        assert tiny.state_of(pipe) != modules
         assert {key: value for key, value in vars(pipe).items() if not key.startswith("_")} == before
-        assert not any("forward" in vars(module) for module in engine.denoiser_of(pipe).modules())
+        assert not any("forward" in vars(module) for module in denoiser_of(pipe).modules())
 
 
 def test_modules_are_as_they_were_after_runs(pipe: Any) -> None:
     tiny.latents(pipe, steps=1)
-    before = state_of(pipe)[1:]
+    before = tiny.state_of(pipe)[1:]
     with cachekit.apply(pipe, BOTH):
         tiny.latents(pipe, steps=4)
         tiny.latents(pipe, steps=3, batch=2, guidance=1.0)
-        assert state_of(pipe)[1:] != before
-    assert state_of(pipe)[1:] == before
+        assert tiny.state_of(pipe)[1:] != before
+    assert tiny.state_of(pipe)[1:] == before
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, -1])
@@ -309,7 +291,7 @@ def test_an_exception_half_way_through_apply_changes_nothing(
         install(switch)
 
     monkeypatch.setattr(Switch, "install", fail)
-    with leaves_no_trace(pipe), pytest.raises(RuntimeError, match="broken"):
+    with tiny.leaves_no_trace(pipe), pytest.raises(RuntimeError, match="broken"):
         cachekit.apply(pipe, BOTH)
     monkeypatch.undo()
     assert len(installed) == limit
@@ -317,34 +299,33 @@ def test_an_exception_half_way_through_apply_changes_nothing(
         assert torch.isfinite(tiny.latents(pipe, steps=4)).all()
 
 
-@pytest.mark.parametrize("where", ["register_forward_pre_hook", "register_forward_hook"])
-def test_an_exception_at_the_hooks_changes_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+@pytest.mark.parametrize("at", ["cachekit.entrance.Entrance.install", "cachekit.engine.track"])
+def test_an_exception_at_the_root_changes_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with leaves_no_trace(pipe):
-        monkeypatch.setattr(type(pipe.unet), where, fail)
+    with tiny.leaves_no_trace(pipe):
+        monkeypatch.setattr(at, fail)
         with pytest.raises(KeyboardInterrupt):
             cachekit.apply(pipe, BOTH)
-        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("spec", ["tgate:m=x", "tgaet", "deepcache:branch=99", "tgate:m=0", "deepcache:interval=0"])
 def test_a_refused_spec_changes_nothing(pipe: Any, spec: str) -> None:
-    with leaves_no_trace(pipe), pytest.raises(cachekit.CachekitError):
+    with tiny.leaves_no_trace(pipe), pytest.raises(cachekit.CachekitError):
         cachekit.apply(pipe, ["adaptive_guidance:m=2", spec])
 
 
 def test_a_second_apply_is_refused_and_the_first_stays(pipe: Any) -> None:
     with cachekit.apply(pipe, "tgate:m=2"):
         first = tiny.latents(pipe, steps=4)
-        with leaves_no_trace(pipe), pytest.raises(AttachmentError, match="remove"):
+        with tiny.leaves_no_trace(pipe), pytest.raises(AttachmentError, match="remove"):
             cachekit.apply(pipe, "deepcache")
         assert torch.equal(tiny.latents(pipe, steps=4), first)
 
 
 def test_context_manager_undoes_after_an_exception(pipe: Any) -> None:
-    with leaves_no_trace(pipe), pytest.raises(ZeroDivisionError), cachekit.apply(pipe, BOTH):
+    with tiny.leaves_no_trace(pipe), pytest.raises(ZeroDivisionError), cachekit.apply(pipe, BOTH):
         raise ZeroDivisionError
 
 
@@ -356,7 +337,7 @@ def test_remove_in_the_middle_of_a_run_makes_the_rest_plain(pipe: Any) -> None:
             cachekit.remove(pipe)
         return given
 
-    with Watch(pipe.unet) as watch:
+    with Watch(denoiser_of(pipe)) as watch:
         tiny.latents(pipe, steps=6, callback_on_step_end=stop)
     assert list(watch.seen["conv_in"].values()) == [2, 2, 1, 1, 2, 2]
     assert type(pipe) is StableDiffusionPipeline
@@ -382,7 +363,7 @@ def test_a_wrapper_put_on_later_survives_the_undo(pipe: Any) -> None:
 def test_a_hook_put_on_before_stays(pipe: Any) -> None:
     module = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
     add_hook_to_module(module, ModelHook())
-    with leaves_no_trace(pipe):
+    with tiny.leaves_no_trace(pipe):
         cachekit.apply(pipe, "tgate:m=2").remove()
 
 
@@ -540,7 +521,7 @@ def test_a_pipeline_made_from_an_attached_one_is_cached(pipe: Any) -> None:
 
 
 def kept_by(attachment: Any) -> list[weakref.ref[torch.Tensor]]:
-    entries = attachment._state.run.store._entries.values()
+    entries = attachment.driver.state.run.store._entries.values()
     return [weakref.ref(tensor) for entry in entries for tensor in tensors(entry)]
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from cachekit.catalog import installed
 from cachekit.errors import ConflictError, SiteError
+from cachekit.adapter import Layout
 from cachekit.plan import assign, make_plan
 from cachekit.policy import Action, BranchChange, Moment, Policy
 from cachekit.sites import GUIDANCE, Kind, Region, Site, SiteMap
@@ -63,9 +64,8 @@ class Refreshed(Scripted):
 
 
 def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
-    layout = type("Layout", (), {"condition": "text", "order": order})
     policies = parse_all(specs, installed().policies)
-    return make_plan(assign((p, p.select(sites), p.stays(layout)) for p in policies), steps, order)
+    return make_plan(assign((p, "", p.select(sites)) for p in policies), steps, Layout(order))
 
 
 def columns(plan):

@@ -23,6 +23,7 @@ from diffusers import (
 )
 
 import cachekit
+from cachekit.pipelines import denoiser_of
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "ddim": DDIMScheduler.from_config,
@@ -131,7 +132,7 @@ def test_other_pipelines_count_their_steps_too(name: str, scheduler: str) -> Non
     without, iterations = latents_and_iterations(pipe, steps=5)
     with (
         cachekit.apply(pipe, "adaptive_guidance:m=3") as attachment,
-        Batches(attachment.denoiser, root) as seen,
+        Batches(denoiser_of(pipe), root) as seen,
     ):
         tiny.latents(pipe, steps=5)
         assert attachment.report().steps == iterations

@@ -6,20 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..catalog import installed
 from ..engine import Attachment
+from ..errors import CachekitError
 from ..loading import precision, scheduler_for
 from ..policy import Policy
-from .cells import Cell, Method, Setting, digest
+from .cells import BenchError, Cell, Method, Setting, digest
 from .executors import executor
 from .peers import peer_exists
 from .results import Result, Results
 from .subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
 from .workbench import environment
 
-__all__ = ["Suite", "measure_suite"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Suite", "fitting", "measure_suite"]
 
 #: Called after each cell with the number of cells done and of all cells known by then, and what was wrong, if anything.
 Progress = Callable[[int, int, "str | None"], None]
@@ -57,7 +61,7 @@ class Suite:
         precision(self.setting.dtype)
         denoiser, catalog = shape_of_model(self.setting.model), installed()
         for policies in self.compositions:
-            Attachment(denoiser, policies, catalog)
+            Attachment({"": denoiser}, policies, catalog)
 
     def _schedulers(self) -> list[str]:
         own = own_scheduler(self.setting.model)
@@ -77,6 +81,23 @@ class Suite:
             "metrics": tuple(name for name, _ in setting.metrics),
             "environment": digest(around),
         }
+
+
+def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:
+    """Return the compositions that find what they act on in a model; raise `BenchError` where none does."""
+    denoiser = shape_of_model(model)
+    found = [policies for policies in compositions if _fits(denoiser, policies)]
+    if not found:
+        raise BenchError(f"{model}: none of the usual specs fits {type(denoiser).__name__}; name others with --spec")
+    return found
+
+
+def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
+    try:
+        Attachment({"": denoiser}, policies, installed())
+    except CachekitError:
+        return False
+    return True
 
 
 def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:

@@ -76,7 +76,8 @@ class Tgate(Gated):
     `m` steps are guided; the cross-attention outputs of step m - 1 serve from step m on, with one branch.
     Self-attention is kept at step `warm_up`, then recomputed every `sp_interval` steps before the gate and every
     `fi_interval` after it; 1 never reuses it. `keep` is the branch that stays: `auto` is the unconditional one
-    (the conditional one where the condition is an image), as published.
+    (the conditional one where the condition is an image), as published, or the first where each has a call of
+    its own.
     """
 
     name: ClassVar[str] = "tgate"
@@ -125,4 +126,6 @@ class Cair(Gated):
 def _stays(keep: Keep, layout: Layout) -> str:
     if keep != "auto":
         return keep
+    if layout.separate:  # the other branches can only wait for the one that is called first
+        return layout.order[0]
     return "cond" if layout.condition == "image" else "uncond"

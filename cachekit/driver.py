@@ -1,0 +1,320 @@
+"""Drive runs: each call of a denoiser finds its step, its branches and what was kept for it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from .clock import Clock, count_steps, mark_of, shares_table
+from .errors import AdapterError, GuidanceError
+from .guidance import FirstCall, Observation, by_branch, first_tensor, is_guided, layout_of_run, pick, spread
+from .pipelines import call_arguments, plain_arguments
+from .plan import Assignment, Plan, make_plan
+from .policy import Action, Policy
+from .run import Call, Made, Run, RunState
+from .sites import Kind
+from .tree import shape_of, tree_map
+
+if TYPE_CHECKING:
+    from .adapter import Adapter, Layout
+    from .sites import SiteMap
+
+_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "timesteps", "t")
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Hold one attached denoiser, what its adapter says of it, and its forward's parameters in order."""
+
+    name: str
+    module: nn.Module
+    sites: SiteMap
+    layout: Layout
+    parameters: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, adapter: Adapter) -> Denoiser:
+        """Return what `adapter` says of `module`."""
+        parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        return cls(name, module, adapter.sites(module), adapter.layout(module), parameters)
+
+
+class Driver:
+    """Take each call of the attached denoisers through its row of the plan."""
+
+    def __init__(
+        self,
+        assignments: tuple[Assignment, ...],
+        policies: Sequence[Policy],
+        check: Callable[[], None],
+        finished: Callable[[Run], None],
+    ) -> None:
+        """Start without a run; `check` is called before each, `finished` told of each that ends."""
+        self.assignments = assignments
+        self.state = RunState()
+        self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._plans: dict[tuple[int, Layout], Plan] = {}
+        self._check, self._finished = check, finished
+        self._policies = policies
+        self._observers = [policy for policy in policies if type(policy).observe is not Policy.observe]
+        self._narrowing = [bound.policy for bound in assignments if bound.target.kind is Kind.GUIDANCE]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
+        """Return a driver with no run and no pipeline, for the copied switches."""
+        hooks = (copy.deepcopy(self._check, memo), copy.deepcopy(self._finished, memo))
+        twin = type(self)(self.assignments, self._policies, *hooks)
+        memo[id(self)] = twin
+        twin.state = copy.deepcopy(self.state, memo)
+        return twin
+
+    def plan(self, steps: int, layout: Layout) -> Plan:
+        """Return the plan of a run of `steps` steps whose branches come as `layout` says."""
+        if (steps, layout) not in self._plans:
+            self._plans[steps, layout] = make_plan(self.assignments, steps, layout)
+        return self._plans[steps, layout]
+
+    # -- where runs begin and end -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def run_of(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Bound one run exactly: what is kept ends with the pipeline's call, by an exception too."""
+        self.pipes.add(pipe)
+        self._check()
+        state = self.state
+        if state.pipeline is None:
+            self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
+        outer = (state.run, state.call, state.pipeline)
+        state.run, state.call = None, None
+        state.pipeline = (pipe, call_arguments(pipe, args, kwargs))
+        try:
+            yield
+        except BaseException:
+            self.end_run(interrupted=True)
+            raise
+        else:
+            self.end_run(interrupted=False)
+        finally:
+            state.run, state.call, state.pipeline = outer
+
+    def end_run(self, interrupted: bool) -> None:
+        """End this thread's run, if there is one whose first call was not refused."""
+        run, self.state.run, self.state.call = self.state.run, None, None
+        if run is None or not run.signature:
+            return
+        run.record.interrupted = interrupted
+        self._finished(run)
+
+    def _run_for(self, denoiser: Denoiser, sample: Tensor, timestep: Any) -> Run:
+        state = self.state
+        scheduler = self._scheduler(timestep)
+        mark = mark_of(timestep, scheduler if state.pipeline else None)
+        if state.run is not None and state.run.clock.starts_anew(mark):
+            self.end_run(interrupted=False)
+        if state.run is None:
+            self._check()
+            state.run = Run(self.assignments, Clock(exact=state.pipeline is not None))
+        run = state.run
+        run.clock.tick(mark)
+        if not run.signature:
+            layout = self._layout(denoiser, sample)
+            steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
+            run.begin(self.plan(steps, layout), layout, steps)
+            run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
+        return run
+
+    def _layout(self, denoiser: Denoiser, sample: Tensor) -> Layout:
+        pipe, arguments = self.state.pipeline or (None, {})
+        first = FirstCall(
+            told=is_guided(pipe, arguments, denoiser.module) if pipe is not None else None,
+            sample=sample,
+            context=self.state.context,
+            narrows=bool(self._narrowing),
+            denoiser=type(denoiser.module).__name__,
+            perturbed=getattr(pipe, "do_perturbed_attention_guidance", False),
+        )
+        layout = layout_of_run(first, denoiser.layout)
+        if layout.separate:
+            self._check_order(layout, first.denoiser)
+        return layout
+
+    def _check_order(self, layout: Layout, name: str) -> None:
+        for policy in self._narrowing:
+            stays, called_first = policy.stays(layout), layout.order[0]
+            if stays != called_first:
+                raise GuidanceError(
+                    f"{policy}: would keep the branch {stays!r}, but {name} is called for {called_first!r} first,"
+                    f" when nothing stands in for it yet; use a policy that keeps {called_first!r}"
+                )
+
+    def _scheduler(self, timestep: Any) -> Any:
+        """Return the scheduler behind a timestep: the running pipeline's, else the known one it belongs to."""
+        if self.state.pipeline:
+            return getattr(self.state.pipeline[0], "scheduler", None)
+        known = [getattr(pipe, "scheduler", None) for pipe in list(self.pipes)]
+        owners = [scheduler for scheduler in known if shares_table(timestep, scheduler)]
+        return owners[0] if owners else (known[0] if len(known) == 1 else None)
+
+    def _follow_batch(self, run: Run, sample: Tensor) -> None:
+        """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
+        together = run.together
+        signature = (sample.shape[0] // together, sample.shape[1:], sample.dtype, sample.device)
+        if run.signature and signature != run.signature:
+            if together > 1 and sample.shape[0] == run.signature[0]:
+                run.change_layout(run.layout.alone)
+                return
+            run.store.clear()
+            run.shapes.clear()
+        run.signature = signature
+
+    @contextlib.contextmanager
+    def named(self, context: str) -> Iterator[None]:
+        """Hold the name that the pipeline gives the calls within the block."""
+        before, self.state.context = self.state.context, context
+        try:
+            yield
+        finally:
+            self.state.context = before
+
+    # -- replays ------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def replaying(self, layout: Layout, steps: int) -> Iterator[Run]:
+        """Make the calls within the block obey `expect` instead of the clock: for counting costs."""
+        run = Run(self.assignments, Clock(exact=True))
+        run.begin(self.plan(steps, layout), layout, steps)
+        self.state.run = run
+        try:
+            yield run
+        finally:
+            self.state.run, self.state.call, self.state.replayed = None, None, None
+
+    def expect(self, made: Made) -> None:
+        """Make the next call within `replaying` do what was done in this one."""
+        self.state.replayed = made
+
+    def _replayed(self) -> Call | None:
+        state = self.state
+        made, state.replayed = state.replayed, None
+        if made is None or state.run is None:
+            return None
+        state.run.enter(made.row)
+        return Call(state.run, made.row, made.denoiser, made.branch, 0)
+
+    # -- calls --------------------------------------------------------------------------------------------
+
+    def call(self, denoiser: Denoiser, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+        """Return the output of one call, `forward` being the denoiser's own."""
+        state = self.state
+        state.call = None
+        if state.paused:
+            return forward(*args, **kwargs)
+        start = time.perf_counter()
+        call = self._begin_call(denoiser, args, kwargs)
+        if call is None:
+            return forward(*args, **kwargs)
+        if call.narrowed_by >= 0 and not call.branch:
+            args, kwargs = self._narrowed(call, denoiser, args, kwargs)
+        call.run.record.deciding_seconds += time.perf_counter() - start
+        state.call = call
+        try:
+            return self._output(call, denoiser, forward, args, kwargs)
+        finally:
+            state.call = None
+
+    def _begin_call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
+        sample, timestep = _find(arguments, _SAMPLE), _find(arguments, _TIMESTEP)
+        if not isinstance(sample, Tensor):
+            raise AdapterError(
+                f"{type(denoiser.module).__name__}: samples in a {type(sample).__name__} are not supported;"
+                " call cachekit.remove(pipe)"
+            )
+        call = self._replayed() or self._next_call(denoiser, sample, timestep)
+        if call is not None:
+            call.sample, call.timestep = sample, timestep
+            made = call.made(sample.shape[0])
+            call.run.record.calls.append(made)
+            if made.inputs not in call.run.record.inputs:
+                call.run.record.inputs[made.inputs] = tree_map(shape_of, (args, kwargs))
+        return call
+
+    def _next_call(self, denoiser: Denoiser, sample: Tensor, timestep: Any) -> Call | None:
+        run = self._run_for(denoiser, sample, timestep)
+        if not run.serves(sample.shape[0]):
+            return None
+        self._follow_batch(run, sample)
+        if run.calls_one_branch():
+            run.change_layout(run.layout.alone)
+            run.record.layout = run.layout
+        run.tick()
+        return run.begin_call(run.clock.step, denoiser.name, run.branch_of_call(self.state.context))
+
+    def _narrowed(
+        self, call: Call, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert call.sample is not None
+        arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
+        picked = pick(arguments, call.run.layout, call.branches[0], call.sample.shape[0])
+        return tuple(picked.pop(name) for name in denoiser.parameters[: len(args)]), picked
+
+    def _output(
+        self, call: Call, denoiser: Denoiser, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        if call.is_dropped:
+            return self._stand_in(call)
+        output = forward(*args, **kwargs)
+        if call.branch:
+            return self._of_one_branch(call, output)
+        if call.narrowed_by >= 0:
+            restore = self._restored(call)
+            return spread(output, call.run.layout, call.branches[0], restore)
+        if len(call.branches) > 1:
+            self._observe(call, by_branch(first_tensor(output), call.branches))
+        return output
+
+    def _of_one_branch(self, call: Call, output: Any) -> Any:
+        """Hold a branch's output until the step ends: others are compared with it, or replaced by it."""
+        outputs, order = call.run.outputs, call.run.layout.order
+        outputs[call.branch] = output
+        is_last = call.branch in order and all(branch in outputs for branch in order)
+        if is_last and call.narrowed_by < 0:
+            self._observe(call, {branch: first_tensor(outputs[branch]) for branch in order})
+        return output
+
+    def _stand_in(self, call: Call) -> Any:
+        (stays,) = call.row.branches
+        return tree_map(self._restored(call), call.run.outputs[stays])
+
+    def _restored(self, call: Call) -> Callable[[Tensor], Tensor]:
+        """Return what makes the dropped branch's output from the other's."""
+        index = call.narrowed_by
+        call.count(index, Action.REUSE)
+        policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
+        return lambda output: policy.restore_branch(output, kept)
+
+    def _observe(self, call: Call, outputs: dict[str, Tensor]) -> None:
+        keeping = call.count_guidance()
+        for index in keeping:
+            call.run.store.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
+        if self._observers and call.sample is not None:
+            start = time.perf_counter()
+            sample = call.sample.chunk(call.run.together)[0]
+            seen = Observation(call.row.step, outputs, sample, call.timestep, self._scheduler(call.timestep))
+            for policy in self._observers:
+                policy.observe(seen, call.run.memories[policy.name])
+            call.run.record.deciding_seconds += time.perf_counter() - start
+
+
+def _find(arguments: dict[str, Any], names: Sequence[str]) -> Any:
+    for name in names:
+        if arguments.get(name) is not None:
+            return arguments[name]
+    raise AdapterError(f"the denoiser was called without any of {', '.join(names)}")

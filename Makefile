@@ -8,7 +8,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapte
 # Nothing here downloads a model, and small models gain nothing from many threads.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench coverage clean
 
 # Compare caching policies on the embedded model: table and pictures in cachekit-demo/.
 demo: $(VENV)/installed
@@ -25,6 +25,10 @@ lint: $(VENV)/installed-test
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead
+
+# Try every policy on every pipeline of diffusers, and write the page about it.
+coverage: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/cachekit coverage --json docs/coverage.json --markdown docs/coverage.md
 
 clean:
 	rm -rf $(VENV)

@@ -1,4 +1,4 @@
-"""Measure what attached policies cost beyond the work they plan, beside the published packages.
+"""Measure what attached policies cost beyond the work they plan, beside published packages and loops by hand.
 
 `python -m benchmarks.overhead --model demo|sd15 --output FILE` alternates the contenders within one process and
 writes every time and the median ratios as JSON.
@@ -62,11 +62,16 @@ def append(output: Path, model: str, results: dict[str, Any], threads: int) -> N
 def measure(model: str, rounds: int) -> dict[str, Any]:
     """Return the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
-    return {
+    found = {
         "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
         "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
         "cachekit deepcache / published DeepCache": compare(*deepcache(pipe, arguments), rounds),
+        "cachekit tgate / plain": compare(*cached_and_plain(pipe, arguments), rounds),
+        "tgate by hand / plain loop by hand": compare(*by_hand(pipe, arguments), rounds),
     }
+    ours, hands = found["cachekit tgate / plain"], found["tgate by hand / plain loop by hand"]
+    found["speed-up of cachekit tgate / of tgate by hand"] = {"ratio": hands["ratio"] / ours["ratio"], "seconds": []}
+    return found
 
 
 def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
@@ -133,12 +138,72 @@ def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     """Return cachekit's TGATE and the published one on the same weights."""
     from tgate import TgateSDLoader
 
-    gate = max(1, arguments["num_inference_steps"] * 2 // 5)
+    gate = gate_of(arguments)
     ours, theirs = twins(pipe)
     cachekit.apply(ours, f"tgate:m={gate}")
     published = TgateSDLoader(theirs)
     schedule = {"gate_step": gate, "sp_interval": 1, "fi_interval": 1, "warm_up": 0}
     return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
+
+
+def gate_of(arguments: dict[str, Any]) -> int:
+    """Return the number of guided steps: two fifths."""
+    return max(1, int(arguments["num_inference_steps"]) * 2 // 5)
+
+
+def cached_and_plain(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Return a run with TGATE and the plain run."""
+    cached, plain = twins(pipe)
+    cachekit.apply(cached, f"tgate:m={gate_of(arguments)}")
+    return lambda: cached(**arguments), lambda: plain(**arguments)
+
+
+def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Return TGATE's schedule in the shortest loop there is, and that loop without it.
+
+    From the gate on each cross-attention returns a constant and half of the batch runs: nothing is decided,
+    counted or checked.
+    """
+    unet, scheduler = twins(pipe)[1].unet, pipe.scheduler
+    attentions = [module for name, module in unet.named_modules() if name.endswith("attn2")]
+    side = arguments.get("height", 0) // pipe.vae_scale_factor or unet.config.sample_size
+    start = torch.randn(1, unet.config.in_channels, side, side)
+    steps, scale = arguments["num_inference_steps"], arguments.get("guidance_scale", 7.5)
+
+    def text() -> torch.Tensor:
+        if "prompt" not in arguments:
+            return torch.cat([arguments["negative_prompt_embeds"], arguments["prompt_embeds"]])
+        caption, empty = pipe.encode_prompt(arguments["prompt"], "cpu", 1, True)
+        return torch.cat([empty, caption])
+
+    @torch.no_grad()
+    def loop(gate: int) -> None:
+        embeddings, latents = text(), start * scheduler.init_noise_sigma
+        scheduler.set_timesteps(steps)
+        for step, t in enumerate(scheduler.timesteps):
+            if step < gate:
+                sample = scheduler.scale_model_input(torch.cat([latents, latents]), t)
+                last = step == gate - 1 and gate < steps
+                handles = [module.register_forward_hook(hold) for module in attentions if last]
+                u, c = unet(sample, t, embeddings, return_dict=False)[0].chunk(2)
+                output = u + scale * (c - u)
+                for handle in handles:
+                    handle.remove()
+            else:
+                sample = scheduler.scale_model_input(latents, t)
+                output = unet(sample, t, embeddings[:1], return_dict=False)[0]
+            latents = scheduler.step(output, t, latents, return_dict=False)[0]
+        for module in attentions:
+            vars(module).pop("forward", None)
+
+    return lambda: loop(gate_of(arguments)), lambda: loop(steps)
+
+
+def hold(module: Any, args: Any, output: torch.Tensor) -> None:
+    """Make an attention return the mean of this output's halves from now on."""
+    u, c = output.chunk(2)
+    constant = (u + c) / 2
+    module.forward = lambda *args, **kwargs: constant
 
 
 def deepcache(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:

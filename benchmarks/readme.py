@@ -10,6 +10,10 @@ import json
 import shutil
 from pathlib import Path
 
+from cachekit.bench.page import against, columns, title
+from cachekit.bench.results import read
+from cachekit.bench.summary import Group, groups
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FIGURES = ROOT / "cachekit" / "demo" / "weights" / "unet" / "figures.json"
@@ -44,8 +48,11 @@ def filled() -> dict[Path, str]:
     parts = {
         "demo table": demo_table(),
         "overhead table": overhead_table(),
+        "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),
+        **{f"{name} grid": grid_table(name) for name in ("demo", "sd15", "pixart")},
+        "verdict": verdict(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -79,8 +86,61 @@ def overhead_table() -> str:
     lines = ["| model | comparison | seconds | ratio of wall times |", "| --- | --- | ---: | ---: |"]
     for model, held in json.loads(source.read_text()).items():
         for name, result in held["comparisons"].items():
-            seconds = " / ".join(f"{value:.3f}" for value in result["seconds"])
+            seconds = " / ".join(f"{value:.3f}" for value in result["seconds"]) or "-"
             lines.append(f"| {model}, {held['steps']} steps | {name} | {seconds} | {result['ratio']:.3f} |")
+    return "\n".join(lines)
+
+
+def grid_table(name: str) -> str:
+    """Return what `python -m benchmarks.ship` measured of one model, a table for each scheduler."""
+    names = ["configuration", "s/image", "faster", "fewer", "PSNR", "shown", "Frechet", "kept"]
+    parts = []
+    for group in grid(name):
+        rows = [group.uncached, *group.rows]
+        texts = [columns(group, row) | {"plain at equal time": against(group, row, "wall time")} for row in rows]
+        shown = [n for n in [*names, "plain at equal time"] if any(text.get(n, "-") != "-" for text in texts)]
+        lines = [f"**{title(group)}**", "", f"| {' | '.join(shown)} |", "|" + " --- |" + " ---: |" * (len(shown) - 1)]
+        lines += [f"| {' | '.join(text.get(n, '-') for n in shown)} |" for text in texts]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def verdict() -> str:
+    """Return which compositions show more captions than plain steps that take as long, and which do not."""
+    lines = ["| scheduler | composition | faster | shown | plain steps as fast | shown |", "|" + " --- |" * 6]
+    for group in grid("demo"):
+        for row in group.rows:
+            plain = group.plain(row.plain_steps()["wall time"])
+            if len(row.cell.specs) < 2 or plain is None or row.shown is None or plain.shown is None:
+                continue
+            figures = f"{row.faster:.2f}x | {row.shown:.0%} | {plain.cell.steps} | {plain.shown:.0%}"
+            lines.append(f"| {group.cell.scheduler} | {row.label} | {figures} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def grid(name: str) -> list[Group]:
+    """Return the shipped results of one model, or none where nothing was measured."""
+    source = RESULTS / f"{name}.jsonl"
+    return groups(read(source)[0]) if source.exists() else []
+
+
+def soak_table() -> str:
+    """Return what many changing runs lost and left behind."""
+    source = RESULTS / "soak.json"
+    if not source.exists():
+        return ""
+    soak, threads = (json.loads(source.read_text())[part] for part in ("soak", "threads"))
+    lines = ["| what | at the start | at the end |", "| --- | ---: | ---: |"]
+    for name, scale, unit in (("bytes", 2**20, "MiB of the process"), ("tensors", 1, "tensors alive")):
+        start, end = (f"{soak[f'{name}_{when}'] / scale:,.0f}" for when in ("start", "end"))
+        lines.append(f"| {unit} | {start} | {end} |")
+    lines += [
+        "",
+        f"{soak['runs']} runs in {soak['ways']} ways, {soak['faults']} broken by an exception,"
+        f" {soak['paused']} paused: {soak['lost']} images lost, {soak['modules_changed']} modules left changed."
+        f" {threads['threads']} threads with a pipeline each over one denoiser, {threads['runs_each']} runs each:"
+        f" {threads['lost']} images lost.",
+    ]
     return "\n".join(lines)
 
 

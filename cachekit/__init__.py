@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .engine import apply as apply
     from .engine import remove as remove
     from .errors import CachekitError as CachekitError
-    from .estimate import Estimate as Estimate
-    from .estimate import estimate as estimate
+    from .estimating import Estimate as Estimate
+    from .estimating import estimate as estimate
     from .guidance import Observation as Observation
     from .hookspecs import hookimpl as hookimpl
     from .listing import adapters as adapters
@@ -39,7 +39,7 @@ _HOME = {
     "BranchChange": "policy",
     "CachekitError": "errors",
     "Catalog": "catalog",
-    "Estimate": "estimate",
+    "Estimate": "estimating",
     "GUIDANCE": "sites",
     "Kind": "sites",
     "Layout": "adapter",
@@ -52,7 +52,7 @@ _HOME = {
     "adapters": "listing",
     "apply": "engine",
     "demo_pipeline": "demo",
-    "estimate": "estimate",
+    "estimate": "estimating",
     "hookimpl": "hookspecs",
     "policies": "listing",
     "remove": "engine",

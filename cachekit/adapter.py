@@ -16,12 +16,13 @@ class Layout:
     (`separate`). `calls` is that order for denoisers whose pipelines make such calls and do not name them.
     `condition` tells where the condition enters ("text", or "image" where the image latents are part of the
     sample); `unbatched` are parameters of the denoiser that never have a batch dimension, whatever their first
-    size is.
+    size is, `layered` those whose batch is dimension 1, after one of layers.
     """
 
     order: Branches = ("uncond", "cond")
     condition: str = "text"
     unbatched: frozenset[str] = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
+    layered: frozenset[str] = frozenset({"encoder_hidden_states_llama3"})
     calls: Branches = ()
     separate: bool = False
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from .errors import CachekitError, nearest
 
-_RESOLUTION_PER_LATENT = 8
+#: Pixels per latent where nobody says it: what all autoencoders of Stable Diffusion have.
+PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Architecture:
     text_width: int
     latent: int
     guided: bool
+    pixels_per_latent: int = PIXELS_PER_LATENT
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
         """Return the denoiser; on the meta device it takes no memory."""
@@ -46,7 +48,7 @@ class Architecture:
         dtype: torch.dtype = torch.float16,
     ) -> dict[str, Any]:
         """Return the arguments of one forward for `batch` samples (branches included) of height x width pixels."""
-        rows, columns = (size // _RESOLUTION_PER_LATENT if size else self.latent for size in (height, width))
+        rows, columns = (self._latents(size) for size in (height, width))
 
         def tensor(*shape: int) -> torch.Tensor:
             return torch.randn(shape, device=device, dtype=dtype)
@@ -62,6 +64,14 @@ class Architecture:
         if self.config.get("time_cond_proj_dim"):
             extras["timestep_cond"] = tensor(batch, self.config["time_cond_proj_dim"])
         return {"sample": sample, "timestep": 500, "encoder_hidden_states": text, **extras}
+
+    def _latents(self, pixels: int | None) -> int:
+        """Return how many latents lie along so many pixels, the model's own number where it is None."""
+        if pixels is None:
+            return self.latent
+        if pixels % self.pixels_per_latent:
+            raise CachekitError(f"a size of {pixels} pixels is no multiple of the {self.pixels_per_latent} of a latent")
+        return pixels // self.pixels_per_latent
 
     def _pixart_extras(self, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
         sizes = {"resolution": 2, "aspect_ratio": 1}
@@ -90,7 +100,7 @@ def architecture(name: str) -> Architecture:
     return known[name]
 
 
-def architecture_of(denoiser: nn.Module) -> Architecture:
+def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:
     """Return the architecture of a denoiser at hand; raise `CachekitError` where its inputs are not known."""
     name, config = type(denoiser).__name__, dict(getattr(denoiser, "config", {}))
     if name == "UNet2DConditionModel":
@@ -99,4 +109,5 @@ def architecture_of(denoiser: nn.Module) -> Architecture:
         tokens, text_width = 120, config["caption_channels"]
     else:
         raise CachekitError(f"the inputs of {name} are not known: give inputs= with the arguments of one forward")
-    return Architecture(name, name, config, tokens, text_width, config["sample_size"], guided=True)
+    latent = config["sample_size"]
+    return Architecture(name, name, config, tokens, text_width, latent, True, pixels_per_latent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -34,10 +34,7 @@ class Failure:
 
     def __str__(self) -> str:
         """Return one line with the cure."""
-        return (
-            f"plugin {self.plugin!r} of {self.distribution} failed to load: {self.reason}"
-            f" (mend or uninstall it, or set {DISABLE}={self.plugin})"
-        )
+        return f"plugin {self.plugin!r} of {self.distribution} failed to load: {self.reason} {_cure(self.plugin)}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class Catalog:
 
     def adapter_for(self, denoiser: Any) -> Adapter:
         """Return the one adapter that knows `denoiser`; raise `AdapterError` for none or several."""
-        found = [adapter for adapter in self.adapters.values() if adapter.matches(denoiser)]
+        found = [adapter for adapter in self.adapters.values() if self._knows(adapter, denoiser)]
         name = type(denoiser).__name__
         if not found:
             known = ", ".join(sorted(self.adapters)) or "none"
@@ -63,24 +60,36 @@ class Catalog:
             raise AdapterError(f"adapters {names} both know {name}; disable one with {DISABLE}=its plugin")
         return found[0]
 
+    def _knows(self, adapter: Adapter, denoiser: Any) -> bool:
+        try:
+            return adapter.matches(denoiser)
+        except Exception as error:
+            plugin = self.owners.get(f"adapter {adapter.name!r}", adapter.name)
+            raise PluginError(_failed(plugin, f"its adapter {adapter.name!r}", error)) from error
+
     def check_plan(self, plan: Plan) -> None:
         """Raise `ConflictError` with the first reason that a plugin gives against `plan`."""
-        try:
-            answers = self.manager.hook.cachekit_check_plan(plan=plan)
-        except Exception as error:
-            raise PluginError(
-                f"a plugin failed in cachekit_check_plan: {_one_line(error)}; see cachekit doctor"
-            ) from error
-        for reason in (reason for reasons in answers for reason in reasons):
-            raise ConflictError(reason)
+        for plugin, call in self._calls("cachekit_check_plan"):
+            try:
+                answers = call(plan=plan)
+            except Exception as error:
+                raise PluginError(_failed(plugin, "cachekit_check_plan", error)) from error
+            for reason in (reason for reasons in answers for reason in reasons):
+                raise ConflictError(reason)
 
     def run_finished(self, report: Any) -> None:
         """Tell every plugin that a run has ended; one that fails is warned of, for the images are made."""
-        try:
-            self.manager.hook.cachekit_run_finished(report=report)
-        except Exception as error:  # noqa: BLE001 - a plugin must not cost the user an image
-            warning = f"a plugin failed in cachekit_run_finished: {_one_line(error)}"
-            warnings.warn(warning, PluginWarning, stacklevel=2)
+        for plugin, call in self._calls("cachekit_run_finished"):
+            try:
+                call(report=report)
+            except Exception as error:  # noqa: BLE001 - a plugin must not cost the user an image
+                warnings.warn(_failed(plugin, "cachekit_run_finished", error), PluginWarning, stacklevel=2)
+
+    def _calls(self, hook: str) -> Iterator[tuple[str, Callable[..., list[Any]]]]:
+        """Yield each plugin that has this hook, by name, with what calls it alone: so it is known who fails."""
+        found = {impl.plugin_name: impl.plugin for impl in getattr(self.manager.hook, hook).get_hookimpls()}
+        for name in sorted(found):
+            yield name, _alone(self.manager, hook, found[name])
 
 
 def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog:
@@ -130,6 +139,19 @@ def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
     return ""
 
 
+def _alone(manager: pluggy.PluginManager, hook: str, plugin: Any) -> Callable[..., list[Any]]:
+    others = [other for other in manager.get_plugins() if other is not plugin]
+    return manager.subset_hook_caller(hook, others)
+
+
+def _failed(plugin: str, hook: str, error: Exception) -> str:
+    return f"plugin {plugin!r} failed in {hook}: {_one_line(error)} {_cure(plugin)}"
+
+
+def _cure(plugin: str) -> str:
+    return f"(mend or uninstall it, or set {DISABLE}={plugin})"
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -164,9 +186,8 @@ class _Registry:
         policies: list[type[Policy]] = []
         adapters: list[Adapter] = []
         # One plugin at a time, so that the registry knows who registers what.
-        others = [other for other in manager.get_plugins() if other is not module]
-        manager.subset_hook_caller("cachekit_register_policies", others)(register=policies.append)
-        manager.subset_hook_caller("cachekit_register_adapters", others)(register=adapters.append)
+        _alone(manager, "cachekit_register_policies", module)(register=policies.append)
+        _alone(manager, "cachekit_register_adapters", module)(register=adapters.append)
         for policy in policies:
             _check_policy(policy)
         for policy in policies:

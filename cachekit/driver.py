@@ -7,27 +7,47 @@ import copy
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .budget import Budget, Fit, Opening
 from .clock import Clock, count_steps, mark_of, shares_table
+from .compiled import Prompter
 from .errors import AdapterError, GuidanceError
-from .guidance import FirstCall, Observation, by_branch, first_tensor, is_guided, layout_of_run, pick, spread
+from .guidance import (
+    FirstCall,
+    Observation,
+    by_branch,
+    first_tensor,
+    is_guided,
+    layout_of_run,
+    pick,
+    refuse_unfit,
+    spread,
+)
 from .pipelines import call_arguments, plain_arguments
 from .plan import Assignment, Plan, make_plan
 from .policy import Action, Policy
+from .ranks import Vote, vote_of
 from .run import Call, Made, Run, RunState
 from .sites import Kind
+from .store import Store
 from .tree import shape_of, tree_map
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Layout
     from .sites import SiteMap
 
-_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "timesteps", "t")
+#: Arguments that a denoiser writes to.
+_WRITTEN = ("kv_cache", "kv_caches")
+_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "timesteps", "t", "timestep_ratio", "r")
+
+
+#: A call in steps: yields the arguments of the forward it needs, is sent its output, and returns its own.
+Steps = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, Any]
 
 
 @dataclass(frozen=True)
@@ -56,30 +76,39 @@ class Driver:
         policies: Sequence[Policy],
         check: Callable[[], None],
         finished: Callable[[Run], None],
+        budget: Budget,
+        fit: Callable[[Opening], Fit],
     ) -> None:
-        """Start without a run; `check` is called before each, `finished` told of each that ends."""
+        """Start without a run; `check` is called before each, `finished` told of each that ends.
+
+        `budget` makes the stores, and `fit` says what of a plan fits into them.
+        """
         self.assignments = assignments
         self.state = RunState()
         self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._plans: dict[tuple[int, Layout], Plan] = {}
+        self.prompters: dict[str, Prompter] = {}
+        self._plans: dict[tuple[int, Layout, frozenset[int]], Plan] = {}
         self._check, self._finished = check, finished
+        self._budget, self._fit = budget, fit
         self._policies = policies
         self._observers = [policy for policy in policies if type(policy).observe is not Policy.observe]
         self._narrowing = [bound.policy for bound in assignments if bound.target.kind is Kind.GUIDANCE]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
         """Return a driver with no run and no pipeline, for the copied switches."""
-        hooks = (copy.deepcopy(self._check, memo), copy.deepcopy(self._finished, memo))
-        twin = type(self)(self.assignments, self._policies, *hooks)
+        check, finished = copy.deepcopy(self._check, memo), copy.deepcopy(self._finished, memo)
+        fit = copy.deepcopy(self._fit, memo)
+        twin = type(self)(self.assignments, self._policies, check, finished, self._budget, fit)
         memo[id(self)] = twin
         twin.state = copy.deepcopy(self.state, memo)
         return twin
 
-    def plan(self, steps: int, layout: Layout) -> Plan:
-        """Return the plan of a run of `steps` steps whose branches come as `layout` says."""
-        if (steps, layout) not in self._plans:
-            self._plans[steps, layout] = make_plan(self.assignments, steps, layout)
-        return self._plans[steps, layout]
+    def plan(self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset()) -> Plan:
+        """Return the plan of a run of `steps` steps whose branches come as `layout` says; `dropped` ones compute."""
+        key = (steps, layout, dropped)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.assignments, *key)
+        return self._plans[key]
 
     # -- where runs begin and end -------------------------------------------------------------------------
 
@@ -91,6 +120,7 @@ class Driver:
         state = self.state
         if state.pipeline is None:
             self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
+            state.reports = ()
         outer = (state.run, state.call, state.pipeline)
         state.run, state.call = None, None
         state.pipeline = (pipe, call_arguments(pipe, args, kwargs))
@@ -112,7 +142,7 @@ class Driver:
         run.record.interrupted = interrupted
         self._finished(run)
 
-    def _run_for(self, denoiser: Denoiser, sample: Tensor, timestep: Any) -> Run:
+    def _run_for(self, denoiser: Denoiser, sample: Tensor, timestep: Any, arguments: dict[str, Any]) -> Run:
         state = self.state
         scheduler = self._scheduler(timestep)
         mark = mark_of(timestep, scheduler if state.pipeline else None)
@@ -120,25 +150,33 @@ class Driver:
             self.end_run(interrupted=False)
         if state.run is None:
             self._check()
-            state.run = Run(self.assignments, Clock(exact=state.pipeline is not None))
+            clock = Clock(exact=state.pipeline is not None)
+            state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._budget.store())
         run = state.run
         run.clock.tick(mark)
         if not run.signature:
-            layout = self._layout(denoiser, sample)
+            layout = self._layout(denoiser, sample, arguments)
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
-            run.begin(self.plan(steps, layout), layout, steps)
+            fit = self._fit(Opening(denoiser, arguments, sample.shape[0], layout, steps))
+            run.begin(self.plan(steps, layout, fit.dropped), layout, steps)
+            run.record.fit = fit
             run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
         return run
 
-    def _layout(self, denoiser: Denoiser, sample: Tensor) -> Layout:
+    def _layout(self, denoiser: Denoiser, sample: Tensor, given: dict[str, Any]) -> Layout:
         pipe, arguments = self.state.pipeline or (None, {})
+        refuse_unfit(pipe, arguments, sample, _find(given, _TIMESTEP))
+        told = pipe and is_guided(pipe, arguments, denoiser.module, self.state.context)
+        if told is None and pipe is not None and denoiser.layout.calls:
+            told = True  # for now: the second call, or none, will tell
         first = FirstCall(
-            told=is_guided(pipe, arguments, denoiser.module) if pipe is not None else None,
+            told=told,
             sample=sample,
             context=self.state.context,
             narrows=bool(self._narrowing),
             denoiser=type(denoiser.module).__name__,
             perturbed=getattr(pipe, "do_perturbed_attention_guidance", False),
+            remembers=any(given.get(name) is not None for name in _WRITTEN),
         )
         layout = layout_of_run(first, denoiser.layout)
         if layout.separate:
@@ -175,9 +213,10 @@ class Driver:
         run.signature = signature
 
     @contextlib.contextmanager
-    def named(self, context: str) -> Iterator[None]:
+    def named(self, context: str | None) -> Iterator[None]:
         """Hold the name that the pipeline gives the calls within the block."""
-        before, self.state.context = self.state.context, context
+        # Guiders call their calls after the predictions that come of them.
+        before, self.state.context = self.state.context, context and context.removeprefix("pred_")
         try:
             yield
         finally:
@@ -188,7 +227,7 @@ class Driver:
     @contextlib.contextmanager
     def replaying(self, layout: Layout, steps: int) -> Iterator[Run]:
         """Make the calls within the block obey `expect` instead of the clock: for counting costs."""
-        run = Run(self.assignments, Clock(exact=True))
+        run = Run(self.assignments, Clock(exact=True), Vote(), Store())
         run.begin(self.plan(steps, layout), layout, steps)
         self.state.run = run
         try:
@@ -210,24 +249,41 @@ class Driver:
 
     # -- calls --------------------------------------------------------------------------------------------
 
-    def call(self, denoiser: Denoiser, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Return the output of one call, `forward` being the denoiser's own."""
+    def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> Steps:
+        """Yield the arguments of the denoiser's own forward, unless it is not needed, take its output; return one.
+
+        `enclosed` says that the forward is being compiled as a whole, by somebody outside of the denoiser.
+        """
         state = self.state
         state.call = None
         if state.paused:
-            return forward(*args, **kwargs)
+            return (yield from self._plain(denoiser, args, kwargs, enclosed))
         start = time.perf_counter()
         call = self._begin_call(denoiser, args, kwargs)
         if call is None:
-            return forward(*args, **kwargs)
+            return (yield from self._plain(denoiser, args, kwargs, enclosed))
         if call.narrowed_by >= 0 and not call.branch:
             args, kwargs = self._narrowed(call, denoiser, args, kwargs)
         call.run.record.deciding_seconds += time.perf_counter() - start
+        if call.is_dropped:
+            return self._stand_in(call)
         state.call = call
         try:
-            return self._output(call, denoiser, forward, args, kwargs)
+            with self._prompted(denoiser, call, enclosed):
+                output = yield args, kwargs
+            return self._output(call, output)
         finally:
             state.call = None
+
+    def _prompted(
+        self, denoiser: Denoiser, call: Call | None, enclosed: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        prompter = self.prompters.get(denoiser.name)
+        return contextlib.nullcontext() if prompter is None else prompter.call(call, enclosed)
+
+    def _plain(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> Steps:
+        with self._prompted(denoiser, None, enclosed):
+            return (yield args, kwargs)
 
     def _begin_call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
@@ -237,40 +293,37 @@ class Driver:
                 f"{type(denoiser.module).__name__}: samples in a {type(sample).__name__} are not supported;"
                 " call cachekit.remove(pipe)"
             )
-        call = self._replayed() or self._next_call(denoiser, sample, timestep)
+        call = self._replayed()
+        if call is None:
+            call = self._next_call(denoiser, sample, timestep, arguments)
+            if call is not None:
+                call.sample, call.timestep = sample, timestep
         if call is not None:
-            call.sample, call.timestep = sample, timestep
-            made = call.made(sample.shape[0])
+            call.batch = sample.shape[0]
+            made = call.made()
             call.run.record.calls.append(made)
             if made.inputs not in call.run.record.inputs:
                 call.run.record.inputs[made.inputs] = tree_map(shape_of, (args, kwargs))
         return call
 
-    def _next_call(self, denoiser: Denoiser, sample: Tensor, timestep: Any) -> Call | None:
-        run = self._run_for(denoiser, sample, timestep)
+    def _next_call(self, denoiser: Denoiser, sample: Tensor, timestep: Any, arguments: dict[str, Any]) -> Call | None:
+        run = self._run_for(denoiser, sample, timestep, arguments)
         if not run.serves(sample.shape[0]):
             return None
         self._follow_batch(run, sample)
         if run.calls_one_branch():
-            run.change_layout(run.layout.alone)
-            run.record.layout = run.layout
+            run.take_as_alone()
         run.tick()
         return run.begin_call(run.clock.step, denoiser.name, run.branch_of_call(self.state.context))
 
     def _narrowed(
         self, call: Call, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        assert call.sample is not None
         arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
-        picked = pick(arguments, call.run.layout, call.branches[0], call.sample.shape[0])
+        picked = pick(arguments, call.run.layout, call.branches[0], call.batch)
         return tuple(picked.pop(name) for name in denoiser.parameters[: len(args)]), picked
 
-    def _output(
-        self, call: Call, denoiser: Denoiser, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
-    ) -> Any:
-        if call.is_dropped:
-            return self._stand_in(call)
-        output = forward(*args, **kwargs)
+    def _output(self, call: Call, output: Any) -> Any:
         if call.branch:
             return self._of_one_branch(call, output)
         if call.narrowed_by >= 0:
@@ -303,7 +356,7 @@ class Driver:
     def _observe(self, call: Call, outputs: dict[str, Tensor]) -> None:
         keeping = call.count_guidance()
         for index in keeping:
-            call.run.store.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
+            call.run.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
         if self._observers and call.sample is not None:
             start = time.perf_counter()
             sample = call.sample.chunk(call.run.together)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 from torch import nn
 
 from .adapter import Layout
+from .budget import Budget, Fit, Opening
 from .catalog import Catalog, installed
+from .compiled import Prompter
 from .driver import Denoiser, Driver
 from .entrance import Entrance
 from .errors import AttachmentError, CachekitError, SiteError
@@ -23,17 +26,29 @@ from .report import Report
 from .run import Run
 from .sites import Kind, Region, Target
 from .spec import Spec, parse_all
-from .switch import Entry, Exit, Member, Part, Probe, Switch
+from .switch import Entry, Exit, Member, Part, Probe, Switch, needs_entry
 
 _ATTRIBUTE = "_cachekit_attachment"
+_NO_BUDGET = Budget()
+_INSTALLED: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
-def apply(pipe: Any, specs: Spec | Iterable[Spec], *, catalog: Catalog | None = None) -> Attachment:
+def apply(
+    pipe: Any,
+    specs: Spec | Iterable[Spec],
+    *,
+    max_cache_bytes: int | None = None,
+    cache_device: Any = None,
+    catalog: Catalog | None = None,
+) -> Attachment:
     """Apply caching policies to a pipeline (or a bare denoiser) and return the attachment that undoes it.
 
-    `specs` is one or several of `"name:key=value"` or policy instances. Raise a `CachekitError` with one line
-    that says what to do, and leave the pipeline as it was, when that is impossible.
+    `specs` is one or several of `"name:key=value"` or policy instances. No run keeps more than `max_cache_bytes`
+    at once: before it begins, what saves least for its bytes is given up, and a run that nothing fits into is
+    refused. `cache_device`, such as "cpu", is where kept tensors lie between their uses. Raise a `CachekitError`
+    with one line that says what to do, and leave the pipeline as it was, when that is impossible.
     """
+    budget = Budget.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
     policies = parse_all(specs, catalog.policies)
     denoisers = denoisers_of(pipe)
@@ -45,14 +60,16 @@ def apply(pipe: Any, specs: Spec | Iterable[Spec], *, catalog: Catalog | None = 
                 f"{type(denoiser).__name__} already has an attachment ({present});"
                 " call cachekit.remove(pipe) first, or give all specs to one apply"
             )
-    attachment = Attachment(denoisers, policies, catalog)
+    attachment = Attachment(denoisers, policies, catalog, budget)
     attachment.install(pipe)
     return attachment
 
 
 def remove(pipe: Any) -> None:
     """Undo `apply` on a pipeline or denoiser; without an attachment nothing happens."""
-    for attachment in attachments_of(pipe):
+    # A pipeline may have been given another denoiser since.
+    left = [attachment for attachment in list(_INSTALLED) if pipe in attachment.driver.pipes]
+    for attachment in [*attachments_of(pipe), *left]:
         attachment.remove()
     for tracked in with_inner(pipe):
         untrack(tracked)
@@ -76,17 +93,25 @@ class Attachment:
     It belongs to the denoisers: every pipeline that shares one is cached. Usable as a context manager.
     """
 
-    def __init__(self, denoisers: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> None:
+    def __init__(
+        self,
+        denoisers: Mapping[str, nn.Module],
+        policies: Sequence[Policy],
+        catalog: Catalog,
+        budget: Budget = _NO_BUDGET,
+    ) -> None:
         """Decide everything for the `denoisers` of a pipeline, by name; nothing is changed before `install`."""
         self.policies = tuple(policies)
         self.catalog = catalog
+        self.budget = budget
         self.denoisers = {
             name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in denoisers.items()
         }
         self.assignments = assign(
             (policy, name, targets) for policy in policies for name, targets in self._select(policy)
         )
-        self.driver = Driver(self.assignments, self.policies, self._check_switches, self._finished)
+        hooks = (self._check_switches, self._finished, budget, self._fit)
+        self.driver = Driver(self.assignments, self.policies, *hooks)
         self._switches: dict[str, list[Switch]] = {}
         self._entrances = self._make_entrances()
         self._last: Report | None = None
@@ -116,12 +141,14 @@ class Attachment:
         """Put the switches and the classes that begin calls and runs in place, or change nothing."""
         switches = {name: self._make_switches(denoiser) for name, denoiser in self.denoisers.items()}
         try:
+            _INSTALLED.add(self)
             for name, denoiser in self.denoisers.items():
                 for switch in switches[name]:
                     self._switches.setdefault(name, []).append(switch)
                     switch.install()
                 vars(denoiser.module)[_ATTRIBUTE] = self
                 self._entrances[name].install()
+                self.driver.prompters[name] = Prompter(denoiser.module, switches[name])
             if not isinstance(pipe, nn.Module):
                 for tracked in with_inner(pipe):
                     self.driver.pipes.add(tracked)
@@ -134,7 +161,8 @@ class Attachment:
         """Put everything back as it was before `apply`; a second call does nothing."""
         for switch in itertools.chain.from_iterable(self._switches.values()):
             switch.uninstall()
-        self._switches = {}
+        self._switches, self.driver.prompters = {}, {}
+        _INSTALLED.discard(self)
         for denoiser in self.denoisers.values():
             if vars(denoiser.module).get(_ATTRIBUTE) is self:
                 del vars(denoiser.module)[_ATTRIBUTE]
@@ -157,7 +185,7 @@ class Attachment:
         twin = object.__new__(type(self))
         memo[id(self)] = twin
         # What never changes is shared.
-        vars(twin).update({name: vars(self)[name] for name in ("catalog", "policies", "assignments")})
+        vars(twin).update({name: vars(self)[name] for name in ("catalog", "policies", "assignments", "budget")})
         twin._last = None
         twin.denoisers = {
             name: replace(denoiser, module=copy.deepcopy(denoiser.module, memo))
@@ -167,13 +195,17 @@ class Attachment:
         twin._switches = copy.deepcopy(self._switches, memo)
         # A copied module has lost whatever stood before its calls: torch leaves it out.
         twin._entrances = twin._make_entrances()
-        for entrance in twin._entrances.values() if self._switches else ():
-            entrance.install()
+        if self in _INSTALLED:
+            twin._stand_before_calls(memo, self._entrances)
         return twin
 
-    def __reduce__(self) -> Any:
-        """Raise: a process that reads it would have another denoiser."""
-        raise AttachmentError("an attachment cannot be pickled; call cachekit.remove(pipe) first, and apply it there")
+    def _stand_before_calls(self, memo: dict[int, Any], copied: Mapping[str, Entrance]) -> None:
+        """Do so as the `copied` entrances do for the module that `memo` is about to copy."""
+        _INSTALLED.add(self)
+        for name, entrance in self._entrances.items():
+            memo[id(copied[name])], memo[id(copied[name].naming)] = entrance, entrance.naming
+            entrance.install()
+            self.driver.prompters[name] = Prompter(entrance.denoiser.module, self._switches.get(name, []))
 
     def _make_entrances(self) -> dict[str, Entrance]:
         return {name: Entrance(self.driver, denoiser) for name, denoiser in self.denoisers.items()}
@@ -200,7 +232,9 @@ class Attachment:
     def _check_switches(self) -> None:
         for name, denoiser in self.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
+            self.driver.prompters[name].look()
             for switch in self._switches.get(name, []):
+                switch.settle()
                 if not switch.in_place or denoiser.module.get_submodule(switch.name) is not switch.module:
                     raise AttachmentError(
                         f"something replaced {switch.name!r} or its forward since apply;"
@@ -239,8 +273,15 @@ class Attachment:
         """Return the bounds of one run, a call of `pipe`."""
         return self.driver.run_of(pipe, args, kwargs)
 
+    def _fit(self, opening: Opening) -> Fit:
+        return self.budget.fit(self, opening)
+
     def _finished(self, run: Run) -> None:
+        state = self.driver.state
         self._last = self._report(run)
+        self._last.earlier = state.reports
+        if state.pipeline is not None:
+            state.reports = (*state.reports, self._last)
         run.forget()
         if not run.record.interrupted:
             self.catalog.run_finished(self._last)
@@ -256,7 +297,7 @@ def _region_parts(index: int, bound: Assignment, modules: dict[str, nn.Module]) 
     assert isinstance(region, Region)
     if region.probe:
         yield region.probe, Probe(index, bound)
-    if region.entry:
+    if needs_entry(bound.policy, region):
         yield region.entry, Entry(index, bound, modules[region.entry], region.streams)
     for name in region.skipped:
         yield name, Member(index, bound, name)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .driver import Denoiser, Driver
+from .compiled import active_compiler, leads_to, uncompiled, uncompiled_frame
+from .driver import Denoiser, Driver, Steps
 
 __all__ = ["Entrance"]
 
-#: Where torch looks, at each call of a module, for what `module.compile()` has put before its hooks and forward.
-_CALL = "_compiled_call_impl"
+#: What torch calls for each call of a module: its method, which runs hooks and forward, unless the other is there,
+#: which `module.compile()` makes of it.
+_CALL, _COMPILED = "_call_impl", "_compiled_call_impl"
 #: What diffusers' pipelines wrap around a call, to name its branch.
 _NAMING = "cache_context"
 
@@ -27,30 +30,49 @@ class Entrance:
         """Prepare for `denoiser`; nothing is changed before `install`."""
         self.driver = driver
         self.denoiser = denoiser
-        self.inner: Callable[..., Any] | None = vars(denoiser.module).get(_CALL)
+        self.inner: Callable[..., Any] | None = None
+        self._installed = False
         self.naming = Naming(driver, denoiser) if hasattr(denoiser.module, _NAMING) else None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    @uncompiled_frame("cachekit leads a denoiser's calls from outside; compile the denoiser itself")
+    def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the denoiser as the plan says."""
-        return self.driver.call(self.denoiser, self.inner or self.denoiser.module._call_impl, args, kwargs)
+        module: Any = self.denoiser.module
+        forward = self.inner or functools.partial(type(module)._call_impl, module)
+        if not self._installed:  # what was compiled meanwhile still leads here
+            return forward(*args, **kwargs)
+        enclosed = active_compiler() not in (None, False)
+        steps, given, output = _begin(self.driver.call, self.denoiser, args, kwargs, enclosed)
+        if given is None:
+            return output
+        try:
+            output = forward(*given[0], **given[1])
+        except BaseException as error:
+            _fail(steps, error)
+            raise
+        return _end(steps, output)
 
     def install(self) -> None:
         """Stand before the module's calls; where it was compiled since the last time, before what compiled it."""
+        self._installed = True
         held = vars(self.denoiser.module)
-        if held.get(_CALL) is not self:
-            self.inner, held[_CALL] = held.get(_CALL), self
+        held[_CALL] = self.lead
+        compiled = held.get(_COMPILED)
+        if compiled not in (None, self.lead) and not leads_to(compiled, self.lead):
+            self.inner, held[_COMPILED] = compiled, self.lead
         if self.naming is not None:
             held[_NAMING] = self.naming
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
+        self._installed = False
         held = vars(self.denoiser.module)
-        if held.get(_CALL) is self:
-            del held[_CALL]
-            if self.inner is not None:
-                held[_CALL] = self.inner
-        if held.get(_NAMING) is self.naming:
-            held.pop(_NAMING, None)
+        for name, mine in ((_CALL, self.lead), (_COMPILED, self.lead), (_NAMING, self.naming)):
+            if mine is not None and held.get(name) == mine:
+                del held[name]
+        inner, self.inner = self.inner, None
+        if inner is not None and _COMPILED not in held:
+            held[_COMPILED] = inner
 
 
 class Naming:
@@ -62,8 +84,34 @@ class Naming:
         self.denoiser = denoiser
 
     @contextlib.contextmanager
-    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+    def __call__(self, name: str | None, **kwargs: Any) -> Iterator[None]:
         """Name the calls within the block."""
         module: Any = self.denoiser.module
         with self.driver.named(name), type(module).cache_context(module, name, **kwargs):
             yield
+
+
+@uncompiled
+def _begin(call: Callable[..., Steps], *given: Any) -> tuple[Steps, Any, Any]:
+    """Return a call, the arguments of the forward it needs, or None and its output."""
+    steps = call(*given)
+    try:
+        return steps, next(steps), None
+    except StopIteration as end:
+        return steps, None, end.value
+
+
+@uncompiled
+def _end(steps: Steps, output: Any) -> Any:
+    """Return a call's output from that of its forward."""
+    try:
+        steps.send(output)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a call has one forward")
+
+
+@uncompiled
+def _fail(steps: Steps, error: BaseException) -> None:
+    """Let a call clean up after an error of its forward, which it raises again."""
+    steps.throw(error)

@@ -30,6 +30,14 @@ class AttachmentError(CachekitError):
     """Report an attachment that is already there, or that something else has broken."""
 
 
+class BudgetError(CachekitError):
+    """Report a number of bytes into which nothing fits, or a place where nothing can be kept."""
+
+
+class CostError(CachekitError):
+    """Report costs that cannot be counted."""
+
+
 class GuidanceError(CachekitError):
     """Report branches that reach the denoiser in a way that cannot be told apart safely."""
 

@@ -76,18 +76,54 @@ def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
     return torch.lerp(low, high, time.to(low.dtype).frac())
 
 
-def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any) -> bool | None:
+def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any, context: str | None) -> bool | None:
     """Tell whether the pipeline's present run is guided, or None when it does not say.
 
-    The pipeline's own property is right from the first call of the denoiser on. Without one, a guidance scale
-    above 1 may mean two branches, or feed an embedding; anything else means one.
+    The pipeline's own property is right from the first call of the denoiser on. Without one, the name of a call
+    (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
+    embedding; true guidance beside it, or guidance by an image, mean more than one; anything else means one.
     """
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if told is not None:
         return bool(told)
-    embedded = "guidance_embeds" in (getattr(denoiser, "config", None) or {})
-    scale = arguments.get("guidance_scale")
-    return None if not embedded and scale is not None and scale > 1 else False
+    if context in _PAIR:
+        return None
+    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    if negative and _above_one(arguments, "true_cfg_scale"):
+        return True
+    embedded = (getattr(denoiser, "config", None) or {}).get("guidance_embeds")
+    if embedded or not _above_one(arguments, "guidance_scale"):
+        return False
+    return True if "image_guidance_scale" in arguments else None
+
+
+def _above_one(arguments: Mapping[str, Any], name: str) -> bool:
+    scale = arguments.get(name)
+    return scale is not None and scale > 1
+
+
+def refuse_unfit(pipe: Any, arguments: Mapping[str, Any], sample: Tensor, timestep: Any) -> None:
+    """Raise `GuidanceError` for runs whose calls nobody may skip or narrow.
+
+    A pipeline may itself read attention maps, take gradients through the denoiser, or run several steps at once.
+    """
+    reason = ""
+    if (arguments.get("sag_scale") or 0) > 0:
+        reason = "self-attention guidance reads the attention of every step; set sag_scale=0"
+    elif sample.requires_grad:
+        reason = "gradients are taken through the denoiser; detach the sample"
+    elif _has_several_steps(timestep):
+        reason = "one call holds several steps; run them one by one"
+    if reason:
+        name = "a bare loop" if pipe is None else type(pipe).__name__
+        raise GuidanceError(f"{name}: {reason}, or call cachekit.remove(pipe)")
+
+
+def _has_several_steps(timestep: Any) -> bool:
+    """Tell whether a batch holds different timesteps; a table of them by token, as in video, has two dimensions."""
+    if not isinstance(timestep, Tensor) or timestep.dim() != 1 or timestep.numel() < 2 or timestep.is_meta:
+        return False
+    return timestep.stride(0) != 0 and bool((timestep != timestep[0]).any())
 
 
 def branches_share(sample: Tensor, layout: Layout) -> bool:
@@ -111,8 +147,8 @@ class FirstCall:
     """Hold what the first call of a run shows of its guidance.
 
     `told` is what the pipeline says, `context` the name that it gives the call, `narrows` whether any policy
-    would drop a branch, `perturbed` whether attention is perturbed
-    for one; `denoiser` is the name of its class, for errors.
+    would drop a branch, `perturbed` whether attention is perturbed for one, `remembers` whether calls leave
+    something behind in the denoiser's arguments; `denoiser` is the name of its class, for errors.
     """
 
     told: bool | None
@@ -121,6 +157,7 @@ class FirstCall:
     narrows: bool
     denoiser: str
     perturbed: bool = False
+    remembers: bool = False
 
 
 def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
@@ -131,6 +168,8 @@ def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
     branches. Raise `GuidanceError` where a policy would drop a branch of something else (three branches, calls
     without names): guessing would mix images. Where no policy would, each call is a whole of its own.
     """
+    if first.remembers and first.told is not False:
+        return _refuse_or_alone(first, layout, "each call writes keys and values that later ones of its branch read")
     if first.context in _PAIR and (first.told is not False or first.context == _PAIR[1]):
         other = _PAIR[1 - _PAIR.index(first.context)]
         return layout.by_calls((first.context, other))
@@ -165,23 +204,26 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
     """
     place, count = layout.order.index(branch), len(layout.order)
 
-    def cut(multiples: bool) -> Callable[[Tensor], Tensor]:
+    def cut(name: str) -> Callable[[Tensor], Tensor]:
+        dim = 1 if name in layout.layered else 0
+        multiples = dim == 0 and any(part in name for part in _PER_FRAME)
+
         def one(tensor: Tensor) -> Tensor:
-            size = tensor.shape[0] if tensor.dim() else 0
+            size = tensor.shape[dim] if tensor.dim() > dim else 0
             batched = size == batch or (multiples and size > 0 and size % batch == 0)
-            return tensor.chunk(count)[place] if batched else tensor
+            return tensor.chunk(count, dim)[place] if batched else tensor
 
         return one
 
     return {name: _pick_one(name, value, layout, cut) for name, value in arguments.items()}
 
 
-def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[bool], Callable[[Tensor], Tensor]]) -> Any:
+def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[str], Callable[[Tensor], Tensor]]) -> Any:
     if name in layout.unbatched:
         return value
     if isinstance(value, dict):
         return {key: _pick_one(key, item, layout, cut) for key, item in value.items()}
-    return tree_map(cut(any(part in name for part in _PER_FRAME)), value)
+    return tree_map(cut(name), value)
 
 
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:

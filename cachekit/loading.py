@@ -10,8 +10,12 @@ from .errors import CachekitError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
-DEMO = "demo"
+#: The embedded models by the names that commands know them by.
+DEMOS = {"demo": "unet"}
+EMBEDDED = " or ".join(map(repr, DEMOS))
 DTYPES = ("float32", "float16", "bfloat16")
+#: What comes of files that cannot be read, or that hold something else than diffusers expects.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 class ModelError(CachekitError):
@@ -20,37 +24,52 @@ class ModelError(CachekitError):
 
 def skeleton(model: str) -> nn.Module:
     """Return a pipeline's denoiser, or a denoiser that stands alone, without reading or downloading weights."""
-    from diffusers import AutoModel, DiffusionPipeline
-
     from .pipelines import denoiser_of
 
-    if model == DEMO:
-        return denoiser_of(pipeline(DEMO))
+    return denoiser_of(outline(model))
+
+
+def outline(model: str) -> Any:
+    """Return what stands for a pipeline, its parts without weights, or a denoiser that stands alone."""
+    from diffusers import AutoModel, DiffusionPipeline
+
+    if model in DEMOS:
+        return pipeline(model)
     try:
         index = DiffusionPipeline.load_config(model)
-    except (OSError, ValueError) as error:
+        # Its class has the pipeline's name, by which errors call it.
+        stand_in: Any = type(str(index["_class_name"]), (_Parts,), {})
+    except _DAMAGED as error:
         try:
-            return _empty(model, AutoModel.load_config(model))
-        except (OSError, ValueError):
+            alone = AutoModel.load_config(model)
+        except _DAMAGED:
             raise _unreadable(model, error) from error
-    # Its class has the pipeline's name, by which errors call it.
-    stand_in: Any = type(str(index["_class_name"]), (_Parts,), {})
-    return denoiser_of(stand_in(model, index))
+        return _empty(model, alone)
+    return stand_in(model, index)
 
 
 def pipeline(model: str, **arguments: Any) -> Any:
     """Return the pipeline in a folder or on the hub, or the embedded one; `arguments` go to its loader."""
-    if model == DEMO:
+    if model in DEMOS:
         from .demo import demo_pipeline
 
-        return demo_pipeline(**arguments)
+        return demo_pipeline(DEMOS[model], **arguments)
     import diffusers
 
     kind: Any = diffusers.DiffusionPipeline
     try:
         return kind.from_pretrained(model, **arguments)
-    except (OSError, ValueError, TypeError) as error:
+    except _DAMAGED as error:
         raise _unreadable(model, error) from error
+
+
+def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
+    """Return what the call of a loaded pipeline has to be told: nothing, but for some embedded ones."""
+    if model not in DEMOS:
+        return {}
+    from .demo import call_arguments as embedded
+
+    return embedded(pipe)
 
 
 def precision(name: str | None) -> dict[str, Any]:
@@ -91,13 +110,25 @@ class _Parts:
         self._model = model
         self._index = index
 
-    def __getattr__(self, name: str) -> nn.Module:
+    @property
+    def vae_scale_factor(self) -> int:
+        """Return how many pixels a latent is along each side, as pipelines count them."""
+        channels = self.vae.config.get("block_out_channels")
+        if channels is None:
+            raise AttributeError("vae_scale_factor")
+        return int(2 ** (len(channels) - 1))
+
+    def __getattr__(self, name: str) -> Any:
         from diffusers import AutoModel
 
         entry = vars(self)["_index"].get(name)
-        if not isinstance(entry, (list, tuple)) or entry[0] is None:
+        if not isinstance(entry, (list, tuple)) or not entry or entry[0] is None:
             raise AttributeError(name)
-        return _empty(self._model, AutoModel.load_config(self._model, subfolder=name))
+        try:
+            config = AutoModel.load_config(self._model, subfolder=name)
+        except _DAMAGED as error:
+            raise _unreadable(self._model, error) from error
+        return _empty(self._model, config)
 
 
 def _empty(model: str, config: Any) -> nn.Module:
@@ -105,17 +136,22 @@ def _empty(model: str, config: Any) -> nn.Module:
     import diffusers
     import torch
 
-    name = str(config.get("_class_name", ""))
+    name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"model {model!r}: diffusers has no class {name!r}; load it in Python")
-    with torch.device("meta"):
-        denoiser: nn.Module = kind.from_config(config)
+    try:
+        with torch.device("meta"):
+            denoiser: nn.Module = kind.from_config(config)
+    except _DAMAGED as error:
+        raise _unreadable(model, error) from error
     return denoiser
 
 
 def _unreadable(model: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0]
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         reason = "there is no such folder"
-    return ModelError(f"cannot read model {model!r}: {reason} (give a folder, a hub id, or {DEMO!r})")
+    return ModelError(f"cannot read model {model!r}: {reason} (give a folder, a hub id, or {EMBEDDED})")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .errors import CostError
+from .policy import Action
 from .tree import tensors, tree_map
 
 if TYPE_CHECKING:
@@ -39,11 +41,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Forward:
-    """Hold what one forward of the denoiser did: multiply-accumulates, and which modules with weights ran."""
+    """Hold what one forward of the denoiser did: multiply-accumulates, and which modules with weights ran.
+
+    `layers` are the multiply-accumulates of each Linear or convolution layer, by name.
+    """
 
     macs: int
     attention_macs: int
     ran: frozenset[str]
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 def cost_of(attachment: Attachment, record: Record) -> Cost:
@@ -52,18 +58,19 @@ def cost_of(attachment: Attachment, record: Record) -> Cost:
 
     twins = {name: meta_copy(denoiser.module) for name, denoiser in attachment.denoisers.items()}
     inputs = {key: tree_map(on_meta, arguments) for key, arguments in record.inputs.items()}
-    full = {key: count_forward(twins[key[0]], *arguments).macs for key, arguments in inputs.items()}
+    full = {key: count_forward(twins[key[0]], *arguments) for key, arguments in inputs.items()}
     with Attachment(twins, attachment.policies, attachment.catalog) as replica:
         replica.install(next(iter(twins.values())))
-        forwards, _ = replay(replica, record.calls, inputs, record.layout, record.steps)
+        forwards, _ = replay(replica, record.calls, inputs, full, record.layout, record.steps)
     per_call = tuple(forward.macs for forward in forwards)
-    return Cost(sum(per_call), sum(full[made.inputs] for made in record.calls), per_call)
+    return Cost(sum(per_call), sum(full[made.inputs].macs for made in record.calls), per_call)
 
 
 def replay(
     attachment: Attachment,
     calls: Sequence[Made],
     inputs: dict[Any, Any],
+    full: dict[Any, Forward],
     layout: Layout,
     steps: int,
     products: bool = False,
@@ -71,7 +78,8 @@ def replay(
     """Return what each call does, and the peak of bytes kept.
 
     Calls with the same shapes and actions cost the same, so each distinct one runs once, in order, by the same
-    engine that drives a run. `inputs` maps `Made.inputs` to the arguments (args, kwargs) of the uncached forward.
+    engine that drives a run. `inputs` maps `Made.inputs` to the arguments (args, kwargs) of the uncached forward,
+    `full` to what that did: so does a call that keeps and reuses nothing.
     """
     found: dict[Any, Forward] = {}
     with attachment.driver.replaying(layout, steps) as run:
@@ -80,6 +88,9 @@ def replay(
                 continue
             if made.dropped:
                 found[made.signature] = Forward(0, 0, frozenset())
+                continue
+            if made.row.narrowed_by < 0 and set(made.row.actions) <= {Action.COMPUTE}:
+                found[made.signature] = full[made.inputs]
                 continue
             attachment.driver.expect(made)
             args, kwargs = inputs[made.inputs]
@@ -115,14 +126,14 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
 
     The attention products are counted only where `products` asks for them: it takes several times as long.
     """
-    macs, ran, handles = 0, set(), []
+    layers: dict[str, int] = {}
+    ran, handles = set(), []
 
     def watch(name: str, module: nn.Module) -> Any:
         def count(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-            nonlocal macs
             ran.add(name)
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                macs += macs_of_layer(module, next(tensors((inputs, named))), output)
+                layers[name] = layers.get(name, 0) + macs_of_layer(module, next(tensors((inputs, named))), output)
 
         return module.register_forward_hook(count, with_kwargs=True)
 
@@ -132,10 +143,17 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
                 handles.append(watch(name, module))
         with torch.no_grad():
             attention = _run(model, args, kwargs, products)
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise CostError(
+            f"{type(model).__name__} cannot run on shapes alone, so its costs are unknown: {reason}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    return Forward(macs, attention, frozenset(ran))
+    return Forward(sum(layers.values()), attention, frozenset(ran), layers)
 
 
 def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .compiled import without_compiler
 from .errors import AdapterError
 
 #: Where pipelines hold what denoises: together in one loop, or one loop after the other.
@@ -26,8 +27,8 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
     A prior and a decoder are denoisers where nothing else is.
     """
     if isinstance(pipe, nn.Module):
-        return {"": pipe}
-    found = _modules(pipe, _DENOISERS) or _modules(pipe, _STAGES)
+        return {"": without_compiler(pipe)}
+    found = _denoisers(pipe)
     if not found:
         looked_for = ", ".join((*_DENOISERS, *_STAGES))
         raise AdapterError(f"{type(pipe).__name__} has no denoiser: looked for {looked_for}; give a diffusers pipeline")
@@ -39,16 +40,20 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return next(iter(denoisers_of(pipe).values()))
 
 
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    return _modules(pipe, _DENOISERS) or _modules(pipe, _STAGES)
+
+
 def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
     present = {name: getattr(pipe, name, None) for name in names}
-    return {name: module for name, module in present.items() if isinstance(module, nn.Module)}
+    return {name: without_compiler(module) for name, module in present.items() if isinstance(module, nn.Module)}
 
 
 def with_inner(pipe: Any) -> Iterator[Any]:
     """Yield a pipeline and the pipelines that it calls: a combined one's prior and decoder."""
     yield pipe
     for value in list(vars(pipe).values()):
-        if hasattr(value, "register_modules"):
+        if hasattr(value, "register_modules") and _denoisers(value):
             yield value
 
 

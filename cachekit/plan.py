@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .adapter import Layout
 from .errors import ConflictError
+from .picture import draw
 from .policy import Action, BranchChange, Moment, Policy
 from .sites import Branches, Kind, Region, Target
 
@@ -49,6 +50,11 @@ class Row:
     def signature(self) -> tuple[object, ...]:
         """Return what makes two steps cost the same."""
         return (self.branches, tuple(self.actions), tuple(sorted(self.last_branches.items())))
+
+    @property
+    def decided(self) -> Row:
+        """Return this step as it costs and keeps most: each action that only the run can decide is a STORE."""
+        return replace(self, actions=[Action.STORE if action is None else action for action in self.actions])
 
 
 def assign(chosen: Iterable[tuple[Policy, str, Sequence[Target]]]) -> tuple[Assignment, ...]:
@@ -97,11 +103,14 @@ class Composer:
     which no block or region around it is reused. A change of branches restarts the schedules that ask for it.
     """
 
-    def __init__(self, assignments: Sequence[Assignment], steps: int, layout: Layout) -> None:
-        """Start before step 0 of `steps`; `layout` says how the branches come."""
+    def __init__(
+        self, assignments: Sequence[Assignment], steps: int, layout: Layout, dropped: frozenset[int] = frozenset()
+    ) -> None:
+        """Start before step 0 of `steps`; `layout` says how the branches come, `dropped` assignments only compute."""
         self.assignments = assignments
         self.steps = steps
         self.layout = layout
+        self.dropped = dropped
         self.branches: Branches = layout.order
         self.narrowed_by = -1
         self._origin = [0] * len(assignments)
@@ -124,6 +133,8 @@ class Composer:
         return Row(step, self.branches, cells, self.narrowed_by, list(self._origin))
 
     def _cell(self, index: int, step: int, decide: Decide) -> Action | None:
+        if index in self.dropped:
+            return Action.COMPUTE
         origin = self._origin[index]
         action = self._schedule(index, origin)[step - origin]
         if action is None:
@@ -210,10 +221,19 @@ def _without_idle_stores(actions: list[Action | None]) -> list[Action | None]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Hold the table of a run: rows of steps, columns of assignments. `str(plan)` prints it."""
+    """Hold the table of a run: rows of steps, columns of assignments. `str(plan)` prints it, `picture` draws it."""
 
     assignments: tuple[Assignment, ...]
     rows: tuple[Row, ...]
+    dropped: frozenset[int] = frozenset()
+
+    def covers(self, block: int, index: int) -> bool:
+        """Tell whether the target of `index` lies in another one, `block`, and does not run when that is reused."""
+        outer, inner = self.assignments[block], self.assignments[index]
+        if block == index or Kind.GUIDANCE in (outer.target.kind, inner.target.kind):
+            return False
+        is_outer = outer.target.kind is Kind.BLOCK and outer.denoiser == inner.denoiser
+        return is_outer and outer.target.covers(_last(inner.target))
 
     @property
     def is_static(self) -> bool:
@@ -227,6 +247,22 @@ class Plan:
             column = tuple(row.actions[index] for row in self.rows)
             groups[str(bound.policy), str(bound.target.kind), column] += 1
         return [(spec, kind, count, list(column)) for (spec, kind, column), count in groups.items()]
+
+    def columns(self) -> list[tuple[str, str, str, str]]:
+        """Return (spec, name of the target, kind, a mark per step) per assignment."""
+        return [
+            (
+                str(bound.policy),
+                bound.target.name,
+                str(bound.target.kind),
+                "".join(_MARKS[row.actions[index]] for row in self.rows),
+            )
+            for index, bound in enumerate(self.assignments)
+        ]
+
+    def picture(self) -> str:
+        """Return the table as SVG: a square for each target and step."""
+        return draw([len(row.branches) for row in self.rows], self.columns())
 
     def __str__(self) -> str:
         """Return the table as text: one character per step."""
@@ -243,11 +279,13 @@ class Plan:
         return "\n".join([*table, ". compute  S compute and keep  r reuse  ? decided during the run"])
 
 
-def make_plan(assignments: tuple[Assignment, ...], steps: int, layout: Layout) -> Plan:
-    """Return the plan of a run of `steps` steps; cells that the run decides stay None."""
-    composer = Composer(assignments, steps, layout)
+def make_plan(
+    assignments: tuple[Assignment, ...], steps: int, layout: Layout, dropped: frozenset[int] = frozenset()
+) -> Plan:
+    """Return the plan of a run of `steps` steps; cells that the run decides stay None, `dropped` ones compute."""
+    composer = Composer(assignments, steps, layout, dropped)
     rows = tuple(composer.row(step, lambda bound, at: None) for step in range(steps))
-    plan = Plan(assignments, rows)
+    plan = Plan(assignments, rows, dropped)
     # Where branches come one by one, what is kept of the first waits for the second.
     if plan.is_static and not layout.separate:
         _mark_narrowing_stores(rows)

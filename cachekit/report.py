@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from .errors import CostError
 from .plan import Assignment
 from .policy import Action
 
@@ -32,6 +33,7 @@ class Count:
 class Report:
     """Hold the figures of one run; `str(report)` prints them.
 
+    `earlier` are the reports of runs that ended before it within the same call of a pipeline, such as a prior's.
     `steps` counts the loop's iterations that were reached, `calls` the denoiser's forwards. Costs are counted
     on demand, by replaying the run's distinct steps without values.
     """
@@ -41,6 +43,7 @@ class Report:
         self.record = record
         self._assignments = assignments
         self._cost = cost
+        self.earlier: tuple[Report, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -110,28 +113,78 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Return one line per policy that changed nothing."""
+        """Return one line per policy that changed nothing, and per policy that had to throw something away."""
         fired: dict[str, bool] = {}
-        for count in self.counts:
+        for count in (count for report in (*self.earlier, self) for count in report.counts):
             fired[count.policy] = fired.get(count.policy, False) or count.reused > 0
         branches = "guided" if self.record.guided else "unguided"
         return [
             f"{policy} never fired in this run of {self.steps} {branches} steps"
             for policy, did in fired.items()
             if not did
+        ] + self._discarded()
+
+    def _discarded(self) -> list[str]:
+        steps: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for policy, step, why in self.record.discarded:
+            steps[policy, why].append(step)
+        return [
+            f"{policy}: {_outputs(len(at))} at {_places(at)} {_were(at)} {why} and {_were(at)} not kept:"
+            " computed instead"
+            for (policy, why), at in steps.items()
         ]
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """Return (spec, name of the target) of what was computed throughout, to fit into `max_cache_bytes`."""
+        indices = sorted(self.record.fit.dropped) if self.record.fit else []
+        return [(str(self._assignments[i].policy), self._assignments[i].target.name) for i in indices]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Return the peak of bytes that a run without `max_cache_bytes` would have kept, as planned."""
+        fit = self.record.fit
+        return fit.needed if fit and fit.needed else self.cache_bytes
+
+    def _budget_lines(self) -> list[str]:
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+        for index in self.record.fit.dropped if self.record.fit else ():
+            counts[str(self._assignments[index].policy), str(self._assignments[index].target.kind)] += 1
+        given_up = [f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items())]
+        return [f"of {self.needed_bytes:,} bytes; computed to save bytes: {', '.join(given_up)}"] if given_up else []
+
+    def _cost_line(self) -> str:
+        try:
+            cost = self.cost
+        except CostError as error:
+            return f"MACs unknown: {error}"
+        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x fewer)"
 
     def __str__(self) -> str:
         """Return the report as text."""
-        cost = self.cost
-        lines = [
+        lines = [line for report in self.earlier for line in (str(report), "")]
+        lines += [
             f"steps {self.steps}, denoiser calls {self.calls}, {'guided' if self.record.guided else 'unguided'}",
-            f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x fewer)",
+            self._cost_line(),
             f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
         ]
+        lines += self._budget_lines()
         for count in self.counts:
             lines.append(
                 f"{count.policy} {count.kind} x {count.targets}: computed {count.computed}, stored {count.stored},"
                 f" reused {count.reused}, missed {count.missed}"
             )
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def _outputs(count: int) -> str:
+    return "1 output" if count == 1 else f"{count} outputs"
+
+
+def _were(steps: Sequence[int]) -> str:
+    return "was" if len(steps) == 1 else "were"
+
+
+def _places(steps: Sequence[int]) -> str:
+    first, last = min(steps), max(steps)
+    return f"step {first}" if first == last else f"steps {first} to {last}"

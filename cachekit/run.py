@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from .adapter import Layout
 from .clock import Clock
+from .errors import AttachmentError
+from .finite import is_finite
 from .plan import Assignment, Composer, Plan, Row
 from .policy import Action, Moment
 from .sites import Branches, Kind, Region
 from .store import Slot, Store, narrow_kept, split_kept
 
 if TYPE_CHECKING:
+    from .budget import Fit
     from .policy import Streams
+    from .report import Report
 
 _COUNTED = (Action.COMPUTE, Action.STORE, Action.REUSE)
 
@@ -25,7 +29,8 @@ _COUNTED = (Action.COMPUTE, Action.STORE, Action.REUSE)
 class RunState(threading.local):
     """Hold the present run and call of each thread; a deep copy starts empty.
 
-    `context` is the name that the pipeline gives the present call, if any; `replayed` the call whose row the
+    `reports` are of the runs that ended within the present call of a pipeline: one that calls others, or has a
+    second loop, makes several. `context` is the name that the pipeline gives the present call, if any; `replayed` the call whose row the
     next one obeys instead of the clock.
     """
 
@@ -34,11 +39,16 @@ class RunState(threading.local):
     paused: int = 0
     pipeline: tuple[Any, dict[str, Any]] | None = None
     context: str | None = None
+    reports: tuple[Report, ...] = ()
     replayed: Made | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
         """Return a fresh state: a run is never shared with a copy of the model."""
         return RunState()
+
+    def __reduce__(self) -> Any:
+        """Raise: whoever unpickled it would have another denoiser."""
+        raise AttachmentError("an attached denoiser cannot be pickled; call cachekit.remove(pipe) first")
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,8 @@ class Record:
     """Hold what a run leaves behind: numbers and shapes, no tensors with values.
 
     `rows` are the steps as planned or decided; `calls` what was done in each call; `inputs` holds the shapes of
-    the arguments of calls, by `Made.inputs`.
+    the arguments of calls, by `Made.inputs`; `discarded` the policy, the step and the reason of each output that
+    was not kept although it should have been; `fit` what a budget left of the plan.
     """
 
     steps: int
@@ -81,6 +92,8 @@ class Record:
     calls: list[Made] = field(default_factory=list)
     counts: list[dict[Action, int]] = field(default_factory=list)
     missed: list[int] = field(default_factory=list)
+    discarded: list[tuple[str, int, str]] = field(default_factory=list)
+    fit: Fit | None = None
     peak_bytes: int = 0
     deciding_seconds: float = 0.0
     traces: dict[str, list[Any]] = field(default_factory=dict)
@@ -97,11 +110,18 @@ class Record:
 class Run:
     """Drive one run: find the row of each call and own what is kept."""
 
-    def __init__(self, assignments: Sequence[Assignment], clock: Clock) -> None:
-        """Start before the first call; `begin` follows when the first call shows batch and steps."""
+    def __init__(
+        self, assignments: Sequence[Assignment], clock: Clock, vote: Callable[[Action], Action], store: Store
+    ) -> None:
+        """Start before the first call; `begin` follows when the first call shows batch and steps.
+
+        `vote` makes one action of those that the processes which share the image ask for; `store` is for this run
+        alone.
+        """
         self.assignments = assignments
         self.clock = clock
-        self.store = Store()
+        self.vote = vote
+        self.store = store
         self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
         self.templates: dict[Slot, Any] = {}
         self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
@@ -112,6 +132,7 @@ class Run:
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
         self._sites = [i for i, bound in enumerate(assignments) if bound.target.kind is not Kind.GUIDANCE]
         self._seen: set[tuple[str, str]] = set()
+        self._lost: set[Slot] = set()
         self._in_step: list[tuple[str, str]] = []
 
     def begin(self, plan: Plan, layout: Layout, steps: int) -> None:
@@ -123,13 +144,13 @@ class Run:
         self.record.counts = [dict.fromkeys(_COUNTED, 0) for _ in self.assignments]
         self.record.missed = [0] * len(self.assignments)
         if not plan.is_static:
-            self._composer = Composer(self.assignments, steps, layout)
+            self._composer = Composer(self.assignments, steps, layout, plan.dropped)
 
     def change_layout(self, layout: Layout) -> None:
         """Follow a pipeline whose branches are others than at the beginning of the run."""
         done = len(self.record.rows)
         if self._composer is None:
-            self._composer = Composer(self.assignments, self.record.steps, self.layout)
+            self._composer = Composer(self.assignments, self.record.steps, self.layout, self.plan.dropped)
             for step in range(done):
                 self._composer.row(step, self._decide)
         self.layout = self._composer.layout = layout
@@ -147,6 +168,7 @@ class Run:
         if rows and row.branches != rows[-1].branches:
             changes = [bound.policy.on_branch_change for bound in self.assignments]
             self.store.change_branches(row.branches, changes)
+            self._drop_what_is_not_finite(row.step)
         rows.append(row)
 
     def _next_row(self, step: int) -> Row:
@@ -160,7 +182,7 @@ class Run:
     def _decide(self, bound: Assignment, at: Moment) -> Action | None:
         if isinstance(bound.target, Region) and bound.target.probe:
             return None
-        return bound.policy.decide(bound.target, at, self.memories[bound.policy.name])
+        return self.vote(bound.policy.decide(bound.target, at, self.memories[bound.policy.name]))
 
     @property
     def together(self) -> int:
@@ -189,6 +211,13 @@ class Run:
         is_second = self.clock.step == 1 and self.clock.call == 0
         return self.layout.separate and is_second and len({branch for _, branch in self._seen}) == 1
 
+    def take_as_alone(self) -> None:
+        """Go on as if the one branch had been all from the beginning: no branch is dropped, so nothing is stale."""
+        self.change_layout(self.layout.alone)
+        assert self._composer is not None
+        self.record.layout, self._composer.branches = self.layout, self.layout.order
+        self.record.rows = [replace(row, branches=self.layout.order) for row in self.record.rows]
+
     def begin_call(self, step: int, denoiser: str, branch: str) -> Call:
         """Return the call of `step`, with every block that has nothing to reuse turned into STORE.
 
@@ -196,17 +225,50 @@ class Run:
         one loop.
         """
         who = (denoiser, branch)
+        self._drop_what_is_not_finite(len(self.record.rows) - 1)
         call = Call(self, self.row(step), denoiser, branch, self._in_step.count(who))
+        if call.narrowed_by >= 0 and call.slot(call.narrowed_by) in self._lost:
+            call.widen()
         is_late = step > 0 and who not in self._seen
         self._in_step.append(who)
         self._seen.add(who)
+        if call.is_dropped:
+            return call
         for index in self._sites if is_late else self._blocks:
             here = self.assignments[index].denoiser == denoiser
-            if here and call.actions[index] is Action.REUSE and call.kept(index) is None:
+            if here and call.actions[index] is Action.REUSE and not call.keeps(index):
                 if not is_late:
                     call.miss(index)
                 call.actions[index] = Action.STORE
         return call
+
+    def put(self, slot: Slot, branches: Branches, kept: Any) -> None:
+        """Keep what a call made; where there is no room, whoever wants it computes."""
+        if not self.store.put(slot, branches, kept):
+            self._discard(slot, branches, len(self.record.rows) - 1, "beyond max_cache_bytes")
+
+    def _drop_what_is_not_finite(self, step: int) -> None:
+        """Drop what was kept since the last look, in `step`, and is not finite: whoever wants it computes.
+
+        Looked at where it may be read next, not where it was kept, so that a call waits for its kept tensors once.
+        """
+        fresh = self.store.take_fresh()
+        self._lost -= {slot for slot, branches, _ in fresh if not branches}
+        good = is_finite([kept for *_, kept in fresh])
+        if not fresh or self._all_say(all(good)):
+            return
+        for (slot, branches, _), is_good in zip(fresh, good):
+            if not self._all_say(is_good):
+                self.store.drop(slot, branches)
+                self._discard(slot, branches, step, "not finite")
+
+    def _discard(self, slot: Slot, branches: Branches, step: int, why: str) -> None:
+        self.record.discarded.append((self.assignments[slot[0]].policy.name, step, why))
+        if not branches:
+            self._lost.add(slot)
+
+    def _all_say(self, good: bool) -> bool:
+        return self.vote(Action.REUSE if good else Action.STORE) is Action.REUSE
 
     def forget(self) -> None:
         """Let go of every tensor, even where the frames of an exception hold this run."""
@@ -227,10 +289,13 @@ class Run:
 class Call:
     """Hold the actions of one forward of a denoiser.
 
-    `branches` are those that its batch holds; `branch` is empty unless each has a call of its own.
+    `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `sample` and
+    `timestep` are what observing policies see; a call that is only counted has none.
     """
 
-    __slots__ = ("actions", "branch", "branches", "denoiser", "entries", "ordinal", "row", "run", "sample", "timestep")
+    __slots__ = (
+        "actions", "batch", "branch", "branches", "denoiser", "entries", "ordinal", "row", "run", "sample", "timestep",
+    )  # fmt: skip
 
     def __init__(self, run: Run, row: Row, denoiser: str, branch: str, ordinal: int) -> None:
         """Start the `ordinal`-th like call of a step with its row's actions; probes and misses change them for it."""
@@ -242,6 +307,7 @@ class Call:
         self.row = replace(row, actions=self.actions)
         self.branches: Branches = (branch,) if branch else row.branches
         self.entries: dict[int, Streams] = {}
+        self.batch = 0
         self.sample: Tensor | None = None
         self.timestep: Any = None
 
@@ -252,9 +318,17 @@ class Call:
             return False
         return self.row.branches[0] in self.run.outputs
 
-    def made(self, batch: int) -> Made:
+    def widen(self) -> None:
+        """Run all branches, because what would stand in for one of them is lost, and keep it anew."""
+        index = self.narrowed_by
+        self.miss(index)
+        self.actions[index] = Action.STORE
+        self.row = replace(self.row, narrowed_by=-1, branches=self.run.layout.order)
+        self.branches = (self.branch,) if self.branch else self.row.branches
+
+    def made(self) -> Made:
         """Return what this call's cost depends on."""
-        return Made(self.denoiser, self.branch, batch, self.row, self.is_dropped)
+        return Made(self.denoiser, self.branch, self.batch, self.row, self.is_dropped)
 
     def moment(self, index: int) -> Moment:
         """Return the moment that policy methods are told."""
@@ -267,6 +341,10 @@ class Call:
     def kept(self, index: int) -> Any:
         """Return what assignment `index` has kept for this call and its branches, or None."""
         return self.run.store.get(self.slot(index), self.branches)
+
+    def keeps(self, index: int) -> bool:
+        """Tell whether assignment `index` has kept anything for this call and its branches."""
+        return self.run.store.has(self.slot(index), self.branches)
 
     def count(self, index: int, action: Action) -> None:
         """Count what really happened."""
@@ -286,15 +364,15 @@ class Call:
             if narrowed is not None:
                 self.run.store.drop(self.slot(index), branches)
                 branches, kept = last, narrowed
-        self.run.store.put(self.slot(index), branches, kept)
+        self.run.put(self.slot(index), branches, kept)
 
     def decide(self, index: int, value: Streams) -> None:
         """Let the policy decide from its probe; a reuse needs something kept."""
         policy = self.run.assignments[index].policy
         memory = self.run.probed.setdefault((policy.name, self.denoiser, self.branches, self.ordinal), {})
         target = self.run.assignments[index].target
-        action = policy.probe(target, self.moment(index), value, memory)
-        if action is Action.REUSE and self.kept(index) is None:
+        action = self.run.vote(policy.probe(target, self.moment(index), value, memory))
+        if action is Action.REUSE and not self.keeps(index):
             self.miss(index)
             action = Action.STORE
         self.actions[index] = action

@@ -8,7 +8,7 @@ import torch
 
 from .policy import BranchChange
 from .sites import Branches
-from .tree import size_in_bytes, tree_map
+from .tree import size_in_bytes, tensors, tree_map
 
 #: An assignment's index, and the ordinal of the call within its step: calls never read each other's.
 Slot = tuple[int, int]
@@ -20,24 +20,53 @@ class Store:
     What a guidance policy keeps of all branches together has the key of no branches, `()`.
     """
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, max_bytes: int | None = None, device: torch.device | None = None) -> None:
+        """Start empty; keep at most `max_bytes`, and on `device` where that is another than the tensors' own."""
+        self.max_bytes = max_bytes
+        self.device = device
+        self._homes: dict[tuple[Slot, Branches], list[torch.device]] = {}
         self._entries: dict[tuple[Slot, Branches], Any] = {}
         self._bytes: dict[tuple[Slot, Branches], int] = {}
+        self._fresh: dict[tuple[Slot, Branches], None] = {}
         self.bytes = 0
         self.peak_bytes = 0
 
     def get(self, slot: Slot, branches: Branches) -> Any:
-        """Return what `slot` keeps for exactly these branches, or None."""
-        return self._entries.get((slot, branches))
+        """Return what `slot` keeps for exactly these branches, where it was made, or None."""
+        kept = self._entries.get((slot, branches))
+        return kept if self.device is None else _moved(kept, self._homes.get((slot, branches), []))
 
-    def put(self, slot: Slot, branches: Branches, kept: Any) -> None:
-        """Keep, in place of what was kept for these branches before."""
+    def has(self, slot: Slot, branches: Branches) -> bool:
+        """Tell whether `slot` keeps anything for exactly these branches."""
+        return self._entries.get((slot, branches)) is not None
+
+    def put(self, slot: Slot, branches: Branches, kept: Any) -> bool:
+        """Keep, in place of what was kept for these branches before; return False where there is no room."""
         self.drop(slot, branches)
+        size = size_in_bytes(kept)
+        if self.max_bytes is not None and self.bytes + size > self.max_bytes:
+            return False
+        if self.device is not None:
+            homes = [tensor.device for tensor in tensors(kept)]
+            self._homes[slot, branches], kept = homes, _moved(kept, [self.device] * len(homes))
         self._entries[slot, branches] = kept
-        self._bytes[slot, branches] = size_in_bytes(kept)
-        self.bytes += self._bytes[slot, branches]
+        self._fresh[slot, branches] = None
+        self._bytes[slot, branches] = size
+        self.bytes += size
         self.peak_bytes = max(self.peak_bytes, self.bytes)
+        return True
+
+    def sizes(self) -> dict[int, int]:
+        """Return the bytes that each assignment keeps now."""
+        sizes: dict[int, int] = {}
+        for (slot, _), size in self._bytes.items():
+            sizes[slot[0]] = sizes.get(slot[0], 0) + size
+        return sizes
+
+    def take_fresh(self) -> list[tuple[Slot, Branches, Any]]:
+        """Return what is kept since the last time this was asked, wherever it lies."""
+        fresh, self._fresh = self._fresh, {}
+        return [(slot, branches, self._entries[slot, branches]) for slot, branches in fresh]
 
     def clear(self) -> None:
         """Forget everything kept; the peak stays."""
@@ -57,9 +86,11 @@ class Store:
                 for named in together:
                     self.drop(slot, named)
                 continue
+            homes = next((self._homes[slot, named] for named in present if (slot, named) in self._homes), [])
             narrowed = narrow_kept(self._take(slot, present), branches, changes[slot[0]])
             if narrowed is not None:
                 self.put(slot, branches, narrowed)
+                self._homes.update({(slot, branches): homes} if homes else {})
 
     def _take(self, slot: Slot, present: set[Branches]) -> dict[str, Any]:
         parts: dict[str, Any] = {}
@@ -72,7 +103,15 @@ class Store:
         """Forget what `slot` keeps for exactly these branches, if anything."""
         if (slot, branches) in self._entries:
             del self._entries[slot, branches]
+            self._fresh.pop((slot, branches), None)
+            self._homes.pop((slot, branches), None)
             self.bytes -= self._bytes.pop((slot, branches))
+
+
+def _moved(kept: Any, devices: list[torch.device]) -> Any:
+    """Return `kept` with its tensors, in order, on these devices."""
+    onto = iter(devices)
+    return tree_map(lambda tensor: tensor.to(next(onto)), kept)
 
 
 def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:

@@ -7,14 +7,18 @@ import json
 import math
 
 import commands
+import numpy as np
+import psutil
 import pytest
 import tiny
 
 import cachekit
-from cachekit.bench.cells import Method, Setting, expand
+from cachekit.bench.cells import BenchError, Method, Setting, expand
 from cachekit.bench.executors import executor
+from cachekit.bench.frechet import crowd, distance
+from cachekit.bench.page import columns
 from cachekit.bench.results import Results, read
-from cachekit.bench.suite import Suite
+from cachekit.bench.suite import Suite, fitting
 from cachekit.bench.summary import groups
 from cachekit.bench.workbench import measure
 
@@ -163,6 +167,44 @@ def test_an_architecture_is_timed_with_random_weights_and_never_judged():
     assert cell.scheduler == "DDIMScheduler"
 
 
+def test_without_specs_those_are_measured_that_fit(folder, captions, tmp_path):
+    denoiser = tiny.pixart()
+    denoiser.save_pretrained(tmp_path / "pixart")
+    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], cachekit.policies())
+    assert fitting(folder, usual) == usual
+    assert fitting(str(tmp_path / "pixart"), usual) == usual[:1]
+    with pytest.raises(BenchError, match=r"none of the usual specs fits PixArtTransformer2DModel; name others"):
+        fitting(str(tmp_path / "pixart"), usual[1:])
+
+
+def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(tmp_path):
+    file = tmp_path / "r.jsonl"
+    text = printed("demo", "--spec", "tgate:m=1", "--steps", 2, "--no-peers", "--captions", 2, "--output", file)
+    assert "Frechet" in text
+    assert "n=" not in text
+    result = next(result for result in read(file)[0] if result.cell.specs)
+
+    def shifted(seed, specs=("tgate:m=1",)):
+        """Return the result of another seed, whose cached images are one unit away from the uncached ones."""
+        plain = np.random.default_rng(seed).normal(size=(2, 16))
+        samples = [
+            sample.model_copy(update={"features": list(found + 1), "uncached_features": list(found)})
+            for sample, found in zip(result.samples, plain)
+        ]
+        cell = result.cell.model_copy(update={"seed": seed, "specs": specs})
+        return result.model_copy(update={"cell": cell, "samples": samples})
+
+    (few,) = groups(map(shifted, range(15)))
+    assert (few.rows[0].images, few.rows[0].frechet) == (30, None)
+    other = [shifted(seed, ("tgate:m=9",)) for seed in range(16)]
+    (group,) = groups([*map(shifted, range(16)), *other])
+    assert [row.images for row in (group.uncached, *group.rows)] == [32, 32, 32]
+    assert columns(group, group.uncached)["Frechet"].endswith(" (n=32)")
+    found = [sample.features for sample in group.rows[0].samples]
+    assert group.rows[0].frechet == distance(crowd(found), result.reference)
+    assert group.rows[0].frechet > group.uncached.frechet > 0
+
+
 def test_the_embedded_model_is_judged_by_what_it_shows(tmp_path):
     file = tmp_path / "r.jsonl"
     printed("demo", "--spec", "tgate:m=2", "--steps", 4, "--no-peers", "--captions", 1, "--output", file)
@@ -237,6 +279,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
         ([], "nothing to report"),
         (["sdlx"], "did you mean 'sdxl'?"),
         (["./no-such-folder"], "there is no such folder"),
+        (["nobody/nothing"], "cannot read model 'nobody/nothing'"),
         (["{folder}", "--spec", "tgat:m=2"], "did you mean 'tgate'?"),
         (["{folder}", "--spec", "tgate:m=2|x"], "m=x"),
         (["{folder}", "--spec", "deepcache:branch=99"], "99"),
@@ -249,6 +292,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
         (["{folder}", "--executor", "proces"], "did you mean 'process'?"),
         (["{folder}", "--captions", "no-such-file"], "give a file or a number"),
         (["{folder}", "--html", "no/such/folder/r.html"], "cannot write"),
+        (["{folder}", "--html", "{folder}"], "it is a folder"),
     ],
 )
 def test_a_refusal_is_one_line_and_loses_nothing(arguments, said, folder, measured, tmp_path):
@@ -301,3 +345,18 @@ def test_two_workers_measure_what_one_does(folder):
         alone = measure(setting, cell)
         assert [sample.psnr for sample in outcomes[cell].samples] == [sample.psnr for sample in alone.samples]
         assert outcomes[cell].samples[0].macs == alone.samples[0].macs
+
+
+def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
+    setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
+    wanted = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    outcomes = {}
+    for cell, outcome in executor("process")(setting, wanted, 1):
+        if not outcomes:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+        outcomes[cell] = outcome
+    assert set(outcomes) == set(wanted)
+    assert not isinstance(outcomes[wanted[0]], str)
+    assert outcomes[wanted[2]].startswith("tgate:m=3: a worker died, perhaps for want of memory")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
+import tiny
+import torch
 
+import cachekit
 from cachekit import CachekitError
 from cachekit.catalog import DISABLE, build, installed
 from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
@@ -193,3 +196,77 @@ def test_plans_are_checked_and_reports_handed_out(point):
     catalog.run_finished(report)
     assert entry.load().seen == [report]
     assert issubclass(ConflictError, CachekitError)
+
+
+# -- plugins that fail while a pipeline is at work -------------------------------------------------------------
+
+SPEC = "adaptive_guidance:m=2"
+RAISING = """
+@hookimpl
+def {}({}):
+    raise OSError("no\\nfile")
+"""
+
+
+@pytest.fixture
+def failing(point):
+    """Return the installed catalog and one more plugin, which fails in the named hook."""
+
+    def make(hook, argument):
+        extra = point("failing", HEAD + RAISING.format(hook, argument))
+        return build([*entry_points(group="cachekit"), extra])
+
+    return make
+
+
+@pytest.fixture
+def pipe():
+    return tiny.pixart()
+
+
+@pytest.mark.parametrize("what", ["policies", "adapters"])
+def test_a_plugin_that_fails_to_register_costs_no_image(pipe, failing, what):
+    with cachekit.apply(pipe, SPEC):
+        expected = tiny.latents(pipe, steps=4)
+    catalog = failing(f"cachekit_register_{what}", "register")
+    assert [failure.plugin for failure in catalog.failures] == ["failing"]
+    with cachekit.apply(pipe, SPEC, catalog=catalog):
+        assert torch.equal(tiny.latents(pipe, steps=4), expected)
+
+
+def test_a_plugin_that_fails_to_check_a_plan_changes_nothing(pipe, failing):
+    plain, catalog = tiny.latents(pipe, steps=4), failing("cachekit_check_plan", "plan")
+    with tiny.leaves_no_trace(pipe), pytest.raises(PluginError) as caught:
+        cachekit.apply(pipe, SPEC, catalog=catalog)
+    assert str(caught.value) == (
+        "plugin 'failing' failed in cachekit_check_plan: OSError: no file"
+        f" (mend or uninstall it, or set {DISABLE}=failing)"
+    )
+    assert torch.equal(tiny.latents(pipe, steps=4), plain)
+
+
+def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, caplog):
+    never_fires = "adaptive_guidance:m=9"
+    with cachekit.apply(pipe, SPEC):
+        expected = tiny.latents(pipe, steps=4)
+    catalog = failing("cachekit_run_finished", "report")
+    with cachekit.apply(pipe, SPEC, catalog=catalog), pytest.warns(PluginWarning) as caught:
+        assert torch.equal(tiny.latents(pipe, steps=4), expected)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "plugin 'failing' failed in cachekit_run_finished: OSError: no file"
+        f" (mend or uninstall it, or set {DISABLE}=failing)"
+    )
+    # The other plugins are told all the same.
+    with cachekit.apply(pipe, never_fires, catalog=catalog), pytest.warns(PluginWarning):
+        tiny.latents(pipe, steps=4)
+    assert f"{never_fires} never fired" in caplog.text
+
+
+BROKEN_ADAPTER = ADAPTER.replace("return denoiser == 'toy'", "raise OSError('no\\nfile')")
+
+
+def test_an_adapter_that_fails_to_look_at_a_model_is_named(point):
+    catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(name="odd_ones"))])
+    with pytest.raises(PluginError, match=rf"plugin 'odd' failed .* 'odd_ones': OSError: no file .*{DISABLE}=odd"):
+        catalog.adapter_for("toy")

@@ -61,6 +61,15 @@ def test_an_architecture_needs_no_files_and_takes_a_size():
     assert f"{found.attention_macs:,}" in small.stdout
 
 
+def test_the_pipeline_says_how_many_pixels_a_latent_is(folder, tmp_path):
+    sizes = {"own": [], "same": ["--height", 32, "--width", 32], "larger": ["--height", 64, "--width", 32]}
+    macs = {}
+    for name, size in sizes.items():
+        assert run(folder, "--steps", 1, *size, "--json", tmp_path / name).exit_code == 0
+        macs[name] = json.loads((tmp_path / name).read_text())["macs"]
+    assert macs["own"] == macs["same"] < macs["larger"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import tiny
 import torch
@@ -72,6 +73,18 @@ def test_code_in_the_documents_runs(path, tmp_path, monkeypatch):
     pipe = run(path)["pipe"]
     assert type(pipe) is Prompted, "the document leaves an attachment behind"
     assert not any("forward" in vars(module) for module in pipe.unet.modules())
+
+
+def console(path):
+    """Yield each command of ours in the ```console blocks of a document, on one line."""
+    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+        yield from re.findall(r"^\$ (cachekit .*)$", block.replace("\\\n", " "), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(console(path))], ids=short)
+def test_commands_in_the_documents_have_the_options_that_they_use(path):
+    for line in console(path):
+        commands.parsed(line)
 
 
 def test_readme_and_guide_have_code():

@@ -6,6 +6,7 @@ import copy
 import functools
 import gc
 import json
+import pickle
 import re
 import threading
 import weakref
@@ -19,7 +20,6 @@ from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_mod
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 import cachekit
-from cachekit import engine
 from cachekit.errors import AttachmentError
 from cachekit.pipelines import denoiser_of
 from cachekit.switch import Switch
@@ -324,6 +324,24 @@ def test_a_second_apply_is_refused_and_the_first_stays(pipe: Any) -> None:
         assert torch.equal(tiny.latents(pipe, steps=4), first)
 
 
+def test_remove_also_finds_a_denoiser_that_was_replaced_since(pipe: Any) -> None:
+    with tiny.leaves_no_trace(pipe.unet):
+        cachekit.apply(pipe, BOTH)
+        pipe.unet = tiny.small().unet
+        cachekit.remove(pipe)
+    assert type(pipe) is StableDiffusionPipeline
+
+
+def test_an_attached_pipeline_is_not_pickled_but_says_why(pipe: Any) -> None:
+    with cachekit.apply(pipe, "tgate:m=2"), pytest.raises(AttachmentError, match="remove"):
+        pickle.dumps(pipe.unet)
+    assert torch.equal(tiny.latents(pickle_copy(pipe), steps=2), tiny.latents(pipe, steps=2))
+
+
+def pickle_copy(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))
+
+
 def test_context_manager_undoes_after_an_exception(pipe: Any) -> None:
     with tiny.leaves_no_trace(pipe), pytest.raises(ZeroDivisionError), cachekit.apply(pipe, BOTH):
         raise ZeroDivisionError
@@ -369,8 +387,8 @@ def test_a_hook_put_on_before_stays(pipe: Any) -> None:
 
 def test_a_lost_switch_is_an_error_that_says_what_to_do(pipe: Any) -> None:
     cachekit.apply(pipe, "tgate:m=2")
-    module = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    del module.forward
+    block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+    block.attn2 = copy.deepcopy(block.attn2)
     with pytest.raises(AttachmentError, match=r"mid_block.*apply again"):
         tiny.latents(pipe, steps=3)
     cachekit.remove(pipe)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,9 +11,10 @@ from diffusers import EulerDiscreteScheduler
 
 import cachekit
 from cachekit.architectures import architecture, architectures
+from cachekit.bench.paper import tables
 from cachekit.errors import CachekitError
 
-TABLES = json.loads((Path(__file__).parent.parent / "benchmarks" / "paper_tables.json").read_text())
+TABLES = tables()
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
 CHOSEN = {
     ("sd15", "tgate:m=5"),
@@ -82,11 +81,21 @@ def test_a_pipeline_at_hand_gives_what_its_run_reports() -> None:
     with cachekit.apply(pipe, specs) as attachment:
         tiny.latents(pipe, steps=6)
         report = attachment.report()
-    found = cachekit.estimate(pipe, specs, num_inference_steps=6, height=128, width=128)
+    found = cachekit.estimate(pipe, specs, num_inference_steps=6, height=32, width=32)
     assert found.baseline_macs > found.macs > 0
     assert (len(found.steps), found.cache_bytes > 0) == (6, True)
     ratio = found.macs / found.baseline_macs
     assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
+
+
+def test_a_pipeline_says_how_many_pixels_a_latent_is() -> None:
+    pipe = tiny.sd()
+    assert pipe.vae_scale_factor == 2
+    own = cachekit.estimate(pipe, num_inference_steps=2)
+    assert cachekit.estimate(pipe, num_inference_steps=2, height=32, width=32).macs == own.macs
+    assert cachekit.estimate(pipe.unet, num_inference_steps=2, height=128, width=128).macs == own.macs
+    with pytest.raises(CachekitError, match="31 pixels is no multiple of the 2 of a latent"):
+        cachekit.estimate(pipe, num_inference_steps=2, height=31)
 
 
 def test_estimating_leaves_the_pipeline_as_it_was() -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from test_toy_policies import FirstBlock, Forecast
 
 import cachekit
+from cachekit import Region
+from cachekit.catalog import installed
+from cachekit.pipelines import denoiser_of
 
-STEPS = 5
+STEPS = 4
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "svd": tiny.svd}
 ALL = ("tgate:m=3,sp_interval=2", "deepcache:interval=2", "adaptive_guidance:m=3,linear=true")
 # The run before the fault and the one after it differ in everything.
@@ -34,51 +41,183 @@ def attached() -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-@pytest.mark.parametrize("broken", range(STEPS))
-def test_an_exception_between_steps(broken: int, error: type[BaseException]) -> None:
-    pipe = attached()
+# -- an exception anywhere ----------------------------------------------------------------------------------
 
-    def fail(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
-        if step == broken:
-            raise error
-        return given
+COMPOSITIONS: list[tuple[str, tuple[Any, ...]]] = [
+    ("sd", ("tgate:m=3,sp_interval=2", "deepcache:interval=2")),
+    ("sd", ("deepcache:interval=2,branch=1", "adaptive_guidance:m=2,linear=true")),
+    ("pixart", ("tgate:m=2,sp_interval=2",)),
+    ("pixart", ("adaptive_guidance:threshold=-1,linear=true", "null_text:before=1")),
+    ("pixart", ("tgate:m=3", Forecast(first=0, stop=2, interval=3))),
+]
+ERRORS = (RuntimeError, KeyboardInterrupt)
+OUTSIDE = (("scheduler", "scheduler", "step"), ("vae", "vae", "decode"))
 
-    with pytest.raises(error):
-        tiny.latents(pipe, steps=STEPS, callback_on_step_end=fail)
-    report = pipe.unet._cachekit_attachment.report()
-    assert report.steps == broken + 1
-    assert report.record.interrupted
-    assert torch.equal(tiny.latents(pipe, **AFTER), expected())
-    assert not pipe.unet._cachekit_attachment.report().record.interrupted
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Raise in a step at a place, before or after what runs there."""
+
+    place: str
+    step: int
+    error: type[BaseException]
+    late: bool
+
+
+@contextmanager
+def watching(pipe: Any, names: dict[str, str], see: Callable[[str, int, bool], None]) -> Iterator[None]:
+    """Call `see` with place, step and whether it has run, wherever something runs in the pipeline's calls."""
+    step = -1
+    denoiser = denoiser_of(pipe)
+
+    def tick(*_: Any) -> None:
+        nonlocal step
+        step += 1
+
+    def seeing(place: str, late: bool) -> Callable[..., None]:
+        return lambda *_: see(place, step, late)
+
+    def around(place: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            see(place, step, False)
+            output = original(*args, **kwargs)
+            see(place, step, True)
+            return output
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(denoiser.register_forward_pre_hook(tick).remove)
+        for place, name in names.items():
+            module = denoiser.get_submodule(name)
+            stack.callback(module.register_forward_pre_hook(seeing(place, False)).remove)
+            stack.callback(module.register_forward_hook(seeing(place, True)).remove)
+        for place, owner, method in OUTSIDE:
+            held = getattr(pipe, owner)
+            patch.setattr(held, method, around(place, getattr(held, method)))
+        yield
+
+
+def run_with(pipe: Any, names: dict[str, str], see: Callable[[str, int, bool], None]) -> None:
+    """Draw, in a way that differs in everything from the runs that come after it."""
+
+    def callback(*given: Any) -> Any:
+        see("callback", given[0] if isinstance(given[0], int) else given[1], False)
+        return given[-1]
+
+    name = "callback_on_step_end" if hasattr(pipe, "unet") else "callback"
+    with watching(pipe, names, see):
+        tiny.latents(pipe, steps=STEPS, guidance=3.0, seed=1, output_type="pt", **{name: callback})
+
+
+def named_places(attachment: Any) -> dict[str, str]:
+    """Return a module of each kind, the last one."""
+    (denoiser,) = attachment.denoisers.values()
+    names = {str(site.kind): site.name for site in sorted(denoiser.sites.sites, key=lambda site: site.name)}
+    for region in (bound.target for bound in attachment.assignments if isinstance(bound.target, Region)):
+        names |= {"member": region.skipped[0], "exit": region.exit}
+    return {**names, "root": ""}
+
+
+@pytest.mark.parametrize(("name", "specs"), COMPOSITIONS)
+def test_whatever_breaks_a_run_no_later_image_is_lost(name: str, specs: tuple[Any, ...]) -> None:
+    pipe = tiny.small(layers_per_block=1, sample_size=8) if name == "sd" else tiny.pixart()
+    plain = tiny.latents(pipe, steps=3)
+    attachment = cachekit.apply(pipe, specs)
+    expected, names = tiny.latents(pipe, steps=3), named_places(attachment)
+    assert not torch.equal(expected, plain)
+    seen: dict[tuple[str, int, bool], None] = {}
+    run_with(pipe, names, lambda *where: seen.update({where: None}))
+    assert {place for place, *_ in seen} == {*names, "scheduler", "callback", "vae"}
+    assert {step for place, step, _ in seen if place == "root"} == set(range(STEPS))
+    lost = []
+    for number, where in enumerate(seen):
+        fault = Fault(*where[:2], ERRORS[number % 2], where[2])
+
+        def fail(*now: Any, where: Any = where, error: type[BaseException] = fault.error) -> None:
+            if now == where:
+                raise error
+
+        with pytest.raises(fault.error):
+            run_with(pipe, names, fail)
+        assert attachment.driver.state.run is None
+        assert attachment.report().record.interrupted
+        if not torch.equal(tiny.latents(pipe, steps=3), expected):
+            lost.append(fault)
+    assert lost == []
+    assert len(seen) > 45
+    attachment.remove()
+    assert torch.equal(tiny.latents(pipe, steps=3), plain)
+
+
+class Stubborn(StableDiffusionPipeline):
+    """Refuse to be tracked, after everything else has been put in place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "__class__":
+            raise Broken
+        super().__setattr__(name, value)
+
+
+class Broken(Exception):
+    """Stand for any error of somebody else's code."""
+
+
+def broken(*_: Any, **__: Any) -> Any:
+    raise Broken
+
+
+def broken_adapter(method: str) -> Any:
+    """Return the installed catalog with an adapter that fails when asked for its sites or its layout."""
+    catalog = installed()
+    good = catalog.adapters["unet"]
+    bad = type("Bad", (type(good),), {method: broken})()
+    return dataclasses.replace(catalog, adapters={**catalog.adapters, "unet": bad})
+
+
+@pytest.mark.parametrize("method", ["sites", "layout"])
+def test_an_adapter_that_fails_leaves_nothing_behind(method: str) -> None:
+    pipe = tiny.small()
+    with tiny.leaves_no_trace(pipe), pytest.raises(Broken):
+        cachekit.apply(pipe, ALL, catalog=broken_adapter(method))
+
+
+def test_a_pipeline_that_cannot_be_tracked_is_left_as_it_was() -> None:
+    pipe = Stubborn(**tiny.small().components, requires_safety_checker=False)
+    with tiny.leaves_no_trace(pipe), pytest.raises(Broken):
+        cachekit.apply(pipe, ALL)
+    with cachekit.apply(pipe.unet, ALL[1]):
+        assert torch.isfinite(tiny.latents(pipe, steps=2)).all()
+
+
+Adaptive = installed().policies["adaptive_guidance"]
+METHODS = {
+    Adaptive(threshold=-1, linear=True): ["decide", "observe", "branches_to_keep", "restore_branch"],
+    Adaptive(m=2): ["select", "stays", "action"],
+    FirstBlock(limit=9.0): ["select", "action", "probe", "to_keep", "restore"],
+}
 
 
 @pytest.mark.parametrize(
-    "module",
-    [
-        "conv_in",
-        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
-        "down_blocks.1.resnets.0",
-        "up_blocks.1.attentions.2.transformer_blocks.0.attn1",
-        "conv_out",
-    ],
+    ("policy", "method"), [(policy, method) for policy, methods in METHODS.items() for method in methods]
 )
-@pytest.mark.parametrize("step", [0, 1, 2, 3])
-def test_an_exception_inside_a_forward(module: str, step: int) -> None:
-    pipe = attached()
-    attachment = pipe.unet._cachekit_attachment
-
-    def fail(*_: Any) -> None:
-        if len(attachment.report().record.rows) > step:
-            raise ZeroDivisionError
-
-    handle = pipe.unet.get_submodule(module).register_forward_pre_hook(fail)
-    try:
-        with pytest.raises(ZeroDivisionError):
-            tiny.latents(pipe, steps=STEPS)
-    finally:
-        handle.remove()
-    assert torch.equal(tiny.latents(pipe, **AFTER), expected())
+def test_a_policy_that_fails_costs_no_later_image(policy: Any, method: str) -> None:
+    pipe = tiny.pixart()
+    plain = tiny.latents(pipe, steps=4)
+    with cachekit.apply(pipe, policy):
+        expected = tiny.latents(pipe, steps=4)
+    bad = type("Bad", (type(policy),), {method: broken, "__module__": __name__})(**policy.model_dump())
+    if method in ("select", "action", "stays"):
+        with tiny.leaves_no_trace(pipe), pytest.raises(Broken):
+            cachekit.apply(pipe, bad)
+    else:
+        cachekit.apply(pipe, bad)
+        with pytest.raises(Broken):
+            tiny.latents(pipe, steps=4)
+    cachekit.remove(pipe)
+    assert torch.equal(tiny.latents(pipe, steps=4), plain)
+    with cachekit.apply(pipe, policy):
+        assert torch.equal(tiny.latents(pipe, steps=4), expected)
 
 
 def test_an_exception_before_the_first_step() -> None:
@@ -124,7 +263,7 @@ def test_sizes_batches_and_guidance_change_from_run_to_run(name: str) -> None:
 def forget(what: Callable[[Any], None], at: int) -> Callable[..., dict[str, Any]]:
     def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         if step == at:
-            what(pipe.unet._cachekit_attachment._state.run)
+            what(pipe.unet._cachekit_attachment.driver.state.run)
         return given
 
     return callback

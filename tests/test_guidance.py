@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import cachekit
+from cachekit.errors import GuidanceError
 from cachekit.guidance import Layout, pick, predict_x0
 from cachekit.policy import BranchChange
 from cachekit.store import Store
@@ -494,3 +495,22 @@ def test_what_a_guidance_policy_keeps_of_all_branches_stays() -> None:
     store.put(SLOT, (), kept(1.0))
     store.change_branches(COND, [BranchChange.REMAINING])
     assert store.get(SLOT, ()).item() == 1.0
+
+
+# -- runs that nobody may touch ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", ["tgate:m=2", "adaptive_guidance:m=2"])
+def test_gradients_through_the_denoiser_are_refused(spec: str) -> None:
+    unet = tiny.small().unet
+    sample = NOISE[:1].clone().requires_grad_(True)
+    with cachekit.apply(unet, spec), pytest.raises(GuidanceError, match="gradients"):
+        unet(torch.cat([sample] * 2), 500, torch.cat([NEGATIVE, POSITIVE]))
+    unet(sample, 500, POSITIVE).sample.sum().backward()
+    assert sample.grad is not None
+
+
+def test_several_steps_in_one_batch_are_refused() -> None:
+    unet = tiny.small().unet
+    with cachekit.apply(unet, "deepcache"), torch.no_grad(), pytest.raises(GuidanceError, match="several steps"):
+        unet(NOISE, torch.tensor([900, 800]), torch.cat([NEGATIVE, POSITIVE]))

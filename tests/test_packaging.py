@@ -89,7 +89,7 @@ def test_every_direct_dependency_is_pinned():
         return {re.split(r"[<>=;\[ ]", line)[0].lower() for line in requirements}
 
     extras = PROJECT["project"]["optional-dependencies"]
-    needed = [*PROJECT["project"]["dependencies"], *extras["test"], *extras["oracles"], "hatchling"]
+    needed = [*PROJECT["project"]["dependencies"], *(line for extra in extras.values() for line in extra), "hatchling"]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pinned = names(line for line in lines if line and not line.startswith("#"))
     assert names(needed) - {PROJECT["project"]["name"]} <= pinned
@@ -107,6 +107,11 @@ def test_importing_loads_neither_torch_nor_diffusers(code):
     check = f"{code}; import sys; assert not {{'torch', 'diffusers', 'transformers', 'numpy'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_no_module_hides_a_public_name():
+    """An imported module becomes an attribute of its package, before anything of its own."""
+    assert not {path.stem for path in Path(cachekit.__file__).parent.iterdir()} & set(cachekit.__all__)
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])

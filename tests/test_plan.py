@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import pytest
 
+from cachekit.adapter import Layout
 from cachekit.catalog import installed
 from cachekit.errors import ConflictError, SiteError
-from cachekit.adapter import Layout
 from cachekit.plan import assign, make_plan
 from cachekit.policy import Action, BranchChange, Moment, Policy
 from cachekit.sites import GUIDANCE, Kind, Region, Site, SiteMap

@@ -177,18 +177,31 @@ FRAGMENTS = st.sampled_from(
 )
 
 
-@given(st.text() | st.lists(FRAGMENTS, max_size=9).map("".join))
-@example("tgate:m=1\n2")
-@example("tgate:m=" + "9" * 5000)
-@settings(max_examples=300, deadline=None)
-def test_any_string_parses_or_is_a_line(text):
-    line = ""
-    try:
-        policy = parse(text, POLICIES)
-    except CachekitError as error:
-        line = str(error)
-    assert line or parse(str(policy), POLICIES) == policy
-    assert len(line.splitlines()) <= 1
+def changed(text, edits):
+    """Return `text` with stretches of it exchanged: (place, number of characters, what stands there instead)."""
+    for place, count, new in edits:
+        place %= len(text) + 1
+        text = text[:place] + new + text[place + count :]
+    return text
+
+
+EDITS = st.tuples(st.integers(0, 60), st.integers(0, 3), FRAGMENTS | st.characters())
+NEARLY_VALID = st.builds(changed, st.sampled_from(list(VALID)), st.lists(EDITS, min_size=1, max_size=3))
+ANY = st.text() | st.lists(FRAGMENTS, max_size=9).map("".join) | NEARLY_VALID
+
+
+@given(st.lists(ANY, min_size=20, max_size=20))
+@example(["tgate:m=1\n2", "tgate:m=" + "9" * 5000])
+@settings(max_examples=500, deadline=None)
+def test_any_of_ten_thousand_strings_parses_or_is_a_line(texts):
+    for text in texts:
+        line = ""
+        try:
+            policy = parse(text, POLICIES)
+        except CachekitError as error:
+            line = str(error)
+        assert line or parse(str(policy), POLICIES) == policy
+        assert len(line.splitlines()) <= 1
 
 
 @pytest.mark.parametrize(("name", "fine"), [("tgate", True), ("a_1", True), ("", False), ("A", False), ("a-b", False)])

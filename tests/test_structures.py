@@ -193,13 +193,13 @@ class Config(dict[str, Any]):
 
 @pytest.mark.parametrize(
     ("config", "scale", "told"),
-    [({"guidance_embeds": False}, 3.5, False), ({"guidance_embeds": True}, 3.5, False), ({}, 3.5, None)]
+    [({"guidance_embeds": False}, 3.5, None), ({"guidance_embeds": True}, 3.5, False), ({}, 3.5, None)]
     + [({}, 1.0, False), ({}, None, False)],
 )
 def test_a_scale_that_feeds_an_embedding_is_no_branch(config: dict, scale: float | None, told: bool | None) -> None:
     denoiser = torch.nn.Module()
     denoiser.config = Config(config)
-    assert is_guided(object(), {"guidance_scale": scale}, denoiser) is told
+    assert is_guided(object(), {"guidance_scale": scale}, denoiser, None) is told
 
 
 def test_costs_are_counted_where_hooks_move_the_weights() -> None:

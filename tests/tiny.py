@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from cachekit.pipelines import denoiser_of
 
 TOKENS, WIDTH = 7, 16
 
@@ -293,18 +296,20 @@ def guide(both: torch.Tensor, scale: float = 5.0) -> torch.Tensor:
     return u + scale * (c - u)
 
 
+def cut(value: Any, half: int) -> Any:
+    """Return one half of every tensor in `value`."""
+    if isinstance(value, torch.Tensor) and value.dim():
+        return value.chunk(2)[half]
+    if isinstance(value, dict):
+        return {key: cut(item, half) for key, item in value.items()}
+    return type(value)(cut(item, half) for item in value) if isinstance(value, (list, tuple)) else value
+
+
 def narrowed_by_hand(pipe: Any, m: int, half: int, gated: bool = False) -> Any:
     """Return `pipe` with a denoiser that from call m on runs one half of its inputs, and TGATE if `gated`."""
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     attention = TgateByHand(denoiser) if gated else None
     whole, calls = denoiser.forward, 0
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim():
-            return value.chunk(2)[half]
-        if isinstance(value, dict):
-            return {key: cut(item) for key, item in value.items()}
-        return type(value)(cut(item) for item in value) if isinstance(value, (list, tuple)) else value
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -313,7 +318,26 @@ def narrowed_by_hand(pipe: Any, m: int, half: int, gated: bool = False) -> Any:
             attention.mode = "reuse" if calls > m else "keep the mean" if calls == m else ""
         if calls <= m:
             return whole(*args, **kwargs)
-        return tuple(torch.cat([part] * 2) for part in whole(*cut(args), **cut(kwargs)))
+        return tuple(torch.cat([part] * 2) for part in whole(*cut(args, half), **cut(kwargs, half)))
 
     denoiser.forward = forward
     return pipe
+
+
+def content(value: Any) -> Any:
+    items = value.items() if isinstance(value, dict) else ()
+    return id(value), [(key, id(item)) for key, item in items]
+
+
+def state_of(pipe: Any) -> Any:
+    """Return the identity of everything that a pipeline and the modules of its denoiser hold."""
+    modules = [pipe, *denoiser_of(pipe).modules()]
+    return [(type(module), {key: content(value) for key, value in vars(module).items()}) for module in modules]
+
+
+@contextmanager
+def leaves_no_trace(pipe: Any) -> Iterator[None]:
+    """Check that what happens within leaves pipeline and denoiser exactly as they were."""
+    before = state_of(pipe)
+    yield
+    assert state_of(pipe) == before

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cachekit.adapter import Layout
-from cachekit.modules import kind_of, module_sites
+from cachekit.modules import attends, module_sites
 from cachekit.sites import Kind, Site, SiteMap
+
+from .streams import streams_of, takes_skips
 
 if TYPE_CHECKING:
     from torch import nn
 
-_STREAMS = ("encoder_hidden_states", "hidden_states")
+
+#: Classes whose pipelines put the conditional half of the batch first.
+_CONDITIONAL_FIRST = frozenset({"DiTTransformer2DModel", "LuminaNextDiT2DModel", "WuerstchenPrior"})
+#: Classes whose pipelines call each branch on its own, and some of them without a name for the call: structure
+#: cannot tell. All of them call the conditional branch first.
+_CALLED_APART = frozenset(
+    {
+        "BriaFibo2Transformer2DModel",
+        "ChromaTransformer2DModel",
+        "ChronoEditTransformer3DModel",
+        "CogView4Transformer2DModel",
+        "CosmosTransformer3DModel",
+        "FluxTransformer2DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideoTransformer3DModel",
+        "JoyImageEditPlusTransformer3DModel",
+        "JoyImageEditTransformer3DModel",
+        "Kandinsky5Transformer3DModel",
+        "Krea2Transformer2DModel",
+        "LongCatAudioDiTTransformer",
+        "Lumina2Transformer2DModel",
+        "NucleusMoEImageTransformer2DModel",
+        "WanTransformer3DModel",
+    }
+)
 
 
 class DiTAdapter:
@@ -29,18 +54,24 @@ class DiTAdapter:
 
     def sites(self, denoiser: Any) -> SiteMap:
         """Return attention and feed-forward sites, and each block as a site and in its chain."""
-        chains = tuple(
-            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks)))
+        lists = {
+            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): blocks[0]
             for name, blocks in _chains(denoiser)
-        )
-        streams = tuple(_streams(blocks[0]) for _, blocks in _chains(denoiser))
-        blocks = tuple(site for chain in chains for site in chain)
-        sites = (*module_sites(denoiser), *blocks)
-        return SiteMap(type(denoiser).__name__, sites, chains=chains, streams=streams)
+        }
+        sites = (*module_sites(denoiser), *(site for chain in lists for site in chain))
+        # Where a later block reads what an earlier one gave out, none can be left out alone.
+        chains = {chain: streams_of(block) for chain, block in lists.items() if not takes_skips(block)}
+        return SiteMap(type(denoiser).__name__, sites, chains=tuple(chains), streams=tuple(chains.values()))
 
     def layout(self, denoiser: Any) -> Layout:
-        """Return the conditional half first for class-conditional DiT, as its pipeline batches it."""
-        return Layout(("cond", "uncond")) if type(denoiser).__name__ == "DiTTransformer2DModel" else Layout()
+        """Return how the pipelines of the denoiser's class bring its branches.
+
+        The unconditional half of the batch comes first, except for a few classes.
+        """
+        name = type(denoiser).__name__
+        if name in _CONDITIONAL_FIRST:
+            return Layout(("cond", "uncond"))
+        return Layout(calls=("cond", "uncond")) if name in _CALLED_APART else Layout()
 
 
 def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -52,24 +83,4 @@ def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_attention(block: nn.Module) -> bool:
-    return any(kind_of(module) not in (None, Kind.FEED_FORWARD) for module in block.modules())
-
-
-def _streams(block: nn.Module) -> tuple[str, ...]:
-    """Return the parameters that a block's outputs continue, in the order of its outputs.
-
-    Blocks with joint attention carry two streams; which of them comes first is what diffusers says of the class.
-    """
-    parameters = inspect.signature(type(block).forward).parameters
-    joint = any(kind_of(module) is Kind.JOINT_ATTENTION for module in block.modules())
-    streams = _STREAMS if _text_first(block) else _STREAMS[::-1]
-    return tuple(name for name in streams if name in parameters and (joint or name == "hidden_states"))
-
-
-def _text_first(block: nn.Module) -> bool:
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    try:
-        return bool(TransformerBlockRegistry.get(type(block)).return_hidden_states_index)
-    except ValueError:  # a class that diffusers says nothing of
-        return True
+    return any(attends(module) for module in block.modules())

@@ -12,6 +12,9 @@ from cachekit.sites import Kind, Region, Site, SiteMap
 # A layer of a block runs these in this order; the last one present gives the layer's output.
 _LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
 
+#: Classes whose pipelines put the conditional half of the batch first.
+_CONDITIONAL_FIRST = frozenset({"StableCascadeUNet", "WuerstchenDiffNeXt"})
+
 
 class UNetAdapter:
     """Know every denoiser that is built of `down_blocks`, `mid_block` and `up_blocks`."""
@@ -32,9 +35,11 @@ class UNetAdapter:
         return SiteMap(type(denoiser).__name__, (*module_sites(denoiser), *blocks), regions)
 
     def layout(self, denoiser: Any) -> Layout:
-        """Return the unconditional half first; image-to-video UNets carry the condition in their sample."""
-        image_conditioned = type(denoiser).__name__ == "UNetSpatioTemporalConditionModel"
-        return Layout(condition="image" if image_conditioned else "text")
+        """Return the unconditional half first, but for few; image-to-video UNets have the condition in their sample."""
+        name = type(denoiser).__name__
+        if name in _CONDITIONAL_FIRST:
+            return Layout(("cond", "uncond"))
+        return Layout(condition="image" if name == "UNetSpatioTemporalConditionModel" else "text")
 
 
 def nested_regions(denoiser: Any) -> Iterator[Region]:

@@ -1,4 +1,4 @@
-"""Measure how often the shipped model shows what held-out captions say, and write figures.json.
+"""Measure how often a shipped model shows what held-out captions say, and write figures.json.
 
 Every row: a sampler, a number of steps and a guidance scale; the share of captions fully shown with its
 standard error, and the share of each aspect. `python -m benchmarks.train.evaluate` runs all rows;
@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
 from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
 from cachekit.demo.checker import Verdict, shows
-from cachekit.demo.pipeline import WEIGHTS, load_pipeline
+from cachekit.demo.pipeline import WEIGHTS, call_arguments, load_pipeline
 
 from .autoencoder import reconstruction
 
@@ -55,7 +55,7 @@ def rows(headline: int, others: int) -> list[Row]:
     return main + plain + steps + other
 
 
-def sample(pipe: StableDiffusionPipeline, captions: list[str], steps: int, guidance: float, seed: int) -> Iterator[Any]:
+def sample(pipe: Any, captions: list[str], steps: int, guidance: float, seed: int) -> Iterator[Any]:
     """Yield one 64 x 64 x 3 image in [0, 1] per caption, made in batches, each from its own seed."""
     for start in range(0, len(captions), BATCH):
         chunk = captions[start : start + BATCH]
@@ -64,6 +64,7 @@ def sample(pipe: StableDiffusionPipeline, captions: list[str], steps: int, guida
             "num_inference_steps": steps,
             "guidance_scale": guidance,
             "output_type": "np",
+            **call_arguments(pipe),
         }
         yield from pipe(chunk, generator=generators, **settings).images
 
@@ -72,7 +73,7 @@ def _aspects(verdicts: list[Verdict]) -> dict[str, float]:
     return {name: float(np.mean([getattr(verdict, name) for verdict in verdicts])) for name in vars(verdicts[0])}
 
 
-def measure(pipe: StableDiffusionPipeline, row: Row, seed: int = SEED) -> dict[str, Any]:
+def measure(pipe: Any, row: Row, seed: int = SEED) -> dict[str, Any]:
     """Return a row's settings and what was measured, CPU seconds per image included."""
     captions = heldout_captions(row.n, seed)
     began = time.process_time()
@@ -93,7 +94,7 @@ def measure(pipe: StableDiffusionPipeline, row: Row, seed: int = SEED) -> dict[s
     }
 
 
-def prepare(folder: Path, sampler: str) -> StableDiffusionPipeline:
+def prepare(folder: Path, sampler: str) -> Any:
     """Load the model in `folder` with the scheduler of that name, DPM++ being its own."""
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -141,7 +142,9 @@ def kept(folder: Path, samplers: list[str]) -> list[dict[str, Any]]:
 def evaluate(folder: Path, headline: int, others: int, processes: int, samplers: list[str]) -> None:
     """Measure every row; figures.json is written after each, so that nothing is lost."""
     measured = kept(folder, samplers)
-    figures = {"seed": SEED, "reconstruction": reconstruction(load_pipeline(folder).vae), "rows": measured}
+    figures: dict[str, Any] = {"seed": SEED, "rows": measured}
+    if (folder / "vae").is_dir():
+        figures["reconstruction"] = reconstruction(load_pipeline(folder).vae)
     tasks = [(folder, row) for row in rows(headline, others) if row.sampler in samplers]
     with get_context("spawn").Pool(processes) as pool:
         for row in pool.imap(measure_row, tasks, chunksize=1):

@@ -7,14 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler
+from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
 from cachekit.demo.pipeline import write_manifest
 
-from .unet import NOISE_SCHEDULE, averaged
+from . import unet
+from .corpus import NOISE_SCHEDULE
 
 # What other schedulers need to know when they are made from this one's configuration goes with it.
 SCHEDULER = NOISE_SCHEDULE | {
@@ -23,6 +24,7 @@ SCHEDULER = NOISE_SCHEDULE | {
     "clip_sample": False,
     "set_alpha_to_one": False,
 }
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def _clean(config: str) -> str:
@@ -41,13 +43,12 @@ def _write(module: nn.Module, config: str, folder: Path, weights: str) -> None:
 
 
 def export(work: Path, target: Path) -> None:
-    """Replace the model in `target` by the averaged weights of the last snapshot in `work`."""
+    """Replace the model in `target` by the averaged weights of the UNet's last snapshot in `work`."""
     shutil.rmtree(target, ignore_errors=True)
-    unet, text_encoder = averaged(work)
+    denoiser, text_encoder = unet.averaged(work)
     autoencoder = AutoencoderTiny.from_pretrained(work / "autoencoder")
-    weights = "diffusion_pytorch_model.safetensors"
-    _write(unet, unet.to_json_string(), target / "unet", weights)
-    _write(autoencoder, autoencoder.to_json_string(), target / "vae", weights)
+    _write(denoiser, denoiser.to_json_string(), target / "unet", WEIGHTS_FILE)
+    _write(autoencoder, autoencoder.to_json_string(), target / "vae", WEIGHTS_FILE)
     _write(
         text_encoder,
         text_encoder.config.to_json_string(use_diff=False),
@@ -56,4 +57,11 @@ def export(work: Path, target: Path) -> None:
     )
     CLIPTokenizer.from_pretrained(work / "tokenizer").save_pretrained(target / "tokenizer")
     DPMSolverMultistepScheduler.from_config(SCHEDULER).save_pretrained(target / "scheduler")
+    write_manifest(target)
+
+
+def export_transformer(transformer: PixArtTransformer2DModel, target: Path) -> None:
+    """Replace the transformer in `target`; all else of its pipeline is the UNet's."""
+    shutil.rmtree(target, ignore_errors=True)
+    _write(transformer, transformer.to_json_string(), target / "transformer", WEIGHTS_FILE)
     write_manifest(target)

@@ -23,6 +23,13 @@ def insert(text: str, name: str, content: str) -> str:
     return f"{before}{begin}\n{content}\n{end}{after}"
 
 
+def _classifier() -> str:
+    """Return how often the classifier is right."""
+    found = json.loads((WEIGHTS / "classifier" / "figures.json").read_text())
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found["accuracies"].items())
+    return f"Right on {found['n']} held-out scenes, of what there is in their quarters: {shares}."
+
+
 def _autoencoder(found: dict[str, Any]) -> list[str]:
     """Return a sentence on the autoencoder alone, where it was measured."""
     if "reconstruction" not in found:
@@ -38,6 +45,7 @@ def main() -> None:
     for name, path in SOURCES.items():
         found = json.loads(path.read_text())
         text = insert(text, name, "\n\n".join([table(found["rows"]), *_autoencoder(found)]))
+    text = insert(text, "classifier", _classifier())
     README.write_text(text)
 
 

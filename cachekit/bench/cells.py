@@ -24,11 +24,13 @@ class BenchError(CachekitError):
 
 
 class Method(str, Enum):
-    """Say who draws: cachekit, the plain pipeline with fewer steps, or the published packages."""
+    """Say who draws: cachekit, the plain pipeline, the published package of a policy, or a cache of others."""
 
     CACHEKIT = "cachekit"
     PLAIN = "plain"
     PUBLISHED = "published"
+    DIFFUSERS = "diffusers"
+    CACHE_DIT = "cache-dit"
 
 
 class _Frozen(BaseModel):
@@ -95,6 +97,8 @@ class Cell(_Frozen):
     def label(self) -> str:
         """Return what tables call the contender."""
         name = Configuration(self.steps, self.specs).label
+        if self.method in (Method.DIFFUSERS, Method.CACHE_DIT):
+            return f"{self.method.value}: {name}"
         return f"{name} (published)" if self.method is Method.PUBLISHED else name
 
 

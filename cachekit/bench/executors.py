@@ -1,11 +1,17 @@
-"""Spread cells over this process or a pool of processes, each with one loaded pipeline."""
+"""Spread cells over this process, a pool of processes or the actors of a Ray cluster, each with one pipeline."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from math import ceil
 from multiprocessing import get_context
+from textwrap import shorten
 from typing import Any
 
 from ..errors import nearest
@@ -20,7 +26,7 @@ Outcome = tuple[Cell, "Result | str"]
 Executor = Callable[[Setting, Sequence[Cell], int], Iterator[Outcome]]
 
 #: What a single cell may raise without an end to all others: memory, shapes, a published package that is too old.
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, ImportError)
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
 
 
 def executor(name: str) -> Executor:
@@ -54,9 +60,16 @@ def _process(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[
     try:
         futures = {pool.submit(attempt, setting, cell): cell for cell in cells}
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            yield futures[future], _result(future, futures[future])
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _result(future: Future[Result | str], cell: Cell) -> Result | str:
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        return f"{cell.label}: a worker died, perhaps for want of memory, and took its pool along; run it again"
 
 
 def _choose_gpu(places: Any, device: str | None) -> None:
@@ -68,6 +81,94 @@ def _choose_gpu(places: Any, device: str | None) -> None:
         torch.cuda.set_device(place % torch.cuda.device_count())
 
 
+# -- Ray --------------------------------------------------------------------------------------------------
+
+
+def _ray(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
+    ray = _imported()
+    count = min(workers, len(cells))
+    with _cluster(ray, count, setting.threads or 1):
+        begin = partial(ray.remote(**_share(ray, setting, count))(_Actor).remote, setting)
+        left = iter(cells)
+        busy = {one.attempt.remote(cell): (one, cell) for cell in islice(left, count) for one in [begin()]}
+        while busy:
+            (done,), _ = ray.wait(list(busy))
+            one, cell = busy.pop(done)
+            outcome, lives = _taken(ray, done, cell)
+            for following in islice(left, 1):
+                one = one if lives else begin()
+                busy[one.attempt.remote(following)] = one, following
+            yield cell, outcome
+
+
+class _Actor:
+    """Measure cells in a process of Ray's, on any machine."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Take the setting; the pipeline is loaded with the first cell."""
+        self._setting = setting
+
+    def attempt(self, cell: Cell) -> Result | str:
+        """Return a cell's result, or one line about why it failed."""
+        return attempt(self._setting, cell)
+
+
+def _imported() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise BenchError("the ray executor needs Ray: pip install 'cachekit-diffusion[ray]'") from error
+    return ray
+
+
+@contextmanager
+def _cluster(ray: Any, workers: int, threads: int) -> Iterator[None]:
+    """Use the cluster that is there or named, else one of our own on this machine; end only what was begun here."""
+    begun = not ray.is_initialized()
+    if begun:
+        # Ray gives way to all else on a machine, so a busy one would starve the very times that are measured.
+        first = {"worker_niceness": 0}
+        own = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False, "_system_config": first}
+        _begin(ray, {} if os.environ.get("RAY_ADDRESS") else own)
+    try:
+        yield
+    finally:
+        if begun:
+            ray.shutdown()
+
+
+def _begin(ray: Any, given: dict[str, Any]) -> None:
+    try:
+        ray.init(log_to_driver=False, configure_logging=False, **given)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"the cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}" if not given else "Ray on this machine"
+        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
+        raise BenchError(f"cannot use {where}: {reason}") from error
+
+
+def _share(ray: Any, setting: Setting, workers: int) -> dict[str, Any]:
+    """Return what each actor gets of the cluster; one that could never start would be waited for without end."""
+    there = ray.cluster_resources()
+    threads, processors, gpus = setting.threads or 1, int(there.get("CPU", 0)), int(there.get("GPU", 0))
+    if processors < workers * threads:
+        needed = f"{workers} workers of {threads} threads"
+        raise BenchError(f"the Ray cluster has {processors} processors, too few for {needed}; ask for fewer")
+    on_gpu = gpus and setting.device in (None, "cuda")
+    return {"num_cpus": threads, "num_gpus": 1 / ceil(workers / gpus) if on_gpu else 0}
+
+
+def _taken(ray: Any, done: Any, cell: Cell) -> tuple[Result | str, bool]:
+    """Return what came of a cell, and whether its actor lives."""
+    try:
+        return ray.get(done), True
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        # The story has many lines, and only the last says what happened.
+        *_, reason = str(error).strip().splitlines()
+        return f"{cell.label}: {shorten(reason, 200, placeholder=' ...')}", False
+
+
 def default_workers(name: str) -> int:
     """Return as many workers as there are GPUs, or two; a serial run has one."""
     import torch
@@ -77,4 +178,4 @@ def default_workers(name: str) -> int:
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
 
 
-EXECUTORS: dict[str, Executor] = {"serial": _serial, "process": _process}
+EXECUTORS: dict[str, Executor] = {"serial": _serial, "process": _process, "ray": _ray}

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..picture import draw
 from .cells import BenchError, Method
+from .plots import plots
 from .summary import Group, Row
 
 __all__ = ["against", "columns", "title", "write_page"]
 
-_WIDTH, _HEIGHT, _MARGIN = 460, 300, 48
-_SWITCHES = {".": "compute", "S": "store", "r": "reuse", "?": "open"}
+_AGAINST = {"plain steps at equal MACs": "MACs", "plain steps at equal wall time": "wall time"}
 
 
 def title(group: Group) -> str:
@@ -32,6 +32,7 @@ def columns(group: Group, row: Row) -> dict[str, str]:
     return {
         "configuration": f"uncached, {row.cell.steps} steps" if uncached else row.label,
         **{name: _text(figure(row)) for name, (figure, _text) in _FIGURES.items()},
+        **({} if row.frechet is None else {"Frechet": f"{row.frechet:.2f} (n={row.images})"}),
         **{name: f"{value:.3f}" for name, value in row.metrics.items()},
     }
 
@@ -96,6 +97,7 @@ _FIGURES: dict[str, tuple[Callable[[Row], float | None], Callable[[float | None]
     "PSNR": (lambda row: row.psnr, _known(_decibel)),
     "SSIM": (lambda row: row.ssim, _known(_seconds)),
     "shown": (lambda row: row.shown, _known("{:.0%}".format)),
+    "Frechet": (lambda row: row.frechet, _known("{:.2f}".format)),
     "kept": (lambda row: row.cache_bytes, _known(_mebibytes)),
     "deciding": (lambda row: row.deciding_seconds * 1e3, _known("{:.1f} ms".format)),
     "reused": (lambda row: row.reused, _known("{:.0f}".format)),
@@ -108,33 +110,32 @@ _FIGURES: dict[str, tuple[Callable[[Row], float | None], Callable[[float | None]
 
 def _section(group: Group) -> dict[str, Any]:
     rows = [group.uncached, *group.rows]
-    learned = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    names = ["configuration", *_FIGURES, *learned]
+    learned = dict.fromkeys(name for row in rows for name in row.metrics)
+    names = [name for name in (*_FIGURES, *learned) if any(columns(group, row).get(name, "-") != "-" for row in rows)]
+    tags = _tags(group)
     return {
         "title": title(group),
-        "columns": [*names, "fewer steps at equal MACs", "at equal wall time"],
-        "rows": [[*_table_cells(group, row, names)] for row in rows],
-        "plots": [*_plots(rows)],
-        "plans": [_heat(row) for row in rows if row.results[0].plan],
-        "pictures": [{"label": row.label, "pairs": row.results[0].pictures} for row in group.rows if _pictures(row)],
-        "environment": group.environment,
+        "columns": ["", "configuration", *names, *_AGAINST],
+        "rows": [[*_table_cells(group, row, names, tags)] for row in rows],
+        "plots": [*plots(rows, tags)],
+        "plans": [_drawn(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
+        "pictures": [_pictures(row) for row in group.rows if row.results[0].pictures],
+        "environment": {name: value for name, value in group.environment.items() if value is not None},
         "warnings": list(dict.fromkeys(warning for row in rows for warning in row.warnings)),
     }
 
 
-def _pictures(row: Row) -> bool:
-    return bool(row.results[0].pictures)
-
-
-def _table_cells(group: Group, row: Row, names: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _table_cells(group: Group, row: Row, names: Sequence[str], tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield (text, what it is sorted by)."""
-    texts = columns(group, row)
+    texts, tag = columns(group, row), tags[row.cell.id]
+    yield (tag, tag) if tag.isdigit() else ("", "")
+    yield texts["configuration"], texts["configuration"]
     for name in names:
         value = _FIGURES[name][0](row) if name in _FIGURES else row.metrics.get(name)
-        yield texts.get(name, "-"), texts[name] if name == "configuration" else _sortable(value)
-    for cost in ("MACs", "wall time"):
+        yield texts.get(name, "-"), _sortable(value)
+    for cost in _AGAINST.values():
         text = against(group, row, cost)
-        yield text, text.partition(":")[0]
+        yield text, text.partition(":")[0].strip("-")
 
 
 def _sortable(value: float | None) -> str:
@@ -143,60 +144,26 @@ def _sortable(value: float | None) -> str:
     return repr(float(value)) if math.isfinite(value) else "1e99"
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """Place values between two ends of a line of pixels."""
-
-    name: str
-    low: float
-    high: float
-    start: float
-    stop: float
-
-    def at(self, value: float) -> float:
-        """Return the pixel of a value."""
-        width = self.high - self.low or 1.0
-        return round(self.start + (value - self.low) / width * (self.stop - self.start), 1)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """Return pixels and texts of five marks."""
-        values = [self.low + (self.high - self.low) * part / 4 for part in range(5)]
-        return [(self.at(value), f"{value:.3g}") for value in values]
-
-
-def _plots(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """Yield a plot of quality over speed for each pair of axes that has values."""
-    speeds = {"times faster (wall time)": "faster", "times fewer MACs": "fewer"}
-    qualities = {"PSNR to uncached (dB)": "psnr", "images that show their caption": "shown"}
-    for speed, across in speeds.items():
-        for quality, up in qualities.items():
-            points = [(getattr(row, across), getattr(row, up), row) for row in rows]
-            known = [(x, y, row) for x, y, row in points if y is not None and math.isfinite(y)]
-            if known:
-                yield _plot(speed, quality, known)
-
-
-def _plot(speed: str, quality: str, points: Sequence[tuple[float, float, Row]]) -> dict[str, Any]:
-    wide = [x for x, _, _ in points]
-    high = [y for _, y, _ in points]
-    across = _Axis(speed, min(wide), max(wide), _MARGIN, _WIDTH - 16)
-    up = _Axis(quality, min(high), max(high), _HEIGHT - _MARGIN, 16)
-    front = [(x, y) for x, y, _ in points if not any(_beats((u, v), (x, y)) for u, v, _ in points)]
+def _tags(group: Group) -> dict[str, str]:
+    """Return what plots call each row: the number of its specs, whoever drew them, or how many plain steps it took."""
+    numbers: dict[tuple[str, ...], int] = {}
+    for row in group.rows:
+        if row.cell.method is not Method.PLAIN:
+            numbers.setdefault(row.cell.specs, len(numbers) + 1)
     return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "across": across,
-        "up": up,
-        "points": [(across.at(x), up.at(y), str(row.cell.method.value), row.label) for x, y, row in points],
-        "front": " ".join(f"{across.at(x)},{up.at(y)}" for x, y in sorted(front)),
+        row.cell.id: str(numbers.get(row.cell.specs, f"{row.cell.steps} steps"))
+        for row in [group.uncached, *group.rows]
     }
 
 
-def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
-
-
-def _heat(row: Row) -> dict[str, Any]:
+def _drawn(row: Row) -> dict[str, Any]:
     plan: dict[str, Any] = row.results[0].plan or {}
-    lines = [(name, kind, [(mark, _SWITCHES[mark]) for mark in marks]) for name, kind, marks in plan["sites"]]
-    return {"label": row.label, "branches": plan["branches"], "lines": lines}
+    return {"label": row.label, "picture": draw(plan["branches"], plan["columns"])}
+
+
+def _pictures(row: Row) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "pairs": row.results[0].pictures,
+        "open": row.cell.method is Method.CACHEKIT,
+    }

@@ -16,7 +16,7 @@ from ..measuring import Arguments, Drawn, run
 from ..pipelines import denoiser_of
 from ..policy import Policy
 
-__all__ = ["Peer", "peer_exists"]
+__all__ = ["Peer", "counting", "peer_exists", "twin"]
 
 #: The options of each policy that the published package has too.
 _SHARED = {
@@ -48,7 +48,7 @@ class Peer:
 
     def __init__(self, pipe: Any, policies: Sequence[Policy], arguments: Arguments) -> None:
         """Prepare a copy of `pipe` that shares its weights."""
-        self._twin = _twin(pipe)
+        self._twin = twin(pipe)
         self._arguments = arguments
         self._call, self._extra = _prepared(self._twin, policies)
         self._macs: int | None = None
@@ -57,7 +57,7 @@ class Peer:
         """Return the image of `prompt`; the first run counts what every later one costs too."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt), **self._extra}
         if self._macs is None:
-            with _counting(denoiser_of(self._twin)) as count:
+            with counting(denoiser_of(self._twin)) as count:
                 image, watch = run(self._call, arguments, seed)
             self._macs = count.macs
         else:
@@ -89,7 +89,7 @@ def _prepared(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any]
     return loaded.tgate, {"gate_step": gate["m"], **extra}
 
 
-def _twin(pipe: Any) -> Any:
+def twin(pipe: Any) -> Any:
     """Return a copy of the pipeline over equal modules that share every weight."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     weights = (weight for part in parts for weight in (*part.parameters(), *part.buffers()))
@@ -102,7 +102,7 @@ class _Count:
 
 
 @contextmanager
-def _counting(model: nn.Module) -> Iterator[_Count]:
+def counting(model: nn.Module) -> Iterator[_Count]:
     """Count the multiply-accumulates of all Linear and convolution layers that run."""
     count = _Count()
 

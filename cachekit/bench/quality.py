@@ -1,8 +1,8 @@
-"""Judge images by learned metrics whose weights are at hand: LPIPS and CLIP score, through torchmetrics."""
+"""Judge images by learned metrics whose weights are at hand."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,13 @@ __all__ = ["METRICS", "Metric", "load_metrics", "parse_metrics"]
 Metric = Callable[["Image", "Image", str], float]
 
 
-def parse_metrics(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Return (name, path) of texts such as `lpips=alexnet.pth`; nothing is loaded."""
+def parse_metrics(texts: Iterable[str], known: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """Return (name, path) of texts such as `lpips=alexnet.pth`, for metrics of that kind; nothing is loaded."""
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        if name not in METRICS:
-            known = ", ".join(METRICS)
-            raise BenchError(f"unknown metric {name!r}{nearest(name, METRICS)}; known besides PSNR and SSIM: {known}")
+        if name not in known:
+            raise BenchError(f"unknown metric {name!r}{nearest(name, known)}; known here: {', '.join(known)}")
         if not equals or not Path(path).exists():
             raise BenchError(f"metric {text!r}: give the path of its weights, {name}=PATH")
         found[name] = path
@@ -37,58 +36,18 @@ def load_metrics(chosen: Iterable[tuple[str, str]], device: Any) -> dict[str, Me
     return {name: METRICS[name](path, device) for name, path in chosen}
 
 
-def _torchmetrics() -> Any:
-    try:
-        import torchmetrics
-    except ImportError as error:
-        raise BenchError("learned metrics need torchmetrics: pip install 'cachekit-diffusion[bench]'") from error
-    return torchmetrics
-
-
-def _tensor(image: Image, device: Any) -> Any:
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).to(device)
-
-
 def _lpips(path: str, device: Any) -> Metric:
-    """Return LPIPS over AlexNet; `path` holds torchvision's weights, the linear layers come with torchmetrics."""
-    import torch
+    from .learned import lpips
 
-    _torchmetrics()
-    try:
-        from torchmetrics.functional.image.lpips import _LPIPS
-
-        # A random backbone is asked for, since the other way is a download.
-        net = _LPIPS(net="alex", pnet_rand=True)
-    except (ImportError, ModuleNotFoundError) as error:
-        raise BenchError("lpips needs torchvision: pip install 'cachekit-diffusion[bench]'") from error
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    names = {name: "features." + name.split(".", 1)[1] for name in net.net.state_dict()}
-    net.net.load_state_dict({name: weights[source] for name, source in names.items()})
-    net.to(device).eval()
-
-    def judge(image: Image, reference: Image, caption: str) -> float:
-        pair = [_tensor(one, device)[None].float() / 127.5 - 1 for one in (image, reference)]
-        with torch.no_grad():
-            return float(net(*pair).mean())
-
-    return judge
+    judge = lpips(path, device)
+    return lambda image, reference, caption: judge(image, reference)
 
 
 def _clip(path: str, device: Any) -> Metric:
-    """Return the CLIP score by the model in the folder `path`."""
-    import torch
+    from .learned import clip_score
 
-    _torchmetrics()
-    from torchmetrics.functional.multimodal import clip_score
-
-    def judge(image: Image, reference: Image, caption: str) -> float:
-        with torch.no_grad():
-            return float(clip_score(_tensor(image, device), caption, model_name_or_path=path))
-
-    return judge
+    judge = clip_score(path, device)
+    return lambda image, reference, caption: judge(image, caption)
 
 
 METRICS: dict[str, Callable[[str, Any], Metric]] = {"clip": _clip, "lpips": _lpips}

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .cells import BenchError, Cell
+from .frechet import Crowd
 
 __all__ = ["FORMAT", "Result", "Results", "Sample", "read"]
 
@@ -35,12 +36,17 @@ class Sample(BaseModel):
     ssim: float | None = None
     shown: bool | None = None
     uncached_shown: bool | None = None
+    features: list[float] | None = None
+    uncached_features: list[float] | None = None
     metrics: dict[str, float] = {}
     uncached_metrics: dict[str, float] = {}
 
 
 class Result(BaseModel):
-    """Hold all that was measured of one cell; pictures are data URIs of the contender and the uncached image."""
+    """Hold all that was measured of one cell; pictures are data URIs of the contender and the uncached image.
+
+    `reference` is the crowd of true images that the samples' features are compared with.
+    """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
@@ -53,6 +59,7 @@ class Result(BaseModel):
     counts: list[dict[str, Any]] = []
     plan: dict[str, Any] | None = None
     pictures: list[tuple[str, str, str]] = []
+    reference: Crowd | None = None
     warnings: list[str] = []
 
 
@@ -140,7 +147,7 @@ def _is_cut_off(line: bytes, follows: bool) -> bool:
     begin = b'{"format":'
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return follows or line.startswith(begin) or begin.startswith(line)
     return False
 
@@ -149,7 +156,7 @@ def _result(path: Path, number: int, line: bytes) -> Result:
     where = f"{str(path)!r}, line {number}"
     try:
         version = json.loads(line)["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchError(f"{where}: not a result of cachekit bench; name another file") from error
     if version != FORMAT:
         raise BenchError(f"{where}: results of format {version}, but only {FORMAT} can be read; name another file")

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..architectures import Architecture, architecture, architecture_of, architectures
+from ..demo.pipeline import PIPELINES, folders
 from ..errors import nearest
-from ..loading import DEMO, move, pipeline, precision, scheduler_for, skeleton
+from ..loading import DEMOS, call_arguments, move, pipeline, precision, scheduler_for, skeleton
 from ..measuring import Arguments
 from ..pipelines import denoiser_of
 from .cells import BenchError, Setting, digest
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
 
 __all__ = [
@@ -34,11 +33,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Subject:
-    """Hold a loaded pipeline, how it is called for a caption, and who can tell what an image shows."""
+    """Hold a loaded pipeline, how it is called for a caption, and whether it draws scenes, which can be judged."""
 
     pipe: Any
     arguments: Arguments
-    judge: Callable[[Image, str], bool] | None = None
+    draws_scenes: bool = False
 
 
 def load(setting: Setting) -> Subject:
@@ -55,7 +54,7 @@ def load(setting: Setting) -> Subject:
     pipe.set_progress_bar_config(disable=True)
     if setting.compiled:
         _compile(denoiser_of(pipe), setting.compiled)
-    return Subject(pipe, _arguments(pipe, setting), _judge if setting.model == DEMO else None)
+    return Subject(pipe, _arguments(pipe, setting), setting.model in DEMOS)
 
 
 def _compile(denoiser: Any, backend: str) -> None:
@@ -74,7 +73,7 @@ def _absent(model: str) -> dict[str, None]:
     """Return the parts that a saved pipeline does without, which its loader wants to be told."""
     from diffusers import DiffusionPipeline
 
-    if model == DEMO or not Path(model).is_dir():
+    if model in DEMOS or not Path(model).is_dir():
         return {}
     index = DiffusionPipeline.load_config(model)
     return {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}
@@ -82,7 +81,7 @@ def _absent(model: str) -> dict[str, None]:
 
 def shape_of_model(model: str) -> nn.Module:
     """Return a model's denoiser without weights; anything near an architecture's name is taken for one."""
-    near = model != DEMO and not Path(model).exists() and nearest(model, architectures())
+    near = model not in DEMOS and not Path(model).exists() and nearest(model, architectures())
     return architecture(model).build() if model in architectures() or near else skeleton(model)
 
 
@@ -91,12 +90,12 @@ def model_hash(model: str) -> str:
     if model in architectures():
         return digest(asdict(architecture(model)))
     found = hashlib.sha256()
-    folder = _folder(model)
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        found.update(path.relative_to(folder).as_posix().encode())
-        with path.open("rb") as file:
-            for chunk in iter(partial(file.read, 1 << 20), b""):
-                found.update(chunk)
+    for folder in _folders(model):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            found.update(path.relative_to(folder).as_posix().encode())
+            with path.open("rb") as file:
+                for chunk in iter(partial(file.read, 1 << 20), b""):
+                    found.update(chunk)
     return found.hexdigest()[:16]
 
 
@@ -106,15 +105,15 @@ def own_scheduler(model: str) -> Any:
 
     if model in architectures():
         return _scheduler(architecture(model))
-    folder = _folder(model) / "scheduler"
+    folder = _folders(model)[-1] / "scheduler"
     name = diffusers.DDIMScheduler.load_config(folder)["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder)
 
 
 def class_of_pipeline(model: str) -> str:
     """Return the name of a model's pipeline class, without its weights."""
-    if model == DEMO:
-        return "StableDiffusionPipeline"
+    if model in DEMOS:
+        return PIPELINES[DEMOS[model]]
     if model in architectures():
         return _pipeline_name(architecture(model))
     from diffusers import DiffusionPipeline
@@ -127,25 +126,18 @@ def set_scheduler(pipe: Any, name: str) -> None:
     pipe.scheduler = scheduler_for(pipe, name)
 
 
-def _folder(model: str) -> Path:
-    if model == DEMO:
-        from ..demo.pipeline import WEIGHTS
-
-        return WEIGHTS / "unet"
+def _folders(model: str) -> tuple[Path, ...]:
+    """Return where a model's files are; the last folder has its scheduler."""
+    if model in DEMOS:
+        return folders(DEMOS[model])
     if Path(model).is_dir():
-        return Path(model)
+        return (Path(model),)
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(DiffusionPipeline.download(model))
+        return (Path(DiffusionPipeline.download(model)),)
     except (OSError, ValueError) as error:
         raise BenchError(f"cannot read model {model!r}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _judge(image: Image, caption: str) -> bool:
-    from ..demo import shows
-
-    return bool(shows(image, caption))
 
 
 # -- how a pipeline is called -----------------------------------------------------------------------------
@@ -158,12 +150,13 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
     if "prompt" not in known:
         raise BenchError(f"{type(pipe).__name__} takes no prompt; only pipelines that read text can be measured")
     scale = setting.guidance
-    if scale is None and setting.model == DEMO:
+    if scale is None and setting.model in DEMOS:
         scale = DEMO_GUIDANCE
     if scale is None and setting.model in architectures():
         scale = 5.0 if architecture(setting.model).guided else 1.0
     fixed = {"height": setting.height, "width": setting.width, "guidance_scale": scale}
     given: dict[str, Any] = {name: value for name, value in fixed.items() if value is not None}
+    given |= call_arguments(setting.model, pipe)
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}

@@ -13,6 +13,7 @@ from ..engine import Attachment
 from ..errors import CachekitError
 from ..loading import precision, scheduler_for
 from ..policy import Policy
+from .caches import caches_for
 from .cells import BenchError, Cell, Method, Setting, digest
 from .executors import executor
 from .peers import peer_exists
@@ -44,24 +45,26 @@ class Suite:
 
     def cells(self) -> list[Cell]:
         """Return all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
-        self._check()
-        pipeline = class_of_pipeline(self.setting.model)
+        denoiser, pipeline = self._checked(), class_of_pipeline(self.setting.model)
         shared = self._shared()
         found = []
         for scheduler, steps, seed in product(self._schedulers(), self.steps, self.seeds):
-            at = {"scheduler": scheduler, "steps": steps, "uncached_steps": steps, "seed": seed}
+            at: dict[str, Any] = {"scheduler": scheduler, "steps": steps, "uncached_steps": steps, "seed": seed}
             for policies in self.compositions:
                 made = {**shared, **at, "specs": tuple(sorted(map(str, policies)))}
                 found.append(Cell(method=Method.CACHEKIT, **made))
                 if self.peers and peer_exists(policies, pipeline):
                     found.append(Cell(method=Method.PUBLISHED, **made))
+            for method, text in caches_for(denoiser, pipeline) if self.peers else ():
+                found.append(Cell(method=method, specs=(text,), **shared, **at))
         return found
 
-    def _check(self) -> None:
+    def _checked(self) -> nn.Module:
         precision(self.setting.dtype)
         denoiser, catalog = shape_of_model(self.setting.model), installed()
         for policies in self.compositions:
             Attachment({"": denoiser}, policies, catalog)
+        return denoiser
 
     def _schedulers(self) -> list[str]:
         own = own_scheduler(self.setting.model)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..measuring import steps_at
 from .cells import Cell, Method
+from .frechet import crowd, distance, is_enough
 from .results import Result, Sample
 
 __all__ = ["Group", "Row", "groups"]
@@ -95,6 +96,23 @@ class Row:
         return fmean(verdicts) if verdicts else None
 
     @property
+    def images(self) -> int:
+        """Return how many images the Frechet distance is of."""
+        return len(self._features)
+
+    @property
+    def frechet(self) -> float | None:
+        """Return the Frechet distance of the images to true ones, or None where there are none or too few."""
+        found, reference = self._features, self.results[0].reference
+        if reference is None or not is_enough(len(found), len(reference.mean)):
+            return None
+        return distance(crowd(found), reference)
+
+    @property
+    def _features(self) -> list[list[float]]:
+        return [sample.features for sample in self.samples if sample.features is not None]
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Return the mean of each learned metric."""
         names = dict.fromkeys(name for sample in self.samples for name in sample.metrics)
@@ -140,6 +158,8 @@ class Group:
     @property
     def uncached(self) -> Row:
         """Return the uncached pipeline as it ran beside all contenders."""
+        # The images are the same beside every contender, and a crowd must not count one twice.
+        largest = max(self.rows, key=lambda row: len(row.samples))
         plain = [
             Sample(
                 caption=sample.caption,
@@ -151,6 +171,7 @@ class Group:
                 psnr=None if sample.psnr is None else math.inf,
                 ssim=None if sample.ssim is None else 1.0,
                 shown=sample.uncached_shown,
+                features=sample.uncached_features if row is largest else None,
                 metrics=sample.uncached_metrics,
             )
             for row in self.rows
@@ -194,7 +215,7 @@ def groups(results: Iterable[Result]) -> list[Group]:
     return [Group(sorted(listed, key=lambda row: _METHODS.index(row.cell.method))) for listed in found.values()]
 
 
-_METHODS = [Method.CACHEKIT, Method.PUBLISHED, Method.PLAIN]
+_METHODS = [Method.CACHEKIT, Method.PUBLISHED, Method.DIFFUSERS, Method.CACHE_DIT, Method.PLAIN]
 
 
 def _spread(values: list[float]) -> float | None:

@@ -14,9 +14,10 @@ from ..catalog import installed
 from ..engine import apply
 from ..measuring import Configuration, Drawer, Drawn, likeness, silent_log
 from ..pipelines import denoiser_of
-from ..policy import Action
 from ..spec import parse_all
+from .caches import Cache
 from .cells import Cell, Method, Setting
+from .frechet import rendered
 from .peers import Peer
 from .quality import Metric, load_metrics
 from .results import Result, Sample
@@ -30,7 +31,6 @@ __all__ = ["Workbench", "environment", "measure"]
 #: Draw a caption with a seed.
 Contender = Callable[[str, int], Drawn]
 
-_MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", None: "?"}
 _PICTURE_SIDE = 256
 
 
@@ -81,6 +81,7 @@ class Workbench:
             pictures=[_pictures(caption, *pair) for caption, pair in zip(captions, pairs) if pair[0].image][
                 : self._setting.pictures
             ],
+            reference=rendered(captions) if self._subject.draws_scenes else None,
             warnings=list(dict.fromkeys(warning for drawn, _ in pairs for warning in drawn.warnings)),
         )
 
@@ -107,6 +108,9 @@ class Workbench:
         if cell.method is Method.CACHEKIT:
             drawer, made = self._drawers[cell.scheduler], Configuration(cell.steps, cell.specs)
             return lambda caption, seed: drawer.draw(made, caption, seed)
+        if cell.method is not Method.PUBLISHED:
+            cache = Cache(self._subject.pipe, cell.method, cell.specs[0], self._subject.arguments)
+            return lambda caption, seed: cache.draw(cell.steps, caption, seed)
         peer = Peer(self._subject.pipe, parse_all(cell.specs, installed().policies), self._subject.arguments)
         return lambda caption, seed: peer.draw(cell.steps, caption, seed)
 
@@ -127,25 +131,32 @@ class Workbench:
 
     def _quality(self, caption: str, image: Image, plain: Image) -> dict[str, Any]:
         psnr, ssim = likeness(image, plain)
-        judge = self._subject.judge
         return {
             "psnr": psnr,
             "ssim": ssim,
-            "shown": None if judge is None else judge(image, caption),
-            "uncached_shown": None if judge is None else judge(plain, caption),
+            **(_judged(caption, image, plain) if self._subject.draws_scenes else {}),
             "metrics": {name: metric(image, plain, caption) for name, metric in self._metrics.items()},
             "uncached_metrics": {name: metric(plain, plain, caption) for name, metric in self._metrics.items()},
         }
 
     def _plan(self, cell: Cell) -> dict[str, Any]:
-        """Return the table of actions as marks, a line per site."""
+        """Return the table of actions as marks."""
         with apply(denoiser_of(self._subject.pipe), cell.specs) as attachment:
             plan = attachment.plan(cell.steps)
-        lines = [
-            (bound.target.name, str(bound.target.kind), "".join(_MARKS[row.actions[index]] for row in plan.rows))
-            for index, bound in enumerate(plan.assignments)
-        ]
-        return {"branches": [len(row.branches) for row in plan.rows], "sites": lines}
+        return {"branches": [len(row.branches) for row in plan.rows], "columns": plan.columns()}
+
+
+def _judged(caption: str, image: Image, plain: Image) -> dict[str, Any]:
+    """Return whether two images show their caption, and the features by which crowds of them are compared."""
+    from ..demo import features, shows
+
+    found = [[round(value, 6) for value in one] for one in features([image, plain]).tolist()]
+    return {
+        "shown": bool(shows(image, caption)),
+        "uncached_shown": bool(shows(plain, caption)),
+        "features": found[0],
+        "uncached_features": found[1],
+    }
 
 
 def environment(setting: Setting) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, demo, doctor, estimate, generate, inspection
+from . import bench, coverage, demo, doctor, estimate, generate, inspection
 from .output import Group
 
 __all__ = ["app"]
@@ -18,6 +18,7 @@ app.command()(estimate.estimate)
 app.command()(generate.generate)
 app.command()(demo.demo)
 app.command()(bench.bench)
+app.command()(coverage.coverage)
 app.command()(doctor.doctor)
 
 

@@ -8,48 +8,71 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CachekitError
+from ..loading import EMBEDDED
 from .demo import SPECS
-from .output import console, say
+from .output import console, progress_bar, say
+from .suites import SUITES, check_suite, coco, paper
 
 if TYPE_CHECKING:
+    from ..bench.captions import Captions
     from ..bench.cells import Setting
     from ..bench.results import Result, Results
     from ..bench.suite import Suite
     from ..bench.summary import Group, Row
 
-_MODELS = "Folders or hub ids of diffusers pipelines, 'demo', or architectures such as sd15 for times alone."
+_MODELS = f"Folders or hub ids of pipelines, {EMBEDDED}, or architectures such as sd15 for times alone."
 _SPEC = "Grid such as 'tgate:m=5|10+deepcache:interval=2|3'; may be repeated."
+_CAPTIONS = "File with a caption per line, annotations of MS-COCO (.json), or how many of our own."
+_METRIC = "Learned metric with its weights: lpips or clip; fid or clip for coco."
 _COST = ("s/image", "spread", "first", "faster", "GMACs", "fewer", "kept", "deciding")
-_QUALITY = ("PSNR", "SSIM", "shown")
+_QUALITY = ("PSNR", "SSIM", "shown", "Frechet")
 _AGAINST = {"plain steps at equal MACs": "MACs", "at equal wall time": "wall time"}
 
 
 def bench(
+    context: typer.Context,
     models: Annotated[list[str] | None, typer.Argument(help=_MODELS, metavar="MODELS...")] = None,
+    suite: Annotated[str, typer.Option(help=f"What is measured: {', '.join(SUITES)}.")] = "grid",
     spec: Annotated[list[str] | None, typer.Option(help=_SPEC)] = None,
     scheduler: Annotated[list[str] | None, typer.Option(help="Scheduler of diffusers; may be repeated.")] = None,
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="Steps [default: 25]; may be repeated.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed [default: 0]; may be repeated.")] = None,
-    captions: Annotated[str, typer.Option(help="File with a caption per line, or how many of our own.")] = "8",
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Steps, 25 if not given; may be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed, 0 if not given; may be repeated.")] = None,
+    captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "8",
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many captions, the first.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="Device, if not cuda where present, else cpu.")] = None,
     compiled: Annotated[str | None, typer.Option("--compile", help="Compile blocks with, say, inductor.")] = None,
     height: Annotated[int | None, typer.Option(min=8, help="Pixels, if not the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(min=8, help="Pixels, if not the pipeline's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale, if not the pipeline's own.")] = None,
-    metric: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help="lpips or clip, with weights.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(metavar="NAME=PATH", help=_METRIC)] = None,
     peers: Annotated[bool, typer.Option(help="Measure published packages that are installed too.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each worker.")] = None,
-    executor: Annotated[str, typer.Option(help="serial or process.")] = "serial",
+    executor: Annotated[str, typer.Option(help="serial, process or ray.")] = "serial",
     workers: Annotated[int | None, typer.Option(min=1, help="Workers, each with a loaded pipeline.")] = None,
     output: Annotated[Path, typer.Option(help="File of results; what it holds is kept.")] = Path("bench.jsonl"),
     merge: Annotated[list[Path] | None, typer.Option(help="Take in results of another file; may be repeated.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report as one page.")] = None,
+    references: Annotated[Path | None, typer.Option(help="coco: folder of true images, one for each caption.")] = None,
+    images: Annotated[Path, typer.Option(help="coco: folder for images; what it holds is kept.")] = Path("bench-coco"),
 ) -> None:
-    """Measure policies, resume what was interrupted, and report; without MODELS only report."""
+    """Measure policies, resume what was interrupted, and report; without MODELS only report.
+
+    --suite paper rebuilds the papers' tables, of MODELS or all; --suite coco scores images beside true ones.
+    """
     given = dict(locals())
-    results = _open(output, merge or [], html)
-    suites = [_suite(model, given) for model in models or []]
+    check_suite(suite, context)
+    if suite == "paper":
+        return paper(models or [])
+    if suite == "coco":
+        return _coco(models or [], given)
+    return _grid(models or [], given)
+
+
+def _grid(models: list[str], given: dict[str, Any]) -> None:
+    html = given["html"]
+    results = _open(given["output"], given["merge"] or [], html)
+    suites = [_suite(model, given) for model in models]
     failures = [failure for suite in suites for failure in _measure(suite, results)]
     _report(results.all, html)
     if failures:
@@ -64,6 +87,8 @@ def _open(output: Path, merge: list[Path], html: Path | None) -> Results:
     taken = [read(path) for path in merge]
     if html is not None and not html.parent.is_dir():
         raise BenchError(f"cannot write {str(html)!r}: there is no folder {str(html.parent)!r}")
+    if html is not None and html.is_dir():
+        raise BenchError(f"cannot write {str(html)!r}: it is a folder")
     results = Results(output)
     for problem in (*results.problems, *(problem for _, problems in taken for problem in problems)):
         typer.echo(f"warning: {problem}", err=True)
@@ -77,13 +102,14 @@ def _suite(model: str, given: dict[str, Any]) -> Suite:
     from ..bench.cells import expand
     from ..bench.executors import default_workers
     from ..bench.executors import executor as known
-    from ..bench.suite import Suite
+    from ..bench.suite import Suite, fitting
     from ..catalog import installed
 
+    compositions = expand(given["spec"] or SPECS, installed().policies)
     known(given["executor"])
     return Suite(
         setting=_setting(model, given),
-        compositions=expand(given["spec"] or SPECS, installed().policies),
+        compositions=compositions if given["spec"] else fitting(model, compositions),
         schedulers=given["scheduler"] or (),
         steps=given["steps"] or (25,),
         seeds=given["seed"] or (0,),
@@ -93,48 +119,45 @@ def _suite(model: str, given: dict[str, Any]) -> Suite:
     )
 
 
+def _coco(models: list[str], given: dict[str, Any]) -> None:
+    from ..bench.cells import expand
+    from ..catalog import installed
+
+    if not models:
+        raise CachekitError("--suite coco has nothing to draw with: name a model")
+    compositions = expand(given["spec"] or [], installed().policies)
+    for model in models:
+        coco(_setting(model, given), _captions(given), compositions, given)
+
+
 def _setting(model: str, given: dict[str, Any]) -> Setting:
     from ..bench.cells import Setting
-    from ..bench.quality import parse_metrics
+    from ..bench.coco import SCORES
+    from ..bench.quality import METRICS, parse_metrics
 
+    known = SCORES if given["suite"] == "coco" else METRICS
     names = ("dtype", "device", "compiled", "height", "width", "guidance", "threads")
     return Setting(
         model=model,
-        captions=tuple(_captions(given["captions"])),
-        metrics=parse_metrics(given["metric"] or []),
+        captions=_captions(given).texts,
+        metrics=parse_metrics(given["metric"] or [], known),
         **{name: given[name] for name in names},
     )
 
 
-def _captions(text: str) -> list[str]:
-    from ..bench.cells import BenchError
-    from ..demo import heldout_captions
+def _captions(given: dict[str, Any]) -> Captions:
+    from ..bench.captions import read_captions
 
-    if text.isdigit() and int(text):
-        return heldout_captions(int(text), 0)
-    try:
-        found = [line.strip() for line in Path(text).read_text().split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchError(f"cannot read captions {text!r}: give a file or a number above 0") from error
-    if not found:
-        raise BenchError(f"captions {text!r}: the file holds none")
-    return found
+    return read_captions(given["captions"], given["limit"])
 
 
 def _measure(suite: Suite, results: Results) -> list[str]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from ..bench.suite import measure_suite
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console()) as bar:
-        task = bar.add_task(suite.setting.model, total=None)
+    def progress(done: int, total: int, failure: str | None) -> None:
+        show(done, total, failure and f"not measured: {failure}")
 
-        def progress(done: int, total: int, failure: str | None) -> None:
-            bar.update(task, completed=done, total=total)
-            if failure:
-                typer.echo(f"warning: not measured: {failure}", err=True)
-
+    with progress_bar(suite.setting.model) as show:
         return measure_suite(suite, results, progress)
 
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CachekitError
+from ..loading import EMBEDDED
 from .output import console, say
 
 if TYPE_CHECKING:
     from rich.table import Table
-    from torch import nn
 
-    from ..estimate import Estimate, StepCost
+    from ..estimating import Estimate, StepCost
 
-_MODEL = "Architecture such as sd15, folder or hub id of a diffusers pipeline, or 'demo'."
+_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 #: Pixels per side of the cell that every known model can halve as often as it has to.
 _STRIDE = 16
 
@@ -52,17 +52,17 @@ def estimate(
         _write(file, {"model": model, "specs": [str(policy) for policy in policies], **_data(found)})
 
 
-def _subject(model: str) -> str | nn.Module:
-    """Return a known architecture's name, or a denoiser without weights; anything near a name is taken for one."""
+def _subject(model: str) -> Any:
+    """Return a known architecture's name, or a pipeline without weights; anything near a name is taken for one."""
     from ..architectures import architecture, architectures
     from ..errors import nearest
-    from ..loading import DEMO, skeleton
+    from ..loading import DEMOS, outline
 
     if model in architectures():
         return model
-    if model != DEMO and not Path(model).exists() and nearest(model, architectures()):
+    if model not in DEMOS and not Path(model).exists() and nearest(model, architectures()):
         return architecture(model).name
-    return skeleton(model)
+    return outline(model)
 
 
 def _check_size(*sizes: int | None) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-_MODEL = "Folder or hub id of a diffusers pipeline, or 'demo'."
+_MODEL = f"Folder or hub id of a diffusers pipeline, or {loading.EMBEDDED}."
 _PAIR = "KEY=VALUE"
 
 
@@ -38,6 +38,8 @@ def generate(
     scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers, such as DDIMScheduler.")] = None,
     device: Annotated[str | None, typer.Option(help="Device, if not cuda where present, else cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Precision: {', '.join(loading.DTYPES)}.")] = None,
+    max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes that may be kept at once.")] = None,
+    cache_device: Annotated[str | None, typer.Option(help="Device on which kept tensors lie, such as cpu.")] = None,
     load: Annotated[list[str] | None, typer.Option(metavar=_PAIR, help="Argument of from_pretrained.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the call.")] = None,
 ) -> None:
@@ -51,11 +53,13 @@ def generate(
     arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
     _check_output(output)
     pipe = loading.pipeline(pipeline, **loading.precision(dtype), **_pairs(load))
+    arguments = {**loading.call_arguments(pipeline, pipe), **arguments}
     _check_arguments(pipe, arguments)
     if scheduler:
         pipe.scheduler = loading.scheduler_for(pipe, scheduler)
     loading.move(pipe, device)
-    with apply(pipe, policies) if policies else contextlib.nullcontext() as attachment:
+    limits: dict[str, Any] = {"max_cache_bytes": max_cache_bytes, "cache_device": cache_device}
+    with apply(pipe, policies, **limits) if policies else contextlib.nullcontext() as attachment:
         pictures = _draw(pipe, seed, arguments)
         say(attachment.report() if attachment else "no specs: uncached")
     for path in _write(pictures, output):
@@ -121,6 +125,6 @@ def _pairs(texts: list[str] | None) -> dict[str, Any]:
             raise ArgumentError(f"{text!r} is not {_PAIR}")
         try:
             pairs[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             pairs[key] = value
     return pairs

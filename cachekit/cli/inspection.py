@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..loading import EMBEDDED
 from .output import say
 
 if TYPE_CHECKING:
@@ -15,7 +17,8 @@ if TYPE_CHECKING:
     from ..policy import Policy
     from ..sites import SiteMap
 
-Model = Annotated[str, typer.Argument(help="Folder or hub id of a diffusers pipeline, or 'demo'.")]
+_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 
 def list_installed() -> None:
@@ -71,8 +74,9 @@ def sites(
 def plan(
     specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.", metavar="SPECS...")],
     steps: Annotated[int, typer.Option(min=1, help="Iterations of the pipeline's loop.")],
-    model: Annotated[str, typer.Option(help="Folder or hub id of a diffusers pipeline, or 'demo'.")] = "demo",
+    model: Annotated[str, typer.Option(help=_MODEL)] = "demo",
     unguided: Annotated[bool, typer.Option("--unguided", help="Plan a run without classifier-free guidance.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Draw the plan too, a square for each site and step.")] = None,
 ) -> None:
     """Print what each policy would do in each step of a run; no weights are loaded."""
     from ..catalog import installed
@@ -82,7 +86,20 @@ def plan(
 
     policies = parse_all(specs, installed().policies)
     with apply(skeleton(model), policies) as attachment:
-        say(attachment.plan(steps, guided=not unguided))
+        made = attachment.plan(steps, guided=not unguided)
+    say(made)
+    if svg is not None:
+        _write(svg, made.picture())
+
+
+def _write(path: Path, text: str) -> None:
+    from ..errors import CachekitError
+
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    say(f"wrote {path}")
 
 
 def _origin(catalog: Catalog, what: str, name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -26,6 +28,8 @@ class Group(TyperGroup):
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            # diffusers still passes on what the hub no longer knows.
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated")
             try:
                 return super().invoke(ctx)
             except CachekitError as error:
@@ -41,6 +45,23 @@ def console() -> Console:
 def say(text: object = "") -> None:
     """Print text as it is: no markup, no wrapping, no colours."""
     typer.echo(str(text))
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int, str | None], None]]:
+    """Give a function that shows how much is done of all, and prints warnings."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console()) as bar:
+        task = bar.add_task(name, total=None)
+
+        def show(done: int, total: int, warning: str | None) -> None:
+            bar.update(task, completed=done, total=total or None)
+            if warning:
+                typer.echo(f"warning: {warning}", err=True)
+
+        yield show
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:

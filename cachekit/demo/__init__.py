@@ -1,4 +1,4 @@
-"""The embedded trained model, the scenes that it draws, and the checker of what an image shows."""
+"""The embedded trained models, the scenes that they draw, and what judges an image: checker and classifier."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checker import Verdict, shows
-    from .pipeline import WeightsError, demo_pipeline
+    from .classifier import features
+    from .pipeline import WeightsError, call_arguments, demo_pipeline
     from .scenes import heldout_captions
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "DEMO_STEPS",
     "Verdict",
     "WeightsError",
+    "call_arguments",
     "demo_pipeline",
+    "features",
     "heldout_captions",
     "shows",
 ]
@@ -25,7 +28,9 @@ DEMO_STEPS = 25
 _HOMES = {
     "Verdict": "checker",
     "WeightsError": "pipeline",
+    "call_arguments": "pipeline",
     "demo_pipeline": "pipeline",
+    "features": "classifier",
     "heldout_captions": "scenes",
     "shows": "checker",
 }

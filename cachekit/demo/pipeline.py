@@ -13,13 +13,27 @@ from cachekit.errors import CachekitError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import StableDiffusionPipeline
     from torch import nn
 
-__all__ = ["WEIGHTS", "WeightsError", "demo_pipeline", "figures", "load_pipeline", "verify", "write_manifest"]
+__all__ = [
+    "PIPELINES",
+    "WEIGHTS",
+    "WeightsError",
+    "call_arguments",
+    "demo_pipeline",
+    "figures",
+    "folders",
+    "load_pipeline",
+    "verify",
+    "write_manifest",
+]
 
 WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
+FIGURES = "figures.json"
+#: The classes of the embedded pipelines; the first has the parts that the others share.
+PIPELINES = {"unet": "StableDiffusionPipeline"}
+SHARED = WEIGHTS / "unet"
 
 
 class WeightsError(CachekitError):
@@ -32,7 +46,7 @@ def _digest(path: Path) -> str:
 
 def write_manifest(folder: Path) -> None:
     """Write manifest.json: the SHA-256 of every file that makes up the model in `folder`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, FIGURES))
     digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
 
@@ -80,50 +94,83 @@ def _without_hints() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """Check and load the pipeline in `folder`, in single precision unless told otherwise."""
-    import torch
+def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: Path = SHARED) -> Any:
+    """Check and load the pipeline in `folder`, in single precision unless told otherwise.
 
-    with _without_hints():
-        from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
-        from diffusers import DPMSolverMultistepScheduler as Scheduler
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    A transformer's folder has the transformer alone; text encoder, autoencoder and scheduler are those in `shared`.
+    """
+    import torch
 
     verify(folder)
     dtype = torch_dtype or torch.float32
+    if not (folder / "transformer").is_dir():
+        return _unet_pipeline(folder, dtype)
+    verify(shared)
+    return _transformer_pipeline(folder, shared, dtype)
+
+
+def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    with _without_hints():
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
     unet = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
+    _fill(unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(unet=unet, **_parts(folder, dtype), **checker)
+
+
+def _transformer_pipeline(folder: Path, shared: Path, dtype: torch.dtype) -> Any:
+    with _without_hints():
+        from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel.from_config(_config(folder, "transformer/config.json"))
+    _fill(transformer, folder / "transformer/diffusion_pytorch_model.safetensors", dtype)
+    return PixArtAlphaPipeline(transformer=transformer, **_parts(shared, dtype))
+
+
+def _parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what the models have in common: all but the denoiser."""
+    with _without_hints():
+        from diffusers import AutoencoderTiny
+        from diffusers import DPMSolverMultistepScheduler as Scheduler
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
     vae = AutoencoderTiny.from_config(_config(folder, "vae/config.json"))
     text_encoder = CLIPTextModel(CLIPTextConfig(**_config(folder, "text_encoder/config.json")))
-    _fill(unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
     _fill(vae, folder / "vae/diffusion_pytorch_model.safetensors", dtype)
     _fill(text_encoder, folder / "text_encoder/model.safetensors", dtype)
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        unet=unet,
-        scheduler=Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder,
+        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "scheduler": Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
+    }
 
 
-def _folder(kind: str) -> Path:
-    known = sorted(path.parent.name for path in WEIGHTS.glob(f"*/{MANIFEST}"))
-    if kind not in known:
-        raise WeightsError(f"no demo model {kind!r}, there are: {', '.join(known)}")
-    return WEIGHTS / kind
+def folders(kind: str) -> tuple[Path, ...]:
+    """Return where a model's files are: its own folder first, then that of the parts it shares."""
+    if kind not in PIPELINES:
+        raise WeightsError(f"no demo model {kind!r}, there are: {', '.join(PIPELINES)}")
+    return tuple(dict.fromkeys((WEIGHTS / kind, SHARED)))
 
 
-def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) -> StableDiffusionPipeline:
-    """Load the small text-to-image pipeline that comes with cachekit.
+def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) -> Any:
+    """Load a small text-to-image pipeline that comes with cachekit: `unet`, or `dit` for a transformer.
 
-    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`.
+    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. Give its call
+    the `call_arguments` of the pipeline, too.
     """
-    return load_pipeline(_folder(kind), torch_dtype)
+    return load_pipeline(folders(kind)[0], torch_dtype)
+
+
+def call_arguments(pipe: Any) -> dict[str, Any]:
+    """Return what an embedded pipeline's call has to be told, as its class was written for larger models."""
+    if "transformer" not in pipe.components:
+        return {}
+    length = pipe.tokenizer.model_max_length
+    return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": length}
 
 
 def figures(kind: str = "unet") -> dict[str, Any]:
     """Return the figures that were measured on the shipped weights."""
-    return _config(_folder(kind), "figures.json")
+    return _config(folders(kind)[0], FIGURES)

@@ -40,7 +40,8 @@ class DeepCache(Policy):
     def select(self, sites: SiteMap) -> Sequence[Target]:
         """Return the one region below the skip connection `branch`."""
         if not sites.regions:
-            raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; use it on a UNet")
+            cure = "use delta_dit" if sites.chains else "use it on a UNet"
+            raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; {cure}")
         if self.branch >= len(sites.regions):
             last = len(sites.regions) - 1
             raise SiteError(f"{self}: branch={self.branch}, but {sites.model} has branches 0..{last}; use one of them")

@@ -103,7 +103,7 @@ def _measure(
     attachment.install(denoiser)
     layout = attachment.layout if guided else attachment.layout.alone
     inputs = {calls[0].inputs: ((), arguments)}
-    forwards, peak = replay(attachment, calls, inputs, layout, len(rows), products=True)
+    forwards, peak = replay(attachment, calls, inputs, {calls[0].inputs: full}, layout, len(rows), products=True)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(rows, forwards)

@@ -1,0 +1,48 @@
+"""Measure the grids whose results come with the repository: `python -m benchmarks.ship [demo|sd15|pixart ...]`.
+
+Each is one `cachekit bench` command, which goes on where an interrupted one was. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+
+from cachekit.cli import app
+
+from .readme import RESULTS
+
+DEMO = (
+    "demo --steps 25 --captions 16 --executor process --threads 1"
+    " --spec tgate:m=3|5|8|10|15 --spec deepcache:interval=2|3|5"
+    " --spec adaptive_guidance:m=10|15 --spec adaptive_guidance:threshold=0.99|0.995"
+    " --spec tgate:m=10|15+deepcache:interval=2|3 --spec adaptive_guidance:m=10|15+deepcache:interval=2|3"
+    " --spec tgate:m=15+deepcache:interval=3+adaptive_guidance:m=10"
+)
+TRUE_SIZE = (
+    "--height 256 --width 256 --steps 6 --captions 3 --threads 2 --scheduler DDIMScheduler"
+    " --spec tgate:m=2 --spec adaptive_guidance:m=2"
+)
+GRIDS = {
+    "demo": [
+        f"{DEMO} --scheduler DPMSolverMultistepScheduler",
+        f"{DEMO} --scheduler DDIMScheduler --scheduler EulerDiscreteScheduler --no-peers",
+    ],
+    "sd15": [f"sd15 {TRUE_SIZE} --spec deepcache:interval=3 --spec tgate:m=3+deepcache:interval=3"],
+    "pixart": [f"pixart-alpha {TRUE_SIZE} --spec delta_dit:interval=2 --spec tgate:m=3+delta_dit:interval=2"],
+}
+
+
+def main() -> None:
+    """Read the command line and run the commands."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("grids", nargs="*", choices=[*GRIDS, []], help="which; all of them if none is named")
+    for name in parser.parse_args().grids or GRIDS:
+        for command in GRIDS[name]:
+            print(f"cachekit bench {command}", flush=True)
+            output = ["--output", str(RESULTS / f"{name}.jsonl")]
+            app(["bench", *shlex.split(command), *output], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()

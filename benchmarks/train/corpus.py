@@ -1,0 +1,63 @@
+"""Draw what the denoisers learn from: cached latents, the tokens of their captions, timesteps and noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from cachekit.demo import scenes
+
+from .autoencoder import LATENT_STD
+from .data import load_captions
+from .text import tokenize
+
+NOISE_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+CAPTION_DROPOUT = 0.12
+THINGS_WEIGHT = (1.0, 1.5, 3.0)
+
+
+def _weight(text: str) -> float:
+    """Return how often a caption is drawn: more often for more things, never if scenes no longer have one."""
+    things = scenes.parse(text).things
+    return THINGS_WEIGHT[len(things) - 1] if all(map(scenes.is_drawn, things)) else 0.0
+
+
+class Corpus:
+    """Draw batches of latents, tokens and what the captions say."""
+
+    def __init__(self, work: Path, seed: list[int]) -> None:
+        """Map the latents and tokenize every caption once."""
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        self.latents = np.load(work / "latents.npy", mmap_mode="r")
+        self.captions = load_captions(work)
+        self.tokens = tokenize(tokenizer, self.captions)
+        self.empty = tokenize(tokenizer, [""])[0]
+        self.rng = np.random.default_rng(seed)
+        weights = np.array([_weight(text) for text in self.captions])
+        self.chances = np.cumsum(weights / weights.sum())
+
+    def batch(self, n: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Return n x 8 x 16 x 16 latents, n x 28 tokens and the captions."""
+        drawn = np.searchsorted(self.chances, self.rng.random(n))
+        chosen = np.minimum(np.sort(drawn), len(self.captions) - 1)
+        latents = torch.from_numpy(self.latents[chosen].astype(np.float32)) * LATENT_STD
+        return latents, self.tokens[torch.from_numpy(chosen)], [self.captions[index] for index in chosen]
+
+
+def draw_timesteps(n: int) -> Tensor:
+    """Draw n timesteps: two thirds around 450, where shapes and places are decided, the rest anywhere."""
+    middle = (450 + 190 * torch.randn(n)).round().long()
+    anywhere = torch.randint(0, 1000, (n,))
+    outside = (middle < 0) | (middle > 999) | (torch.rand(n) < 1 / 3)
+    return torch.where(outside, anywhere, middle)

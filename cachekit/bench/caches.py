@@ -1,0 +1,127 @@
+"""Run the caches of others that no spec of ours stands for: those of diffusers, and cache-dit."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ..measuring import Arguments, Drawn, run
+from ..pipelines import denoiser_of
+from .cells import Method
+from .peers import counting, twin
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Cache", "caches_for"]
+
+#: With their own defaults, or where there is none, what their documents show. FasterCache leaves the branches alone,
+#: since most pipelines no longer batch them; only Flux has magnitudes for MagCache; F1 is what any depth allows.
+_CACHES = (
+    (Method.DIFFUSERS, "FirstBlockCache:threshold=0.05"),
+    (Method.DIFFUSERS, "TaylorSeerCache:cache_interval=5,disable_cache_before_step=3,max_order=1"),
+    (Method.DIFFUSERS, "PyramidAttentionBroadcast:spatial_attention_block_skip_range=2"),
+    (Method.DIFFUSERS, "FasterCache:is_guidance_distilled=true"),
+    (Method.DIFFUSERS, "MagCache:threshold=0.06,max_skip_steps=3"),
+    (Method.CACHE_DIT, "DBCache:Fn_compute_blocks=1,residual_diff_threshold=0.08,max_warmup_steps=8"),
+)
+_ASKS_FOR_TIMESTEP = ("PyramidAttentionBroadcast", "FasterCache")
+
+
+def caches_for(denoiser: nn.Module, pipeline: str) -> list[tuple[Method, str]]:
+    """Return the caches that say they support a denoiser in a pipeline of that class."""
+    fits = {Method.DIFFUSERS: _fits_diffusers, Method.CACHE_DIT: _fits_cache_dit}
+    return [(method, text) for method, text in _CACHES if fits[method](denoiser, pipeline, text.partition(":")[0])]
+
+
+def _fits_diffusers(denoiser: nn.Module, pipeline: str, name: str) -> bool:
+    import diffusers
+
+    if not hasattr(denoiser, "enable_cache") or not hasattr(diffusers, f"{name}Config"):
+        return False
+    if name in _ASKS_FOR_TIMESTEP:
+        return hasattr(getattr(diffusers, pipeline), "current_timestep")
+    return name != "MagCache" or type(denoiser).__name__ == "FluxTransformer2DModel"
+
+
+def _fits_cache_dit(denoiser: nn.Module, pipeline: str, name: str) -> bool:
+    # It knows no UNet, and takes seconds to import.
+    if hasattr(denoiser, "up_blocks") or not find_spec("cache_dit"):
+        return False
+    with _quiet():
+        import cache_dit
+    return any(pipeline.startswith(known.rstrip("*")) for known in cache_dit.supported_pipelines()[1])
+
+
+class Cache:
+    """Draw with one of these caches; the pipeline itself stays as it is."""
+
+    def __init__(self, pipe: Any, method: Method, text: str, arguments: Arguments) -> None:
+        """Prepare a copy of `pipe` that shares its weights, for a cache such as `FirstBlockCache:threshold=0.05`."""
+        self._twin = twin(pipe)
+        # cache-dit changes the class of a pipeline, which here is nobody else's.
+        cls = type(self._twin)
+        self._twin.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+        self._enabled = {Method.DIFFUSERS: _diffusers, Method.CACHE_DIT: _cache_dit}[method]
+        self._name, _, values = text.partition(":")
+        self._values = {
+            key: json.loads(value) for key, value in (pair.split("=") for pair in values.split(",") if pair)
+        }
+        self._arguments = arguments
+
+    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
+        """Return the image of `prompt`; what a run costs depends on what it draws, so each is counted before."""
+        arguments = {"num_inference_steps": steps, **self._arguments(prompt)}
+        with self._enabled(self._twin, self._name, self._values, steps), counting(denoiser_of(self._twin)) as count:
+            run(self._twin, arguments, seed)
+        with self._enabled(self._twin, self._name, self._values, steps):
+            image, watch = run(self._twin, arguments, seed)
+        return Drawn(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
+
+
+@contextmanager
+def _diffusers(pipe: Any, name: str, values: dict[str, Any], steps: int) -> Iterator[None]:
+    import diffusers
+
+    denoiser: Any = denoiser_of(pipe)
+    more: dict[str, Any] = {}
+    if name in _ASKS_FOR_TIMESTEP:
+        more["current_timestep_callback"] = lambda: pipe.current_timestep
+    if name == "MagCache":
+        from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
+
+        more |= {"mag_ratios": FLUX_MAG_RATIOS, "num_inference_steps": steps}
+    with _quiet():
+        denoiser.enable_cache(getattr(diffusers, f"{name}Config")(**values, **more))
+    try:
+        yield
+    finally:
+        denoiser.disable_cache()
+
+
+@contextmanager
+def _cache_dit(pipe: Any, name: str, values: dict[str, Any], steps: int) -> Iterator[None]:
+    with _quiet():
+        import cache_dit
+
+        cache_dit.enable_cache(pipe, cache_config=getattr(cache_dit, f"{name}Config")(**values))
+    try:
+        yield
+    finally:
+        with _quiet():
+            cache_dit.disable_cache(pipe)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back what they log each time that they are put on and taken off."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

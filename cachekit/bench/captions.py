@@ -1,0 +1,93 @@
+"""Read the captions to draw, and find the true images that belong to them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .cells import BenchError
+
+__all__ = ["Captions", "read_captions"]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Hold captions, and the names of their images where the file of captions says them."""
+
+    source: str
+    texts: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+    def references(self, folder: Path) -> list[Path]:
+        """Return the true image of each caption; raise `BenchError` where there is not exactly one.
+
+        Images without names in the file of captions are taken in the order of their own names.
+        """
+        if not folder.is_dir():
+            raise BenchError(f"cannot read references {str(folder)!r}: there is no such folder")
+        if self.names:
+            return [self._named(folder / name) for name in self.names]
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
+        if len(found) != len(self.texts):
+            raise BenchError(
+                f"{len(self.texts)} captions in {self.source!r}, but {len(found)} images in {str(folder)!r}: "
+                "each caption needs its image, in the order of their names"
+            )
+        return found
+
+    def _named(self, path: Path) -> Path:
+        if not path.is_file():
+            raise BenchError(f"references {str(path.parent)!r} lack {path.name!r}, which {self.source!r} names")
+        return path
+
+
+def read_captions(source: str, limit: int | None = None) -> Captions:
+    """Return the first `limit` captions of a source, all without a limit.
+
+    It is a number of held-out captions of our own, a file with a caption per line, or annotations of MS-COCO (JSON), of
+    which each image's first caption is taken, images in the order of their ids.
+    """
+    if re.fullmatch(r"0*[1-9][0-9]{0,8}", source):
+        from ..demo import heldout_captions
+
+        return Captions(source, tuple(heldout_captions(min(int(source), limit or int(source)), 0)))
+    text = _text(source)
+    pairs = _annotated(source, text) if source.lower().endswith(".json") else [*_lines(text)]
+    if not pairs:
+        raise BenchError(f"captions {source!r}: the file holds none")
+    names, texts = zip(*pairs[:limit])
+    return Captions(source, texts, names if names[0] else ())
+
+
+def _text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BenchError(f"cannot read captions {source!r}: give a file or a number above 0") from error
+
+
+def _lines(text: str) -> list[tuple[str, str]]:
+    # Only the end of a line ends a caption, not whatever else Unicode takes for one.
+    return [("", line.strip()) for line in text.split("\n") if line.strip()]
+
+
+def _annotated(source: str, text: str) -> list[tuple[str, str]]:
+    """Return (name of the image, caption) of each image in annotations of MS-COCO."""
+    try:
+        data: Any = json.loads(text)
+        names = {int(image["id"]): str(image["file_name"]) for image in data["images"]}
+        first: dict[int, str] = {}
+        for row in sorted(data["annotations"], key=lambda row: (row["image_id"], row["id"])):
+            first.setdefault(int(row["image_id"]), " ".join(row["caption"].split()))
+        return [(names[image], caption) for image, caption in first.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BenchError(f"captions {source!r}: not annotations of MS-COCO with images and captions") from error
+
+
+def _suffixes() -> set[str]:
+    from PIL import Image
+
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}

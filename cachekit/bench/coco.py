@@ -1,0 +1,284 @@
+"""Draw an image for each caption into files, and score each contender's images as a whole: FID and CLIP score.
+
+This is how papers judge policies on MS-COCO. Images are files, so that a run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ..architectures import architectures
+from ..engine import apply
+from ..loading import scheduler_for
+from ..measuring import Configuration, Drawer, Drawn, silent_log
+from ..policy import Policy
+from .captions import Captions
+from .cells import BenchError, Setting, digest
+from .learned import Features, clip_score, pixels, torchmetrics
+from .subjects import Subject, load, model_hash, set_scheduler
+from .workbench import environment
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
+
+#: Called after each image with the number of images there and of all, and a warning, if there is one.
+Progress = Callable[[int, int, "str | None"], None]
+#: Score files of images as a whole, with the caption of each.
+Scorer = Callable[[Sequence[Path], Sequence[str]], float]
+
+_KEY = "cachekit"
+
+
+class Drawing(BaseModel):
+    """Name all that an image depends on besides its caption, and so the folder that it lies in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    model_hash: str
+    specs: tuple[str, ...]
+    scheduler: str
+    steps: int
+    seed: int
+    dtype: str | None
+    compiled: str | None
+    height: int | None
+    width: int | None
+    guidance: float | None
+
+    @property
+    def made(self) -> Configuration:
+        """Return the specs and steps."""
+        return Configuration(self.steps, self.specs)
+
+    @property
+    def folder(self) -> str:
+        """Return the name of the folder; where the model lies does not matter, what it is does."""
+        readable = re.sub(r"[^\w.=]+", "-", self.made.label)[:60]
+        return f"{readable}-{digest(self.model_dump(mode='json', exclude={'model'}))}"
+
+
+@dataclass(frozen=True)
+class Coco:
+    """Say what is scored of one model: no policy and every composition, each with every scheduler, steps and seed."""
+
+    setting: Setting
+    captions: Captions
+    compositions: Sequence[tuple[Policy, ...]]
+    images: Path
+    references: Sequence[Path] = ()
+    schedulers: Sequence[str] = ()
+    steps: Sequence[int] = (25,)
+    seeds: Sequence[int] = (0,)
+
+
+class Scored(BaseModel):
+    """Hold what the images of one drawing cost, the median time and mean multiply-accumulates, and their scores."""
+
+    drawing: Drawing
+    images: int
+    captions: str
+    references: str | None
+    metrics: dict[str, str]
+    seconds: float
+    macs: float
+    scores: dict[str, float]
+    environment: dict[str, Any]
+
+
+def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
+    """Draw what is missing and yield the scores of each drawing, which are added to `scores.jsonl` beside the images.
+
+    All that can be refused is refused before anything is drawn.
+    """
+    _check(coco)
+    subject = load(coco.setting)
+    drawings = _drawings(coco, subject.pipe)
+    scorers = _scorers(coco, subject.pipe.device, progress)
+    texts = coco.captions.texts
+    for place, drawing in enumerate(drawings):
+        gallery = _Gallery(coco.images / drawing.folder, drawing, texts)
+        for done in gallery.draw(subject):
+            progress(place * len(texts) + done, len(drawings) * len(texts), None)
+        scored = Scored(
+            drawing=drawing,
+            images=len(texts),
+            captions=digest(texts),
+            references=digest([path.name for path in coco.references]) if coco.references else None,
+            metrics=dict(coco.setting.metrics),
+            scores={name: scorer(gallery.files, texts) for name, scorer in scorers.items()},
+            environment=environment(coco.setting),
+            **gallery.costs(),
+        )
+        _append(coco.images / "scores.jsonl", scored)
+        yield scored
+
+
+def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
+    """Return all drawings, the uncached one first; raise where a scheduler or a policy does not fit the pipeline."""
+    found = [type(scheduler_for(pipe, name)).__name__ for name in coco.schedulers]
+    schedulers = list(dict.fromkeys(found)) or [type(pipe.scheduler).__name__]
+    compositions = [(), *(policies for policies in coco.compositions if policies)]
+    for policies in compositions:
+        apply(pipe, policies).remove()
+    names = ("model", "dtype", "compiled", "height", "width", "guidance")
+    shared = {name: getattr(coco.setting, name) for name in names}
+    shared["model_hash"] = model_hash(coco.setting.model)
+    return [
+        Drawing(specs=tuple(sorted(map(str, policies))), scheduler=scheduler, steps=steps, seed=seed, **shared)
+        for scheduler, steps, seed, policies in product(schedulers, coco.steps, coco.seeds, compositions)
+    ]
+
+
+def _check(coco: Coco) -> None:
+    """Refuse what can be told before anything is loaded."""
+    folder, model, metrics = coco.images, coco.setting.model, dict(coco.setting.metrics)
+    if model in architectures():
+        raise BenchError(f"{model} has random weights: images can only be scored of a trained model")
+    if "fid" in metrics and not coco.references:
+        raise BenchError("metric fid compares with true images: name their folder, --references FOLDER")
+    if "fid" in metrics and len(coco.captions.texts) < 2:
+        raise BenchError("metric fid needs at least 2 captions: one image has no spread")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "scores.jsonl").open("a").close()
+    except OSError as error:
+        raise BenchError(f"cannot write images to {str(folder)!r}: {error.strerror}") from error
+
+
+def _append(file: Path, scored: Scored) -> None:
+    line = scored.model_dump_json()
+    if line not in file.read_text().split("\n"):
+        with file.open("a") as end:
+            end.write(line + "\n")
+
+
+# -- images as files --------------------------------------------------------------------------------------
+
+
+class _Gallery:
+    """Keep the images of one drawing as files, named by place, caption and seed; each holds what it cost."""
+
+    def __init__(self, folder: Path, drawing: Drawing, captions: Sequence[str]) -> None:
+        self._folder = folder
+        self._drawing = drawing
+        self._captions = captions
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """Return the file of each caption's image."""
+        names = ((place, digest([text, self._seed(place)])) for place, text in enumerate(self._captions))
+        return [self._folder / f"{place:06}-{name}.png" for place, name in names]
+
+    def _seed(self, place: int) -> int:
+        return self._drawing.seed + place
+
+    def draw(self, subject: Subject) -> Iterator[int]:
+        """Draw what is missing; yield the number of images that are there."""
+        missing = [place for place, file in enumerate(self.files) if not file.exists()]
+        yield len(self.files) - len(missing)
+        set_scheduler(subject.pipe, self._drawing.scheduler)
+        drawer = Drawer(subject.pipe, subject.arguments)
+        self._folder.mkdir(exist_ok=True)
+        for count, place in enumerate(missing, len(self.files) - len(missing) + 1):
+            with silent_log():
+                drawn = drawer.draw(self._drawing.made, self._captions[place], self._seed(place))
+            self._save(place, drawn)
+            yield count
+
+    def _save(self, place: int, drawn: Drawn) -> None:
+        """Write an image under another name first, so that a file of that name is always whole."""
+        from PIL.PngImagePlugin import PngInfo
+
+        assert drawn.image is not None
+        info, file = PngInfo(), self.files[place]
+        info.add_text(_KEY, json.dumps({"seconds": drawn.seconds, "macs": drawn.macs, **self._named(place)}))
+        part = file.with_suffix(".part")
+        try:
+            drawn.image.save(part, format="PNG", pnginfo=info)
+            os.replace(part, file)
+        except OSError as error:
+            raise BenchError(f"cannot write {str(file)!r}: {error.strerror}") from error
+
+    def _named(self, place: int) -> dict[str, Any]:
+        return {"caption": self._captions[place], "seed": self._seed(place), "specs": self._drawing.specs}
+
+    def costs(self) -> dict[str, float]:
+        """Return the median wall time and the mean multiply-accumulates of an image."""
+        told = [_told(file) for file in self.files]
+        return {"seconds": median(one["seconds"] for one in told), "macs": fmean(one["macs"] for one in told)}
+
+
+def _told(path: Path) -> dict[str, Any]:
+    """Return what an image of a gallery says of itself."""
+    try:
+        told: dict[str, Any] = json.loads(_opened(path).info[_KEY])
+    except (KeyError, ValueError) as error:
+        raise BenchError(f"image {str(path)!r} does not say what it cost; remove it to have it drawn") from error
+    return told
+
+
+def _opened(path: Path) -> Image:
+    """Return an image with its colours read."""
+    from PIL import Image
+
+    try:
+        image = Image.open(path)
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BenchError(f"cannot read image {str(path)!r}: {str(error).splitlines()[0]}; remove it") from error
+    return image
+
+
+# -- scores -----------------------------------------------------------------------------------------------
+
+
+def _scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
+    found: dict[str, Scorer] = {}
+    for name, path in coco.setting.metrics:
+        found[name], warning = SCORES[name](path, device, coco)
+        progress(0, 0, warning)
+    return found
+
+
+def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
+    """Return the Frechet inception distance to the references, which are read here and once."""
+    torchmetrics()
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    features = Features(path, device)
+    metric = FrechetInceptionDistance(features, reset_real_features=False).to(device)
+    for file in coco.references:
+        metric.update(pixels(_opened(file), device), real=True)
+
+    def distance(files: Sequence[Path], captions: Sequence[str]) -> float:
+        metric.reset()
+        for file in files:
+            metric.update(pixels(_opened(file), device), real=False)
+        return float(metric.compute())
+
+    count = len(coco.captions.texts)
+    few = f"fid of {count} images over {features.num_features} features says little: it falls as images are added"
+    return distance, few if count <= features.num_features else None
+
+
+def _clip(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
+    """Return the mean CLIP score of images and their captions."""
+    judge = clip_score(path, device)
+    return lambda files, captions: fmean(judge(_opened(file), text) for file, text in zip(files, captions)), None
+
+
+SCORES: Mapping[str, Callable[[str, Any, Coco], tuple[Scorer, str | None]]] = {"clip": _clip, "fid": _fid}

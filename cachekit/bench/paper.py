@@ -1,0 +1,116 @@
+"""Rebuild the papers' tables: costs from architectures alone, and for each FID the command that measures it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from ..architectures import architecture
+from ..estimating import estimate
+
+__all__ = ["Measurable", "Rebuilt", "measurable", "rebuilt", "tables"]
+
+_CAPTIONS, _REFERENCES, _INCEPTION = "captions_val2014.json", "val2014", "inception-2015-12-05.pt"
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Hold a published cost beside ours, in 10^12 multiply-accumulates, and parameters of the final phase."""
+
+    table: str
+    name: str
+    paper: float
+    ours: float
+    paper_params: float | None = None
+    params: int | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Return ours over the paper's."""
+        return self.ours / self.paper
+
+
+@dataclass(frozen=True)
+class Measurable:
+    """Hold a published FID, and the commands that measure it where data and weights are; nothing here can."""
+
+    table: str
+    name: str
+    paper: float
+    commands: tuple[str, ...]
+
+
+@cache
+def tables() -> dict[str, Any]:
+    """Return the published figures."""
+    data: dict[str, Any] = json.loads(resources.files("cachekit.data").joinpath("paper_tables.json").read_text())
+    return data
+
+
+def rebuilt(models: Collection[str] = ()) -> Iterator[Rebuilt]:
+    """Yield each published cost beside ours, of all models or of some."""
+    for row in _of(models, (*tables()["rows"], *tables()["cair"])):
+        found = estimate(row["model"], row["specs"], num_inference_steps=row["steps"])
+        params = {} if row["params_M"] is None else {"paper_params": row["params_M"], "params": found.params}
+        yield Rebuilt(str(row["table"]), _name(row), row["macs_T"], found.macs / 1e12, **params)
+    for row in _of(models, tables()["scaling"]):
+        yield Rebuilt(str(row["table"]), _scaling_name(row), row["macs_T"], _scaling_macs(row) / 1e12)
+
+
+def measurable(models: Collection[str] = ()) -> Iterator[Measurable]:
+    """Yield each published FID with its commands, of all models or of some."""
+    for row in _of(models, (*tables()["quality"], *tables()["rows"], *tables()["cair"])):
+        yield Measurable(str(row["table"]), _name(row), row["fid"], _commands(row))
+
+
+def _of(models: Collection[str], rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for row in rows if not models or row["model"] in models)
+
+
+def _name(row: dict[str, Any]) -> str:
+    scheduler = f"{row['scheduler']}, " if "scheduler" in row else ""
+    return f"{row['model']}, {scheduler}{row['steps']} steps, {_composition(row)}"
+
+
+def _composition(row: dict[str, Any]) -> str:
+    return " + ".join(row["specs"]) or "plain"
+
+
+def _scaling_name(row: dict[str, Any]) -> str:
+    return (
+        f"{row['model']}, {row['height']} px, {row['token_factor']} x text, one step of one branch, {_composition(row)}"
+    )
+
+
+def _scaling_macs(row: dict[str, Any]) -> int:
+    """Return one step of one branch at a row's image size and number of text tokens (table 10)."""
+    known = architecture(row["model"])
+    wider = replace(known, tokens=known.tokens * row["token_factor"])
+    inputs = wider.inputs(1, row["height"], row["width"])
+    return estimate(known.build(), row["specs"], num_inference_steps=2, inputs=inputs, guided=False).steps[-1].macs
+
+
+def _commands(row: dict[str, Any]) -> tuple[str, ...]:
+    """Return the command that draws a row's images and scores them, after the one that it may need first."""
+    how = tables()["reproduction"]
+    model = how["models"][row["model"]]
+    options = {
+        "suite": "coco",
+        "captions": _CAPTIONS,
+        "references": _REFERENCES,
+        "limit": how["captions"],
+        "metric": f"fid={_INCEPTION}",
+        "scheduler": row.get("scheduler", model.get("scheduler")),
+        "steps": row["steps"],
+        "guidance": model.get("guidance"),
+        "dtype": "float16",
+        "spec": "+".join(row["specs"]) or None,
+    }
+    words = (word for name, value in options.items() if value is not None for word in (f"--{name}", str(value)))
+    command = shlex.join(["cachekit", "bench", model["model"], *words])
+    return (*([model["prepare"]] if "prepare" in model else []), command)

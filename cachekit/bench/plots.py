@@ -1,0 +1,128 @@
+"""Place rows in plots of quality over speed, with round numbers on the axes and labels that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cells import Method
+from .summary import Row
+
+__all__ = ["plots"]
+
+_WIDTH, _HEIGHT = 420, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 28, 40, 44
+_SPEEDS = {"times faster (wall time)": "faster", "times fewer MACs": "fewer"}
+_QUALITIES = {"PSNR to uncached (dB)": "psnr", "share of images that show their caption": "shown"}
+#: Where a label may stand beside its point, best first.
+_AROUND = [(0, -10), (0, 20), (14, 4), (-14, 4), (28, 4), (-28, 4), (0, -22), (0, 32)]
+_CHARACTER = 7.0
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Hold what a row reaches, who drew it, and what the plot calls it."""
+
+    x: float
+    y: float
+    who: str
+    tag: str
+    label: str
+
+
+def plots(rows: Sequence[Row], tags: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """Yield a plot for each pair of axes that has values; `tags` are the labels of cells by id."""
+    for quality, up in _QUALITIES.items():
+        for speed, across in _SPEEDS.items():
+            values = [(getattr(row, across), getattr(row, up), row) for row in rows]
+            points = [
+                _Point(x, y, _who(row.cell.method), tags[row.cell.id], row.label)
+                for x, y, row in values
+                if y is not None and math.isfinite(y)
+            ]
+            if points:
+                yield _plot(speed, quality, points)
+
+
+def _who(method: Method) -> str:
+    return method.value if method in (Method.CACHEKIT, Method.PLAIN) else "peer"
+
+
+def _plot(speed: str, quality: str, points: Sequence[_Point]) -> dict[str, Any]:
+    across = _Axis.over(speed, [point.x for point in points], _LEFT, _WIDTH - _RIGHT)
+    up = _Axis.over(quality, [point.y for point in points], _HEIGHT - _BOTTOM, _TOP)
+    front = [one for one in points if not any(_beats(other, one) for other in points)]
+    places = [(across.at(point.x), up.at(point.y)) for point in points]
+    # What is drawn last lies on top.
+    order = sorted(range(len(points)), key=lambda index: ["plain", "cachekit", "peer"].index(points[index].who))
+    return {
+        "width": _WIDTH,
+        "height": _HEIGHT,
+        "across": across,
+        "up": up,
+        "points": [(*places[index], points[index]) for index in order],
+        "labels": [*_labels(points, places)],
+        "front": " ".join(f"{across.at(x)},{up.at(y)}" for x, y in sorted({(one.x, one.y) for one in front})),
+    }
+
+
+def _beats(one: _Point, other: _Point) -> bool:
+    return (one.x, one.y) != (other.x, other.y) and one.x >= other.x and one.y >= other.y
+
+
+def _labels(points: Sequence[_Point], places: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float, _Point]]:
+    """Yield (x, y, point) of labels; one that finds no room, or is there already, is left to the point's title."""
+    taken: list[tuple[float, float, str]] = []
+    for point, (x, y) in zip(points, places):
+        if any(tag == point.tag and math.dist((x, y), (u, v)) < 24 for u, v, tag in taken):
+            continue
+        for dx, dy in _AROUND:
+            spot = (x + dx, y + dy)
+            if _free(spot, point.tag, taken, places):
+                taken.append((*spot, point.tag))
+                yield (*spot, point)
+                break
+
+
+def _free(
+    spot: tuple[float, float], tag: str, taken: Sequence[tuple[float, float, str]], places: Sequence[Any]
+) -> bool:
+    """Tell whether a text of that many characters, in the middle of which `spot` lies, covers nothing."""
+    half, (x, y) = _CHARACTER * len(tag) / 2, spot
+    if not (x - half > _LEFT and x + half < _WIDTH and _TOP - 16 < y < _HEIGHT - _BOTTOM):
+        return False
+    clear = all(abs(x - u) > half + _CHARACTER * len(other) / 2 + 2 or abs(y - v) > 12 for u, v, other in taken)
+    return clear and all(abs(x - u) > half + 5 or abs(y - 4 - v) > 9 for u, v in places)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Place values between two ends of a line of pixels."""
+
+    name: str
+    marks: tuple[float, ...]
+    start: float
+    stop: float
+
+    @classmethod
+    def over(cls, name: str, values: Sequence[float], start: float, stop: float) -> _Axis:
+        """Return an axis whose round marks enclose all values."""
+        low, high = min(values), max(values)
+        width = (high - low) or abs(high) or 1.0
+        rough = width / 4
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+        first = math.floor(low / step + 1e-9)
+        last = max(math.ceil(high / step - 1e-9), first + 1)
+        return cls(name, tuple(step * number for number in range(first, last + 1)), start, stop)
+
+    def at(self, value: float) -> float:
+        """Return the pixel of a value."""
+        share = (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
+        return round(self.start + share * (self.stop - self.start), 1)
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Return pixels and texts of the marks."""
+        return [(self.at(value), f"{value:.4g}") for value in self.marks]

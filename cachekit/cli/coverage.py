@@ -1,0 +1,95 @@
+"""Try policies on every diffusers pipeline that can be built small from configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import CachekitError, nearest
+from .output import console, say
+
+if TYPE_CHECKING:
+    from ..coverage.results import Coverage
+    from ..coverage.trial import Trial
+
+#: What is tried: each policy in a form that acts within the few steps of a trial.
+SPECS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3", "null_text:after=3", "delta_dit:interval=2")
+
+_NAMES = "Parts of pipeline names, such as Flux or SD3; all pipelines if none is given."
+
+
+def coverage(
+    names: Annotated[list[str] | None, typer.Argument(help=_NAMES, metavar="[NAMES]...")] = None,
+    spec: Annotated[list[str] | None, typer.Option(help="Try these specs instead; may be repeated.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    limit: Annotated[float, typer.Option(min=1, help="Seconds for each pipeline.")] = 300,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the results as data; what it holds of other pipelines is kept.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the results as a page.")] = None,
+) -> None:
+    """Build pipelines small, try policies on them, and report what works, is refused, idle or fails."""
+    from ..catalog import installed
+    from ..coverage.page import markdown as page
+    from ..coverage.results import Coverage, read
+    from ..spec import parse_all
+
+    specs = [str(policy) for policy in parse_all(spec or SPECS, installed().policies)]
+    older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
+    Coverage(specs, []).taking_over(older)
+    found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
+    _print(found)
+    found = found.taking_over(older)
+    for path, text in ((json, found.as_text), (markdown, lambda: page(found))):
+        if path is not None:
+            path.write_text(text())
+            say(f"wrote {path}")
+    if any(found.results("fails")):
+        raise typer.Exit(1)
+
+
+def _chosen(wanted: list[str]) -> list[str]:
+    """Return the names of the pipelines whose name contains one of these words; SD stands for StableDiffusion."""
+    from ..coverage.building import pipeline_names
+
+    names = pipeline_names()
+    words = [word.replace("SD", "StableDiffusion").lower() for word in wanted]
+    for given, word in zip(wanted, words):
+        if not any(word in name.lower() for name in names):
+            raise CachekitError(f"no pipeline has {given!r} in its name{nearest(given, names)}")
+    return [name for name in names if not words or any(word in name.lower() for word in words)]
+
+
+def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> list[Trial]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..coverage.survey import survey
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    trials = []
+    with Progress(*columns, console=console()) as bar:
+        task = bar.add_task("trying", total=len(names))
+        for trial in survey(names, specs, workers, limit):
+            trials.append(trial)
+            bar.update(task, advance=1, description=trial.pipeline)
+    return trials
+
+
+def _print(found: Coverage) -> None:
+    from rich.table import Table
+
+    from ..coverage.page import summary
+
+    table = Table("pipeline", *found.specs)
+    for row in summary(found):
+        table.add_row(*row)
+    for trial in found.not_built:
+        table.add_row(trial.pipeline, f"not built: {trial.reason}"[:60], style="dim")
+    console().print(table)
+    for trial, spec, result in found.results("idle", "fails"):
+        say(f"{result.state}: {trial.pipeline} with {spec}: {result.note}")
+    for spec in found.specs:
+        say(f"{spec}: {', '.join(f'{state} {count}' for state, count in found.counts(spec).items())}")
+    say(f"built {len(found.built)} of {len(found.trials)}")

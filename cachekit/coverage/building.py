@@ -1,0 +1,181 @@
+"""Build a pipeline class small, and the arguments of a short call of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .facts import Facts, facts_of
+from .parts import NotBuiltError, make, make_one, seed_weights
+
+#: Parts that are left out unless facts ask for them.
+_LEFT_OUT = {"safety_checker", "watermarker"}
+#: Parts whose weights are drawn anew: the denoisers, and what adds to them.
+_DRAWN = (
+    *("unet", "transformer", "transformer_2", "prior", "decoder", "prior_prior", "unconditional_transformer"),
+    *("image_unet", "text_unet", "controlnet", "adapter", "motion_adapter"),
+)
+#: Schedulers where the annotation leaves the choice open.
+_ANY_SCHEDULER = "KarrasDiffusionSchedulers"
+
+
+def pipeline_names() -> list[str]:
+    """Return the names of all pipelines of diffusers, without loading them; modular ones are none of these."""
+    import diffusers
+
+    other = ("Output", "Blocks", "QuantizationConfig", "ModularPipeline")
+    names = (name for name in dir(diffusers) if "Pipeline" in name and not name.startswith(("AutoPipeline", "_")))
+    return sorted(name for name in names if not name.endswith(other) and name != "DiffusionPipeline")
+
+
+def pipeline_class(name: str) -> Any:
+    """Return the class of that name; raise `NotBuiltError` where packages are missing or it is no torch pipeline."""
+    import diffusers
+
+    cls = getattr(diffusers, name)
+    if not _is_pipeline(cls):
+        missing = _absent(getattr(cls, "_backends", []))
+        raise NotBuiltError(f"needs {' and '.join(missing)}" if missing else "is no pipeline of torch")
+    return cls
+
+
+def build(name: str) -> Any:
+    """Return a small pipeline of the class `name` with seeded weights; raise `NotBuiltError` with a reason."""
+    cls, facts = pipeline_class(name), facts_of(name)
+    if facts.skip:
+        raise NotBuiltError(facts.skip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = cls(**_parts(cls, facts))
+    pipe.set_progress_bar_config(disable=True)
+    for key in _DRAWN:
+        module = getattr(pipe, key, None)
+        if isinstance(module, nn.Module):
+            seed_weights(module)
+    return pipe
+
+
+def arguments(pipe: Any, name: str, **changes: Any) -> dict[str, Any]:
+    """Return the arguments of a short call: what facts say of it, as far as the pipeline takes them."""
+    taken = inspect.signature(type(pipe).__call__).parameters
+    call = {key: value for key, value in {**facts_of(name).call, **changes}.items() if key in taken}
+    given = {key: _value(value) for key, value in call.items()}
+    if "generator" in taken and "generator" not in given:
+        given["generator"] = torch.Generator().manual_seed(0)
+    return given
+
+
+def _is_pipeline(cls: Any) -> bool:
+    from diffusers import DiffusionPipeline
+
+    return inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)
+
+
+def _absent(backends: list[str]) -> list[str]:
+    from diffusers.utils import import_utils
+
+    checks = {name: check for name, (check, _) in import_utils.BACKENDS_MAPPING.items()}
+    return [name for name in backends if name not in checks or not checks[name]()]
+
+
+def _parts(cls: Any, facts: Facts) -> dict[str, Any]:
+    annotated = cls._get_signature_types()
+    parameters = inspect.signature(cls.__init__).parameters
+    made: dict[str, Any] = {}
+    for key, parameter in parameters.items():
+        if key == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if key in facts.parts:
+            given = facts.parts[key]
+            types = [one for one in annotated.get(key, ()) if inspect.isclass(one)]
+            made[key] = make(given, types[0] if types else None) if _is_part(given) else given
+        elif parameter.default is parameter.empty and key in _LEFT_OUT:
+            made[key] = None
+        elif parameter.default is parameter.empty:
+            made[key] = _annotated(key, annotated.get(key, ()))
+        elif key == "requires_safety_checker":
+            made[key] = False
+    return made
+
+
+def _is_part(given: Any) -> bool:
+    return isinstance(given, dict)
+
+
+def _annotated(key: str, types: Any) -> Any:
+    for one in types:
+        if getattr(one, "__name__", "") == _ANY_SCHEDULER:
+            return make({"use": "DDIMScheduler"})
+        if inspect.isclass(one) and one is not inspect.Parameter.empty and one.__module__ != "builtins":
+            return make_one(one, one.__name__, {})
+    raise NotBuiltError(f"{key} has no annotation that says what it is")
+
+
+def _value(value: Any) -> Any:
+    """Return an argument: facts write images, videos and tensors as {"$kind": size}."""
+    if isinstance(value, list):
+        return [_value(one) for one in value]
+    if not isinstance(value, dict) or not any(key.startswith("$") for key in value):
+        return value
+    ((kind, size),) = value.items()
+    return _MAKERS[kind](size)
+
+
+def _noise(shape: list[int]) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(len(shape)).random(shape)
+
+
+def _image(size: list[int]) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((_noise([*size[::-1], 3]) * 255).astype("uint8"))
+
+
+def _mask(size: list[int]) -> Any:
+    from PIL import Image
+
+    pixels = np.zeros(size[::-1], "uint8")
+    pixels[: size[1] // 2] = 255
+    return Image.fromarray(pixels)
+
+
+def _video(size: list[int]) -> list[Any]:
+    frames, *rest = size
+    return [_image(rest) for _ in range(frames)]
+
+
+def _masks(size: list[int]) -> list[Any]:
+    frames, *rest = size
+    return [_mask(rest) for _ in range(frames)]
+
+
+def _tensor(shape: list[int]) -> torch.Tensor:
+    return torch.from_numpy(_noise(shape)).float()
+
+
+def _other(shape: list[int]) -> torch.Tensor:
+    return _tensor(shape).flip(-1)
+
+
+def _tokens(shape: list[int]) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.long)
+
+
+_MAKERS: dict[str, Any] = {
+    "$image": _image,
+    "$mask": _mask,
+    "$video": _video,
+    "$masks": _masks,
+    "$tensor": _tensor,
+    "$other": _other,
+    "$kept": _tokens,
+    "$true": lambda shape: torch.ones(shape, dtype=torch.bool),
+    "$ones": torch.ones,
+    "$integers": torch.tensor,
+    "$tuple": tuple,
+}

@@ -1,0 +1,24 @@
+"""Be the process in which one pipeline is examined; loading this loads the libraries."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+# Nothing is downloaded, and what is missing must not be looked for.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import diffusers
+import torch
+import transformers
+
+from .trial import examine
+
+
+def work(answer: Any, name: str, specs: list[str]) -> None:
+    """Examine the pipeline class `name` and send the trial through `answer`, a connection."""
+    torch.set_num_threads(1)
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    answer.send(examine(name, specs))
+    answer.close()

@@ -1,0 +1,16 @@
+"""Delta-DiT (arXiv 2406.01125) as a plugin: what a run of transformer blocks adds changes slowly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cachekit.hookspecs import hookimpl
+from cachekit.policy import Policy
+
+
+@hookimpl
+def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
+    """Register `delta_dit`."""
+    from .policy import DeltaDiT
+
+    register(DeltaDiT)

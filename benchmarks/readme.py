@@ -137,7 +137,7 @@ def soak_table() -> str:
     lines += [
         "",
         f"{soak['runs']} runs in {soak['ways']} ways, {soak['faults']} broken by an exception,"
-        f" {soak['paused']} paused: {soak['lost']} images lost, {soak['modules_changed']} modules left changed."
+        f" {soak['paused']} paused: {soak['lost']} images lost."
         f" {threads['threads']} threads with a pipeline each over one denoiser, {threads['runs_each']} runs each:"
         f" {threads['lost']} images lost.",
     ]

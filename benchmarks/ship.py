@@ -25,8 +25,8 @@ TRUE_SIZE = (
 )
 GRIDS = {
     "demo": [
-        f"{DEMO} --scheduler DPMSolverMultistepScheduler",
-        f"{DEMO} --scheduler DDIMScheduler --scheduler EulerDiscreteScheduler --no-peers",
+        f"{DEMO} --scheduler {name} --no-peers"
+        for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
     ],
     "sd15": [f"sd15 {TRUE_SIZE} --spec deepcache:interval=3 --spec tgate:m=3+deepcache:interval=3"],
     "pixart": [f"pixart-alpha {TRUE_SIZE} --spec delta_dit:interval=2 --spec tgate:m=3+delta_dit:interval=2"],

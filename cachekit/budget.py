@@ -17,7 +17,7 @@ from .errors import BudgetError, CostError
 from .macs import count_forward, meta_copy, on_meta
 from .plan import Plan
 from .policy import Action
-from .ranks import Vote
+from .ranks import Vote, vote_of
 from .run import Call, Run
 from .sites import Kind, Region, Target
 from .store import Store
@@ -73,12 +73,15 @@ class Budget:
         """Return what fits in a run that begins so; raise `BudgetError` where nothing does."""
         if self.max_bytes is None:
             return Fit()
+        if vote_of(opening.denoiser.module).group is not None:
+            raise BudgetError("max_cache_bytes cannot be planned for where processes share an image; leave it out")
         if opening.key not in self._fits:
             try:
                 with torch.inference_mode(False), torch.no_grad():
                     self._fits[opening.key] = _fit(Rehearsal(attachment, opening), self.max_bytes)
-            except CostError as error:
-                raise BudgetError(f"max_cache_bytes cannot be planned for: {error}; leave it out") from error
+            except (CostError, NotImplementedError, RuntimeError) as error:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                raise BudgetError(f"max_cache_bytes cannot be planned for: {reason}; leave it out") from error
         return self._fits[opening.key]
 
 

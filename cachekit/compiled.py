@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .switch import Switch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+#: How every reason begins that torch tells somebody who wants one graph.
+_OURS = "cachekit"
 #: Where torch keeps what `module.compile()` made.
 _COMPILED = "_compiled_call_impl"
 #: Returns what compiles the frames that this thread enters, None or False where nothing does.
@@ -104,20 +106,25 @@ def leads_to(function: Any, target: Any) -> bool:
     return bool(getattr(function, "_torchdynamo_orig_callable", None) == target)
 
 
-def uncompiled(function: _F) -> _F:
-    """Keep torch from compiling a function and whatever it calls."""
+def uncompiled(reason: str) -> Callable[[_F], _F]:
+    """Keep torch from compiling a function and whatever it calls; it tells the reason where it wants one graph."""
     compiler: Any = torch.compiler
-    kept_out: _F = compiler.disable(function)
-    return kept_out
+    decorator: Callable[[_F], _F] = compiler.disable(reason=f"{_OURS} {reason}")
+    return decorator
+
+
+def is_refused(error: BaseException) -> bool:
+    """Tell whether torch could not make one graph because of a function that is kept from being compiled here."""
+    return isinstance(error, torch._dynamo.exc.Unsupported) and _OURS in str(error)
 
 
 def uncompiled_frame(reason: str) -> Callable[[_F], _F]:
-    """Keep torch from compiling a function, but not what it calls; torch tells the reason where it wants one graph."""
+    """Keep torch from compiling a function, but not what it calls."""
 
     def skipped(function: _F) -> _F:
         # Not `torch.compiler.disable`: torch takes off the wrapper that it makes, where somebody compiles a method.
         frame: Any = skip(function)
-        frame._torchdynamo_disable_msg = reason
+        frame._torchdynamo_disable_msg = f"{_OURS} {reason}"
         return function
 
     return skipped

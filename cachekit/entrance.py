@@ -7,8 +7,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .compiled import active_compiler, leads_to, uncompiled, uncompiled_frame
+from .compiled import active_compiler, is_refused, leads_to, uncompiled, uncompiled_frame
 from .driver import Denoiser, Driver, Steps
+from .errors import AttachmentError
 
 __all__ = ["Entrance"]
 
@@ -17,6 +18,7 @@ __all__ = ["Entrance"]
 _CALL, _COMPILED = "_call_impl", "_compiled_call_impl"
 #: What diffusers' pipelines wrap around a call, to name its branch.
 _NAMING = "cache_context"
+_OUTSIDE = "leads a denoiser's calls from outside; compile the denoiser itself"
 
 
 class Entrance:
@@ -34,7 +36,7 @@ class Entrance:
         self._installed = False
         self.naming = Naming(driver, denoiser) if hasattr(denoiser.module, _NAMING) else None
 
-    @uncompiled_frame("cachekit leads a denoiser's calls from outside; compile the denoiser itself")
+    @uncompiled_frame(_OUTSIDE)
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the denoiser as the plan says."""
         module: Any = self.denoiser.module
@@ -48,7 +50,7 @@ class Entrance:
         try:
             output = forward(*given[0], **given[1])
         except BaseException as error:
-            _fail(steps, error)
+            _fail(steps, error, type(module).__name__)
             raise
         return _end(steps, output)
 
@@ -91,7 +93,7 @@ class Naming:
             yield
 
 
-@uncompiled
+@uncompiled(_OUTSIDE)
 def _begin(call: Callable[..., Steps], *given: Any) -> tuple[Steps, Any, Any]:
     """Return a call, the arguments of the forward it needs, or None and its output."""
     steps = call(*given)
@@ -101,7 +103,7 @@ def _begin(call: Callable[..., Steps], *given: Any) -> tuple[Steps, Any, Any]:
         return steps, None, end.value
 
 
-@uncompiled
+@uncompiled(_OUTSIDE)
 def _end(steps: Steps, output: Any) -> Any:
     """Return a call's output from that of its forward."""
     try:
@@ -111,7 +113,13 @@ def _end(steps: Steps, output: Any) -> Any:
     raise AssertionError("a call has one forward")
 
 
-@uncompiled
-def _fail(steps: Steps, error: BaseException) -> None:
-    """Let a call clean up after an error of its forward, which it raises again."""
+@uncompiled(_OUTSIDE)
+def _fail(steps: Steps, error: BaseException, name: str) -> None:
+    """Let a call clean up after an error of its forward, which it raises again, or one line that says as much."""
+    if is_refused(error):
+        error = AttachmentError(
+            f"{name}: what is reused is decided within the call, which one graph of the whole cannot do;"
+            " compile its blocks instead, or leave out fullgraph"
+        )
+        error.__suppress_context__ = True
     steps.throw(error)

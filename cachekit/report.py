@@ -150,8 +150,10 @@ class Report:
         counts: dict[tuple[str, str], int] = defaultdict(int)
         for index in self.record.fit.dropped if self.record.fit else ():
             counts[str(self._assignments[index].policy), str(self._assignments[index].target.kind)] += 1
-        given_up = [f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items())]
-        return [f"of {self.needed_bytes:,} bytes; computed to save bytes: {', '.join(given_up)}"] if given_up else []
+        if not counts:
+            return []
+        given_up = ", ".join(f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items()))
+        return [f"without the limit {self.needed_bytes:,} bytes; computed to save bytes: {given_up}"]
 
     def _cost_line(self) -> str:
         try:

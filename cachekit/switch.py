@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .compiled import uncompiled_frame
+from .compiled import uncompiled
 from .offloading import pass_by, splitting_hook
 from .plan import Assignment
 from .policy import Action, Policy
@@ -154,9 +154,9 @@ class Switch:
         self.obeyed = False
 
 
-@uncompiled_frame("cachekit decides here by values; compile without fullgraph")
+@uncompiled("decides here by values")
 def _interrupt(switch: Switch, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Leave the compiled code where a switch has to look up what to do."""
+    """Leave the compiled code where a switch has to look up what to do; the module then runs as written."""
     return switch._look_up(inner, args, kwargs)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -179,6 +179,24 @@ def test_calls_that_nobody_could_foresee_keep_no_more_either() -> None:
     ]
     firsts = range(0, len(found), 3)
     assert all(torch.equal(found[i], whole[i] if i in firsts else without[i]) for i in range(len(found)))
+
+
+class Curious(Forecast):
+    """Keep more or less by the values, which nobody knows before the run."""
+
+    name: ClassVar[str] = "curious"
+
+    def to_keep(self, output: Any, *rest: Any) -> Any:
+        return output if output[0].sum().item() > 0 else super().to_keep(output, *rest)
+
+
+def test_what_depends_on_values_cannot_be_planned() -> None:
+    pipe = shared("pixart")
+    with (
+        cachekit.apply(pipe, Curious(), max_cache_bytes=10**9),
+        pytest.raises(BudgetError, match=r"^max_cache_bytes cannot be planned for: .*; leave it out$"),
+    ):
+        tiny.latents(pipe, steps=STEPS)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, "500MiB", True])

@@ -143,10 +143,10 @@ def sdxl() -> StableDiffusionXLPipeline:
 
 
 @reproducible
-def pixart(sigma: bool = False) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
+def pixart(sigma: bool = False, layers: int = 3) -> PixArtAlphaPipeline | PixArtSigmaPipeline:
     transformer = PixArtTransformer2DModel(
         sample_size=16,
-        num_layers=3,
+        num_layers=layers,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=2,

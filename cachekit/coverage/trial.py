@@ -137,10 +137,12 @@ def attempt(subject: Subject, spec: str) -> Result:
         return Result(REFUSED, str(error)) if unharmed else Result(FAILS, f"refused, and the image changed: {error}")
     if not subject.is_plain(subject.run()):
         return Result(FAILS, "undone, the output is not what it was")
-    if not any(count.reused for count in report.counts):
+    loops = (*report.earlier, report)
+    if not any(count.reused for one in loops for count in one.counts):
         return Result(IDLE, "never acts in this run") if subject.is_plain(cached) else Result(FAILS, "changes unasked")
-    if not agrees(subject.branches, report.record.layout):
-        return Result(FAILS, f"calls are for {subject.branches}, and are taken for {expected(report.record.layout)}")
+    layout = loops[0].record.layout
+    if not agrees(subject.branches, layout):
+        return Result(FAILS, f"calls are for {subject.branches}, and are taken for {expected(layout)}")
     again, _ = _cached(subject, spec)
     if not same(again, cached):
         return Result(FAILS, "applied again, the output is not what it was")

@@ -30,8 +30,8 @@ class RunState(threading.local):
     """Hold the present run and call of each thread; a deep copy starts empty.
 
     `reports` are of the runs that ended within the present call of a pipeline: one that calls others, or has a
-    second loop, makes several. `context` is the name that the pipeline gives the present call, if any; `replayed` the call whose row the
-    next one obeys instead of the clock.
+    second loop, makes several. `context` is the name that the pipeline gives the present call, if any; `replayed`
+    the call whose row the next one obeys instead of the clock.
     """
 
     run: Run | None = None

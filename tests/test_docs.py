@@ -172,7 +172,7 @@ def test_specs_in_the_documents_parse(path):
     names = "|".join(SHIPPED)
     for spec in re.findall(rf"[\"'`+ ]((?:{names}):\w+=[^\"'`+\s|)]+)[\"'`+ \n)]", path.read_text()):
         if "intervall" not in spec and not re.search(r"=[mn]\b", spec):
-            parse(spec.rstrip(".,;"), cachekit.policies())
+            parse(spec.rstrip(".,;:"), cachekit.policies())
 
 
 @pytest.mark.parametrize("path", DOCS, ids=short)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..coverage.trial import Trial
 
 #: What is tried: each policy in a form that acts within the few steps of a trial.
-SPECS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3", "null_text:after=3", "delta_dit:interval=2")
+SPECS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3", "null_text:after=3", "delta_dit")
 
 _NAMES = "Parts of pipeline names, such as Flux or SD3; all pipelines if none is given."
 

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 
 
 class CachekitError(Exception):
-    """Base of all errors of cachekit and its plugins."""
+    """Base of all errors of cachekit and its plugins; each is one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        """Return the message on one line: a file's or a user's text within it may hold line breaks."""
+        return " ".join(super().__str__().splitlines())
 
 
 class SpecError(CachekitError):

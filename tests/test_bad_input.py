@@ -44,6 +44,7 @@ def accepts_or_refuses(function, *given):
 @given(content=CONTENT)
 @example(content=DEEP.encode())
 @example(content=DEEP.encode() + b"\n")
+@example(content=b'{"format": "\\r"}\n')
 @example(content=b'{"images": [{"id": Infinity, "file_name": "a"}], "annotations": []}')
 @anything
 def test_any_file(tmp_path, name, content):

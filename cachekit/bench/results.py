@@ -159,7 +159,7 @@ def _result(path: Path, number: int, line: bytes) -> Result:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchError(f"{where}: not a result of cachekit bench; name another file") from error
     if version != FORMAT:
-        raise BenchError(f"{where}: results of format {version}, but only {FORMAT} can be read; name another file")
+        raise BenchError(f"{where}: results of format {version!r}, but only {FORMAT} can be read; name another file")
     try:
         return Result.model_validate_json(line)
     except ValidationError as error:

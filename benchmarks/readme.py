@@ -51,7 +51,7 @@ def filled() -> dict[Path, str]:
         "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),
-        **{f"{name} grid": grid_table(name) for name in ("demo", "sd15", "pixart")},
+        **{f"{name} grid": grid_table(name) for name in ("demo", "demo-dit", "sd15", "pixart")},
         "verdict": verdict(),
     }
     documents = {}

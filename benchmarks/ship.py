@@ -1,4 +1,4 @@
-"""Measure the grids whose results come with the repository: `python -m benchmarks.ship [demo|sd15|pixart ...]`.
+"""Measure the grids that come with the repository: `python -m benchmarks.ship [demo|demo-dit|sd15|pixart ...]`.
 
 Each is one `cachekit bench` command, which goes on where an interrupted one was. Nothing else should run meanwhile.
 """
@@ -13,11 +13,15 @@ from cachekit.cli import app
 from .readme import RESULTS
 
 DEMO = (
-    "demo --steps 25 --captions 16 --executor process --threads 1"
-    " --spec tgate:m=3|5|8|10|15 --spec deepcache:interval=2|3|5"
-    " --spec adaptive_guidance:m=10|15 --spec adaptive_guidance:threshold=0.99|0.995"
-    " --spec tgate:m=10|15+deepcache:interval=2|3 --spec adaptive_guidance:m=10|15+deepcache:interval=2|3"
-    " --spec tgate:m=15+deepcache:interval=3+adaptive_guidance:m=10"
+    "demo --steps 25 --captions 12 --executor process --threads 1"
+    " --spec tgate:m=3|5|8|10|15 --spec deepcache:interval=2|3|5 --spec adaptive_guidance:m=15"
+    " --spec adaptive_guidance:threshold=0.99 --spec tgate:m=10|15+deepcache:interval=3"
+    " --spec adaptive_guidance:m=15+deepcache:interval=3 --spec tgate:m=15+deepcache:interval=3+adaptive_guidance:m=10"
+)
+TRANSFORMER = (
+    "demo-dit --steps 25 --captions 12 --executor process --threads 1 --no-peers"
+    " --spec tgate:m=5|10|15 --spec delta_dit:interval=2|3 --spec adaptive_guidance:m=10|15"
+    " --spec tgate:m=10|15+delta_dit:interval=2"
 )
 TRUE_SIZE = (
     "--height 256 --width 256 --steps 6 --captions 3 --threads 2 --scheduler DDIMScheduler"
@@ -28,6 +32,7 @@ GRIDS = {
         f"{DEMO} --scheduler {name} --no-peers"
         for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
     ],
+    "demo-dit": [f"{TRANSFORMER} --scheduler DPMSolverMultistepScheduler"],
     "sd15": [f"sd15 {TRUE_SIZE} --spec deepcache:interval=3 --spec tgate:m=3+deepcache:interval=3"],
     "pixart": [f"pixart-alpha {TRUE_SIZE} --spec delta_dit:interval=2 --spec tgate:m=3+delta_dit:interval=2"],
 }

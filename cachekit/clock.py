@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _UNKNOWN = 100
@@ -62,9 +63,13 @@ class Clock:
         endless = mark.same_step(self._last) and self.call + 1 >= _MOST_CALLS
         return endless or mark.begins_after(self._last)
 
+    def is_at(self, mark: Mark) -> bool:
+        """Tell whether a call at this mark belongs to the present step."""
+        return mark.same_step(self._last)
+
     def tick(self, mark: Mark) -> int:
         """Return the 0-based step that the call at this mark belongs to."""
-        if mark.same_step(self._last):
+        if self.is_at(mark):
             self.call += 1
         else:
             self.step, self.call = self.step + 1, 0
@@ -85,7 +90,8 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     index = _step_index(scheduler)
     if index is not None:
         return Mark("index", index)
-    return Mark("value", -float(timestep.reshape(-1)[0]))
+    # In double precision the mean of equal values is exactly that value. One frame's may stand still.
+    return Mark("value", -float(timestep.to("cpu", torch.float64).mean()))
 
 
 def is_entry(timestep: Tensor) -> bool:

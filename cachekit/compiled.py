@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch._dynamo
 from torch import nn
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from .switch import Switch
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-#: How every reason begins that torch tells somebody who wants one graph.
-_OURS = "cachekit"
+#: What torch tells somebody who wants one graph of a call in which values decide.
+BY_VALUES = "cachekit decides here by values"
 #: Where torch keeps what `module.compile()` made.
 _COMPILED = "_compiled_call_impl"
 #: Returns what compiles the frames that this thread enters, None or False where nothing does.
@@ -88,8 +88,8 @@ class Prompter:
             setattr(torch._dynamo.config, _limit(), wanted)
 
     def _ask(self, call: Call | None) -> None:
-        for switch in self._switches:
-            if call is not None:
+        if call is not None:
+            for switch in self._switches:
                 switch.report(call)
 
 
@@ -108,14 +108,19 @@ def leads_to(function: Any, target: Any) -> bool:
 
 def uncompiled(reason: str) -> Callable[[_F], _F]:
     """Keep torch from compiling a function and whatever it calls; it tells the reason where it wants one graph."""
-    compiler: Any = torch.compiler
-    decorator: Callable[[_F], _F] = compiler.disable(reason=f"{_OURS} {reason}")
-    return decorator
+
+    def disabled(function: _F) -> _F:
+        disable: Callable[[_F], Any] = torch._dynamo.disable
+        wrapped = disable(function)
+        wrapped._torchdynamo_disable_msg = reason  # older versions of torch take no reason
+        return cast("_F", wrapped)
+
+    return disabled
 
 
 def is_refused(error: BaseException) -> bool:
-    """Tell whether torch could not make one graph because of a function that is kept from being compiled here."""
-    return isinstance(error, torch._dynamo.exc.Unsupported) and _OURS in str(error)
+    """Tell whether torch could not make one graph because values decide."""
+    return isinstance(error, torch._dynamo.exc.Unsupported) and BY_VALUES in str(error)
 
 
 def uncompiled_frame(reason: str) -> Callable[[_F], _F]:
@@ -124,7 +129,7 @@ def uncompiled_frame(reason: str) -> Callable[[_F], _F]:
     def skipped(function: _F) -> _F:
         # Not `torch.compiler.disable`: torch takes off the wrapper that it makes, where somebody compiles a method.
         frame: Any = skip(function)
-        frame._torchdynamo_disable_msg = f"{_OURS} {reason}"
+        frame._torchdynamo_disable_msg = reason
         return function
 
     return skipped

@@ -18,17 +18,22 @@ from .clock import Clock, count_steps, mark_of, shares_table
 from .compiled import Prompter
 from .errors import AdapterError, GuidanceError
 from .guidance import (
+    PAIR,
+    SAMPLE,
     FirstCall,
     Observation,
+    as_batch,
+    as_batches,
+    as_lists,
     by_branch,
     first_tensor,
     is_guided,
     layout_of_run,
-    pick,
+    pick_call,
     refuse_unfit,
     spread,
 )
-from .pipelines import call_arguments, plain_arguments
+from .pipelines import call_arguments, companions_of, has_momentum, name_by_guider, plain_arguments
 from .plan import Assignment, Plan, make_plan
 from .policy import Action, Policy
 from .ranks import Vote, vote_of
@@ -43,7 +48,7 @@ if TYPE_CHECKING:
 
 #: Arguments that a denoiser writes to.
 _WRITTEN = ("kv_cache", "kv_caches")
-_SAMPLE, _TIMESTEP = ("sample", "hidden_states", "x"), ("timestep", "timesteps", "t", "timestep_ratio", "r")
+_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
 
 #: A call in steps: yields the arguments of the forward it needs, is sent its output, and returns its own.
@@ -156,6 +161,7 @@ class Driver:
         run.clock.tick(mark)
         if not run.signature:
             layout = self._layout(denoiser, sample, arguments)
+            run.is_named = self._context() in PAIR
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
             fit = self._fit(Opening(denoiser, arguments, sample.shape[0], layout, steps))
             run.begin(self.plan(steps, layout, fit.dropped), layout, steps)
@@ -166,22 +172,28 @@ class Driver:
     def _layout(self, denoiser: Denoiser, sample: Tensor, given: dict[str, Any]) -> Layout:
         pipe, arguments = self.state.pipeline or (None, {})
         refuse_unfit(pipe, arguments, sample, _find(given, _TIMESTEP))
-        told = pipe and is_guided(pipe, arguments, denoiser.module, self.state.context)
+        context = self._context()
+        told = pipe and is_guided(pipe, arguments, denoiser.module, context)
         if told is None and pipe is not None and denoiser.layout.calls:
             told = True  # for now: the second call, or none, will tell
         first = FirstCall(
             told=told,
             sample=sample,
-            context=self.state.context,
+            context=context,
             narrows=bool(self._narrowing),
             denoiser=type(denoiser.module).__name__,
             perturbed=getattr(pipe, "do_perturbed_attention_guidance", False),
             remembers=any(given.get(name) is not None for name in _WRITTEN),
+            momentum=has_momentum(pipe),
         )
-        layout = layout_of_run(first, denoiser.layout)
-        if layout.separate:
-            self._check_order(layout, first.denoiser)
-        return layout
+        return layout_of_run(first, denoiser.layout)
+
+    def _context(self) -> str | None:
+        """Return the name of the present call: the pipeline's for it, or that of its guider; or None."""
+        state = self.state
+        if state.context in PAIR or not state.pipeline or not state.run:
+            return state.context
+        return _without_prefix(name_by_guider(state.pipeline[0], state.run.clock.step)) or state.context
 
     def _check_order(self, layout: Layout, name: str) -> None:
         for policy in self._narrowing:
@@ -215,12 +227,32 @@ class Driver:
     @contextlib.contextmanager
     def named(self, context: str | None) -> Iterator[None]:
         """Hold the name that the pipeline gives the calls within the block."""
-        # Guiders call their calls after the predictions that come of them.
-        before, self.state.context = self.state.context, context and context.removeprefix("pred_")
+        before, self.state.context = self.state.context, _without_prefix(context)
         try:
             yield
         finally:
             self.state.context = before
+
+    # -- companions ---------------------------------------------------------------------------------------
+
+    def foresee(self, companion: nn.Module, arguments: dict[str, Any]) -> Call | None:
+        """Return the call that the denoiser will be given next, or None where that is not certain.
+
+        `companion` is given its `arguments` just before: the same timestep, and a batch of the same branches.
+        """
+        state, run = self.state, self.state.run
+        if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
+            return None
+        pipe = state.pipeline[0]
+        timestep, sample = _find(arguments, _TIMESTEP), _find(arguments, SAMPLE)
+        if timestep is None or not isinstance(sample, Tensor):
+            return None
+        mark, batch = mark_of(timestep, getattr(pipe, "scheduler", None)), sample.shape[0]
+        is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
+        is_whole = batch == run.signature[0] * run.together
+        if not (is_next and is_whole and any(companion is other for other in companions_of(pipe))):
+            return None
+        return run.foresee(run.clock.step + 1, batch)
 
     # -- replays ------------------------------------------------------------------------------------------
 
@@ -263,7 +295,8 @@ class Driver:
         if call is None:
             return (yield from self._plain(denoiser, args, kwargs, enclosed))
         if call.narrowed_by >= 0 and not call.branch:
-            args, kwargs = self._narrowed(call, denoiser, args, kwargs)
+            whole = (args, kwargs)
+            args, kwargs = pick_call(whole, denoiser.parameters, call.run.layout, call.branches[0], call.batch)
         call.run.record.deciding_seconds += time.perf_counter() - start
         if call.is_dropped:
             return self._stand_in(call)
@@ -271,7 +304,7 @@ class Driver:
         try:
             with self._prompted(denoiser, call, enclosed):
                 output = yield args, kwargs
-            return self._output(call, output)
+            return as_lists(self._output(call, as_batches(output))) if call.is_listed else self._output(call, output)
         finally:
             state.call = None
 
@@ -287,19 +320,16 @@ class Driver:
 
     def _begin_call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
-        sample, timestep = _find(arguments, _SAMPLE), _find(arguments, _TIMESTEP)
-        if not isinstance(sample, Tensor):
-            raise AdapterError(
-                f"{type(denoiser.module).__name__}: samples in a {type(sample).__name__} are not supported;"
-                " call cachekit.remove(pipe)"
-            )
+        given, timestep = _find(arguments, SAMPLE), _find(arguments, _TIMESTEP)
+        sample = as_batch(given)
+        _refuse_unknown(type(denoiser.module).__name__, sample, timestep)
         call = self._replayed()
         if call is None:
             call = self._next_call(denoiser, sample, timestep, arguments)
             if call is not None:
                 call.sample, call.timestep = sample, timestep
         if call is not None:
-            call.batch = sample.shape[0]
+            call.batch, call.is_listed = sample.shape[0], sample is not given
             made = call.made()
             call.run.record.calls.append(made)
             if made.inputs not in call.run.record.inputs:
@@ -314,14 +344,10 @@ class Driver:
         if run.calls_one_branch():
             run.take_as_alone()
         run.tick()
-        return run.begin_call(run.clock.step, denoiser.name, run.branch_of_call(self.state.context))
-
-    def _narrowed(
-        self, call: Call, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
-        picked = pick(arguments, call.run.layout, call.branches[0], call.batch)
-        return tuple(picked.pop(name) for name in denoiser.parameters[: len(args)]), picked
+        branch = run.branch_of_call(self._context())
+        if branch in run.layout.order[1:]:
+            self._check_order(run.layout, type(denoiser.module).__name__)
+        return run.begin_call(run.clock.step, denoiser.name, branch)
 
     def _output(self, call: Call, output: Any) -> Any:
         if call.branch:
@@ -366,8 +392,24 @@ class Driver:
             call.run.record.deciding_seconds += time.perf_counter() - start
 
 
+def _without_prefix(context: str | None) -> str | None:
+    """Return a call's name: guiders name their calls after the predictions that come of them."""
+    return context and context.removeprefix("pred_")
+
+
+def _refuse_unknown(name: str, sample: Any, timestep: Any) -> None:
+    for what, value, names in (("sample", sample, SAMPLE), ("timestep", timestep, _TIMESTEP)):
+        if value is None:
+            raise AdapterError(
+                f"{name} is called without a {what} ({', '.join(names)}): its steps cannot be told; call"
+                " cachekit.remove(pipe)"
+            )
+    if not isinstance(sample, Tensor):
+        raise AdapterError(
+            f"{name}: samples of several sizes, or lists within lists, are not supported; give images of one size, or"
+            " call cachekit.remove(pipe)"
+        )
+
+
 def _find(arguments: dict[str, Any], names: Sequence[str]) -> Any:
-    for name in names:
-        if arguments.get(name) is not None:
-            return arguments[name]
-    raise AdapterError(f"the denoiser was called without any of {', '.join(names)}")
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

@@ -15,18 +15,20 @@ from torch import nn
 from .adapter import Layout
 from .budget import Budget, Fit, Opening
 from .catalog import Catalog, installed
+from .companions import Companion
 from .compiled import Prompter
 from .driver import Denoiser, Driver
 from .entrance import Entrance
 from .errors import AttachmentError, CachekitError, SiteError
-from .pipelines import denoisers_of, track, untrack, with_inner
+from .offloading import refuse_other_caches
+from .pipelines import companions_of, denoisers_of, track, untrack, with_inner
 from .plan import Assignment, Plan, assign
 from .policy import Policy
 from .report import Report
 from .run import Run
 from .sites import Kind, Region, Target
 from .spec import Spec, parse_all
-from .switch import Entry, Exit, Member, Part, Probe, Switch, needs_entry
+from .switch import Entry, Exit, Member, Part, Passage, Probe, Switch, needs_entry
 
 _ATTRIBUTE = "_cachekit_attachment"
 _NO_BUDGET = Budget()
@@ -60,6 +62,8 @@ def apply(
                 f"{type(denoiser).__name__} already has an attachment ({present});"
                 " call cachekit.remove(pipe) first, or give all specs to one apply"
             )
+    for name, denoiser in denoisers.items():
+        refuse_other_caches(denoiser, name)
     attachment = Attachment(denoisers, policies, catalog, budget)
     attachment.install(pipe)
     return attachment
@@ -114,6 +118,7 @@ class Attachment:
         self.driver = Driver(self.assignments, self.policies, *hooks)
         self._switches: dict[str, list[Switch]] = {}
         self._entrances = self._make_entrances()
+        self._companions: list[Companion] = []
         self._last: Report | None = None
         catalog.check_plan(self.driver.plan(50, self.layout))
 
@@ -153,9 +158,19 @@ class Attachment:
                 for tracked in with_inner(pipe):
                     self.driver.pipes.add(tracked)
                     track(tracked)
+                    self._stand_before_companions(tracked)
         except BaseException:
             self.remove()
             raise
+
+    def _stand_before_companions(self, pipe: Any) -> None:
+        if len(self.denoisers) > 1:
+            return
+        (denoiser,) = self.denoisers.values()
+        for module in companions_of(pipe):
+            companion = Companion(self.driver, module, denoiser.module)
+            self._companions.append(companion)
+            companion.install()
 
     def remove(self) -> None:
         """Put everything back as it was before `apply`; a second call does nothing."""
@@ -168,6 +183,9 @@ class Attachment:
                 del vars(denoiser.module)[_ATTRIBUTE]
         for entrance in self._entrances.values():
             entrance.uninstall()
+        for companion in self._companions:
+            companion.uninstall()
+        self._companions = []
         for pipe in list(self.driver.pipes):
             untrack(pipe)
         self.driver.end_run(interrupted=True)
@@ -193,6 +211,7 @@ class Attachment:
         }
         twin.driver = copy.deepcopy(self.driver, memo)
         twin._switches = copy.deepcopy(self._switches, memo)
+        twin._companions = copy.deepcopy(self._companions, memo)
         # A copied module has lost whatever stood before its calls: torch leaves it out.
         twin._entrances = twin._make_entrances()
         if self in _INSTALLED:
@@ -233,6 +252,7 @@ class Attachment:
         for name, denoiser in self.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
             self.driver.prompters[name].look()
+            refuse_other_caches(denoiser.module, name)
             for switch in self._switches.get(name, []):
                 switch.settle()
                 if not switch.in_place or denoiser.module.get_submodule(switch.name) is not switch.module:
@@ -297,8 +317,9 @@ def _region_parts(index: int, bound: Assignment, modules: dict[str, nn.Module]) 
     assert isinstance(region, Region)
     if region.probe:
         yield region.probe, Probe(index, bound)
-    if needs_entry(bound.policy, region):
-        yield region.entry, Entry(index, bound, modules[region.entry], region.streams)
+    passage = Passage() if needs_entry(bound.policy, region) else None
+    if passage is not None:
+        yield region.entry, Entry(index, bound, modules[region.entry], passage)
     for name in region.skipped:
         yield name, Member(index, bound, name)
-    yield region.exit, Exit(index, bound)
+    yield region.exit, Exit(index, bound, passage)

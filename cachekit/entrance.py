@@ -18,7 +18,7 @@ __all__ = ["Entrance"]
 _CALL, _COMPILED = "_call_impl", "_compiled_call_impl"
 #: What diffusers' pipelines wrap around a call, to name its branch.
 _NAMING = "cache_context"
-_OUTSIDE = "leads a denoiser's calls from outside; compile the denoiser itself"
+_OUTSIDE = "cachekit leads a denoiser's calls from outside; compile the denoiser itself"
 
 
 class Entrance:
@@ -50,7 +50,7 @@ class Entrance:
         try:
             output = forward(*given[0], **given[1])
         except BaseException as error:
-            _fail(steps, error, type(module).__name__)
+            _abandon(steps, error, type(module).__name__)
             raise
         return _end(steps, output)
 
@@ -114,12 +114,11 @@ def _end(steps: Steps, output: Any) -> Any:
 
 
 @uncompiled(_OUTSIDE)
-def _fail(steps: Steps, error: BaseException, name: str) -> None:
-    """Let a call clean up after an error of its forward, which it raises again, or one line that says as much."""
+def _abandon(steps: Steps, error: BaseException, name: str) -> None:
+    """Let a call clean up after an error of its forward; raise one line instead where torch was asked too much."""
+    steps.close()
     if is_refused(error):
-        error = AttachmentError(
+        raise AttachmentError(
             f"{name}: what is reused is decided within the call, which one graph of the whole cannot do;"
             " compile its blocks instead, or leave out fullgraph"
-        )
-        error.__suppress_context__ = True
-    steps.throw(error)
+        ) from None

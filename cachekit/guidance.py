@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,15 @@ from .tree import tensors, tree_map
 #: Arguments whose first dimension may count frames too: a multiple of the batch.
 _PER_FRAME = ("encoder_hidden_states", "additional_residual")
 
+#: What denoisers call their sample.
+SAMPLE = ("sample", "hidden_states", "x")
 #: What diffusers' pipelines call the calls of two branches.
-_PAIR = ("cond", "uncond")
+PAIR = ("cond", "uncond")
+
+#: Pipelines that say they are unguided whatever they are given.
+_TELL_NOTHING = ("StableDiffusionPanoramaPipeline",)
+#: Arguments of guidance that has a branch beside the two.
+_THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
 
 
 @dataclass(frozen=True)
@@ -83,23 +90,27 @@ def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any, context: s
     (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
     embedding; true guidance beside it, or guidance by an image, mean more than one; anything else means one.
     """
+    if type(pipe).__name__ in _TELL_NOTHING:
+        return _above_one(arguments, "guidance_scale")
     told = getattr(pipe, "do_classifier_free_guidance", None)
     if told is not None:
         return bool(told)
-    if context in _PAIR:
+    if context in PAIR:
         return None
     negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
     if negative and _above_one(arguments, "true_cfg_scale"):
         return True
     embedded = (getattr(denoiser, "config", None) or {}).get("guidance_embeds")
-    if embedded or not _above_one(arguments, "guidance_scale"):
+    scales = [name for name in arguments if name.endswith("guidance_scale")]  # of a prior and a decoder
+    own = ["guidance_scale"] if "guidance_scale" in scales else scales
+    if embedded or not any(_above_one(arguments, name) for name in own):
         return False
-    return True if "image_guidance_scale" in arguments else None
+    return True if any(name in arguments for name in _THIRD_BRANCH) else None
 
 
 def _above_one(arguments: Mapping[str, Any], name: str) -> bool:
     scale = arguments.get(name)
-    return scale is not None and scale > 1
+    return isinstance(scale, (int, float)) and scale > 1
 
 
 def refuse_unfit(pipe: Any, arguments: Mapping[str, Any], sample: Tensor, timestep: Any) -> None:
@@ -126,6 +137,13 @@ def _has_several_steps(timestep: Any) -> bool:
     return timestep.stride(0) != 0 and bool((timestep != timestep[0]).any())
 
 
+def as_batch(sample: Any) -> Any:
+    """Return what a denoiser is given as sample; a list with a tensor for each image, all of one size, is stacked."""
+    if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
+        return sample
+    return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample
+
+
 def branches_share(sample: Tensor, layout: Layout) -> bool:
     """Tell whether a batch holds the same latents once per branch, as batched guidance does.
 
@@ -148,7 +166,8 @@ class FirstCall:
 
     `told` is what the pipeline says, `context` the name that it gives the call, `narrows` whether any policy
     would drop a branch, `perturbed` whether attention is perturbed for one, `remembers` whether calls leave
-    something behind in the denoiser's arguments; `denoiser` is the name of its class, for errors.
+    something behind in the denoiser's arguments, `momentum` whether guidance adds up earlier steps; `denoiser` is
+    the name of its class, for errors.
     """
 
     told: bool | None
@@ -158,6 +177,7 @@ class FirstCall:
     denoiser: str
     perturbed: bool = False
     remembers: bool = False
+    momentum: bool = False
 
 
 def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
@@ -170,8 +190,10 @@ def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
     """
     if first.remembers and first.told is not False:
         return _refuse_or_alone(first, layout, "each call writes keys and values that later ones of its branch read")
-    if first.context in _PAIR and (first.told is not False or first.context == _PAIR[1]):
-        other = _PAIR[1 - _PAIR.index(first.context)]
+    if first.momentum:
+        return _refuse_or_alone(first, layout, "the guider adds up what branches differed by; set its momentum to None")
+    if first.context in PAIR and (first.told is not False or first.context == PAIR[1]):
+        other = PAIR[1 - PAIR.index(first.context)]
         return layout.by_calls((first.context, other))
     if first.told is False:
         return layout.alone
@@ -196,11 +218,21 @@ def _refuse_or_alone(first: FirstCall, layout: Layout, reason: str) -> Layout:
     )
 
 
+def pick_call(
+    call: tuple[tuple[Any, ...], dict[str, Any]], parameters: Sequence[str], layout: Layout, branch: str, batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments (args, kwargs) of a call, cut down to one branch; `parameters` names the positional ones."""
+    args, kwargs = call
+    picked = pick({**dict(zip(parameters, args)), **kwargs}, layout, branch, batch)
+    return tuple(picked.pop(name) for name in parameters[: len(args)]), picked
+
+
 def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
     """Return the denoiser's arguments with every batched tensor cut down to one branch.
 
     `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
-    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`.
+    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
+    sample is a list with a tensor for each image, so is every other list of that length.
     """
     place, count = layout.order.index(branch), len(layout.order)
 
@@ -215,15 +247,41 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
 
         return one
 
-    return {name: _pick_one(name, value, layout, cut) for name, value in arguments.items()}
+    listed = any(isinstance(arguments.get(name), list) for name in SAMPLE)
+    items = slice(place * batch // count, (place + 1) * batch // count)
+    return {
+        name: (value[items] if len(value) == batch else value)
+        if listed and isinstance(value, list)
+        else _pick_one(name, value, layout, cut)
+        for name, value in arguments.items()
+    }
 
 
 def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[str], Callable[[Tensor], Tensor]]) -> Any:
     if name in layout.unbatched:
         return value
     if isinstance(value, dict):
-        return {key: _pick_one(key, item, layout, cut) for key, item in value.items()}
+        named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
+        return {key: _pick_one(own, item, layout, cut) for key, own, item in named}
     return tree_map(cut(name), value)
+
+
+def as_batches(output: Any) -> Any:
+    """Return a denoiser's output, a tree, with each list of tensors stacked."""
+    if isinstance(output, list):
+        return torch.stack(output)
+    return _within(as_batches, output)
+
+
+def as_lists(output: Any) -> Any:
+    """Return what `as_batches` gave as a tree of lists again."""
+    return list(output.unbind()) if isinstance(output, Tensor) else _within(as_lists, output)
+
+
+def _within(change: Callable[[Any], Any], output: Any) -> Any:
+    if isinstance(output, dict):
+        return type(output)(**{name: change(value) for name, value in output.items()})
+    return tuple(change(value) for value in output) if isinstance(output, tuple) else output
 
 
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:

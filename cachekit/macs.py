@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CostError
+from .offloading import computing_dtype
 from .policy import Action
 from .tree import tensors, tree_map
 
@@ -105,12 +106,12 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
     from .engine import remove
 
     memo: dict[int, Any] = {}
-    for parameter in denoiser.parameters():
-        meta = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(meta, requires_grad=False)
-    for buffer in denoiser.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     for module in denoiser.modules():
+        dtype = computing_dtype(module)
+        for parameter in module.parameters(recurse=False):
+            memo[id(parameter)] = nn.Parameter(_without_values(parameter, dtype), requires_grad=False)
+        for buffer in module.buffers(recurse=False):
+            memo[id(buffer)] = _without_values(buffer, dtype)
         # They hold devices and streams, and would find none here.
         memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
     twin = copy.deepcopy(denoiser, memo)
@@ -119,6 +120,11 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
         for name in (*_MOVERS, "forward", "_old_forward"):
             vars(module).pop(name, None)
     return twin
+
+
+def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a tensor without memory, in `dtype` where one is given and this one holds floating numbers."""
+    return torch.empty_like(tensor, device="meta", dtype=dtype if dtype and tensor.is_floating_point() else None)
 
 
 def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool = False) -> Forward:

@@ -14,8 +14,10 @@ from .compiled import without_compiler
 from .errors import AdapterError
 
 #: Where pipelines hold what denoises: together in one loop, or one loop after the other.
-_DENOISERS = ("unet", "transformer", "transformer_2")
+_DENOISERS = ("unet", "transformer", "transformer_2", "image_unet")
 _STAGES = ("prior", "decoder", "prior_prior")
+#: Where modular pipelines hold what prepares the calls of a step, and combines what comes of them.
+_GUIDERS = ("guider", "guider_2")
 
 _BASE = "_cachekit_base"
 _SUBCLASSES: dict[type[Any], type[Any]] = {}
@@ -49,6 +51,43 @@ def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
     return {name: without_compiler(module) for name, module in present.items() if isinstance(module, nn.Module)}
 
 
+def companions_of(pipe: Any) -> Iterator[nn.Module]:
+    """Yield the modules of a pipeline whose residuals its denoiser adds: each ControlNet of one or several."""
+    found = getattr(pipe, "controlnet", None)
+    if isinstance(found, nn.Module):
+        yield from getattr(found, "nets", [found])
+
+
+def name_by_guider(pipe: Any, step: int) -> str | None:
+    """Return what a modular pipeline's guider calls the prediction that the present call of `step` is for.
+
+    Without a guider, or outside of its calls, it is None. A name other than the first two has the place of the call
+    after it: guiders give one name to calls with other inputs.
+    """
+    guiders = [(guider, guider.get_state()) for guider in _guiders(pipe)]
+    if len(guiders) > 1:
+        guiders = [(guider, state) for guider, state in guiders if state["step"] == step]
+    if not guiders:
+        return None
+    guider, state = guiders[0]
+    names = [getattr(call, guider._identifier_key) for call in guider.prepare_inputs({})]
+    place = state["count_prepared"]
+    if not 0 < place <= len(names):
+        return None
+    name: str = names[place - 1]
+    return name if name in ("pred_cond", "pred_uncond") else f"{name} {place}"
+
+
+def has_momentum(pipe: Any) -> bool:
+    """Tell whether guidance adds up what the branches differed by in earlier steps."""
+    return any(getattr(guider, "momentum_buffer", None) is not None for guider in _guiders(pipe))
+
+
+def _guiders(pipe: Any) -> list[Any]:
+    found = (getattr(pipe, name, None) for name in _GUIDERS)
+    return [guider for guider in found if hasattr(guider, "prepare_inputs")]
+
+
 def with_inner(pipe: Any) -> Iterator[Any]:
     """Yield a pipeline and the pipelines that it calls: a combined one's prior and decoder."""
     yield pipe
@@ -77,12 +116,17 @@ def untrack(pipe: Any) -> None:
 
 def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return a pipeline call's arguments by name, defaults included."""
+    signature = inspect.signature(type(pipe).__call__)
     try:
-        bound = inspect.signature(type(pipe).__call__).bind_partial(pipe, *args, **kwargs)
+        bound = signature.bind_partial(pipe, *args, **kwargs)
     except TypeError:
         return {}
     bound.apply_defaults()
-    return dict(bound.arguments)
+    arguments = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name)
+    return arguments
 
 
 def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from .adapter import Layout
@@ -219,6 +220,16 @@ def _without_idle_stores(actions: list[Action | None]) -> list[Action | None]:
     return cleaned[::-1]
 
 
+def _ends(actions: Sequence[Action | None], reads: Set[Action]) -> Iterator[int]:
+    """Yield each step at which something is kept that was read until there, and is next replaced or never read."""
+    is_wanted = False
+    for step in range(len(actions) - 1, -1, -1):
+        was_wanted, action = is_wanted, actions[step]
+        is_wanted = action in reads or (is_wanted and action is not Action.STORE)
+        if is_wanted and not was_wanted and step + 1 < len(actions):
+            yield step + 1
+
+
 @dataclass(frozen=True)
 class Plan:
     """Hold the table of a run: rows of steps, columns of assignments. `str(plan)` prints it, `picture` draws it."""
@@ -239,6 +250,20 @@ class Plan:
     def is_static(self) -> bool:
         """Tell whether every action is known before the run."""
         return all(None not in row.actions for row in self.rows)
+
+    @functools.cached_property
+    def unread(self) -> tuple[frozenset[int], ...]:
+        """Return, by step, the assignments whose kept tensors nothing reads from there on, but did before."""
+        found: list[frozenset[int]] = [frozenset() for _ in self.rows]
+        if not self.is_static:
+            return tuple(found)
+        for index, bound in enumerate(self.assignments):
+            if bound.target.kind is Kind.GUIDANCE:
+                continue
+            reads = {Action.REUSE, Action.STORE} if bound.policy.keeps_history else {Action.REUSE}
+            for step in _ends([row.actions[index] for row in self.rows], reads):
+                found[step] |= {index}
+        return tuple(found)
 
     def lines(self) -> list[tuple[str, str, int, list[Action | None]]]:
         """Return (spec, kind, number of targets, actions) per distinct column of the table."""

@@ -171,6 +171,8 @@ class Report:
             f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
         ]
         lines += self._budget_lines()
+        if self.record.shortened:
+            lines.append(f"ControlNet: {self.record.shortened} calls left out what would have been thrown away")
         for count in self.counts:
             lines.append(
                 f"{count.policy} {count.kind} x {count.targets}: computed {count.computed}, stored {count.stored},"

@@ -82,7 +82,8 @@ class Record:
 
     `rows` are the steps as planned or decided; `calls` what was done in each call; `inputs` holds the shapes of
     the arguments of calls, by `Made.inputs`; `discarded` the policy, the step and the reason of each output that
-    was not kept although it should have been; `fit` what a budget left of the plan.
+    was not kept although it should have been; `shortened` counts a ControlNet's calls that left out what would
+    be thrown away; `fit` what a budget left of the plan.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class Record:
     fit: Fit | None = None
     peak_bytes: int = 0
     deciding_seconds: float = 0.0
+    shortened: int = 0
     traces: dict[str, list[Any]] = field(default_factory=dict)
     inputs: dict[tuple[str, str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
     interrupted: bool = False
@@ -128,6 +130,7 @@ class Run:
         self.probed: dict[tuple[str, str, Branches, int], dict[str, Any]] = {}
         self.outputs: dict[str, Any] = {}
         self.signature: tuple[Any, ...] = ()
+        self.is_named = False
         self.guidance = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.GUIDANCE]
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]
         self._sites = [i for i, bound in enumerate(assignments) if bound.target.kind is not Kind.GUIDANCE]
@@ -167,8 +170,10 @@ class Run:
         rows = self.record.rows
         if rows and row.branches != rows[-1].branches:
             changes = [bound.policy.on_branch_change for bound in self.assignments]
-            self.store.change_branches(row.branches, changes)
+            self.store.change_branches(row.branches, changes, rows[-1].branches)
             self._drop_what_is_not_finite(row.step)
+        if self._composer is None and row.step < len(self.plan.rows):
+            self.store.drop_all(self.plan.unread[row.step])
         rows.append(row)
 
     def _next_row(self, step: int) -> Row:
@@ -202,7 +207,7 @@ class Run:
     def branch_of_call(self, context: str | None) -> str:
         """Return the branch that the present call is for: by the pipeline's name for it, or by its place."""
         if not self.layout.separate:
-            return ""
+            return context if context and self.is_named and context not in self.layout.order else ""
         place = min(self.clock.call, len(self.layout.order) - 1)
         return context or self.layout.order[place]
 
@@ -241,6 +246,20 @@ class Run:
                     call.miss(index)
                 call.actions[index] = Action.STORE
         return call
+
+    @property
+    def is_alone(self) -> bool:
+        """Tell whether one denoiser makes all calls, each for all branches."""
+        return len(self._seen) == 1
+
+    def foresee(self, step: int, batch: int) -> Call | None:
+        """Return the call of the next step before it is made, or None where something lost may change it."""
+        (who,) = self._seen
+        self._drop_what_is_not_finite(len(self.record.rows) - 1)
+        call = Call(self, self.row(step), *who, ordinal=0)
+        call.batch = batch
+        is_lost = call.narrowed_by >= 0 and call.slot(call.narrowed_by) in self._lost
+        return None if is_lost else call
 
     def put(self, slot: Slot, branches: Branches, kept: Any) -> None:
         """Keep what a call made; where there is no room, whoever wants it computes."""
@@ -294,7 +313,8 @@ class Call:
     """
 
     __slots__ = (
-        "actions", "batch", "branch", "branches", "denoiser", "entries", "ordinal", "row", "run", "sample", "timestep",
+        "actions", "batch", "branch", "branches", "denoiser", "entries", "is_listed", "ordinal", "row", "run", "sample",
+        "timestep",
     )  # fmt: skip
 
     def __init__(self, run: Run, row: Row, denoiser: str, branch: str, ordinal: int) -> None:
@@ -308,6 +328,7 @@ class Call:
         self.branches: Branches = (branch,) if branch else row.branches
         self.entries: dict[int, Streams] = {}
         self.batch = 0
+        self.is_listed = False
         self.sample: Tensor | None = None
         self.timestep: Any = None
 

@@ -47,6 +47,8 @@ class Region:
     the region, or empty where entry and exit differ in shape, so that no residual exists.
     `probe` names a module outside the region whose output lets a policy decide inside a call.
     `edited` says that later code may change the exit's tensor in place, so that it must be copied.
+    `encoder` are those of the skipped modules that a ControlNet has too: what it makes there is only added to
+    what these would have made.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Region:
     streams: tuple[str, ...] = ()
     probe: str = ""
     edited: bool = False
+    encoder: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:

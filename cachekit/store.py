@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -68,16 +69,25 @@ class Store:
         fresh, self._fresh = self._fresh, {}
         return [(slot, branches, self._entries[slot, branches]) for slot, branches in fresh]
 
+    def drop_all(self, indices: Set[int]) -> None:
+        """Forget what these assignments keep."""
+        for slot, branches in list(self._entries) if indices else ():
+            if slot[0] in indices:
+                self.drop(slot, branches)
+
     def clear(self) -> None:
         """Forget everything kept; the peak stays."""
         for key in list(self._entries):
             self.drop(*key)
 
-    def change_branches(self, branches: Branches, changes: list[BranchChange]) -> None:
-        """Turn everything kept into what the remaining `branches` need, each by its policy's rule."""
+    def change_branches(self, branches: Branches, changes: list[BranchChange], before: Branches | None = None) -> None:
+        """Turn what is kept into what the remaining `branches` need, each by its policy's rule.
+
+        Where the branches `before` are given, what calls by other names have kept stays theirs.
+        """
         kept_for: dict[Slot, set[Branches]] = {}
         for slot, named in self._entries:
-            if named:
+            if named and (before is None or {*named} <= {*before, *branches}):
                 kept_for.setdefault(slot, set()).add(named)
         for slot, present in kept_for.items():
             together = {named for named in present if len(named) > 1}

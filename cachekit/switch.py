@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .compiled import uncompiled
-from .offloading import pass_by, splitting_hook
+from .compiled import BY_VALUES, uncompiled
+from .offloading import pass_by, register_alike, splitting_hook
 from .plan import Assignment
-from .policy import Action, Policy
+from .policy import Action, Moment, Policy
 from .sites import Region, Target
 from .tree import shape_of, tensors, tree_map, with_tensors
 
 if TYPE_CHECKING:
     from .policy import Streams
-    from .run import Call, RunState
+    from .run import Call
 
 _RUN_IT = object()
 _SWITCH, _BASE = "_cachekit_switch", "_cachekit_switched"
+#: Orders under which a module does not run.
+_SKIPPING = ("reuse", "restore")
 _SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+class Calling(Protocol):
+    """Hold what each thread is in the middle of: the call that parts are asked about, if any."""
+
+    call: Any
 
 
 class Switch:
@@ -36,9 +45,13 @@ class Switch:
     nothing: before a call it is told its `order`, and after the call it reports what it noted.
     """
 
-    def __init__(self, state: RunState, module: nn.Module, name: str) -> None:
-        """Prepare for `module`; nothing is changed before `install`."""
+    def __init__(self, state: Calling, module: nn.Module, name: str, is_told: bool = True) -> None:
+        """Prepare for `module`; nothing is changed before `install`.
+
+        In compiled code a module runs as written whose switch nobody tells what to do.
+        """
         self.state = state
+        self.is_told = is_told
         self.module = module
         self.name = name
         self.parts: list[Part] = []
@@ -46,6 +59,7 @@ class Switch:
         self.inner: Callable[..., Any] | None = None
         self.order: str | None = None
         self.given: Any = None
+        self.entries: tuple[Entry, ...] = ()
         self.noted: Any = None
         self.obeyed = False
 
@@ -57,7 +71,8 @@ class Switch:
             self.inner, self.behind.forward = self.behind.forward, self.stand
             return
         vars(self.module)[_SWITCH] = self
-        self.module.__class__ = _switched(type(self.module))
+        if not hasattr(type(self.module), _BASE):  # else a class that was put over ours has stayed
+            self.module.__class__ = _switched(type(self.module))
 
     def uninstall(self) -> None:
         """Put back exactly what was there; a class that somebody put over ours since stays, and asks nobody."""
@@ -100,6 +115,7 @@ class Switch:
         for part in self.parts:
             result = part.before(call, args, kwargs)
             if result is not _RUN_IT:
+                part.reused(call)
                 pass_by(self.module)
                 return result
         output = inner(*args, **kwargs)
@@ -116,11 +132,11 @@ class Switch:
             return False
         if any(part.is_open(call) for part in self.parts):
             return False
+        self.entries = tuple(part for part in self.parts if isinstance(part, Entry) and not _computes(call, part.index))
         for part in self.parts:
-            given = part.before(call, (), {})
-            if given is not _RUN_IT:
-                pass_by(self.module)
-                self.order, self.given = "reuse", given
+            self.given = part.ahead(call)
+            if self.given is not _RUN_IT:
+                self.order = "restore" if isinstance(self.given, Restoring) else "reuse"
                 return True
         wishes = {part.wish(call) for part in self.parts}
         self.order = "keep" if "keep" in wishes else "measure" if "measure" in wishes else "run"
@@ -128,10 +144,13 @@ class Switch:
 
     def _obey(self, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.order is None:
-            return _interrupt(self, inner, args, kwargs)
+            return _interrupt(self, inner, args, kwargs) if self.is_told else inner(*args, **kwargs)
         self.obeyed = True
-        if self.order == "reuse":
-            return self.given
+        for entry in self.entries:
+            entry.passage.entered = entry.streams_of(args, kwargs)
+        if self.order in _SKIPPING:
+            pass_by(self.module)
+            return self.given if self.order == "reuse" else self.given.within_call()
         output = inner(*args, **kwargs)
         if self.order == "keep":
             self.noted = output
@@ -141,20 +160,25 @@ class Switch:
 
     def report(self, call: Call) -> None:
         """Say what was noted in `call`, if it came by here and ran."""
-        if not self.obeyed or self.order == "reuse":
+        if not self.obeyed:
             return
         # Compiled code may use the memory of its outputs again.
         noted = tree_map(torch.clone, self.noted) if self.order == "keep" else self.noted
         for part in self.parts:
-            part.after(call, noted)
+            if self.order in _SKIPPING:
+                part.reused(call)
+            else:
+                part.after(call, noted)
 
     def forget(self) -> None:
         """Hold no order and no tensor between calls."""
+        for entry in self.entries:
+            entry.passage.entered = ()
         self.order = self.given = self.noted = None
-        self.obeyed = False
+        self.entries, self.obeyed = (), False
 
 
-@uncompiled("decides here by values")
+@uncompiled(BY_VALUES)
 def _interrupt(switch: Switch, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Leave the compiled code where a switch has to look up what to do; the module then runs as written."""
     return switch._look_up(inner, args, kwargs)
@@ -180,6 +204,7 @@ def _switched(base: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     own = {"__call__": call, "__reduce_ex__": reduce, _BASE: base}
     _SUBCLASSES[base] = type(base.__name__, (base,), {**own, **names})
+    register_alike(base, _SUBCLASSES[base])
     return _SUBCLASSES[base]
 
 
@@ -208,16 +233,37 @@ class Part:
         """Return a stand-in for the module's output, or the marker that it has to run."""
         return _RUN_IT
 
+    def ahead(self, call: Call) -> Any:
+        """Return the same before the call, or a `Restoring` that makes the stand-in within it."""
+        return self.before(call, (), {})
+
+    def reused(self, call: Call) -> None:
+        """Take notice that a stand-in was handed out."""
+
     def after(self, call: Call, output: Any) -> None:
         """Look at the module's computed output."""
 
 
+class Passage:
+    """Hold, within a call that is told ahead, the tensors that enter a region until its exit."""
+
+    entered: Streams = ()
+
+
 class Exit(Part):
-    """Keep and restore the output of a site, or of the last module of a region."""
+    """Keep and restore the output of a site, or of the last module of a region.
+
+    There is a `passage` where what enters the region matters.
+    """
+
+    def __init__(self, index: int, bound: Assignment, passage: Passage | None = None) -> None:
+        """Serve assignment `index`."""
+        super().__init__(index, bound)
+        self.passage = passage
 
     def is_open(self, call: Call) -> bool:
-        """Tell whether the tensors that enter the region are needed as well."""
-        return super().is_open(call) or (needs_entry(self.policy, self.target) and not _computes(call, self.index))
+        """Tell whether values decide, or may decide how what enters the region is found."""
+        return super().is_open(call) or (self.passage is not None and None in call.actions)
 
     def wish(self, call: Call) -> str:
         """Return "keep" where something is kept, a reuse that found nothing included."""
@@ -225,18 +271,30 @@ class Exit(Part):
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the restored output when the action is REUSE and something is kept."""
-        action = call.actions[self.index]
-        if action is not Action.REUSE:
-            return _RUN_IT
-        found = call.kept(self.index)
+        found = self._restoring(call)
+        return _RUN_IT if found is None else found.output(self._entered(call))
+
+    def ahead(self, call: Call) -> Any:
+        """Return the restored output, or what restores it from the tensors that enter the region."""
+        found = self._restoring(call)
         if found is None:
+            return _RUN_IT
+        return found.output(()) if self.passage is None else found
+
+    def _restoring(self, call: Call) -> Restoring | None:
+        if call.actions[self.index] is not Action.REUSE:
+            return None
+        kept = call.kept(self.index)
+        if kept is None:
             call.miss(self.index)
             call.actions[self.index] = Action.STORE
-            return _RUN_IT
-        call.count(self.index, Action.REUSE)
-        template = call.run.templates[call.slot(self.index)]
-        streams = self.policy.restore(found, self._entry(call, template), call.moment(self.index))
-        return with_tensors(template, self._own(streams))
+            return None
+        return Restoring(self, kept, call.run.templates[call.slot(self.index)], call.moment(self.index))
+
+    def reused(self, call: Call) -> None:
+        """Count the reuse, unless it was of another region around this module."""
+        if call.actions[self.index] is Action.REUSE:
+            call.count(self.index, Action.REUSE)
 
     def after(self, call: Call, output: Any) -> None:
         """Keep the output when the action is STORE."""
@@ -247,21 +305,48 @@ class Exit(Part):
         call.count(self.index, Action.STORE)
         # What lies on another device is only fetched for those who look at it.
         before = call.kept(self.index) if type(self.policy).to_keep is not Policy.to_keep else None
-        entry = self._entry(call, output)
-        streams = self._own(tuple(tensors(output)))
+        entry = _lasting(self._entered(call), output)
+        streams = self.own(tuple(tensors(output)))
         call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))
         call.run.templates[call.slot(self.index)] = tree_map(_no_elements, output)
 
-    def _entry(self, call: Call, output: Any) -> Streams:
-        """Return the tensors that entered the region, without a stream that the exit ends (its output is None)."""
-        entry = call.entries.get(self.index, ())
-        if isinstance(output, tuple) and len(output) == len(entry):
-            return tuple(tensor for tensor, left in zip(entry, output) if left is not None)
-        return entry
+    def _entered(self, call: Call) -> Streams:
+        """Return the tensors that entered the region; compiled code may use the memory of its own again."""
+        if self.passage is None or self.index in call.entries:
+            return call.entries.get(self.index, ())
+        return tuple(map(torch.clone, self.passage.entered))
 
-    def _own(self, streams: Streams) -> Streams:
+    def own(self, streams: Streams) -> Streams:
+        """Return streams that later code may edit."""
         edited = isinstance(self.target, Region) and self.target.edited
         return tuple(tensor.clone() for tensor in streams) if edited else streams
+
+
+@dataclass
+class Restoring:
+    """Make an output of what was kept and of the tensors that enter the region; this may be compiled."""
+
+    exit: Exit
+    kept: Any
+    template: Any
+    moment: Moment
+
+    def output(self, entry: Streams) -> Any:
+        """Return the output for the tensors that entered."""
+        streams = self.exit.policy.restore(self.kept, _lasting(entry, self.template), self.moment)
+        return with_tensors(self.template, self.exit.own(streams))
+
+    def within_call(self) -> Any:
+        """Return the output for the tensors that entered in the present call."""
+        assert self.exit.passage is not None
+        return self.output(self.exit.passage.entered)
+
+
+def _lasting(entry: Streams, output: Any) -> Streams:
+    """Return the tensors that entered, without a stream that the exit ends (its output is None)."""
+    if isinstance(output, tuple) and len(output) == len(entry):
+        return tuple(tensor for tensor, left in zip(entry, output) if left is not None)
+    return entry
 
 
 class Member(Part):
@@ -317,22 +402,30 @@ class Placeholder:
 class Entry(Part):
     """Remember the tensors that enter a region, for residuals."""
 
-    def __init__(self, index: int, bound: Assignment, module: nn.Module, streams: tuple[str, ...]) -> None:
-        """Serve assignment `index`; `streams` are parameter names of `module`'s forward."""
+    def __init__(self, index: int, bound: Assignment, module: nn.Module, passage: Passage) -> None:
+        """Serve assignment `index`, whose region `module` begins."""
         super().__init__(index, bound)
-        self.streams = streams
+        assert isinstance(bound.target, Region)
+        self.streams = bound.target.streams
         self.places = parameter_places(module)
+        self.passage = passage
 
     def is_open(self, call: Call) -> bool:
-        """Tell whether somebody will ask for the tensors."""
-        return not _computes(call, self.index)
+        """Tell whether values may decide how the tensors are found."""
+        return None in call.actions
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember, and let the module run."""
-        call.entries[self.index] = tuple(
-            kwargs[name] if name in kwargs else args[self.places[name]] for name in self.streams
-        )
+        call.entries[self.index] = self.streams_of(args, kwargs)
         return _RUN_IT
+
+    def ahead(self, call: Call) -> Any:
+        """Let the module run; its arguments are not known yet."""
+        return _RUN_IT
+
+    def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """Return the tensors that enter the region."""
+        return tuple(kwargs[name] if name in kwargs else args[self.places[name]] for name in self.streams)
 
 
 class Probe(Part):

@@ -181,6 +181,9 @@ def test_a_policy_that_keeps_the_second_branch_is_refused() -> None:
 def test_without_guidance_there_is_one_branch() -> None:
     pipe = wan()
     plain = sample(pipe, guidance_scale=1.0)
+    with cachekit.apply(pipe, "null_text:after=3") as attachment:
+        assert torch.equal(sample(pipe, guidance_scale=1.0), plain)
+        assert attachment.report().warnings == ["null_text:after=3 never fired in this run of 6 unguided steps"]
     with cachekit.apply(pipe, ["tgate:m=2", "adaptive_guidance:m=1"]) as attachment:
         assert not torch.equal(sample(pipe, guidance_scale=1.0), plain)
         report = attachment.report()

@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     T2IAdapter,
 )
+from diffusers.models import MultiControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
 
@@ -53,6 +54,23 @@ def with_controlnet() -> tuple[Any, dict[str, Any]]:
 
 
 @tiny.reproducible
+def with_controlnets() -> tuple[Any, dict[str, Any]]:
+    """Two of them, of which one serves some steps only."""
+    pipe, given = with_controlnet()
+    second = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+    both = MultiControlNetModel([pipe.controlnet, tiny.seeded(second, 5)])
+    pipe.register_modules(controlnet=both)
+    window = {"control_guidance_start": [0.0, 0.2], "control_guidance_end": [1.0, 0.7]}
+    return pipe, {"image": [given["image"]] * 2, "controlnet_conditioning_scale": [1.0, 0.5], **window}
+
+
+def guessing() -> tuple[Any, dict[str, Any]]:
+    """One that is called for one of two branches."""
+    pipe, given = with_controlnet()
+    return pipe, {**given, "guess_mode": True}
+
+
+@tiny.reproducible
 def with_t2i_adapter() -> tuple[Any, dict[str, Any]]:
     parts = {key: value for key, value in tiny.small().components.items() if key != "image_encoder"}
     adapter = T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)
@@ -77,10 +95,20 @@ def with_ip_adapter() -> tuple[Any, dict[str, Any]]:
     return pipe, {"ip_adapter_image_embeds": [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(3))]}
 
 
+def with_masks() -> tuple[Any, dict[str, Any]]:
+    pipe, given = with_ip_adapter()
+    masks = torch.zeros(1, 1, 32, 32)
+    masks[..., :16] = 1
+    return pipe, {**given, "cross_attention_kwargs": {"ip_adapter_masks": [masks]}}
+
+
 EXTRAS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {
     "controlnet": with_controlnet,
+    "controlnets": with_controlnets,
+    "controlnet that guesses": guessing,
     "t2i_adapter": with_t2i_adapter,
     "ip_adapter": with_ip_adapter,
+    "ip_adapter with masks": with_masks,
 }
 
 
@@ -115,7 +143,9 @@ def test_additions_are_narrowed_as_by_hand(name: str, spec: str, half: int, gate
     made, (pipe, extra) = EXTRAS[name](), EXTRAS[name]()
     with cachekit.apply(made[0], spec):
         found = latents(made)
-    assert torch.equal(found, latents((tiny.narrowed_by_hand(pipe, 3, half, gated), extra)))
+    by_hand = latents((tiny.narrowed_by_hand(pipe, 3, half, gated), extra))
+    # A ControlNet is narrowed as well, and half a batch is computed in another order.
+    assert torch.allclose(found, by_hand, atol=1e-3) if "controlnet" in name else torch.equal(found, by_hand)
 
 
 @pytest.mark.parametrize("branch", [0, 1, 4])

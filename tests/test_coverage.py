@@ -183,9 +183,19 @@ def test_no_layer_is_zero():
     assert torch.all(layer.weight != 0)
 
 
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="has torchvision")
+def test_a_package_that_is_needed_is_a_reason():
+    assert examine("OmniGenPipeline", []).reason == "needs torchvision"
+
+
+def test_what_is_known_of_a_fault_stands_before_the_error():
+    reason = examine("ChromaInpaintPipeline", []).reason
+    assert re.match(r"it reads a setting that no .* has: pipeline_chroma_inpainting\.py:\d+: AttributeError: ", reason)
+
+
 def test_a_process_that_takes_too_long_is_a_line():
     (found,) = survey(["StableDiffusionPipeline"], SPECS, workers=1, limit=0.01)
-    assert found == Trial("StableDiffusionPipeline", "took longer than the time limit")
+    assert found == Trial("StableDiffusionPipeline", "took longer than 0.01 seconds")
 
 
 def test_the_command_says_which_name_is_wrong():

@@ -28,8 +28,9 @@ from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock
 
 import cachekit
 from cachekit import Action, Kind
+from cachekit.coverage.parts import make
 from cachekit.errors import CachekitError, SiteError
-from cachekit_dit.streams import streams_of
+from cachekit_dit.streams import streams_of, streams_of_all
 
 STEPS = 7
 
@@ -328,7 +329,9 @@ def test_where_later_blocks_read_earlier_ones_there_is_no_chain() -> None:
     widths = {"hidden_size": 16, "cross_attention_dim": 16, "pooled_projection_dim": 8, "cross_attention_dim_t5": 8}
     sizes = {"sample_size": 8, "patch_size": 2, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
     model = HunyuanDiT2DModel(in_channels=4, **sizes, **widths)
-    with pytest.raises(SiteError, match=r"a chain of blocks, but HunyuanDiT2DModel has .*; use another policy$"):
+    with pytest.raises(
+        SiteError, match=r"a chain of blocks, but HunyuanDiT2DModel has .*; use a policy for attention or guidance$"
+    ):
         cachekit.apply(model, "delta_dit")
 
 
@@ -360,6 +363,18 @@ def test_streams_of_blocks_that_diffusers_says_nothing_of() -> None:
         assert " ".join(streams_of(object.__new__(cls))) == expected
 
 
+def test_a_block_around_another_carries_on_its_streams() -> None:
+    denoiser = make({"use": "HiDreamImageTransformer2DModel"})
+    double, single = denoiser.double_stream_blocks[0], denoiser.single_stream_blocks[0]
+    assert (streams_of(double), streams_of(single)) == (("hidden_states", "encoder_hidden_states"), ("hidden_states",))
+
+
+def test_a_chain_of_unlike_blocks_carries_on_what_all_do() -> None:
+    denoiser = make({"use": "WuerstchenPrior"})
+    assert streams_of_all(list(denoiser.blocks)) == ("x",)
+    assert streams_of_all([denoiser.blocks[0], object.__new__(HiDreamBlock)]) == ()
+
+
 # -- what it costs -----------------------------------------------------------------------------------------------
 
 
@@ -368,8 +383,9 @@ def test_the_estimate_gives_the_published_speedup() -> None:
     found = cachekit.estimate("pixart-alpha", "delta_dit", num_inference_steps=20)
     assert 1.59 < found.speedup < 1.6
     assert len({step.macs for step in found.steps}) == 2
-    branches, spans, tokens, width, bytes_each = 2, 2, 64 * 64, 1152, 2
-    assert found.cache_bytes == branches * spans * tokens * width * bytes_each
+    branches, tokens, width, bytes_each = 2, 64 * 64, 1152, 2
+    # One residual: that of the front blocks is let go of before that of the rear ones is kept.
+    assert found.cache_bytes == branches * tokens * width * bytes_each
 
 
 def test_the_estimate_equals_what_a_run_counts() -> None:

@@ -194,6 +194,18 @@ def test_narrowing_cuts_everything_batched_and_nothing_else() -> None:
         assert all(picked[name] is whole[name] for name in ("timestep", "unbatched", "return_dict"))
 
 
+def test_narrowing_cuts_lists_by_their_items_where_each_is_an_image() -> None:
+    """A caption of four tokens is no batch of four; residuals may have numbers for names."""
+    images, captions, others = ([torch.full((4, 2), float(place)) for place in range(count)] for count in (4, 4, 3))
+    residual = torch.arange(8.0).reshape(4, 2)
+    arguments = {"x": images, "t": torch.arange(4), "cap_feats": captions, "samples": {0: residual}, "others": others}
+    picked = pick(arguments, Layout(("cond", "uncond")), "uncond", 4)
+    assert [one.mean().item() for one in (*picked["x"], *picked["cap_feats"])] == [2, 3, 2, 3]
+    assert picked["t"].tolist() == [2, 3]
+    assert torch.equal(picked["samples"][0], residual[2:])
+    assert picked["others"] is others
+
+
 @pytest.mark.parametrize(("spec", "half"), [("adaptive_guidance:m=2", 1), ("null_text:after=2", 0)])
 @pytest.mark.parametrize(("name", "batch"), [("sdxl", 2), ("pixart", 2), ("svd", 1)])
 def test_narrowing_equals_slicing_by_hand(name: str, batch: int, spec: str, half: int) -> None:

@@ -183,6 +183,24 @@ def test_idle_stores_are_computes():
     assert columns(plan_of(Scripted(script="SSSrSS.SrrS"), steps=11))["scripted", "mid.cross"] == "..Sr...Srr."
 
 
+class Remembering(Scripted):
+    name: ClassVar[str] = "remembering"
+    keeps_history: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize(
+    ("policy", "script", "steps"),
+    [
+        (Scripted, "SrrS.rr..", [3, 7]),  # before it is kept anew, and after it was last read
+        (Scripted, "Sr..r.Sr", [5]),
+        (Remembering, "SSrrS..", [5]),  # a forecast reads the last one when it keeps the next
+    ],
+)
+def test_what_nobody_reads_any_more_is_let_go_of(policy, script, steps):
+    plan = plan_of(policy(script=script), steps=len(script))
+    assert [step for step, unread in enumerate(plan.unread) if unread] == steps
+
+
 def test_a_change_of_branches_restarts_those_that_ask():
     narrowing = "adaptive_guidance:m=4"
     kept, fresh = Scripted(script="Srrrrrrr"), Refreshed(script="Srrrrrrr", at="mid.self")

@@ -23,6 +23,7 @@ from diffusers import (
 )
 
 import cachekit
+from cachekit.clock import mark_of
 from cachekit.pipelines import denoiser_of
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -292,6 +293,18 @@ def test_several_calls_belong_to_one_step() -> None:
         assert attachment.report().calls == 3 * STEPS
     assert seen["conv_in"] == [2] * 12 + [1] * 6
     assert seen["mid_block.resnets.0"] == [2] * 6 + [1] * 3
+
+
+def test_a_step_is_told_by_all_frames_timesteps() -> None:
+    """One frame that is given, and not denoised, has the same timestep in all steps."""
+    steps = [torch.tensor([[20.0, time, time]]) for time in (999.3, 800.1)]
+    first, second = (mark_of(step, None) for step in steps)
+    assert not first.same_step(second)
+    assert first.same_step(mark_of(steps[0].repeat(2, 1), None))
+    uniform = torch.full((1, 7), 999.3)
+    assert mark_of(uniform, None).same_step(mark_of(torch.full((2, 3), 999.3), None))
+    assert first.begins_after(second)
+    assert not second.begins_after(first)
 
 
 def test_separate_calls_of_a_step_reuse_their_own_features() -> None:

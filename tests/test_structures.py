@@ -22,6 +22,7 @@ from diffusers import (
 )
 
 import cachekit
+from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, GuidanceError
 from cachekit.guidance import is_guided
 
@@ -200,6 +201,57 @@ def test_a_scale_that_feeds_an_embedding_is_no_branch(config: dict, scale: float
     denoiser = torch.nn.Module()
     denoiser.config = Config(config)
     assert is_guided(object(), {"guidance_scale": scale}, denoiser, None) is told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"prior_guidance_scale": 4.0, "decoder_guidance_scale": 1.0}, None), ({"decoder_guidance_scale": 1.0}, False)]
+    + [({"guidance_scale": 4.0, "sld_guidance_scale": 1000}, True), ({"guidance_scale": 1.0, "edit": 1}, False)]
+    + [({"guidance_scale": 1.0, "sld_guidance_scale": 1000}, False), ({"edit_guidance_scale": [5]}, False)],
+)
+def test_scales_of_stages_and_of_a_third_branch(arguments: dict[str, Any], told: bool | None) -> None:
+    assert is_guided(object(), arguments, torch.nn.Module(), None) is told
+
+
+def test_a_pipeline_that_always_says_unguided_is_not_believed() -> None:
+    pipe = build("StableDiffusionPanoramaPipeline")
+    assert not pipe.do_classifier_free_guidance
+    for scale in (1.0, 4.0):
+        assert is_guided(pipe, {"guidance_scale": scale}, pipe.unet, None) is (scale > 1)
+
+
+def listed(pipe: Any, **changes: Any) -> torch.Tensor:
+    """Return the latents of two prompts, whose samples reach the denoiser in a list."""
+    prompts = {"prompt": ["a red cat", "fog"], "negative_prompt": ["dull", ""]}
+    generator = torch.Generator().manual_seed(0)
+    call = {**arguments(pipe, "ZImagePipeline"), **prompts, "output_type": "latent", "generator": generator, **changes}
+    return pipe(**call).images
+
+
+@pytest.mark.parametrize(("spec", "guided"), [("adaptive_guidance:m=2", 2), ("adaptive_guidance:threshold=-1", 1)])
+def test_branches_in_a_list_are_narrowed_as_the_pipeline_does_it(spec: str, guided: int) -> None:
+    """The pipeline's own `cfg_truncation` ends guidance after a step, and runs the conditional branch alone."""
+    pipe = build("ZImagePipeline")
+    plain = listed(pipe)
+    passed = (1000 - pipe.scheduler.timesteps) / 1000
+    with cachekit.apply(pipe, spec) as attachment:
+        cached = listed(pipe)
+        branches = [made.row.branches for made in attachment.report().record.calls]
+    assert branches == [("cond", "uncond")] * guided + [("cond",)] * (len(passed) - guided)
+    assert torch.equal(cached, listed(pipe, cfg_truncation=float(passed[guided - 1 : guided + 1].mean())))
+    assert not torch.equal(cached, plain)
+    assert torch.equal(listed(pipe), plain)
+
+
+def test_samples_of_several_sizes_are_refused() -> None:
+    pipe = build("ZImagePipeline")
+    images = [torch.zeros(4, 1, side, side) for side in (8, 4)]
+    with (
+        cachekit.apply(pipe, "delta_dit"),
+        torch.no_grad(),
+        pytest.raises(CachekitError, match="ZImageTransformer2DModel: samples of several sizes"),
+    ):
+        pipe.transformer(images, torch.zeros(2), [torch.zeros(3, 32)] * 2)
 
 
 def test_costs_are_counted_where_hooks_move_the_weights() -> None:

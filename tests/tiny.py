@@ -301,7 +301,8 @@ def cut(value: Any, half: int) -> Any:
     if isinstance(value, torch.Tensor) and value.dim():
         return value.chunk(2)[half]
     if isinstance(value, dict):
-        return {key: cut(item, half) for key, item in value.items()}
+        # Masks are of images, whose branches share them.
+        return {key: item if key == "ip_adapter_masks" else cut(item, half) for key, item in value.items()}
     return type(value)(cut(item, half) for item in value) if isinstance(value, (list, tuple)) else value
 
 

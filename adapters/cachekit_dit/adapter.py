@@ -9,14 +9,22 @@ from cachekit.adapter import Layout
 from cachekit.modules import attends, module_sites
 from cachekit.sites import Kind, Site, SiteMap
 
-from .streams import streams_of, takes_skips
+from .streams import streams_of_all, takes_skips
 
 if TYPE_CHECKING:
     from torch import nn
 
 
 #: Classes whose pipelines put the conditional half of the batch first.
-_CONDITIONAL_FIRST = frozenset({"DiTTransformer2DModel", "LuminaNextDiT2DModel", "WuerstchenPrior"})
+_CONDITIONAL_FIRST = frozenset(
+    {
+        "AceStepTransformer1DModel",
+        "DiTTransformer2DModel",
+        "LuminaNextDiT2DModel",
+        "WuerstchenPrior",
+        "ZImageTransformer2DModel",
+    }
+)
 #: Classes whose pipelines call each branch on its own, and some of them without a name for the call: structure
 #: cannot tell. All of them call the conditional branch first.
 _CALLED_APART = frozenset(
@@ -55,12 +63,12 @@ class DiTAdapter:
     def sites(self, denoiser: Any) -> SiteMap:
         """Return attention and feed-forward sites, and each block as a site and in its chain."""
         lists = {
-            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): blocks[0]
+            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): list(blocks)
             for name, blocks in _chains(denoiser)
         }
         sites = (*module_sites(denoiser), *(site for chain in lists for site in chain))
         # Where a later block reads what an earlier one gave out, none can be left out alone.
-        chains = {chain: streams_of(block) for chain, block in lists.items() if not takes_skips(block)}
+        chains = {chain: streams_of_all(blocks) for chain, blocks in lists.items() if not any(map(takes_skips, blocks))}
         return SiteMap(type(denoiser).__name__, sites, chains=tuple(chains), streams=tuple(chains.values()))
 
     def layout(self, denoiser: Any) -> Layout:
@@ -78,7 +86,7 @@ def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
     from torch import nn
 
     for name, child in denoiser.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) and _holds_attention(child[0]):
+        if isinstance(child, nn.ModuleList) and any(map(_holds_attention, child)):
             yield name, child
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+def streams_of_all(blocks: Sequence[nn.Module]) -> tuple[str, ...]:
+    """Return the streams that all blocks of a chain carry on alike, or () where they do not."""
+    found = {streams_of(block) for block in {type(block): block for block in blocks}.values()}
+    return found.pop() if len(found) == 1 else ()
 
 
 def streams_of(block: nn.Module) -> tuple[str, ...]:
@@ -38,12 +44,25 @@ def _returned(block: nn.Module) -> Iterator[tuple[str, ...]]:
         return
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Return) and node.value is not None:
+            inner = _called(block, node.value)
+            if inner and set(inner) <= set(parameters):
+                yield inner
+                continue
             values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             names = tuple(value.id for value in values if isinstance(value, ast.Name) and value.id in parameters)
             if len(names) == len(values):
                 yield names
             elif not isinstance(node.value, ast.Tuple):
                 yield (list(parameters)[1],)
+
+
+def _called(block: nn.Module, value: ast.expr) -> tuple[str, ...]:
+    """Return the streams of the module within whose output a block hands out as it is, or () for any other value."""
+    called = value.func if isinstance(value, ast.Call) else None
+    if not isinstance(called, ast.Attribute) or ast.unparse(called.value) != "self":
+        return ()
+    inner = vars(block).get("_modules", {}).get(called.attr)
+    return () if inner is None else streams_of(inner)
 
 
 def _registered(block: nn.Module) -> tuple[str, ...]:

@@ -75,10 +75,12 @@ def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region | None:
     boundary = len(denoiser.up_blocks[up].resnets) - 1 - layer
     deeper_ups = [f"up_blocks.{index}" for index in range(up)]
     inner = _layers(denoiser.up_blocks[up], f"up_blocks.{up}", range(boundary))
-    skipped = [*_skipped_downs(denoiser, depth, layer), *_middle(denoiser), *deeper_ups, *inner]
+    encoder = (*_skipped_downs(denoiser, depth, layer), *_middle(denoiser))
+    skipped = (*encoder, *deeper_ups, *inner)
     if not skipped:
         return None
-    return Region(f"region {_number(denoiser, depth, layer)}", skipped[-1], tuple(skipped[:-1]), edited=True)
+    name = f"region {_number(denoiser, depth, layer)}"
+    return Region(name, skipped[-1], skipped[:-1], edited=True, encoder=encoder)
 
 
 def _number(denoiser: Any, depth: int, layer: int) -> int:

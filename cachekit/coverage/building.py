@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,12 @@ def pipeline_class(name: str) -> Any:
 
 def build(name: str) -> Any:
     """Return a small pipeline of the class `name` with seeded weights; raise `NotBuiltError` with a reason."""
-    cls, facts = pipeline_class(name), facts_of(name)
+    facts = facts_of(name)
     if facts.skip:
         raise NotBuiltError(facts.skip)
+    if facts.needs and find_spec(facts.needs) is None:
+        raise NotBuiltError(f"needs {facts.needs}")
+    cls = pipeline_class(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = cls(**_parts(cls, facts))

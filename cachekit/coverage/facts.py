@@ -14,11 +14,17 @@ _SAID_OF_CLASSES = ("like", "from", "needs")
 
 @dataclass(frozen=True)
 class Facts:
-    """Hold what is known of one pipeline: parts that differ from the annotated ones, arguments, or why not to try."""
+    """Hold what is known of one pipeline: parts that differ from the annotated ones, and arguments.
+
+    `skip` says why not to try, `needs` names a package without which it is of no use; `because` explains the error
+    that it raises with the libraries of the time.
+    """
 
     parts: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
     skip: str = ""
+    needs: str = ""
+    because: str = ""
 
 
 def entries() -> list[dict[str, Any]]:
@@ -31,13 +37,13 @@ def facts_of(pipeline: str) -> Facts:
     """Return the facts of a pipeline class: all entries whose pattern matches its name, later ones first."""
     parts: dict[str, Any] = {}
     call: dict[str, Any] = {}
-    skip = ""
+    said = {"skip": "", "needs": "", "because": ""}
     for entry in entries():
         if re.search(entry["match"], pipeline):
             parts |= entry.get("parts", {})
             call |= entry.get("call", {})
-            skip = entry.get("skip", skip)
-    return Facts(parts, call, skip)
+            said |= {key: entry[key] for key in said if key in entry}
+    return Facts(parts, call, **said)
 
 
 def model_config(name: str) -> dict[str, Any] | None:

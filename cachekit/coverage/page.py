@@ -26,6 +26,12 @@ and `-` with neither. A policy that takes one for the other fails.
 """
 
 
+_DENOISERS = """\
+Sites that the adapters name, in the small model that was built. A denoiser is known by lists of blocks of its own that
+run one after the other, or by paired down and up blocks; one that has neither has no adapter.
+"""
+
+
 def markdown(coverage: Coverage) -> str:
     """Return the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
     notes = _numbers(coverage)
@@ -40,7 +46,7 @@ def markdown(coverage: Coverage) -> str:
         "\n## Reasons\n",
         *(f"{number}. {_plain(note)}" for note, number in notes.items()),
         "\n## Denoisers\n",
-        "Sites that the adapters name, in the small model that was built.\n",
+        _DENOISERS,
         *_table(["denoiser", "adapter", "sites", "regions", "chains", "pipelines"], _denoisers(coverage)),
         "\n## Not built\n",
         *_table(
@@ -59,10 +65,11 @@ def summary(coverage: Coverage) -> Iterable[Sequence[str]]:
 def _versions(coverage: Coverage) -> str:
     built, names = len(coverage.built), ", ".join(f"{name} {number}" for name, number in coverage.versions.items())
     denoisers = coverage.denoisers
-    named = sum(bool(sites.kinds) for sites in denoisers.values())
+    unknown = [f"`{name}`" for name, sites in denoisers.items() if not sites.kinds]
+    without = f": all but {', '.join(unknown)}" if unknown else ""
     return (
-        f"{built} of {len(coverage.trials)} pipelines were built, with {len(denoisers)} denoiser classes, in {named}"
-        f" of which sites are named ({names}).\n"
+        f"{built} of {len(coverage.trials)} pipelines were built, with {len(denoisers)} denoiser classes. Sites are"
+        f" named in {len(denoisers) - len(unknown)} of these{without} ({names}).\n"
     )
 
 

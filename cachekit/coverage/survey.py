@@ -21,6 +21,7 @@ class _Running:
     name: str
     process: Any
     pipe: Any
+    limit: float
     deadline: float
 
 
@@ -59,7 +60,7 @@ def _start(context: Any, name: str, specs: Sequence[str], limit: float) -> _Runn
     process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)
     process.start()
     theirs.close()
-    return _Running(name, process, ours, time.monotonic() + limit)
+    return _Running(name, process, ours, limit, time.monotonic() + limit)
 
 
 def _ended(one: _Running) -> Trial | None:
@@ -76,4 +77,4 @@ def _ended(one: _Running) -> Trial | None:
         return None
     one.process.kill()
     one.process.join()
-    return Trial(one.name, "took longer than the time limit")
+    return Trial(one.name, f"took longer than {one.limit:g} seconds")

@@ -17,8 +17,10 @@ from ..engine import apply
 from ..errors import CachekitError
 from ..pipelines import denoisers_of
 from ..report import Report
+from ..sites import Kind
 from .branches import agrees, branches_of, expected
 from .building import arguments, build
+from .facts import facts_of
 from .parts import NotBuiltError
 
 WORKS, REFUSED, IDLE, FAILS = "works", "refused", "idle", "fails"
@@ -112,7 +114,8 @@ def examine(name: str, specs: Sequence[str]) -> Trial:
     except NotBuiltError as error:
         return Trial(name, str(error))
     except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is what the report says
-        return Trial(name, f"{_where(error)}{last_line(error)}")
+        because = facts_of(name).because
+        return Trial(name, f"{f'{because}: ' if because else ''}{_where(error)}{last_line(error)}")
     trial = Trial(name, sites=dict(_sites(subject.pipe)), branches=subject.branches)
     for spec in specs:
         trial.results[spec] = _result(subject, spec)
@@ -139,7 +142,7 @@ def attempt(subject: Subject, spec: str) -> Result:
         return Result(FAILS, "undone, the output is not what it was")
     loops = (*report.earlier, report)
     if not any(count.reused for one in loops for count in one.counts):
-        return Result(IDLE, "never acts in this run") if subject.is_plain(cached) else Result(FAILS, "changes unasked")
+        return Result(IDLE, _why_idle(report)) if subject.is_plain(cached) else Result(FAILS, "changes unasked")
     layout = loops[0].record.layout
     if not agrees(subject.branches, layout):
         return Result(FAILS, f"calls are for {subject.branches}, and are taken for {expected(layout)}")
@@ -147,6 +150,13 @@ def attempt(subject: Subject, spec: str) -> Result:
     if not same(again, cached):
         return Result(FAILS, "applied again, the output is not what it was")
     return Result(WORKS, "the output is the same" if subject.is_plain(cached) else "")
+
+
+def _why_idle(report: Report) -> str:
+    only_guidance = all(count.kind == Kind.GUIDANCE for count in report.counts)
+    if only_guidance and not report.record.guided:
+        return "one branch alone, without guidance or with an embedded one: nothing to drop"
+    return f"the run ends after {report.steps} steps, before the policy begins"
 
 
 def _cached(subject: Subject, spec: str) -> tuple[list[np.ndarray[Any, Any]], Report]:

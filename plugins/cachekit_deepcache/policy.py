@@ -40,7 +40,7 @@ class DeepCache(Policy):
     def select(self, sites: SiteMap) -> Sequence[Target]:
         """Return the one region below the skip connection `branch`."""
         if not sites.regions:
-            cure = "use delta_dit" if sites.chains else "use it on a UNet"
+            cure = "use delta_dit" if sites.chains else "use a policy for attention or guidance"
             raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; {cure}")
         if self.branch >= len(sites.regions):
             last = len(sites.regions) - 1

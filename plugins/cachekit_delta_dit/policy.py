@@ -73,7 +73,7 @@ class DeltaDiT(Policy):
 
     def _chain(self, sites: SiteMap) -> int:
         if not sites.chains:
-            cure = "deepcache" if sites.regions else "another policy"
+            cure = "deepcache" if sites.regions else "a policy for attention or guidance"
             raise SiteError(f"{self}: looked for a chain of blocks, but {sites.describe()}; use {cure}")
         if self.chain is None:
             return max(range(len(sites.chains)), key=lambda index: len(sites.chains[index]))

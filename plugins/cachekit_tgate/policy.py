@@ -64,9 +64,10 @@ class Gated(Policy):
     def _refusal(self, sites: SiteMap) -> Exception:
         from cachekit.errors import SiteError
 
+        cure = "delta_dit or " if sites.chains else "deepcache or " if sites.regions else ""
         return SiteError(
             f"{self}: looked for cross_attention, but {sites.describe()}; TGATE needs text in an attention of its"
-            " own: use adaptive_guidance, or a policy for blocks"
+            f" own: use {cure}adaptive_guidance"
         )
 
 

@@ -56,21 +56,32 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     """Return x0 from the denoiser's scaled input and output, both `(batch, channels, ...)`.
 
     Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of
-    the same timestep, so one formula serves both kinds; rectified flows use x - (t / T) v.
+    the same timestep, so one formula serves both kinds; rectified flows use x - sigma v.
     """
     table = getattr(scheduler, "alphas_cumprod", None)
     time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
-    if table is None:
-        flow: Tensor = sample - time / scheduler.config.num_train_timesteps * output
+    prediction = getattr(scheduler.config, "prediction_type", "epsilon")
+    if table is None or prediction == "flow_prediction":
+        flow: Tensor = sample - _flow_sigma(time, scheduler).to(sample) * output
         return flow
     sigma = _sigma(table.to(sample.device), time, scheduler).to(sample.dtype)
     signal, noise = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
-    prediction = getattr(scheduler.config, "prediction_type", "epsilon")
     if prediction == "v_prediction":
         clean: Tensor = signal * sample - noise * output
     else:
         clean = output if prediction == "sample" else (sample - noise * output) / signal
     return clean
+
+
+def _flow_sigma(time: Tensor, scheduler: Any) -> Tensor:
+    """Return the share of noise at the present step; pipelines give denoisers its time in several scales."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if not isinstance(sigmas, Tensor):
+        value: Tensor = time / scheduler.config.num_train_timesteps
+        return value
+    index = getattr(scheduler, "step_index", None)
+    share: Tensor = sigmas[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
+    return share
 
 
 def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import math
+import subprocess
+import sys
+import time
 
 import commands
 import numpy as np
@@ -360,3 +363,20 @@ def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
     assert set(outcomes) == set(wanted)
     assert not isinstance(outcomes[wanted[0]], str)
     assert outcomes[wanted[2]].startswith("tgate:m=3: a worker died, perhaps for want of memory")
+
+
+def test_workers_end_with_a_command_that_is_killed(folder, tmp_path):
+    words = ["bench", folder, "--spec", "tgate:m=2|3", "--steps", "4", "--limit", "1", "--no-peers"]
+    words += ["--executor", "process", "--threads", "1", "--output", str(tmp_path / "results.jsonl")]
+    command = psutil.Popen(
+        [sys.executable, "-c", "from cachekit.cli import app; app()", *words], stdout=subprocess.DEVNULL
+    )
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert command.poll() is None
+        workers = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive

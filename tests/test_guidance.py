@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import cachekit
@@ -293,13 +298,23 @@ def test_x0_is_what_the_scheduler_says(kind: type, prediction: str, settings: di
         sample = told.prev_sample
 
 
-def test_x0_of_a_rectified_flow() -> None:
-    scheduler = FlowMatchEulerDiscreteScheduler()
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+    ],
+)
+@pytest.mark.parametrize("scale", [1, 1e-3])
+def test_x0_of_a_rectified_flow(scheduler: Any, scale: float) -> None:
+    """Some pipelines give their denoiser the share of noise as its time: the scheduler knows."""
     scheduler.set_timesteps(4)
     clean, noise = NOISE[:1], NOISE[1:]
+    scheduler._step_index = None
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-        found = predict_x0((1 - sigma) * clean + sigma * noise, noise - clean, t, scheduler)
-        assert torch.allclose(found, clean, atol=1e-5)
+        sample = (1 - sigma) * clean + sigma * noise
+        assert torch.allclose(predict_x0(sample, noise - clean, t * scale, scheduler), clean, atol=1e-5)
+        scheduler.step(noise - clean, t, sample)
 
 
 @pytest.mark.parametrize("space", ["eps", "x0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from math import ceil
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from textwrap import shorten
 from typing import Any
 
@@ -56,7 +57,7 @@ def _process(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[
     for place in range(workers):
         places.put(place)
     # A forked process could not use a GPU that its parent has touched.
-    pool = ProcessPoolExecutor(workers, context, _choose_gpu, (places, setting.device))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (places, setting.device))
     try:
         futures = {pool.submit(attempt, setting, cell): cell for cell in cells}
         for future in as_completed(futures):
@@ -72,11 +73,23 @@ def _result(future: Future[Result | str], cell: Cell) -> Result | str:
         return f"{cell.label}: a worker died, perhaps for want of memory, and took its pool along; run it again"
 
 
-def _choose_gpu(places: Any, device: str | None) -> None:
-    """Give each worker a GPU of its own as far as there are enough."""
+def _start_worker(places: Any, device: str | None) -> None:
+    """Tie a worker's life to that of the process that measures, and give it a GPU of its own if there are enough."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _choose_gpu(places.get(), device)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent does: one that is killed tells its workers nothing."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _choose_gpu(place: int, device: str | None) -> None:
     import torch
 
-    place = places.get()
     if device in (None, "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: The embedded models by the names that commands know them by.
-DEMOS = {"demo": "unet"}
+DEMOS = {"demo": "unet", "demo-dit": "dit"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
 DTYPES = ("float32", "float16", "bfloat16")
 #: What comes of files that cannot be read, or that hold something else than diffusers expects.

@@ -44,7 +44,6 @@ CASES: list[tuple[Callable[[], Any], Way, bool, tuple[str, ...]]] = [
     (unet, blocks, True, ("tgate:m=3",)),
     (unet, blocks, False, ("tgate:m=3", "deepcache:interval=2")),
     (unet, in_place, True, ("tgate:m=3", "deepcache:interval=2")),
-    (convolutions, in_place, False, ("deepcache:interval=2",)),
     (convolutions, module, True, ("deepcache:interval=3,branch=1",)),
     (convolutions, in_place, True, ("adaptive_guidance:m=2",)),
     (pixart, blocks, False, ("tgate:m=3",)),

@@ -12,7 +12,11 @@ from .choose import CHOICE
 from .evaluate import table
 
 README = Path(__file__).parent / "README.md"
-SOURCES = {"figures": WEIGHTS / "unet" / "figures.json", "choice": CHOICE}
+SOURCES = {
+    "figures": WEIGHTS / "unet" / "figures.json",
+    "choice": CHOICE,
+    "transformer": WEIGHTS / "dit" / "figures.json",
+}
 
 
 def insert(text: str, name: str, content: str) -> str:

@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
 FIGURES = "figures.json"
 #: The classes of the embedded pipelines; the first has the parts that the others share.
-PIPELINES = {"unet": "StableDiffusionPipeline"}
+PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline"}
 SHARED = WEIGHTS / "unet"
 
 

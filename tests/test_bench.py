@@ -201,6 +201,7 @@ def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(t
     assert (few.rows[0].images, few.rows[0].frechet) == (30, None)
     other = [shifted(seed, ("tgate:m=9",)) for seed in range(16)]
     (group,) = groups([*map(shifted, range(16)), *other])
+    assert [columns(group, row)["first"] == "-" for row in (group.uncached, *group.rows)] == [True, False, False]
     assert [row.images for row in (group.uncached, *group.rows)] == [32, 32, 32]
     assert columns(group, group.uncached)["Frechet"].endswith(" (n=32)")
     found = [sample.features for sample in group.rows[0].samples]

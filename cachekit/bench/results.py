@@ -45,7 +45,8 @@ class Sample(BaseModel):
 class Result(BaseModel):
     """Hold all that was measured of one cell; pictures are data URIs of the contender and the uncached image.
 
-    `reference` is the crowd of true images that the samples' features are compared with.
+    `reference` is the crowd of true images that the samples' features are compared with. `first_seconds` is None of
+    the uncached pipeline that ran beside others.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -54,7 +55,7 @@ class Result(BaseModel):
     id: str
     cell: Cell
     environment: dict[str, Any]
-    first_seconds: float
+    first_seconds: float | None
     samples: list[Sample]
     counts: list[dict[str, Any]] = []
     plan: dict[str, Any] | None = None

@@ -45,9 +45,10 @@ class Row:
         return _spread([sample.seconds for sample in self.samples])
 
     @property
-    def first_seconds(self) -> float:
-        """Return the median wall time of the first run, which no other figure holds."""
-        return median(result.first_seconds for result in self.results)
+    def first_seconds(self) -> float | None:
+        """Return the median wall time of the first run, which no other figure holds, or None where none was timed."""
+        timed = [result.first_seconds for result in self.results if result.first_seconds is not None]
+        return median(timed) if timed else None
 
     @property
     def faster(self) -> float:
@@ -181,7 +182,8 @@ class Group:
             update={"method": Method.PLAIN, "specs": (), "steps": self.cell.uncached_steps, "seed": 0}
         )
         first = self.rows[0].results[0]
-        return Row(cell, [first.model_copy(update={"cell": cell, "samples": plain, "counts": [], "warnings": []})])
+        own = {"cell": cell, "samples": plain, "counts": [], "warnings": [], "first_seconds": None}
+        return Row(cell, [first.model_copy(update=own)])
 
     def plain(self, steps: int) -> Row | None:
         """Return the row of that many plain steps, if it was measured."""

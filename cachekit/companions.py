@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import threading
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AttachmentError
 from .guidance import pick_call, spread
 from .plan import Assignment
 from .policy import Action
@@ -34,9 +36,13 @@ class Companion:
     In doubt it runs as it is.
     """
 
-    def __init__(self, driver: Driver, module: nn.Module, denoiser: nn.Module) -> None:
-        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
-        self.driver = driver
+    def __init__(self, driver: Driver, module: nn.Module, denoiser: nn.Module, fellows: list[Companion]) -> None:
+        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`.
+
+        `fellows` are the installed ones of an attachment: a copy of this one joins those of the copied.
+        """
+        self.driver: Driver | None = driver
+        self.fellows = fellows
         self.module = module
         self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
         self.present = Present()
@@ -46,6 +52,17 @@ class Companion:
         self.switches = [Switch(self.present, modules[name], name, is_told=False) for name in sorted(names)]
         for switch in self.switches:
             switch.parts.append(Twin(self.present, switch.name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Companion:
+        """Return the one of a copied ControlNet, which runs in full where the denoiser is not copied with it."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(vars(self))
+        twin.driver, twin.fellows = memo.get(id(self.driver)), memo.get(id(self.fellows), [])
+        twin.module, twin.present = copy.deepcopy((self.module, self.present), memo)
+        twin.switches = copy.deepcopy(self.switches, memo)
+        twin.fellows.append(twin)
+        return twin
 
     def install(self) -> None:
         """Stand before the module's calls, and those of the modules within that can be skipped."""
@@ -63,7 +80,7 @@ class Companion:
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the ControlNet, as short as the denoiser's next call allows."""
         forward = functools.partial(type(self.module)._call_impl, self.module)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.driver is None:
             return forward(*args, **kwargs)
         arguments = {**dict(zip(self.parameters, args)), **kwargs}
         is_known = self.present.is_known([_signature(tensor) for tensor in tensors(arguments)])
@@ -98,6 +115,12 @@ class Present(threading.local):
     def __deepcopy__(self, memo: dict[int, Any]) -> Present:
         """Return a fresh one: a copied module has made no call."""
         return Present()
+
+    def __reduce__(self) -> Any:
+        """Raise: whoever unpickled it would have no denoiser to follow."""
+        raise AttachmentError(
+            "the ControlNet of an attached pipeline cannot be pickled; call cachekit.remove(pipe) first"
+        )
 
     def is_known(self, inputs: Any) -> bool:
         """Tell whether the last call had such inputs; if not, forget the shapes that it made."""
@@ -143,9 +166,12 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
     """Return, by assignment, the modules that make only what is thrown away when its region is reused."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
+    shared = {*here.values()} & {*there.values()}  # which stand behind the denoiser's own switches
 
     def is_alike(name: str) -> bool:
-        return name in here and type(here[name]).__name__ == type(there[name]).__name__
+        if name not in here or here[name] in shared:
+            return False
+        return type(here[name]).__name__ == type(there[name]).__name__
 
     regions = ((index, bound.target) for index, bound in enumerate(assignments) if isinstance(bound.target, Region))
     return {index: region.encoder for index, region in regions if all(map(is_alike, region.encoder))}

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 #: Arguments that a denoiser writes to.
 _WRITTEN = ("kv_cache", "kv_caches")
+#: What a pipeline's batch depends on, and may change from step to step.
+_TELLING = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
 _TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r")
 
 
@@ -215,6 +217,7 @@ class Driver:
     def _follow_batch(self, run: Run, sample: Tensor) -> None:
         """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
         together = run.together
+        run.told = self._told()
         signature = (sample.shape[0] // together, sample.shape[1:], sample.dtype, sample.device)
         if run.signature and signature != run.signature:
             if together > 1 and sample.shape[0] == run.signature[0]:
@@ -223,6 +226,11 @@ class Driver:
             run.store.clear()
             run.shapes.clear()
         run.signature = signature
+
+    def _told(self) -> tuple[Any, ...]:
+        """Return what the running pipeline says of its guidance now; a callback may change that."""
+        pipe = self.state.pipeline[0] if self.state.pipeline else None
+        return tuple(getattr(pipe, name, None) for name in _TELLING)
 
     @contextlib.contextmanager
     def named(self, context: str | None) -> Iterator[None]:
@@ -250,7 +258,8 @@ class Driver:
         mark, batch = mark_of(timestep, getattr(pipe, "scheduler", None)), sample.shape[0]
         is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
         is_whole = batch == run.signature[0] * run.together
-        if not (is_next and is_whole and any(companion is other for other in companions_of(pipe))):
+        is_as_before = self._told() == run.told  # in guess mode the ControlNet's batch would not show a change
+        if not (is_next and is_whole and is_as_before and any(companion is other for other in companions_of(pipe))):
             return None
         return run.foresee(run.clock.step + 1, batch)
 

@@ -168,7 +168,7 @@ class Attachment:
             return
         (denoiser,) = self.denoisers.values()
         for module in companions_of(pipe):
-            companion = Companion(self.driver, module, denoiser.module)
+            companion = Companion(self.driver, module, denoiser.module, self._companions)
             self._companions.append(companion)
             companion.install()
 
@@ -185,7 +185,7 @@ class Attachment:
             entrance.uninstall()
         for companion in self._companions:
             companion.uninstall()
-        self._companions = []
+        self._companions.clear()
         for pipe in list(self.driver.pipes):
             untrack(pipe)
         self.driver.end_run(interrupted=True)
@@ -211,7 +211,8 @@ class Attachment:
         }
         twin.driver = copy.deepcopy(self.driver, memo)
         twin._switches = copy.deepcopy(self._switches, memo)
-        twin._companions = copy.deepcopy(self._companions, memo)
+        # A ControlNet that is copied too brings its own: a copy of the denoiser alone has no need of it.
+        twin._companions = memo[id(self._companions)] = []
         # A copied module has lost whatever stood before its calls: torch leaves it out.
         twin._entrances = twin._make_entrances()
         if self in _INSTALLED:

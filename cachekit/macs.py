@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -79,13 +79,14 @@ def replay(
     """Return what each call does, and the peak of bytes kept.
 
     Calls with the same shapes and actions cost the same, so each distinct one runs once, in order, by the same
-    engine that drives a run. `inputs` maps `Made.inputs` to the arguments (args, kwargs) of the uncached forward,
-    `full` to what that did: so does a call that keeps and reuses nothing.
+    engine that drives a run; again only where it keeps what had been dropped meanwhile. `inputs` maps
+    `Made.inputs` to the arguments (args, kwargs) of the uncached forward, `full` to what that did: so does a call
+    that keeps and reuses nothing.
     """
     found: dict[Any, Forward] = {}
     with attachment.driver.replaying(layout, steps) as run:
         for made in calls:
-            if made.signature in found:
+            if made.signature in found and not _keeps_anew(attachment, made, run.store.sizes()):
                 continue
             if made.dropped:
                 found[made.signature] = Forward(0, 0, frozenset())
@@ -99,6 +100,12 @@ def replay(
             found[made.signature] = count_forward(module, args, kwargs, products)
         peak = run.store.peak_bytes
     return [found[made.signature] for made in calls], peak
+
+
+def _keeps_anew(attachment: Attachment, made: Made, kept: Collection[int]) -> bool:
+    """Tell whether a call keeps something that is not there, so that a later one could not reuse it."""
+    own = (i for i, action in enumerate(made.row.actions) if action is Action.STORE)
+    return any(i not in kept and attachment.assignments[i].denoiser == made.denoiser for i in own)
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:

@@ -130,6 +130,7 @@ class Run:
         self.probed: dict[tuple[str, str, Branches, int], dict[str, Any]] = {}
         self.outputs: dict[str, Any] = {}
         self.signature: tuple[Any, ...] = ()
+        self.told: tuple[Any, ...] = ()
         self.is_named = False
         self.guidance = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.GUIDANCE]
         self._blocks = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.BLOCK]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -127,6 +128,24 @@ def test_a_batch_that_the_pipeline_cuts_is_followed() -> None:
         assert torch.equal(latents(pipe, callback_on_step_end=cut, **arguments, **image), wanted)
 
 
+def test_guidance_that_begins_in_mid_run_is_followed() -> None:
+    """In guess mode the ControlNet's batch is the same before and after: it does not show the change."""
+
+    def begin(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            pipe._guidance_scale = 5.0
+            given["prompt_embeds"] = torch.cat([tiny.text(1, seed=4), tiny.text(1)])
+        return given
+
+    pipe = controlled()
+    changes = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], "guess_mode": True, "guidance": 1.0}
+    with plain(cachekit.apply(pipe, "deepcache:interval=5")):
+        wanted = latents(pipe, callback_on_step_end=begin, **changes)
+    with cachekit.apply(pipe, "deepcache:interval=5"), batches(pipe.controlnet.mid_block) as middle:
+        assert torch.equal(latents(pipe, callback_on_step_end=begin, **changes), wanted)
+    assert len(middle) == 4  # unguided: the first of three; guided: all, as the batches differ
+
+
 @pytest.mark.parametrize("bad", range(STEPS))
 def test_features_that_are_lost_bring_the_controlnet_back(bad: int) -> None:
     """What is not finite is not kept: the next step computes, and needs every residual."""
@@ -207,6 +226,47 @@ def test_a_deep_copy_skips_on_its_own() -> None:
     assert (len(middle), len(original)) == (2, 0)
     cachekit.remove(twin)
     assert torch.equal(latents(twin), without)
+    assert torch.equal(latents(pipe), without)
+
+
+def test_a_copied_denoiser_brings_no_controlnet() -> None:
+    pipe = controlled()
+    with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
+        memo: dict[int, Any] = {}
+        copy.deepcopy(pipe.unet, memo)
+        assert not any(id(parameter) in memo for parameter in pipe.controlnet.parameters())
+        assert [type(one.module) for one in attachment._companions] == [ControlNetModel]
+
+
+def test_a_controlnet_copied_alone_runs_in_full() -> None:
+    pipe = controlled()
+    with plain(cachekit.apply(pipe, "deepcache:interval=3")):
+        wanted = latents(pipe)
+    with cachekit.apply(pipe, "deepcache:interval=3"):
+        memo: dict[int, Any] = {}
+        twin = copy.deepcopy(pipe.controlnet, memo)
+        assert not any(id(parameter) in memo for parameter in pipe.unet.parameters())
+        pipe.controlnet = twin
+        with batches(twin.mid_block) as middle:
+            assert torch.equal(latents(pipe), wanted)
+    assert len(middle) == STEPS
+
+
+def test_pickling_a_controlnet_of_an_attached_pipeline_says_what_to_do() -> None:
+    pipe = controlled()
+    with cachekit.apply(pipe, "deepcache:interval=3"), pytest.raises(cachekit.CachekitError, match="call cachekit"):
+        pickle.dumps(pipe.controlnet)
+    pickle.dumps(pipe.controlnet)
+
+
+def test_a_block_shared_with_the_denoiser_stays_the_denoisers() -> None:
+    pipe = controlled()
+    pipe.controlnet.mid_block = pipe.unet.mid_block
+    without = latents(pipe)
+    with plain(cachekit.apply(pipe, "deepcache:interval=3")):
+        wanted = latents(pipe)
+    with cachekit.apply(pipe, "deepcache:interval=3"):
+        assert torch.equal(latents(pipe), wanted)
     assert torch.equal(latents(pipe), without)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -16,10 +16,11 @@ from test_plan import TOY, Scripted
 from torch import nn
 
 import cachekit
-from cachekit import Action, BranchChange, Layout, SiteMap
+from cachekit import Action, BranchChange, Kind, Layout, Moment, Policy, SiteMap
 from cachekit.catalog import build, installed
 from cachekit.errors import ConflictError
 from cachekit.pipelines import denoiser_of
+from cachekit.sites import Target
 
 Given = dict[str, dict[str, Any]]
 BOTH = ("uncond", "cond")
@@ -322,3 +323,33 @@ def test_what_is_reused_was_kept_last_and_by_the_same_branches(
 def scripted(number: int, place: str, script: str, rule: BranchChange) -> Any:
     names = {"name": f"scripted_{number}", "on_branch_change": rule, "__module__": __name__}
     return type("Ruled", (Scripted,), names)(script=script, at=place)
+
+
+def test_costs_count_a_reuse_of_what_was_dropped_and_kept_anew() -> None:
+    """Like calls are counted once; a call that keeps again what had gone has to be, or the next finds nothing."""
+
+    class Columns(Policy):
+        summary: ClassVar[str] = "act as written"
+        column: str
+
+        def action(self, target: Target, at: Moment) -> Action:
+            column = self.column.ljust(at.steps, ".")
+            return {"S": Action.STORE, "r": Action.REUSE, ".": Action.COMPUTE}[column[at.step]]
+
+    class OnAttention(Columns):
+        name: ClassVar[str] = "on_attention"
+        kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CROSS_ATTENTION})
+
+    class OnFeedForward(Columns):
+        name: ClassVar[str] = "on_feed_forward"
+        kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.FEED_FORWARD})
+
+    pipe = tiny.small()
+    with cachekit.apply(pipe, [OnAttention(column="SrSSr"), OnFeedForward(column="..S.r")]) as attachment:
+        tiny.latents(pipe, steps=5)
+    report = attachment.report()
+    assert not any(report.record.missed)
+    full, attention, _, _, both = report.cost.per_call
+    with cachekit.apply(pipe, OnFeedForward(column="S...r")) as attachment:
+        tiny.latents(pipe, steps=5)
+    assert full - both == (full - attention) + (full - attachment.report().cost.per_call[4])

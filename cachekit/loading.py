@@ -15,7 +15,7 @@ DEMOS = {"demo": "unet", "demo-dit": "dit"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
 DTYPES = ("float32", "float16", "bfloat16")
 #: What comes of files that cannot be read, or that hold something else than diffusers expects.
-_DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError)
 
 
 class ModelError(CachekitError):

@@ -1,4 +1,4 @@
-"""Settings of all tests: offline, one thread, quiet libraries."""
+"""Settings of all tests: offline, one thread, quiet libraries, and the same examples in every run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import diffusers
+import hypothesis
 import torch
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None)
+# To look for new examples: pytest --hypothesis-profile=default
+hypothesis.settings.load_profile("repeatable")

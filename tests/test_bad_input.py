@@ -86,6 +86,7 @@ CLASSES = {"_class_name": st.sampled_from([*PARTS, "AutoencoderKL"])}
 CONFIGS = (CONFIG | st.fixed_dictionaries(CLASSES, optional=dict.fromkeys(FIELDS[-5:], VALUES))).map(json.dumps)
 
 
+@example(index="{}", config='{"_class_name": "PixArtTransformer2DModel", "sample_size": 0}')
 @given(index=CONFIGS | st.text() | st.just(DEEP), config=CONFIGS | st.text())
 @settings(anything, max_examples=50)
 def test_any_model_folder(tmp_path, index, config):

@@ -24,7 +24,7 @@ TRANSFORMER = (
     " --spec tgate:m=10|15+delta_dit:interval=2"
 )
 TRUE_SIZE = (
-    "--height 256 --width 256 --steps 6 --captions 3 --threads 2 --scheduler DDIMScheduler"
+    "--height 256 --width 256 --steps 6 --captions 2 --threads 2 --scheduler DDIMScheduler --no-peers"
     " --spec tgate:m=2 --spec adaptive_guidance:m=2"
 )
 GRIDS = {

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from .arguments import by_name, parameters_of
 from .clock import Clock
 from .errors import BudgetError, CostError
 from .macs import count_forward, meta_copy, on_meta
@@ -21,7 +22,7 @@ from .ranks import Vote, vote_of
 from .run import Call, Run
 from .sites import Kind, Region, Target
 from .store import Store
-from .switch import Exit, parameter_places
+from .switch import Exit
 from .tree import tensors, tree_map
 
 if TYPE_CHECKING:
@@ -182,8 +183,8 @@ class Rehearsal:
             module.register_forward_pre_hook(functools.partial(self._enter, (entry, streams)), with_kwargs=True)
 
     def _enter(self, key: tuple[str, Streams], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        places = parameter_places(module)
-        self.entered[key] = tuple(kwargs[name] if name in kwargs else args[places[name]] for name in key[1])
+        given = by_name(parameters_of(module), args, kwargs)
+        self.entered[key] = tuple(given[name] for name in key[1])
 
     def plan(self, dropped: frozenset[int]) -> Plan:
         """Return the plan in which these assignments are computed throughout."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import by_name, parameters_of
 from .errors import AttachmentError
 from .guidance import pick_call, spread
 from .plan import Assignment
@@ -44,7 +44,7 @@ class Companion:
         self.driver: Driver | None = driver
         self.fellows = fellows
         self.module = module
-        self.parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
+        self.parameters = parameters_of(module)
         self.present = Present()
         self.twins = _twins(driver.assignments, module, denoiser)
         modules = dict(module.named_modules())
@@ -82,7 +82,7 @@ class Companion:
         forward = functools.partial(type(self.module)._call_impl, self.module)
         if torch.compiler.is_compiling() or self.driver is None:
             return forward(*args, **kwargs)
-        arguments = {**dict(zip(self.parameters, args)), **kwargs}
+        arguments = by_name(self.parameters, args, kwargs)
         is_known = self.present.is_known([_signature(tensor) for tensor in tensors(arguments)])
         call = self.driver.foresee(self.module, arguments) if is_known else None
         if call is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .arguments import by_name, parameters_of
 from .budget import Budget, Fit, Opening
 from .clock import Clock, count_steps, mark_of, shares_table
 from .compiled import Prompter
@@ -70,8 +70,7 @@ class Denoiser:
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: Adapter) -> Denoiser:
         """Return what `adapter` says of `module`."""
-        parameters = tuple(inspect.signature(type(module).forward).parameters)[1:]
-        return cls(name, module, adapter.sites(module), adapter.layout(module), parameters)
+        return cls(name, module, adapter.sites(module), adapter.layout(module), parameters_of(module))
 
 
 class Driver:
@@ -328,7 +327,7 @@ class Driver:
             return (yield args, kwargs)
 
     def _begin_call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        arguments = {**dict(zip(denoiser.parameters, args)), **kwargs}
+        arguments = by_name(denoiser.parameters, args, kwargs)
         given, timestep = _find(arguments, SAMPLE), _find(arguments, _TIMESTEP)
         sample = as_batch(given)
         _refuse_unknown(type(denoiser.module).__name__, sample, timestep)

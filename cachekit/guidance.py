@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Layout
+from .arguments import by_name
 from .errors import GuidanceError
 from .sites import Branches
 from .tree import tensors, tree_map
@@ -234,7 +235,7 @@ def pick_call(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments (args, kwargs) of a call, cut down to one branch; `parameters` names the positional ones."""
     args, kwargs = call
-    picked = pick({**dict(zip(parameters, args)), **kwargs}, layout, branch, batch)
+    picked = pick(by_name(parameters, args, kwargs), layout, branch, batch)
     return tuple(picked.pop(name) for name in parameters[: len(args)]), picked
 
 

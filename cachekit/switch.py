@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .arguments import parameters_of
 from .compiled import BY_VALUES, uncompiled
 from .offloading import pass_by, register_alike, splitting_hook
 from .plan import Assignment
@@ -407,7 +408,7 @@ class Entry(Part):
         super().__init__(index, bound)
         assert isinstance(bound.target, Region)
         self.streams = bound.target.streams
-        self.places = parameter_places(module)
+        self.places = {name: place for place, name in enumerate(parameters_of(module))}
         self.passage = passage
 
     def is_open(self, call: Call) -> bool:
@@ -446,14 +447,6 @@ def needs_entry(policy: Policy, target: Target) -> bool:
 
 def _computes(call: Call, index: int) -> bool:
     return call.actions[index] is Action.COMPUTE
-
-
-def parameter_places(module: nn.Module) -> dict[str, int]:
-    """Return the position of each parameter of the module class's forward, without self."""
-    import inspect
-
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return {name: place for place, name in enumerate(names)}
 
 
 def _no_elements(tensor: Tensor) -> Tensor:

@@ -1,0 +1,20 @@
+"""Name the arguments that a module is called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of the module class's forward in order, without self."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call's arguments by name; `parameters` names the positional ones."""
+    return {**dict(zip(parameters, args)), **kwargs}

@@ -16,7 +16,8 @@ class Layout:
     (`separate`). `calls` is that order for denoisers whose pipelines make such calls and do not name them.
     `condition` tells where the condition enters ("text", or "image" where the image latents are part of the
     sample); `unbatched` are parameters of the denoiser that never have a batch dimension, whatever their first
-    size is, `layered` those whose batch is dimension 1, after one of layers.
+    size is, `layered` those whose batch is dimension 1, after one of layers. `negated` says that pipelines turn the
+    sign of what the denoiser returns before the scheduler sees it.
     """
 
     order: Branches = ("uncond", "cond")
@@ -25,6 +26,7 @@ class Layout:
     layered: frozenset[str] = frozenset({"encoder_hidden_states_llama3"})
     calls: Branches = ()
     separate: bool = False
+    negated: bool = False
 
     @property
     def alone(self) -> Layout:

@@ -155,7 +155,8 @@ class Driver:
         if state.run is not None and state.run.clock.starts_anew(mark):
             self.end_run(interrupted=False)
         if state.run is None:
-            self._check()
+            if state.pipeline is None:  # its call has been checked
+                self._check()
             clock = Clock(exact=state.pipeline is not None)
             state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._budget.store())
         run = state.run
@@ -394,7 +395,8 @@ class Driver:
         if self._observers and call.sample is not None:
             start = time.perf_counter()
             sample = call.sample.chunk(call.run.together)[0]
-            seen = Observation(call.row.step, outputs, sample, call.timestep, self._scheduler(call.timestep))
+            scheduler, negated = self._scheduler(call.timestep), call.run.layout.negated
+            seen = Observation(call.row.step, outputs, sample, call.timestep, scheduler, negated)
             for policy in self._observers:
                 policy.observe(seen, call.run.memories[policy.name])
             call.run.record.deciding_seconds += time.perf_counter() - start

@@ -34,7 +34,7 @@ class Observation:
     """Hold what an observing policy may look at after a guided call.
 
     `outputs` maps each branch to its output `(batch, channels, ...)`; `sample` is the input that all branches
-    share, scaled as the denoiser saw it; `step` is 0-based.
+    share, scaled as the denoiser saw it; `step` is 0-based. `negated` says that the pipeline turns the outputs' sign.
     """
 
     step: int
@@ -42,13 +42,14 @@ class Observation:
     sample: Tensor
     timestep: Any
     scheduler: Any = field(repr=False, default=None)
+    negated: bool = False
 
     def denoised(self, branch: str) -> Tensor:
         """Return the branch's prediction of the clean sample, x0.
 
         Channels that only one of both has, an input image or a learned variance, are left out.
         """
-        output = self.outputs[branch]
+        output = -self.outputs[branch] if self.negated else self.outputs[branch]
         shared = tuple(slice(min(sizes)) for sizes in zip(self.sample.shape, output.shape))
         return predict_x0(self.sample[shared], output[shared], self.timestep, self.scheduler)
 
@@ -57,8 +58,11 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     """Return x0 from the denoiser's scaled input and output, both `(batch, channels, ...)`.
 
     Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of
-    the same timestep, so one formula serves both kinds; rectified flows use x - sigma v.
+    the same timestep, so one formula serves both kinds; rectified flows use x - sigma v. Raise `GuidanceError`
+    for a scheduler that makes its prediction of the output by itself (EDM).
     """
+    if hasattr(scheduler, "precondition_outputs"):
+        raise GuidanceError(f"{type(scheduler).__name__} makes x0 of outputs by itself; compare predictions (eps)")
     table = getattr(scheduler, "alphas_cumprod", None)
     time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -12,15 +12,18 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
 import cachekit
+from cachekit.coverage.building import arguments, build
 from cachekit.errors import GuidanceError
 from cachekit.guidance import Layout, pick, predict_x0
-from cachekit.policy import BranchChange
+from cachekit.policy import Action, BranchChange, Policy
+from cachekit.sites import Kind
 from cachekit.store import Store
 
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}
@@ -315,6 +318,37 @@ def test_x0_of_a_rectified_flow(scheduler: Any, scale: float) -> None:
         sample = (1 - sigma) * clean + sigma * noise
         assert torch.allclose(predict_x0(sample, noise - clean, t * scale, scheduler), clean, atol=1e-5)
         scheduler.step(noise - clean, t, sample)
+
+
+def test_x0_of_a_scheduler_with_a_preconditioning_of_its_own_is_refused() -> None:
+    with pytest.raises(GuidanceError, match="EDMEulerScheduler makes x0 of outputs by itself"):
+        predict_x0(NOISE, NOISE, torch.tensor(0.5), EDMEulerScheduler())
+
+
+class Clean(Policy):
+    """Write down what each branch's clean sample would be."""
+
+    name: ClassVar[str] = "clean"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
+
+    def action(self, target: Any, at: Any) -> Action:
+        return Action.COMPUTE
+
+    def observe(self, seen: Any, memory: dict[str, Any]) -> None:
+        memory.setdefault("trace", []).append({branch: seen.denoised(branch) for branch in seen.outputs})
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "ZImagePipeline"])
+def test_guided_x0_is_that_of_the_pipeline(name: str) -> None:
+    """The last step ends at the x0 that guidance makes; one of these pipelines turns the sign of what it is given."""
+    pipe = build(name)
+    with cachekit.apply(pipe, Clean()) as attachment:
+        latents = pipe(**arguments(pipe, name) | {"output_type": "latent"}).images.flatten()
+        last = attachment.report().traces["clean"][-1]
+    uncond, difference = last["uncond"].flatten(), (last["cond"] - last["uncond"]).flatten()
+    scale = difference @ (latents - uncond) / (difference @ difference)  # some pipelines count from the other branch
+    assert scale > 1
+    assert torch.allclose(uncond + scale * difference, latents, atol=1e-5)
 
 
 @pytest.mark.parametrize("space", ["eps", "x0"])

@@ -47,6 +47,16 @@ _CALLED_APART = frozenset(
         "WanTransformer3DModel",
     }
 )
+#: Classes whose pipelines turn the sign of what they return: structure cannot tell.
+_NEGATED = frozenset(
+    {
+        "HiDreamImageTransformer2DModel",
+        "Lumina2Transformer2DModel",
+        "LuminaNextDiT2DModel",
+        "NucleusMoEImageTransformer2DModel",
+        "ZImageTransformer2DModel",
+    }
+)
 
 
 class DiTAdapter:
@@ -76,10 +86,12 @@ class DiTAdapter:
 
         The unconditional half of the batch comes first, except for a few classes.
         """
-        name = type(denoiser).__name__
-        if name in _CONDITIONAL_FIRST:
-            return Layout(("cond", "uncond"))
-        return Layout(calls=("cond", "uncond")) if name in _CALLED_APART else Layout()
+        name, conditional_first = type(denoiser).__name__, ("cond", "uncond")
+        return Layout(
+            order=conditional_first if name in _CONDITIONAL_FIRST else Layout.order,
+            calls=conditional_first if name in _CALLED_APART else (),
+            negated=name in _NEGATED,
+        )
 
 
 def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:

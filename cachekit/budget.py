@@ -221,8 +221,8 @@ class Rehearsal:
         share = len(call.branches) / call.run.together
         if bound.target.kind is Kind.GUIDANCE:
             if call.actions[index] is Action.STORE:
-                outputs = dict.fromkeys(call.run.layout.order, _part(self.given[""], 1 / call.run.together))
-                call.run.put(call.slot(index), (), bound.policy.branches_to_keep(outputs))
+                parts = tuple(_part(tensor, 1 / call.run.together) for tensor in tensors(self.given[""]))
+                call.keep_branches(index, dict.fromkeys(call.run.layout.order, parts))
             return
         skipped = any(plan.covers(i, index) for i, action in enumerate(call.actions) if action is Action.REUSE)
         if bound.denoiser != call.denoiser or not self._is_made(exit_) or skipped or (reused and call.keeps(index)):
@@ -255,7 +255,6 @@ def _exit(target: Target) -> str:
     return target.exit if isinstance(target, Region) else target.name
 
 
-def _part(output: Any, share: float) -> Any:
-    """Return the first tensor of an output, or a tensor itself, for a share of the batch."""
-    tensor = output if isinstance(output, torch.Tensor) else next(tensors(output))
+def _part(tensor: torch.Tensor, share: float) -> torch.Tensor:
+    """Return such a tensor for a share of the batch."""
     return tensor.new_empty((math.ceil(tensor.shape[0] * share), *tensor.shape[1:]))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,6 @@ from .guidance import (
     as_batches,
     as_lists,
     by_branch,
-    first_tensor,
     is_guided,
     layout_of_run,
     pick_call,
@@ -40,7 +40,7 @@ from .ranks import Vote, vote_of
 from .run import Call, Made, Run, RunState
 from .sites import Kind
 from .store import Store
-from .tree import shape_of, tree_map
+from .tree import shape_of, tensors, tree_map
 
 if TYPE_CHECKING:
     from .adapter import Adapter, Layout
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _WRITTEN = ("kv_cache", "kv_caches")
 #: What a pipeline's batch depends on, and may change from step to step.
 _TELLING = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
-_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r")
+_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps")
 
 
 #: A call in steps: yields the arguments of the forward it needs, is sent its output, and returns its own.
@@ -214,11 +214,13 @@ class Driver:
         owners = [scheduler for scheduler in known if shares_table(timestep, scheduler)]
         return owners[0] if owners else (known[0] if len(known) == 1 else None)
 
-    def _follow_batch(self, run: Run, sample: Tensor) -> None:
+    def _follow_batch(self, run: Run, sample: Tensor, arguments: dict[str, Any]) -> None:
         """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
         together = run.together
         run.told = self._told()
-        signature = (sample.shape[0] // together, sample.shape[1:], sample.dtype, sample.device)
+        # A call that writes keys and values is for more tokens than one that reads them.
+        kind = (sample.dtype, sample.device, arguments.get("kv_cache_mode"))
+        signature = (sample.shape[0] // together, sample.shape[1:], *kind)
         if run.signature and signature != run.signature:
             if together > 1 and sample.shape[0] == run.signature[0]:
                 run.change_layout(run.layout.alone)
@@ -349,7 +351,7 @@ class Driver:
         run = self._run_for(denoiser, sample, timestep, arguments)
         if not run.serves(sample.shape[0]):
             return None
-        self._follow_batch(run, sample)
+        self._follow_batch(run, sample, arguments)
         if run.calls_one_branch():
             run.take_as_alone()
         run.tick()
@@ -365,7 +367,7 @@ class Driver:
             restore = self._restored(call)
             return spread(output, call.run.layout, call.branches[0], restore)
         if len(call.branches) > 1:
-            self._observe(call, by_branch(first_tensor(output), call.branches))
+            self._observe(call, by_branch(output, call.branches))
         return output
 
     def _of_one_branch(self, call: Call, output: Any) -> Any:
@@ -374,7 +376,7 @@ class Driver:
         outputs[call.branch] = output
         is_last = call.branch in order and all(branch in outputs for branch in order)
         if is_last and call.narrowed_by < 0:
-            self._observe(call, {branch: first_tensor(outputs[branch]) for branch in order})
+            self._observe(call, {branch: tuple(tensors(outputs[branch])) for branch in order})
         return output
 
     def _stand_in(self, call: Call) -> Any:
@@ -386,15 +388,15 @@ class Driver:
         index = call.narrowed_by
         call.count(index, Action.REUSE)
         policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
-        return lambda output: policy.restore_branch(output, kept)
+        each = itertools.repeat(None) if kept is None else iter(kept)
+        return lambda output: policy.restore_branch(output, next(each))
 
-    def _observe(self, call: Call, outputs: dict[str, Tensor]) -> None:
-        keeping = call.count_guidance()
-        for index in keeping:
-            call.run.put(call.slot(index), (), self.assignments[index].policy.branches_to_keep(outputs))
+    def _observe(self, call: Call, each: Mapping[str, tuple[Tensor, ...]]) -> None:
+        for index in call.count_guidance():
+            call.keep_branches(index, each)
         if self._observers and call.sample is not None:
             start = time.perf_counter()
-            sample = call.sample.chunk(call.run.together)[0]
+            outputs, sample = {name: of[0] for name, of in each.items()}, call.sample.chunk(call.run.together)[0]
             scheduler, negated = self._scheduler(call.timestep), call.run.layout.negated
             seen = Observation(call.row.step, outputs, sample, call.timestep, scheduler, negated)
             for policy in self._observers:

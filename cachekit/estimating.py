@@ -97,13 +97,13 @@ def _prepare(
 def _measure(
     attachment: Attachment, denoiser: nn.Module, plan: Plan, arguments: dict[str, Any], guided: bool
 ) -> Estimate:
-    full = count_forward(denoiser, (), arguments, products=True)
+    full = count_forward(denoiser, (), arguments)
     rows = [_decided(row) for row in plan.rows]
     calls = [Made("", "", 2 if guided else 1, row) for row in rows]
     attachment.install(denoiser)
     layout = attachment.layout if guided else attachment.layout.alone
     inputs = {calls[0].inputs: ((), arguments)}
-    forwards, peak = replay(attachment, calls, inputs, {calls[0].inputs: full}, layout, len(rows), products=True)
+    forwards, peak = replay(attachment, calls, inputs, {calls[0].inputs: full}, layout, len(rows))
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(rows, forwards)

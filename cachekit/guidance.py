@@ -19,7 +19,7 @@ from .tree import tensors, tree_map
 _PER_FRAME = ("encoder_hidden_states", "additional_residual")
 
 #: What denoisers call their sample.
-SAMPLE = ("sample", "hidden_states", "x")
+SAMPLE = ("sample", "hidden_states", "x", "vision_tokens")
 #: What diffusers' pipelines call the calls of two branches.
 PAIR = ("cond", "uncond")
 
@@ -59,16 +59,18 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
 
     Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of
     the same timestep, so one formula serves both kinds; rectified flows use x - sigma v. Raise `GuidanceError`
-    for a scheduler that makes its prediction of the output by itself (EDM).
+    for a scheduler that has neither of both, makes its prediction of the output by itself (EDM), or for samples of
+    whole numbers.
     """
-    if hasattr(scheduler, "precondition_outputs"):
-        raise GuidanceError(f"{type(scheduler).__name__} makes x0 of outputs by itself; compare predictions (eps)")
-    table = getattr(scheduler, "alphas_cumprod", None)
-    time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
+    table, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
+    known = isinstance(table, Tensor) or isinstance(sigmas, Tensor)
+    if not known or hasattr(scheduler, "precondition_outputs") or not sample.is_floating_point():
+        raise GuidanceError(f"x0 is not known from outputs under {type(scheduler).__name__}; compare predictions (eps)")
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
     if table is None or prediction == "flow_prediction":
-        flow: Tensor = sample - _flow_sigma(time, scheduler).to(sample) * output
+        flow: Tensor = sample - _flow_sigma(scheduler).to(sample) * output
         return flow
+    time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
     sigma = _sigma(table.to(sample.device), time, scheduler).to(sample.dtype)
     signal, noise = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
     if prediction == "v_prediction":
@@ -78,14 +80,10 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     return clean
 
 
-def _flow_sigma(time: Tensor, scheduler: Any) -> Tensor:
+def _flow_sigma(scheduler: Any) -> Tensor:
     """Return the share of noise at the present step; pipelines give denoisers its time in several scales."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if not isinstance(sigmas, Tensor):
-        value: Tensor = time / scheduler.config.num_train_timesteps
-        return value
     index = getattr(scheduler, "step_index", None)
-    share: Tensor = sigmas[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
+    share: Tensor = scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
     return share
 
 
@@ -313,11 +311,6 @@ def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor],
     return tree_map(join, output)
 
 
-def by_branch(tensor: Tensor, branches: Branches) -> dict[str, Tensor]:
-    """Return the part `(batch, ...)` of each branch."""
-    return dict(zip(branches, tensor.chunk(len(branches))))
-
-
-def first_tensor(tree: Any) -> Tensor:
-    """Return the first tensor of a denoiser's output: the prediction."""
-    return next(tensors(tree))
+def by_branch(output: Any, branches: Branches) -> dict[str, tuple[Tensor, ...]]:
+    """Return the part `(batch, ...)` of each branch, of each tensor of a denoiser's output."""
+    return dict(zip(branches, zip(*(tensor.chunk(len(branches)) for tensor in tensors(output)))))

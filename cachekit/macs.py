@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from .errors import CostError
 from .offloading import computing_dtype
@@ -74,7 +76,6 @@ def replay(
     full: dict[Any, Forward],
     layout: Layout,
     steps: int,
-    products: bool = False,
 ) -> tuple[list[Forward], int]:
     """Return what each call does, and the peak of bytes kept.
 
@@ -97,7 +98,7 @@ def replay(
             attachment.driver.expect(made)
             args, kwargs = inputs[made.inputs]
             module = attachment.denoisers[made.denoiser].module
-            found[made.signature] = count_forward(module, args, kwargs, products)
+            found[made.signature] = count_forward(module, args, kwargs)
         peak = run.store.peak_bytes
     return [found[made.signature] for made in calls], peak
 
@@ -134,11 +135,8 @@ def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.empty_like(tensor, device="meta", dtype=dtype if dtype and tensor.is_floating_point() else None)
 
 
-def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool = False) -> Forward:
-    """Return what one forward of `model` does; meant for the meta device, where it takes little time.
-
-    The attention products are counted only where `products` asks for them: it takes several times as long.
-    """
+def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Forward:
+    """Return what one forward of `model` does; meant for the meta device, where it takes little time."""
     layers: dict[str, int] = {}
     ran, handles = set(), []
 
@@ -154,8 +152,8 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
         for name, module in model.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
                 handles.append(watch(name, module))
-        with torch.no_grad():
-            attention = _run(model, args, kwargs, products)
+        with torch.no_grad(), _Shapes() as shapes:
+            model(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
@@ -166,20 +164,54 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any],
     finally:
         for handle in handles:
             handle.remove()
-    return Forward(sum(layers.values()), attention, frozenset(ran), layers)
+    return Forward(sum(layers.values()), shapes.products, frozenset(ran), layers)
 
 
-def _run(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], products: bool) -> int:
-    """Run one forward and return its attention products, or 0 where nobody asked for them."""
-    if not products:
-        model(*args, **kwargs)
-        return 0
-    from torch.utils.flop_counter import FlopCounterMode
+class _Shapes(TorchDispatchMode):
+    """Hand out the shapes that an operation had before, and count the products of attention.
 
-    with FlopCounterMode(display=False) as flops:
-        model(*args, **kwargs)
-    counts = flops.get_flop_counts().get("Global", {})
-    return int(sum(count for kind, count in counts.items() if any(name in str(kind) for name in _PRODUCTS))) // 2
+    On the meta device most shapes are found in Python, which takes long, and a denoiser asks for the same ones in
+    each of its blocks.
+    """
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.known: dict[Any, tuple[Any, int]] = {}
+        self.products = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        key = (func, _described(args), _described(list(kwargs.items())))
+        if key in self.known:
+            output, products = self.known[key]
+            self.products += products
+            return tree_map(_anew, output)
+        output = func(*args, **kwargs)
+        products = 0
+        if any(name in str(func) for name in _PRODUCTS):
+            products = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output) // 2
+        self.products += products
+        if _has_only_shapes(func, output):
+            self.known[key] = tree_map(_anew, output), products
+        return output
+
+
+def _described(value: Any) -> Any:
+    """Return what an operation's shapes depend on; 1, 1.0 and True are equal, and give other dtypes."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device
+    return tuple(map(_described, value)) if isinstance(value, (tuple, list)) else (type(value), value)
+
+
+def _has_only_shapes(func: Any, output: Any) -> bool:
+    """Tell whether an operation gave new tensors without values: nothing that it was given, and no view of it."""
+    given = func._schema.is_mutable or any(value.alias_info for value in func._schema.returns)
+    made = [] if given else list(tensors(output))
+    return bool(made) and all(tensor.is_meta for tensor in made)
+
+
+def _anew(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:

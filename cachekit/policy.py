@@ -128,7 +128,10 @@ class Policy(BaseModel):
         return "cond"
 
     def branches_to_keep(self, outputs: Mapping[str, Tensor]) -> Any:
-        """Return what is kept of a guided step for `restore_branch`; needs STORE at the guidance site."""
+        """Return what is kept of a guided step for `restore_branch`; needs STORE at the guidance site.
+
+        It is asked for each tensor of a denoiser that returns several: video and sound, say.
+        """
         return None
 
     def restore_branch(self, output: Tensor, kept: Any) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -387,6 +387,12 @@ class Call:
                 self.run.store.drop(self.slot(index), branches)
                 branches, kept = last, narrowed
         self.run.put(self.slot(index), branches, kept)
+
+    def keep_branches(self, index: int, outputs: Mapping[str, tuple[Tensor, ...]]) -> None:
+        """Keep what a guidance policy wants of the branches, for each tensor that the denoiser returns."""
+        policy = self.run.assignments[index].policy
+        each = [dict(zip(outputs, one)) for one in zip(*outputs.values())]
+        self.run.put(self.slot(index), (), [policy.branches_to_keep(one) for one in each])
 
     def decide(self, index: int, value: Streams) -> None:
         """Let the policy decide from its probe; a reuse needs something kept."""

@@ -21,7 +21,7 @@ from diffusers import (
 
 import cachekit
 from cachekit.coverage.building import arguments, build
-from cachekit.errors import GuidanceError
+from cachekit.errors import BudgetError, GuidanceError
 
 STEPS = 6
 WIDTH = 8
@@ -289,6 +289,48 @@ def test_calls_without_names_come_in_the_known_order(name: str) -> None:
     assert torch.equal(found, drawn(other))
     assert not torch.equal(found, without)
     assert torch.equal(drawn(pipe), without)
+
+
+def with_last_difference(denoiser: Any, m: int) -> None:
+    """From call m on, run the conditional half and subtract what the branches of the last whole call differed by."""
+    whole, calls, last = denoiser.forward, 0, ()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls, last
+        calls += 1
+        if calls <= m:
+            outputs = tuple(whole(*args, **kwargs))
+            last = [torch.sub(*output.chunk(2)[::-1]) for output in outputs]
+            return outputs
+        cond = whole(*tiny.cut(args, 1), **tiny.cut(kwargs, 1))
+        return tuple(torch.cat([output - difference, output]) for output, difference in zip(cond, last))
+
+    denoiser.forward = forward
+
+
+def test_the_last_difference_is_that_of_each_output() -> None:
+    """Video and sound, each of its own shape; what a rehearsal foresees is what is kept."""
+    name, spec = "LTX2HDRPipeline", "adaptive_guidance:m=3,linear=true"
+
+    def drawn(pipe: Any) -> torch.Tensor:
+        return torch.as_tensor(first_of(pipe(**arguments(pipe, name))))
+
+    pipe, other = build(name), build(name)
+    plain = drawn(pipe)
+    with cachekit.apply(pipe, spec) as attachment:
+        found = drawn(pipe)
+        kept = attachment.report().record.peak_bytes
+    with_last_difference(other.transformer, 3)
+    assert torch.equal(found, drawn(other))
+    assert not torch.equal(found, plain)
+    assert torch.equal(drawn(pipe), plain)
+    with cachekit.apply(pipe, spec, max_cache_bytes=kept):
+        assert torch.equal(drawn(pipe), found)
+    with (
+        cachekit.apply(pipe, spec, max_cache_bytes=kept - 1),
+        pytest.raises(BudgetError, match=f"needs {kept:,} bytes"),
+    ):
+        drawn(pipe)
 
 
 def first_of(value: Any) -> Any:

@@ -11,10 +11,12 @@ import tiny
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMWuerstchenScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    VQDiffusionScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
 
@@ -320,9 +322,21 @@ def test_x0_of_a_rectified_flow(scheduler: Any, scale: float) -> None:
         scheduler.step(noise - clean, t, sample)
 
 
-def test_x0_of_a_scheduler_with_a_preconditioning_of_its_own_is_refused() -> None:
-    with pytest.raises(GuidanceError, match="EDMEulerScheduler makes x0 of outputs by itself"):
-        predict_x0(NOISE, NOISE, torch.tensor(0.5), EDMEulerScheduler())
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, DDPMWuerstchenScheduler, VQDiffusionScheduler])
+def test_x0_that_is_not_known_is_refused(kind: Any) -> None:
+    """One makes it of outputs in its own way, one has no table, and one samples classes."""
+    scheduler = kind(4) if kind is VQDiffusionScheduler else kind()
+    with pytest.raises(GuidanceError, match=f"x0 is not known from outputs under {kind.__name__}; compare"):
+        predict_x0(NOISE, NOISE, torch.tensor(0.5), scheduler)
+
+
+def test_x0_of_a_pipeline_that_cannot_tell_is_refused() -> None:
+    pipe = build("StableCascadeDecoderPipeline")
+    with (
+        cachekit.apply(pipe, "adaptive_guidance:threshold=0.9,space=x0"),
+        pytest.raises(GuidanceError, match="x0 is not known from outputs under DDPMWuerstchenScheduler"),
+    ):
+        pipe(**arguments(pipe, "StableCascadeDecoderPipeline"))
 
 
 class Clean(Policy):

@@ -50,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    tiny.sd().save_pretrained(folder / "model")
+    tiny.small().save_pretrained(folder / "model")
     setting = Setting(model=str(folder / "model"), captions=(HOSTILE,), device="cpu", threads=1)
     suite = Suite(setting, expand(["tgate:m=2"], cachekit.policies()), steps=(4,), peers=False)
     results = Results(folder / "r.jsonl")

@@ -30,9 +30,7 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells(setting):
-    suite = Suite(
-        setting, expand(["tgate:m=1|2|3", "tgate:m=1|2+deepcache"], cachekit.policies()), steps=(4,), peers=False
-    )
+    suite = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False)
     cells = suite.cells()
     return [*cells, cells[0].model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})]
 

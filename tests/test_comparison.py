@@ -40,7 +40,7 @@ class Recorded(StableDiffusionPipeline):
 
 @pytest.fixture(scope="module")
 def pipe():
-    made = tiny.sd()
+    made = tiny.small()
     made.__class__ = Recorded
     return made
 

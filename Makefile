@@ -27,7 +27,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead
 
 # Try every policy on every pipeline of diffusers, and write the page about it.
-coverage: $(VENV)/installed
+coverage: $(VENV)/installed-coverage
 	OMP_NUM_THREADS=1 $(BIN)/cachekit coverage --json docs/coverage.json --markdown docs/coverage.md
 
 clean:
@@ -52,6 +52,9 @@ endef
 
 $(VENV)/installed: $(VENV)/wheel
 	$(call install-wheel,)
+
+$(VENV)/installed-coverage: $(VENV)/wheel
+	$(call install-wheel,[coverage])
 
 $(VENV)/installed-test: $(VENV)/wheel
 	$(call install-wheel,[test])

@@ -17,7 +17,7 @@ class Mark:
     """Identify one timestep: by its place in a table of timesteps, a scheduler's step index, or its value.
 
     `place` rises from step to step within one `table`; `source` is held so that the table's address is not used
-    again while it is compared.
+    again while it is compared. `time` is the greatest of several values.
     """
 
     kind: str
@@ -25,6 +25,7 @@ class Mark:
     table: int = 0
     index: int | None = None
     source: Any = None
+    time: float = 0.0
 
     def same_step(self, other: Mark | None) -> bool:
         """Tell whether both belong to one iteration of the loop."""
@@ -52,16 +53,25 @@ class Clock:
         self.step = -1
         self.call = 0
         self._last: Mark | None = None
+        self._trend = 0.0
 
     def starts_anew(self, mark: Mark) -> bool:
         """Tell whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
         if self._last is None:
             return False
         if self.exact:
-            return mark.kind == self._last.kind == "entry" and mark.begins_after(self._last)
+            return self._begins_again(mark, self._last)
         # A loop at one timestep never shows that it begins again, and must not keep without end.
         endless = mark.same_step(self._last) and self.call + 1 >= _MOST_CALLS
         return endless or mark.begins_after(self._last)
+
+    def _begins_again(self, mark: Mark, last: Mark) -> bool:
+        """Tell whether a second loop begins within a pipeline's call."""
+        if "entry" in (mark.kind, last.kind):
+            return mark.kind == last.kind and mark.begins_after(last)
+        if last.index is not None:  # without one, the scheduler has been given its timesteps anew
+            return mark.index is None or mark.index < last.index
+        return mark.index is None and (mark.time - last.time) * self._trend < 0
 
     def is_at(self, mark: Mark) -> bool:
         """Tell whether a call at this mark belongs to the present step."""
@@ -73,6 +83,7 @@ class Clock:
             self.call += 1
         else:
             self.step, self.call = self.step + 1, 0
+            self._trend = self._trend or mark.time - (self._last or mark).time
             self._last = mark
         return self.step
 
@@ -83,15 +94,16 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     `scheduler` is the running pipeline's, or None in a bare loop.
     """
     if not isinstance(timestep, Tensor):
-        return Mark("value", -float(timestep), index=_step_index(scheduler))
+        return Mark("value", -float(timestep), index=_step_index(scheduler), time=float(timestep))
     storage = timestep.untyped_storage()
     if is_entry(timestep):
         return Mark("entry", int(timestep.storage_offset()), storage.data_ptr(), source=timestep)
     index = _step_index(scheduler)
     if index is not None:
-        return Mark("index", index)
+        return Mark("index", index, index=index)
     # In double precision the mean of equal values is exactly that value. One frame's may stand still.
-    return Mark("value", -float(timestep.to("cpu", torch.float64).mean()))
+    times = timestep.to("cpu", torch.float64)
+    return Mark("value", -float(times.mean()), time=float(times.max()))
 
 
 def is_entry(timestep: Tensor) -> bool:

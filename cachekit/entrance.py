@@ -52,6 +52,9 @@ class Entrance:
         except BaseException as error:
             _abandon(steps, error, type(module).__name__)
             raise
+        if not self._installed:  # undone meanwhile, perhaps by another thread: some modules were skipped, others not
+            steps.close()
+            return forward(*args, **kwargs)
         return _end(steps, output)
 
     def install(self) -> None:

@@ -135,6 +135,8 @@ def refuse_unfit(pipe: Any, arguments: Mapping[str, Any], sample: Tensor, timest
     reason = ""
     if (arguments.get("sag_scale") or 0) > 0:
         reason = "self-attention guidance reads the attention of every step; set sag_scale=0"
+    elif arguments.get("use_cross_attn_mask") or arguments.get("use_intersect_mask"):
+        reason = "its masks are made of every step's attention; set use_cross_attn_mask and use_intersect_mask to False"
     elif sample.requires_grad:
         reason = "gradients are taken through the denoiser; detach the sample"
     elif _has_several_steps(timestep):

@@ -103,8 +103,7 @@ def track(pipe: Any) -> None:
     the class they know; the class itself is never changed.
     """
     if _BASE not in vars(type(pipe)):
-        base = type(pipe)
-        pipe.__class__ = _SUBCLASSES.setdefault(base, _tracked(base))
+        pipe.__class__ = _subclass(type(pipe))
 
 
 def untrack(pipe: Any) -> None:
@@ -139,7 +138,17 @@ def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _subclass(base: type[Any]) -> type[Any]:
+    return _SUBCLASSES.setdefault(base, _tracked(base))
+
+
+def _remake(base: type[Any]) -> Any:
+    return object.__new__(_subclass(base))
+
+
 def _tracked(base: type[Any]) -> type[Any]:
+    reduced: Any = base.__reduce_ex__
+
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         from .engine import attachments_of
@@ -149,5 +158,9 @@ def _tracked(base: type[Any]) -> type[Any]:
                 runs.enter_context(attachment.driver.run_of(self, args, kwargs))
             return base.__call__(self, *args, **kwargs)
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        """Name the class by what it is made of: it cannot be imported."""
+        return (_remake, (base,), *reduced(self, protocol)[2:])
+
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {"__call__": call, _BASE: base, **names})
+    return type(base.__name__, (base,), {"__call__": call, "__reduce_ex__": reduce, _BASE: base, **names})

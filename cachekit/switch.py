@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import parameters_of
-from .compiled import BY_VALUES, uncompiled
+from .compiled import BY_VALUES, uncompiled, without_compiler
 from .offloading import pass_by, register_alike, splitting_hook
 from .plan import Assignment
 from .policy import Action, Moment, Policy
@@ -77,13 +77,16 @@ class Switch:
 
     def uninstall(self) -> None:
         """Put back exactly what was there; a class that somebody put over ours since stays, and asks nobody."""
-        if not self.in_place:
-            return
         if self.behind is not None:
-            self.behind.forward = self.inner
+            if self.in_place:
+                self.behind.forward = self.inner
+            return
+        if vars(self.module).get(_SWITCH) is not self:
             return
         del vars(self.module)[_SWITCH]
-        self.module.__class__ = vars(type(self.module)).get(_BASE, type(self.module))
+        base = vars(type(self.module)).get(_BASE)
+        if base is not None:  # else a module that does not give up its class
+            self.module.__class__ = base
 
     def settle(self) -> None:
         """Move behind what has begun to split the module's input since, or away from where that has ended."""
@@ -408,7 +411,7 @@ class Entry(Part):
         super().__init__(index, bound)
         assert isinstance(bound.target, Region)
         self.streams = bound.target.streams
-        self.places = {name: place for place, name in enumerate(parameters_of(module))}
+        self.places = {name: place for place, name in enumerate(parameters_of(without_compiler(module)))}
         self.passage = passage
 
     def is_open(self, call: Call) -> bool:

@@ -79,7 +79,7 @@ def with_t2i_adapter() -> tuple[Any, dict[str, Any]]:
 
 
 @tiny.reproducible
-def with_ip_adapter() -> tuple[Any, dict[str, Any]]:
+def with_ip_adapter(count: int = 1) -> tuple[Any, dict[str, Any]]:
     pipe = tiny.small()
     weights, sizes = {}, pipe.unet.config.block_out_channels
     names = [name for name in pipe.unet.attn_processors if name.endswith("attn2.processor")]
@@ -91,15 +91,18 @@ def with_ip_adapter() -> tuple[Any, dict[str, Any]]:
             weights[f"{2 * place + 1}.{key}.weight"] = added[f"{key}.0.weight"]
     projection = ImageProjection(image_embed_dim=6, cross_attention_dim=tiny.WIDTH, num_image_text_embeds=4)
     renamed = {key.replace("image_embeds", "proj"): value for key, value in projection.state_dict().items()}
-    pipe.unet._load_ip_adapter_weights([{"image_proj": renamed, "ip_adapter": weights}])
-    return pipe, {"ip_adapter_image_embeds": [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(3))]}
+    pipe.unet._load_ip_adapter_weights([{"image_proj": renamed, "ip_adapter": weights}] * count)
+    embeds = [torch.randn(2, 1, 6, generator=torch.Generator().manual_seed(3 + place)) for place in range(count)]
+    return pipe, {"ip_adapter_image_embeds": embeds}
 
 
 def with_masks() -> tuple[Any, dict[str, Any]]:
-    pipe, given = with_ip_adapter()
-    masks = torch.zeros(1, 1, 32, 32)
-    masks[..., :16] = 1
-    return pipe, {**given, "cross_attention_kwargs": {"ip_adapter_masks": [masks]}}
+    """As many masks as the batch has branches: one for each of two adapters."""
+    pipe, given = with_ip_adapter(2)
+    masks = torch.zeros(2, 1, 32, 32)
+    masks[0, ..., :16] = 1
+    masks[1, ..., 16:] = 1
+    return pipe, {**given, "cross_attention_kwargs": {"ip_adapter_masks": masks}}
 
 
 EXTRAS: dict[str, Callable[[], tuple[Any, dict[str, Any]]]] = {

@@ -72,6 +72,22 @@ def test_what_else_torch_cannot_compile_is_told_by_torch(graphs: Graphs) -> None
         draw(pipe)
 
 
+@pytest.mark.parametrize("specs", [("tgate:m=3",), ("delta_dit:interval=2,first=0,stop=1", "adaptive_guidance:m=3")])
+def test_blocks_that_are_replaced_by_what_torch_makes_of_them(specs: Any, graphs: Graphs) -> None:
+    pipe = pixart(2)
+    plain, (expected, counted) = draw(pipe), eager(pipe, specs)
+    blocks = pipe.transformer.transformer_blocks
+    for place, block in enumerate(blocks):
+        blocks[place] = torch.compile(block, backend=graphs)
+    with cachekit.apply(pipe, specs) as attachment:
+        assert torch.equal(draw(pipe), expected)
+        assert counts(attachment) == counted
+        first = graphs.count
+        assert torch.equal(draw(pipe), expected)
+    assert graphs.count == first
+    assert torch.equal(draw(pipe), plain)
+
+
 # -- loops without a pipeline -----------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from commands import run
 from torch import nn
 
 from cachekit.adapter import Layout
+from cachekit.catalog import installed
 from cachekit.cli.coverage import SPECS
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
@@ -63,6 +64,9 @@ def test_every_entry_of_the_facts_is_of_use(entry):
     if classes:
         assert set(entry.get("parts", {})) <= takes
         assert set(entry.get("call", {})) <= called
+    for cls in classes:
+        for method, given in entry.get("before", {}).items():
+            assert set(given) <= set(inspect.signature(getattr(cls, method)).parameters)
 
 
 def loaded(name):
@@ -81,6 +85,36 @@ def test_policies_work_or_are_refused(name):
     assert found.results["adaptive_guidance:m=3"].state == WORKS
     (sites,) = found.sites.values()
     assert sites.kinds["block"] > 0
+
+
+# pipelines whose calls are unlike others': a sample of another name, keys and values that one call writes and others
+# read, maps of attention that the pipeline itself reads
+UNLIKE = {
+    "Cosmos3OmniPipeline": {"adaptive_guidance:m=3": WORKS, "delta_dit": WORKS},
+    "QwenImage21Pipeline": {"adaptive_guidance:m=3": REFUSED, "delta_dit": WORKS},
+    "LEditsPPPipelineStableDiffusion": {"deepcache:interval=2": REFUSED},
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_calls_unlike_others_are_understood_or_refused(name):
+    found = examine(name, list(UNLIKE[name]))
+    assert found.reason == ""
+    assert {spec: result.state for spec, result in found.results.items()} == UNLIKE[name], found.results
+
+
+# how the pipelines that are too large for a test, or need other packages, bring their branches: order, calls apart
+LAYOUTS = {
+    "OmniGenTransformer2DModel": (("cond", "uncond"), ()),
+    "JoyImageEditPlusTransformer3DModel": (("uncond", "cond"), ()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_those_of_the_pipelines(name):
+    denoiser = make({"use": name})
+    layout = installed().adapter_for(denoiser).layout(denoiser)
+    assert (layout.order, layout.calls) == LAYOUTS[name]
 
 
 # kinds of attention that structure alone does not tell, or that were told wrong before: cross, self, joint

@@ -22,7 +22,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 import cachekit
 from cachekit.errors import AttachmentError
 from cachekit.pipelines import denoiser_of
-from cachekit.switch import Switch
+from cachekit.switch import Member, Switch
 from cachekit.tree import tensors
 
 MAKERS: dict[str, Callable[[], Any]] = {
@@ -333,9 +333,14 @@ def test_remove_also_finds_a_denoiser_that_was_replaced_since(pipe: Any) -> None
 
 
 def test_an_attached_pipeline_is_not_pickled_but_says_why(pipe: Any) -> None:
-    with cachekit.apply(pipe, "tgate:m=2"), pytest.raises(AttachmentError, match="remove"):
-        pickle.dumps(pipe.unet)
-    assert torch.equal(tiny.latents(pickle_copy(pipe), steps=2), tiny.latents(pipe, steps=2))
+    with cachekit.apply(pipe, "tgate:m=2"):
+        for attached in (pipe, pipe.unet):
+            with pytest.raises(AttachmentError, match="remove"):
+                pickle.dumps(attached)
+        other = type(pipe)(**pipe.components, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    for undone in (pipe, other):
+        assert torch.equal(tiny.latents(pickle_copy(undone), steps=2), tiny.latents(pipe, steps=2))
 
 
 def pickle_copy(pipe: Any) -> Any:
@@ -361,6 +366,32 @@ def test_remove_in_the_middle_of_a_run_makes_the_rest_plain(pipe: Any) -> None:
     assert type(pipe) is StableDiffusionPipeline
     assert not attachment._switches
     assert torch.equal(tiny.latents(pipe, steps=6), plain("sd", 6)[0])
+
+
+def test_remove_in_the_middle_of_a_call_makes_that_call_plain(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread may do, between what is skipped and what would have been restored."""
+
+    def stop(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            cachekit.remove(pipe)
+        return given
+
+    cachekit.apply(pipe, "deepcache:interval=3")
+    expected = tiny.latents(pipe, steps=4, callback_on_step_end=stop)
+    before = Member.before
+
+    def skip(member: Member, *given: Any) -> Any:
+        found = before(member, *given)
+        if isinstance(found, tuple):
+            thread = threading.Thread(target=attachment.remove)
+            thread.start()
+            thread.join()
+        return found
+
+    attachment = cachekit.apply(pipe, "deepcache:interval=3")
+    monkeypatch.setattr(Member, "before", skip)
+    assert torch.equal(tiny.latents(pipe, steps=4), expected)
+    assert not attachment._switches
 
 
 def test_a_wrapper_put_on_later_survives_the_undo(pipe: Any) -> None:

@@ -190,6 +190,21 @@ def test_a_pipeline_that_cannot_be_tracked_is_left_as_it_was() -> None:
         assert torch.isfinite(tiny.latents(pipe, steps=2)).all()
 
 
+def test_a_module_that_does_not_give_up_its_class_is_left_as_it_was() -> None:
+    pipe = tiny.small()
+    attention = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+
+    class Rigid(type(attention)):
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "__class__":
+                raise Broken
+            super().__setattr__(name, value)
+
+    attention.__class__ = Rigid
+    with tiny.leaves_no_trace(pipe), pytest.raises(Broken):
+        cachekit.apply(pipe, ALL)
+
+
 Adaptive = installed().policies["adaptive_guidance"]
 METHODS = {
     Adaptive(threshold=-1, linear=True): ["decide", "observe", "branches_to_keep", "restore_branch"],

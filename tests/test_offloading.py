@@ -43,6 +43,11 @@ def blocks(pipe: Any, folder: Path) -> None:
     groups(pipe, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder))
 
 
+def pairs(pipe: Any, folder: Path) -> None:
+    """The first of two blocks brings the weights of both, also where it is skipped itself."""
+    groups(pipe, offload_type="block_level", num_blocks_per_group=2, offload_to_disk_path=str(folder))
+
+
 def leaves(pipe: Any, folder: Path) -> None:
     groups(pipe, offload_type="leaf_level")
 
@@ -51,6 +56,7 @@ FEATURES: dict[str, Callable[[Any, Path], None]] = {
     "sequential": sequential,
     "whole models": whole_models,
     "blocks": blocks,
+    "pairs": pairs,
     "leaves": leaves,
 }
 
@@ -74,7 +80,7 @@ def plain() -> torch.Tensor:
 
 def is_alike(found: torch.Tensor, other: torch.Tensor, name: str) -> bool:
     # Weights from a file lie elsewhere in memory: half a batch may be multiplied in another order.
-    return torch.allclose(found, other, atol=1e-4) if name == "blocks" else torch.equal(found, other)
+    return torch.allclose(found, other, atol=1e-4) if name in ("blocks", "pairs") else torch.equal(found, other)
 
 
 @pytest.mark.parametrize(("specs", "before_apply"), ORDERS)

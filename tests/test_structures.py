@@ -13,6 +13,7 @@ from diffusers import (
     AnimateDiffPipeline,
     AudioLDM2UNet2DConditionModel,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
     MotionAdapter,
     StableDiffusionPAGPipeline,
     UNet2DConditionModel,
@@ -22,6 +23,7 @@ from diffusers import (
 )
 
 import cachekit
+from cachekit.clock import Clock, mark_of
 from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, GuidanceError
 from cachekit.guidance import is_guided
@@ -178,6 +180,47 @@ def test_a_second_loop_within_a_call_is_a_run_of_its_own() -> None:
         pipe.unet.conv_in.register_forward_hook(lambda module, args, output: branches.append(len(args[0]) // 2))
         frames(pipe)
     assert branches == [2, 2, 1, 1] * 2
+
+
+def test_a_second_loop_is_told_although_its_first_frames_are_given() -> None:
+    """Its timesteps are copies, their scheduler has no step, and no mean of them is as large as the first."""
+    name = "SkyReelsV2DiffusionForcingPipeline"
+    pipe, long = build(name), {"num_frames": 17, "base_num_frames": 9, "overlap_history": 1}
+    with cachekit.apply(pipe, "adaptive_guidance:m=2") as attachment:
+        pipe(**{**arguments(pipe, name), **long})
+        report = attachment.report()
+    assert [len(row.branches) for loop in (*report.earlier, report) for row in loop.record.rows] == [
+        2,
+        2,
+        1,
+        1,
+        1,
+        1,
+    ] * 2
+
+
+@pytest.mark.parametrize("is_number", [False, True])
+def test_a_second_loop_is_told_by_the_schedulers_step(is_number: bool) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    clock, steps = Clock(exact=True), []
+    for _ in range(3):
+        scheduler.set_timesteps(3)
+        for t in scheduler.timesteps:
+            for _ in range(2):
+                mark = mark_of(float(t) if is_number else t / 1000, scheduler)
+                clock = Clock(exact=True) if clock.starts_anew(mark) else clock
+                steps.append((clock.tick(mark), clock.call))
+            scheduler.step(torch.zeros(1, 1), t, torch.zeros(1, 1))
+    assert steps == [(step, call) for step in range(3) for call in range(2)] * 3
+
+
+@pytest.mark.parametrize("times", [[900, 700, 700, 500], [100, 300, 500, 900]])
+def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> None:
+    clock = Clock(exact=True)
+    for t in times:
+        assert not clock.starts_anew(mark_of(t, None))
+        clock.tick(mark_of(t, None))
+    assert clock.starts_anew(mark_of(times[0], None))
 
 
 def test_a_third_branch_is_refused() -> None:

@@ -21,6 +21,7 @@ _CONDITIONAL_FIRST = frozenset(
         "AceStepTransformer1DModel",
         "DiTTransformer2DModel",
         "LuminaNextDiT2DModel",
+        "OmniGenTransformer2DModel",
         "WuerstchenPrior",
         "ZImageTransformer2DModel",
     }
@@ -37,7 +38,6 @@ _CALLED_APART = frozenset(
         "FluxTransformer2DModel",
         "HunyuanVideoFramepackTransformer3DModel",
         "HunyuanVideoTransformer3DModel",
-        "JoyImageEditPlusTransformer3DModel",
         "JoyImageEditTransformer3DModel",
         "Kandinsky5Transformer3DModel",
         "Krea2Transformer2DModel",

@@ -14,7 +14,7 @@ from ..adapter import Layout
 #: What carries the condition, the first that a call has; what carries its opposite begins with `negative_`.
 _CONDITIONS = (
     *("prompt", "prompt_embeds", "prompt_embeds_qwen", "image_embeds", "class_labels", "image_embeddings"),
-    *("example_image", "image", "content_prompt"),
+    *("example_image", "image", "content_prompt", "editing_prompt"),
 )
 _MOST_CALLS = 6
 
@@ -94,7 +94,7 @@ def _parts(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _time(call: Call) -> float | None:
-    for name in ("timestep", "timesteps", "t", "timestep_ratio", "r", "1"):
+    for name in ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps", "1"):
         for tensor in call.get(name, ()):
             if tensor.numel():
                 return float(tensor.max())
@@ -109,7 +109,7 @@ def _rows(plain: Call, prompted: Call, opposed: Call) -> str:
 
 
 def _sample(call: Call) -> list[torch.Tensor]:
-    return next((call[name] for name in ("hidden_states", "sample", "x", "0") if call.get(name)), [])
+    return next((call[name] for name in ("hidden_states", "sample", "x", "vision_tokens", "0") if call.get(name)), [])
 
 
 def _batch(call: Call) -> int:

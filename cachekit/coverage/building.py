@@ -61,6 +61,10 @@ def build(name: str) -> Any:
         module = getattr(pipe, key, None)
         if isinstance(module, nn.Module):
             seed_weights(module)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for method, given in facts.before.items():
+            getattr(pipe, method)(**_values(given))
     return pipe
 
 
@@ -68,7 +72,7 @@ def arguments(pipe: Any, name: str, **changes: Any) -> dict[str, Any]:
     """Return the arguments of a short call: what facts say of it, as far as the pipeline takes them."""
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {key: value for key, value in {**facts_of(name).call, **changes}.items() if key in taken}
-    given = {key: _value(value) for key, value in call.items()}
+    given = _values(call)
     if "generator" in taken and "generator" not in given:
         given["generator"] = torch.Generator().manual_seed(0)
     return given
@@ -118,6 +122,10 @@ def _annotated(key: str, types: Any) -> Any:
         if inspect.isclass(one) and one is not inspect.Parameter.empty and one.__module__ != "builtins":
             return make_one(one, one.__name__, {})
     raise NotBuiltError(f"{key} has no annotation that says what it is")
+
+
+def _values(given: dict[str, Any]) -> dict[str, Any]:
+    return {key: _value(value) for key, value in given.items()}
 
 
 def _value(value: Any) -> Any:

@@ -16,15 +16,18 @@ _SAID_OF_CLASSES = ("like", "from", "needs")
 class Facts:
     """Hold what is known of one pipeline: parts that differ from the annotated ones, and arguments.
 
-    `skip` says why not to try, `needs` names a package without which it is of no use; `because` explains the error
-    that it raises with the libraries of the time.
+    `before` names methods that make ready what the call needs, with their arguments. `skip` says why not to try,
+    `needs` names a package without which it is of no use; `because` explains the error that it raises with the
+    libraries of the time. `output` names the part of the output that a seed determines, where others are random.
     """
 
     parts: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, dict[str, Any]] = field(default_factory=dict)
     skip: str = ""
     needs: str = ""
     because: str = ""
+    output: str = ""
 
 
 def entries() -> list[dict[str, Any]]:
@@ -37,13 +40,15 @@ def facts_of(pipeline: str) -> Facts:
     """Return the facts of a pipeline class: all entries whose pattern matches its name, later ones first."""
     parts: dict[str, Any] = {}
     call: dict[str, Any] = {}
-    said = {"skip": "", "needs": "", "because": ""}
+    before: dict[str, dict[str, Any]] = {}
+    said = {"skip": "", "needs": "", "because": "", "output": ""}
     for entry in entries():
         if re.search(entry["match"], pipeline):
             parts |= entry.get("parts", {})
             call |= entry.get("call", {})
+            before |= entry.get("before", {})
             said |= {key: entry[key] for key in said if key in entry}
-    return Facts(parts, call, **said)
+    return Facts(parts, call, before, **said)
 
 
 def model_config(name: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .results import Coverage
-from .trial import STATES, Result, Sites, Trial
+from .trial import JOIN, STATES, Result, Sites, Trial
 
 _INTRODUCTION = """\
 # Coverage
@@ -78,7 +78,7 @@ def _counts(coverage: Coverage, spec: str) -> list[int]:
 
 
 def _names(coverage: Coverage) -> list[str]:
-    return [spec.partition(":")[0] for spec in coverage.specs]
+    return [JOIN.join(one.partition(":")[0] for one in spec.split(JOIN)) for spec in coverage.specs]
 
 
 def _row(trial: Trial, notes: dict[str, int]) -> list[str]:

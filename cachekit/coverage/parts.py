@@ -66,7 +66,9 @@ def make_one(cls: type[Any], name: str, changes: dict[str, Any]) -> Any:
     if config is None and not _is_scheduler(cls):
         raise NotBuiltError(f"no small configuration for {name}")
     settings = {key: _part(value) for key, value in {**(config or {}), **changes}.items()}
-    return _model(cls, settings) if is_model else cls(**settings)
+    if is_model:
+        return _model(cls, settings)
+    return _processor(cls, settings) if "tokenizer" in settings else cls(**settings)
 
 
 def find_class(name: str) -> type[Any]:
@@ -135,6 +137,16 @@ def _model(cls: Any, settings: dict[str, Any]) -> nn.Module:
         torch.manual_seed(0)
         model = cls(**settings) if config is None else cls(config(**settings))
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _processor(cls: Any, settings: dict[str, Any]) -> Any:
+    """Return a processor of texts and images; its part for videos, which needs torchvision, may be left out."""
+
+    def check(self: Any, name: str, part: Any) -> Any:
+        return None if part is None else cls.check_argument_for_proper_class(self, name, part)
+
+    partial = type(cls.__name__, (cls,), {"check_argument_for_proper_class": check})
+    return partial(**settings, chat_template=settings["tokenizer"].chat_template)
 
 
 def _is_tokenizer(cls: Any) -> bool:

@@ -25,6 +25,8 @@ from .parts import NotBuiltError
 
 WORKS, REFUSED, IDLE, FAILS = "works", "refused", "idle", "fails"
 STATES = (WORKS, REFUSED, IDLE, FAILS)
+#: What stands between the specs of a composition.
+JOIN = "+"
 
 
 @dataclass
@@ -93,7 +95,9 @@ class Subject:
         np.random.seed(0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return list(_arrays(self.pipe(**{**arguments(self.pipe, self.name), **changes})))
+            output = self.pipe(**{**arguments(self.pipe, self.name), **changes})
+        part = facts_of(self.name).output
+        return list(_arrays(output[part] if part else output))
 
     def _branches(self) -> str:
         try:
@@ -141,7 +145,8 @@ def attempt(subject: Subject, spec: str) -> Result:
     if not subject.is_plain(subject.run()):
         return Result(FAILS, "undone, the output is not what it was")
     loops = (*report.earlier, report)
-    if not any(count.reused for one in loops for count in one.counts):
+    acted = {count.policy for one in loops for count in one.counts if count.reused}
+    if not acted:
         return Result(IDLE, _why_idle(report)) if subject.is_plain(cached) else Result(FAILS, "changes unasked")
     layout = loops[0].record.layout
     if not agrees(subject.branches, layout):
@@ -149,7 +154,8 @@ def attempt(subject: Subject, spec: str) -> Result:
     again, _ = _cached(subject, spec)
     if not same(again, cached):
         return Result(FAILS, "applied again, the output is not what it was")
-    return Result(WORKS, "the output is the same" if subject.is_plain(cached) else "")
+    alone = f"{' and '.join(sorted(acted))} alone" if len(acted) < len(report.policies) else ""
+    return Result(WORKS, "the output is the same" if subject.is_plain(cached) else alone)
 
 
 def _why_idle(report: Report) -> str:
@@ -161,7 +167,7 @@ def _why_idle(report: Report) -> str:
 
 def _cached(subject: Subject, spec: str) -> tuple[list[np.ndarray[Any, Any]], Report]:
     """Return the output under a spec, and what it did; the spec is removed again."""
-    with apply(subject.pipe, spec) as attachment:
+    with apply(subject.pipe, spec.split(JOIN)) as attachment:
         output, report = subject.run(), attachment.report()
     if not all(np.isfinite(part).all() for part in output):
         raise ArithmeticError("the output is not finite")

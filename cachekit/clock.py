@@ -73,6 +73,15 @@ class Clock:
             return mark.index is None or mark.index < last.index
         return mark.index is None and (mark.time - last.time) * self._trend < 0
 
+    def lies_ahead(self, mark: Mark) -> bool:
+        """Tell whether a call at this mark is surely of a later step: an entry further on in the run's own table."""
+        last = self._last
+        return last is not None and mark.kind == "entry" and mark.table == last.table and mark.place > last.place
+
+    def goes_through(self, scheduler: Any) -> bool:
+        """Tell whether the run's timesteps are entries of this scheduler's table."""
+        return self._last is not None and shares_table(self._last.source, scheduler)
+
     def is_at(self, mark: Mark) -> bool:
         """Tell whether a call at this mark belongs to the present step."""
         return mark.same_step(self._last)

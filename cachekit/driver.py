@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import by_name, parameters_of
 from .budget import Budget, Fit, Opening
-from .clock import Clock, count_steps, mark_of, shares_table
+from .clock import Clock, count_steps, is_entry, mark_of, shares_table
 from .compiled import Prompter
 from .errors import AdapterError, GuidanceError
 from .guidance import (
@@ -33,7 +33,14 @@ from .guidance import (
     refuse_unfit,
     spread,
 )
-from .pipelines import call_arguments, companions_of, has_momentum, name_by_guider, plain_arguments
+from .pipelines import (
+    call_arguments,
+    companions_of,
+    has_momentum,
+    name_by_guider,
+    perturbs_attention,
+    plain_arguments,
+)
 from .plan import Assignment, Plan, make_plan
 from .policy import Action, Policy
 from .ranks import Vote, vote_of
@@ -184,7 +191,7 @@ class Driver:
             context=context,
             narrows=bool(self._narrowing),
             denoiser=type(denoiser.module).__name__,
-            perturbed=getattr(pipe, "do_perturbed_attention_guidance", False),
+            perturbed=perturbs_attention(pipe, denoiser.module),
             remembers=any(given.get(name) is not None for name in _WRITTEN),
             momentum=has_momentum(pipe),
         )
@@ -195,7 +202,7 @@ class Driver:
         state = self.state
         if state.context in PAIR or not state.pipeline or not state.run:
             return state.context
-        return _without_prefix(name_by_guider(state.pipeline[0], state.run.clock.step)) or state.context
+        return _without_prefix(name_by_guider(state.pipeline[0], state.run.clock)) or state.context
 
     def _check_order(self, layout: Layout, name: str) -> None:
         for policy in self._narrowing:
@@ -213,6 +220,14 @@ class Driver:
         known = [getattr(pipe, "scheduler", None) for pipe in list(self.pipes)]
         owners = [scheduler for scheduler in known if shares_table(timestep, scheduler)]
         return owners[0] if owners else (known[0] if len(known) == 1 else None)
+
+    def _is_of_another_loop(self, timestep: Any) -> bool:
+        """Tell whether somebody runs another pipeline with this denoiser in a callback of the running one."""
+        if self.state.run is None or self.state.pipeline is None:
+            return False
+        scheduler = getattr(self.state.pipeline[0], "scheduler", None)
+        is_in_table = isinstance(timestep, Tensor) and is_entry(timestep)
+        return is_in_table and self.state.run.clock.goes_through(scheduler) and not shares_table(timestep, scheduler)
 
     def _follow_batch(self, run: Run, sample: Tensor, arguments: dict[str, Any]) -> None:
         """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
@@ -300,6 +315,7 @@ class Driver:
         state = self.state
         state.call = None
         if state.paused:
+            self._pass(denoiser, args, kwargs)
             return (yield from self._plain(denoiser, args, kwargs, enclosed))
         start = time.perf_counter()
         call = self._begin_call(denoiser, args, kwargs)
@@ -318,6 +334,16 @@ class Driver:
             return as_lists(self._output(call, as_batches(output))) if call.is_listed else self._output(call, output)
         finally:
             state.call = None
+
+    def _pass(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Notice a step of a pipeline's loop that goes by uncached, where its timestep tells for sure."""
+        run, pipeline = self.state.run, self.state.pipeline
+        timestep = _find(by_name(denoiser.parameters, args, kwargs), _TIMESTEP) if run and pipeline else None
+        if run is not None and isinstance(timestep, Tensor):
+            mark = mark_of(timestep, None) if is_entry(timestep) else None
+            if mark is not None and run.clock.lies_ahead(mark):
+                run.clock.tick(mark)
+                run.pass_by()
 
     def _prompted(
         self, denoiser: Denoiser, call: Call | None, enclosed: bool
@@ -348,6 +374,8 @@ class Driver:
         return call
 
     def _next_call(self, denoiser: Denoiser, sample: Tensor, timestep: Any, arguments: dict[str, Any]) -> Call | None:
+        if self._is_of_another_loop(timestep):
+            return None
         run = self._run_for(denoiser, sample, timestep, arguments)
         if not run.serves(sample.shape[0]):
             return None
@@ -355,7 +383,9 @@ class Driver:
         if run.calls_one_branch():
             run.take_as_alone()
         run.tick()
-        branch = run.branch_of_call(self._context())
+        context = self._context()
+        run.expect_guidance(context)
+        branch = run.branch_of_call(context)
         if branch in run.layout.order[1:]:
             self._check_order(run.layout, type(denoiser.module).__name__)
         return run.begin_call(run.clock.step, denoiser.name, branch)

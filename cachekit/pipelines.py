@@ -6,18 +6,23 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .compiled import without_compiler
 from .errors import AdapterError
 
+if TYPE_CHECKING:
+    from .clock import Clock
+
 #: Where pipelines hold what denoises: together in one loop, or one loop after the other.
 _DENOISERS = ("unet", "transformer", "transformer_2", "image_unet")
 _STAGES = ("prior", "decoder", "prior_prior")
 #: Where modular pipelines hold what prepares the calls of a step, and combines what comes of them.
 _GUIDERS = ("guider", "guider_2")
+#: Guiders that do not count the calls that they have prepared.
+_UNCOUNTED = ("SmoothedEnergyGuidance",)
 
 _BASE = "_cachekit_base"
 _SUBCLASSES: dict[type[Any], type[Any]] = {}
@@ -58,24 +63,33 @@ def companions_of(pipe: Any) -> Iterator[nn.Module]:
         yield from getattr(found, "nets", [found])
 
 
-def name_by_guider(pipe: Any, step: int) -> str | None:
-    """Return what a modular pipeline's guider calls the prediction that the present call of `step` is for.
+def name_by_guider(pipe: Any, clock: Clock) -> str | None:
+    """Return what a modular pipeline's guider calls the prediction that the present call is for.
 
     Without a guider, or outside of its calls, it is None. A name other than the first two has the place of the call
     after it: guiders give one name to calls with other inputs.
     """
     guiders = [(guider, guider.get_state()) for guider in _guiders(pipe)]
     if len(guiders) > 1:
-        guiders = [(guider, state) for guider, state in guiders if state["step"] == step]
+        guiders = [(guider, state) for guider, state in guiders if state["step"] == clock.step]
     if not guiders:
         return None
     guider, state = guiders[0]
     names = [getattr(call, guider._identifier_key) for call in guider.prepare_inputs({})]
-    place = state["count_prepared"]
+    place = clock.call + 1 if type(guider).__name__ in _UNCOUNTED else state["count_prepared"]
     if not 0 < place <= len(names):
         return None
     name: str = names[place - 1]
     return name if name in ("pred_cond", "pred_uncond") else f"{name} {place}"
+
+
+def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
+    """Tell whether attention is perturbed for a branch: as the pipeline says, or the processors in a bare loop."""
+    told = getattr(pipe, "do_perturbed_attention_guidance", None)
+    if told is not None:
+        return bool(told)
+    processors = getattr(denoiser, "attn_processors", {}).values()
+    return any(type(processor).__name__.startswith("PAG") for processor in processors)
 
 
 def has_momentum(pipe: Any) -> bool:

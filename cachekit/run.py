@@ -138,6 +138,8 @@ class Run:
         self._seen: set[tuple[str, str]] = set()
         self._lost: set[Slot] = set()
         self._in_step: list[tuple[str, str]] = []
+        self._called_apart: Layout | None = None
+        self._guided_anew = False
 
     def begin(self, plan: Plan, layout: Layout, steps: int) -> None:
         """Begin with the plan of `steps` steps over the branches of `layout`."""
@@ -204,6 +206,21 @@ class Run:
         if self.clock.call == 0:
             self._in_step.clear()
             self.outputs.clear()
+            if self._guided_anew and self._called_apart is not None:
+                self._guided_anew = False
+                self.change_layout(self._called_apart)
+                self.record.layout = self.layout
+
+    def pass_by(self) -> None:
+        """Let a step go by uncached: what would have been kept anew in it is kept no more."""
+        self.tick()
+        row = self.row(self.clock.step)
+        self.store.drop_all({index for index, action in enumerate(row.actions) if action in (Action.STORE, None)})
+
+    def expect_guidance(self, context: str | None) -> None:
+        """Go back to both branches with the next step, where guidance begins after a run was taken as unguided."""
+        if self._called_apart is not None and context in self._called_apart.order[1:]:
+            self._guided_anew = self.layout.order == self._called_apart.order[:1]
 
     def branch_of_call(self, context: str | None) -> str:
         """Return the branch that the present call is for: by the pipeline's name for it, or by its place."""
@@ -219,6 +236,7 @@ class Run:
 
     def take_as_alone(self) -> None:
         """Go on as if the one branch had been all from the beginning: no branch is dropped, so nothing is stale."""
+        self._called_apart = self.layout
         self.change_layout(self.layout.alone)
         assert self._composer is not None
         self.record.layout, self._composer.branches = self.layout, self.layout.order

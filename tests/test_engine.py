@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -424,6 +425,46 @@ def test_a_lost_switch_is_an_error_that_says_what_to_do(pipe: Any) -> None:
         tiny.latents(pipe, steps=3)
     cachekit.remove(pipe)
     assert torch.equal(tiny.latents(pipe, steps=3), plain("sd", 3)[0])
+
+
+@pytest.mark.parametrize(("pause", "full"), [((1, 2), [0, 1, 2, 3]), ((2, 3), [0, 2, 3, 4]), ((3, 4), [0, 3, 4, 5])])
+def test_steps_that_are_paused_go_by(pipe: Any, pause: tuple[int, ...], full: list[int]) -> None:
+    """What a paused step would have kept anew is kept no more: the next one that wants it keeps it."""
+    step, ran = 0, []
+
+    with cachekit.apply(pipe, "deepcache:interval=3") as attachment, contextlib.ExitStack() as paused:
+        handle = pipe.unet.mid_block.register_forward_hook(lambda *_: ran.append(step))
+
+        def follow(_: Any, done: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal step
+            step = done + 1
+            paused.close()
+            if step in pause:
+                paused.enter_context(attachment.paused())
+            return tensors
+
+        tiny.latents(pipe, steps=6, callback_on_step_end=follow)
+        handle.remove()
+        assert ran == full
+        assert attachment.report().steps == 6
+
+
+def test_another_pipeline_in_a_callback_is_a_stranger(pipe: Any) -> None:
+    parts = {**pipe.components, "scheduler": tiny.small().scheduler}
+    other = StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    plain = tiny.latents(other, steps=4, image=image, strength=0.5)
+
+    def draw(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 2:
+            assert torch.equal(tiny.latents(other, steps=4, image=image, strength=0.5), plain)
+        return tensors
+
+    with cachekit.apply(pipe, ["tgate:m=3", "deepcache:interval=2"]) as attachment:
+        alone = tiny.latents(pipe, steps=6)
+        assert torch.equal(tiny.latents(pipe, steps=6, callback_on_step_end=draw), alone)
+        assert (attachment.report().steps, attachment.report().earlier) == (6, ())
 
 
 def test_paused_runs_are_plain(pipe: Any) -> None:

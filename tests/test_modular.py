@@ -13,8 +13,9 @@ from diffusers.guiders import (
     ClassifierFreeGuidance,
     PerturbedAttentionGuidance,
     SkipLayerGuidance,
+    SmoothedEnergyGuidance,
 )
-from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
 from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
 from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise, denoise
 
@@ -117,6 +118,26 @@ def test_guidance_cut_by_a_policy_equals_that_of_the_guider() -> None:
         assert torch.equal(draw(pipe), draw(other))
         assert [made.dropped for made in attachment.report().record.calls if made.branch == "uncond"] == [0, 0, 1, 1, 1]
         assert attachment.report().arguments["num_inference_steps"] == STEPS
+
+
+def test_guidance_that_begins_late_is_cut_too() -> None:
+    pipe = modular(ClassifierFreeGuidance(SCALE, start=0.2))
+    other = modular(ClassifierFreeGuidance(SCALE, start=0.2, stop=0.6))
+    with cachekit.apply(pipe, "adaptive_guidance:m=3") as attachment:
+        assert torch.equal(draw(pipe), draw(other))
+        report = attachment.report()
+        assert [made.dropped for made in report.record.calls if made.branch == "uncond"] == [False, False, True, True]
+        assert report.record.guided
+
+
+def test_a_guider_that_does_not_count_its_calls_is_followed() -> None:
+    """Calls have their names, also where another one is made in front of them later."""
+    smoothed = SmoothedEnergyGuidanceConfig(indices=[0], fqn=MIDDLE)
+    pipe = modular(SmoothedEnergyGuidance(SCALE, seg_guidance_config=smoothed, start=0.4))
+    with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
+        draw(pipe)
+        branches = [made.branch or "cond" for made in attachment.report().record.calls]
+    assert branches == ["cond", *["cond", "cond_seg 2"], *["cond", "uncond", "cond_seg 3"] * 3]
 
 
 @pytest.mark.parametrize("specs", [("tgate:m=3",), ("deepcache:interval=2",), ("tgate:m=3", "deepcache:interval=2")])

@@ -223,6 +223,17 @@ def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> No
     assert clock.starts_anew(mark_of(times[0], None))
 
 
+def test_a_perturbed_branch_in_a_bare_loop_is_refused() -> None:
+    """A pipeline made of another's parts runs its denoiser, and nobody tells of the second half of its batch."""
+    parts = tiny.small().components
+    pipe = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    plain = tiny.latents(pipe, guidance=1.0, pag_scale=3.0)
+    with cachekit.apply(pipe.unet, "adaptive_guidance:m=3"), pytest.raises(GuidanceError, match="set pag_scale=0"):
+        tiny.latents(pipe, guidance=1.0, pag_scale=3.0)
+    assert torch.equal(tiny.latents(pipe, guidance=1.0, pag_scale=3.0), plain)
+
+
 def test_a_third_branch_is_refused() -> None:
     parts = tiny.small().components
     pipe = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"])

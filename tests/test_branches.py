@@ -18,6 +18,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.guiders import ClassifierFreeGuidance
+from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep
 
 import cachekit
 from cachekit.coverage.building import arguments, build
@@ -289,6 +291,28 @@ def test_calls_without_names_come_in_the_known_order(name: str) -> None:
     assert torch.equal(found, drawn(other))
     assert not torch.equal(found, without)
     assert torch.equal(drawn(pipe), without)
+
+
+def modular_wan(**guiders: Any) -> Any:
+    """Return the part of Wan 2.2's modular pipeline from embeddings to latents, with the classic one's parts."""
+    source, pipe = wan(boundary=0.8), Wan22CoreDenoiseStep().init_pipeline()
+    parts = {name: getattr(source, name) for name in ("transformer", "transformer_2", "scheduler")}
+    pipe.update_components(**parts, **guiders, boundary_ratio=0.8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("spec", [None, "tgate:m=2", "tgate:m=5", "adaptive_guidance:m=3", "delta_dit:interval=2"])
+def test_two_guiders_are_followed_as_the_classic_pipeline_is(spec: str | None) -> None:
+    pipe = modular_wan(guider=ClassifierFreeGuidance(4.0), guider_2=ClassifierFreeGuidance(4.0))
+    other = wan(boundary=0.8)
+    if spec:
+        cachekit.apply(pipe, spec)
+        cachekit.apply(other, spec)
+    noise = torch.randn(1, 4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    given = {"prompt_embeds": text(1), "negative_prompt_embeds": text(2), "latents": noise, "num_frames": 1}
+    found = pipe(**given, height=32, width=32, num_inference_steps=STEPS, output="latents")
+    assert torch.equal(found, sample(other))
 
 
 def with_last_difference(denoiser: Any, m: int) -> None:

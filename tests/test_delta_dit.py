@@ -318,6 +318,16 @@ def test_a_span_that_does_not_exist(spec: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("make", [sd3, flux])
+def test_tgate_on_joint_attention_names_what_to_use(make: Any) -> None:
+    pipe = make()
+    with (
+        tiny.leaves_no_trace(pipe),
+        pytest.raises(SiteError, match=r"joint_attention x \d.*; TGATE needs .*: use delta_dit or adaptive_guidance$"),
+    ):
+        cachekit.apply(pipe, "tgate")
+
+
 def test_on_a_unet_it_names_the_policy_to_use_and_the_other_way_round() -> None:
     with pytest.raises(SiteError, match=r"delta_dit: looked for a chain of blocks, but UNet.*; use deepcache$"):
         cachekit.apply(tiny.small(), "delta_dit")

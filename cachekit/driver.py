@@ -150,7 +150,7 @@ class Driver:
     def end_run(self, interrupted: bool) -> None:
         """End this thread's run, if there is one whose first call was not refused."""
         run, self.state.run, self.state.call = self.state.run, None, None
-        if run is None or not run.signature:
+        if run is None or not run.batch:
             return
         run.record.interrupted = interrupted
         self._finished(run)
@@ -168,7 +168,7 @@ class Driver:
             state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._budget.store())
         run = state.run
         run.clock.tick(mark)
-        if not run.signature:
+        if not run.batch:
             layout = self._layout(denoiser, sample, arguments)
             run.is_named = self._context() in PAIR
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
@@ -229,20 +229,22 @@ class Driver:
         is_in_table = isinstance(timestep, Tensor) and is_entry(timestep)
         return is_in_table and self.state.run.clock.goes_through(scheduler) and not shares_table(timestep, scheduler)
 
-    def _follow_batch(self, run: Run, sample: Tensor, arguments: dict[str, Any]) -> None:
-        """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes."""
-        together = run.together
+    def _follow_batch(self, run: Run, name: str, sample: Tensor, arguments: dict[str, Any]) -> None:
+        """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes.
+
+        Two denoisers that take turns may have shapes of their own.
+        """
+        batch = sample.shape[0] // run.together
         run.told = self._told()
         # A call that writes keys and values is for more tokens than one that reads them.
-        kind = (sample.dtype, sample.device, arguments.get("kv_cache_mode"))
-        signature = (sample.shape[0] // together, sample.shape[1:], *kind)
-        if run.signature and signature != run.signature:
-            if together > 1 and sample.shape[0] == run.signature[0]:
+        kind = (sample.shape[1:], sample.dtype, sample.device, arguments.get("kv_cache_mode"))
+        if run.batch and (batch, kind) != (run.batch, run.kinds.get(name, kind)):
+            if run.together > 1 and sample.shape[0] == run.batch:
                 run.change_layout(run.layout.alone)
                 return
             run.store.clear()
             run.shapes.clear()
-        run.signature = signature
+        run.batch, run.kinds[name] = batch, kind
 
     def _told(self) -> tuple[Any, ...]:
         """Return what the running pipeline says of its guidance now; a callback may change that."""
@@ -274,7 +276,7 @@ class Driver:
             return None
         mark, batch = mark_of(timestep, getattr(pipe, "scheduler", None)), sample.shape[0]
         is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
-        is_whole = batch == run.signature[0] * run.together
+        is_whole = batch == run.batch * run.together
         is_as_before = self._told() == run.told  # in guess mode the ControlNet's batch would not show a change
         if not (is_next and is_whole and is_as_before and any(companion is other for other in companions_of(pipe))):
             return None
@@ -379,7 +381,7 @@ class Driver:
         run = self._run_for(denoiser, sample, timestep, arguments)
         if not run.serves(sample.shape[0]):
             return None
-        self._follow_batch(run, sample, arguments)
+        self._follow_batch(run, denoiser.name, sample, arguments)
         if run.calls_one_branch():
             run.take_as_alone()
         run.tick()

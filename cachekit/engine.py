@@ -273,7 +273,7 @@ class Attachment:
     def report(self) -> Report:
         """Return what the last run did: the present one of this thread, if it has not ended."""
         run = self.driver.state.run
-        if run is not None and run.signature:
+        if run is not None and run.batch:
             return self._report(run)
         if self._last is None:
             raise AttachmentError("no run yet: call the pipeline, then report()")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .clock import Clock
 
 #: Where pipelines hold what denoises: together in one loop, or one loop after the other.
-_DENOISERS = ("unet", "transformer", "transformer_2", "image_unet")
+_DENOISERS = ("unet", "transformer", "transformer_2", "image_unet", "unconditional_transformer")
 _STAGES = ("prior", "decoder", "prior_prior")
 #: Where modular pipelines hold what prepares the calls of a step, and combines what comes of them.
 _GUIDERS = ("guider", "guider_2")

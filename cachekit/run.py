@@ -110,7 +110,10 @@ class Record:
 
 
 class Run:
-    """Drive one run: find the row of each call and own what is kept."""
+    """Drive one run: find the row of each call and own what is kept.
+
+    `batch` is how many images a branch has, 0 before the first call; `kinds` is what each denoiser's sample is like.
+    """
 
     def __init__(
         self, assignments: Sequence[Assignment], clock: Clock, vote: Callable[[Action], Action], store: Store
@@ -129,7 +132,8 @@ class Run:
         self.memories: dict[str, dict[str, Any]] = {bound.policy.name: {} for bound in assignments}
         self.probed: dict[tuple[str, str, Branches, int], dict[str, Any]] = {}
         self.outputs: dict[str, Any] = {}
-        self.signature: tuple[Any, ...] = ()
+        self.batch = 0
+        self.kinds: dict[str, tuple[Any, ...]] = {}
         self.told: tuple[Any, ...] = ()
         self.is_named = False
         self.guidance = [i for i, bound in enumerate(assignments) if bound.target.kind is Kind.GUIDANCE]
@@ -199,7 +203,7 @@ class Run:
 
     def serves(self, batch: int) -> bool:
         """Tell whether a call's batch is that of the step's first call; an odd one out runs uncached."""
-        return not self.signature or self.clock.call == 0 or batch == self.signature[0] * self.together
+        return not self.batch or self.clock.call == 0 or batch == self.batch * self.together
 
     def tick(self) -> None:
         """Begin a step when the clock says so: calls are numbered, and outputs belong to a step, from there."""

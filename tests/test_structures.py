@@ -223,6 +223,15 @@ def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> No
     assert clock.starts_anew(mark_of(times[0], None))
 
 
+def test_denoisers_that_take_turns_keep_their_own() -> None:
+    """One is given text and image, and the other, in the same step, the image alone."""
+    pipe = build("Ideogram4Pipeline")
+    with cachekit.apply(pipe, "delta_dit:interval=2") as attachment:
+        pipe(**arguments(pipe, "Ideogram4Pipeline"))
+        (count,) = attachment.report().counts
+    assert (count.targets, count.stored, count.reused, count.missed) == (2, 6, 6, 0)
+
+
 def test_a_perturbed_branch_in_a_bare_loop_is_refused() -> None:
     """A pipeline made of another's parts runs its denoiser, and nobody tells of the second half of its batch."""
     parts = tiny.small().components

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -20,5 +21,6 @@ def work(answer: Any, name: str, specs: list[str]) -> None:
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("cachekit").setLevel(logging.ERROR)  # what it warns of is asked for here
     answer.send(examine(name, specs))
     answer.close()

@@ -54,6 +54,7 @@ class Clock:
         self.call = 0
         self._last: Mark | None = None
         self._trend = 0.0
+        self._uncached: dict[float, Mark] = {}
 
     def starts_anew(self, mark: Mark) -> bool:
         """Tell whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
@@ -73,8 +74,21 @@ class Clock:
             return mark.index is None or mark.index < last.index
         return mark.index is None and (mark.time - last.time) * self._trend < 0
 
-    def lies_ahead(self, mark: Mark) -> bool:
-        """Tell whether a call at this mark is surely of a later step: an entry further on in the run's own table."""
+    def note(self, mark: Mark) -> None:
+        """Take down that a call at this mark went by uncached: a later step's, or somebody's look ahead."""
+        if self._lies_ahead(mark):
+            self._uncached[mark.place] = mark
+
+    def left_behind(self, mark: Mark) -> list[Mark]:
+        """Return, in order, the marks of uncached calls that a call at this mark shows to have been steps."""
+        if not self._lies_ahead(mark):
+            return []
+        reached = sorted(place for place in self._uncached if place <= mark.place)
+        noted = [self._uncached.pop(place) for place in reached]
+        return [one for one in noted if one.place < mark.place]
+
+    def _lies_ahead(self, mark: Mark) -> bool:
+        """Tell whether this is an entry further on in the run's own table."""
         last = self._last
         return last is not None and mark.kind == "entry" and mark.table == last.table and mark.place > last.place
 

@@ -167,6 +167,7 @@ class Driver:
             clock = Clock(exact=state.pipeline is not None)
             state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._budget.store())
         run = state.run
+        run.pass_by(mark)
         run.clock.tick(mark)
         if not run.batch:
             layout = self._layout(denoiser, sample, arguments)
@@ -280,6 +281,7 @@ class Driver:
         is_as_before = self._told() == run.told  # in guess mode the ControlNet's batch would not show a change
         if not (is_next and is_whole and is_as_before and any(companion is other for other in companions_of(pipe))):
             return None
+        run.pass_by(mark)
         return run.foresee(run.clock.step + 1, batch)
 
     # -- replays ------------------------------------------------------------------------------------------
@@ -338,14 +340,11 @@ class Driver:
             state.call = None
 
     def _pass(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notice a step of a pipeline's loop that goes by uncached, where its timestep tells for sure."""
+        """Notice a call in a pipeline's loop that goes by uncached: a step, if the loop goes on behind it."""
         run, pipeline = self.state.run, self.state.pipeline
         timestep = _find(by_name(denoiser.parameters, args, kwargs), _TIMESTEP) if run and pipeline else None
-        if run is not None and isinstance(timestep, Tensor):
-            mark = mark_of(timestep, None) if is_entry(timestep) else None
-            if mark is not None and run.clock.lies_ahead(mark):
-                run.clock.tick(mark)
-                run.pass_by()
+        if run is not None and isinstance(timestep, Tensor) and is_entry(timestep):
+            run.clock.note(mark_of(timestep, None))
 
     def _prompted(
         self, denoiser: Denoiser, call: Call | None, enclosed: bool
@@ -398,7 +397,7 @@ class Driver:
         if call.narrowed_by >= 0:
             restore = self._restored(call)
             return spread(output, call.run.layout, call.branches[0], restore)
-        if len(call.branches) > 1:
+        if len(call.branches) > 1 and (self._narrowing or self._observers):
             self._observe(call, by_branch(output, call.branches))
         return output
 
@@ -406,7 +405,7 @@ class Driver:
         """Hold a branch's output until the step ends: others are compared with it, or replaced by it."""
         outputs, order = call.run.outputs, call.run.layout.order
         outputs[call.branch] = output
-        is_last = call.branch in order and all(branch in outputs for branch in order)
+        is_last = len(order) > 1 and call.branch in order and all(branch in outputs for branch in order)
         if is_last and call.narrowed_by < 0:
             self._observe(call, {branch: tuple(tensors(outputs[branch])) for branch in order})
         return output
@@ -421,7 +420,7 @@ class Driver:
         call.count(index, Action.REUSE)
         policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
         each = itertools.repeat(None) if kept is None else iter(kept)
-        return lambda output: policy.restore_branch(output, next(each))
+        return lambda output: policy.restore_branch(output, next(each, None))
 
     def _observe(self, call: Call, each: Mapping[str, tuple[Tensor, ...]]) -> None:
         for index in call.count_guidance():

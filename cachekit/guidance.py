@@ -81,10 +81,13 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
 
 
 def _flow_sigma(scheduler: Any) -> Tensor:
-    """Return the share of noise at the present step; pipelines give denoisers its time in several scales."""
+    """Return the share of noise at the present step; pipelines give denoisers its time in several scales.
+
+    Where sigmas are shares of the clean sample, and outputs point to it, the share of noise is negative.
+    """
     index = getattr(scheduler, "step_index", None)
     share: Tensor = scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
-    return share
+    return share - 1 if getattr(scheduler.config, "invert_sigmas", False) else share
 
 
 def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
@@ -308,11 +311,15 @@ def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor],
     """
 
     def join(tensor: Tensor) -> Tensor:
+        if not tensor.dim():  # a loss, say
+            return tensor
         return torch.cat([tensor if name == branch else restore(tensor) for name in layout.order])
 
     return tree_map(join, output)
 
 
 def by_branch(output: Any, branches: Branches) -> dict[str, tuple[Tensor, ...]]:
-    """Return the part `(batch, ...)` of each branch, of each tensor of a denoiser's output."""
-    return dict(zip(branches, zip(*(tensor.chunk(len(branches)) for tensor in tensors(output)))))
+    """Return the part `(batch, ...)` of each branch, of each tensor of a denoiser's output that holds them all."""
+    count = len(branches)
+    whole = (tensor for tensor in tensors(output) if tensor.dim() and tensor.shape[0] % count == 0)
+    return dict(zip(branches, zip(*(tensor.chunk(count) for tensor in whole))))

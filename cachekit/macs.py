@@ -186,12 +186,15 @@ class _Shapes(TorchDispatchMode):
             output, products = self.known[key]
             self.products += products
             return tree_map(_anew, output)
+        with self:  # in inference mode, operations come that consist of others
+            output = func.decompose(*args, **kwargs)
+        if output is not NotImplemented:
+            return output
         output = func(*args, **kwargs)
-        products = 0
-        if any(name in str(func) for name in _PRODUCTS):
-            products = flop_registry[func._overloadpacket](*args, **kwargs, out_val=output) // 2
+        count = flop_registry.get(func._overloadpacket) if any(name in str(func) for name in _PRODUCTS) else None
+        products = count(*args, **kwargs, out_val=output) // 2 if count else 0
         self.products += products
-        if _has_only_shapes(func, output):
+        if _has_only_shapes(func, (args, kwargs), output):
             self.known[key] = tree_map(_anew, output), products
         return output
 
@@ -199,15 +202,16 @@ class _Shapes(TorchDispatchMode):
 def _described(value: Any) -> Any:
     """Return what an operation's shapes depend on; 1, 1.0 and True are equal, and give other dtypes."""
     if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
+        return type(value), value.shape, value.stride(), value.dtype, value.device
     return tuple(map(_described, value)) if isinstance(value, (tuple, list)) else (type(value), value)
 
 
-def _has_only_shapes(func: Any, output: Any) -> bool:
-    """Tell whether an operation gave new tensors without values: nothing that it was given, and no view of it."""
-    given = func._schema.is_mutable or any(value.alias_info for value in func._schema.returns)
-    made = [] if given else list(tensors(output))
-    return bool(made) and all(tensor.is_meta for tensor in made)
+def _has_only_shapes(func: Any, given: Any, output: Any) -> bool:
+    """Tell whether an operation made new plain tensors, no views of what it was `given`, and read no values."""
+    if func._schema.is_mutable or any(value.alias_info for value in func._schema.returns):
+        return False
+    plain = all(tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors((given, output)))
+    return plain and next(tensors(output), None) is not None
 
 
 def _anew(tensor: Tensor) -> Tensor:

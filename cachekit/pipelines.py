@@ -153,16 +153,14 @@ def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _subclass(base: type[Any]) -> type[Any]:
-    return _SUBCLASSES.setdefault(base, _tracked(base))
+    return _SUBCLASSES.get(base) or _SUBCLASSES.setdefault(base, _tracked(base))
 
 
 def _remake(base: type[Any]) -> Any:
     return object.__new__(_subclass(base))
 
 
-def _tracked(base: type[Any]) -> type[Any]:
-    reduced: Any = base.__reduce_ex__
-
+def _tracked(base: Any) -> type[Any]:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         from .engine import attachments_of
@@ -174,7 +172,10 @@ def _tracked(base: type[Any]) -> type[Any]:
 
     def reduce(self: Any, protocol: Any) -> Any:
         """Name the class by what it is made of: it cannot be imported."""
-        return (_remake, (base,), *reduced(self, protocol)[2:])
+        return (_remake, (base,), *base.__reduce_ex__(self, protocol)[2:])
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {"__call__": call, "__reduce_ex__": reduce, _BASE: base, **names})
+    own: dict[str, Any] = {"__call__": call, _BASE: base, **names}
+    if (base.__reduce__, base.__reduce_ex__) == (object.__reduce__, object.__reduce_ex__):  # else it says what it is
+        own["__reduce_ex__"] = reduce
+    return type(base.__name__, (base,), own)

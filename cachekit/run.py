@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .adapter import Layout
-from .clock import Clock
+from .clock import Clock, Mark
 from .errors import AttachmentError
 from .finite import is_finite
 from .plan import Assignment, Composer, Plan, Row
@@ -215,11 +215,15 @@ class Run:
                 self.change_layout(self._called_apart)
                 self.record.layout = self.layout
 
-    def pass_by(self) -> None:
-        """Let a step go by uncached: what would have been kept anew in it is kept no more."""
-        self.tick()
-        row = self.row(self.clock.step)
-        self.store.drop_all({index for index, action in enumerate(row.actions) if action in (Action.STORE, None)})
+    def pass_by(self, mark: Mark) -> None:
+        """Let the steps before a call go by that were uncached: what they would have kept anew is kept no more."""
+        for passed in self.clock.left_behind(mark):
+            self.clock.tick(passed)
+            self.tick()
+            row = self.row(self.clock.step)
+            unkept = {index for index, action in enumerate(row.actions) if action in (Action.STORE, None)}
+            self.store.drop_all(unkept)
+            self._lost |= {(index, 0) for index in unkept.intersection(self.guidance)}
 
     def expect_guidance(self, context: str | None) -> None:
         """Go back to both branches with the next step, where guidance begins after a run was taken as unguided."""
@@ -235,8 +239,8 @@ class Run:
 
     def calls_one_branch(self) -> bool:
         """Tell whether a step is over in which only the first of several branches was called."""
-        is_second = self.clock.step == 1 and self.clock.call == 0
-        return self.layout.separate and is_second and len({branch for _, branch in self._seen}) == 1
+        is_later = self.clock.step > 0 and self.clock.call == 0
+        return self.layout.separate and is_later and len({branch for _, branch in self._seen}) == 1
 
     def take_as_alone(self) -> None:
         """Go on as if the one branch had been all from the beginning: no branch is dropped, so nothing is stale."""

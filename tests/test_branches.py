@@ -315,6 +315,16 @@ def test_two_guiders_are_followed_as_the_classic_pipeline_is(spec: str | None) -
     assert torch.equal(found, sample(other))
 
 
+def test_the_cost_of_one_branch_that_was_to_be_two() -> None:
+    """A run that is told apart as unguided by its second step has begun as a guided one."""
+    pipe = build("FluxPipeline")
+    with cachekit.apply(pipe, "adaptive_guidance:m=1,linear=true") as attachment:
+        pipe(**arguments(pipe, "FluxPipeline") | {"true_cfg_scale": 1.0})
+        report = attachment.report()
+    assert not report.record.guided
+    assert report.macs == report.baseline_macs > 0
+
+
 def with_last_difference(denoiser: Any, m: int) -> None:
     """From call m on, run the conditional half and subtract what the branches of the last whole call differed by."""
     whole, calls, last = denoiser.forward, 0, ()

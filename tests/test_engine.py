@@ -344,6 +344,27 @@ def test_an_attached_pipeline_is_not_pickled_but_says_why(pipe: Any) -> None:
         assert torch.equal(tiny.latents(pickle_copy(undone), steps=2), tiny.latents(pipe, steps=2))
 
 
+class Rebuilt(StableDiffusionPipeline):
+    """A pipeline that says itself how it is copied."""
+
+    def __reduce__(self) -> Any:
+        return rebuilt, (self.components,)
+
+
+def rebuilt(parts: dict[str, Any]) -> Any:
+    pipe = Rebuilt(**parts, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_pipeline_that_says_how_it_is_copied_is_asked(pipe: Any) -> None:
+    own = rebuilt(pipe.components)
+    with cachekit.apply(own, "tgate:m=2"):
+        twin = copy.deepcopy(own)
+        assert torch.equal(tiny.latents(twin, steps=3), tiny.latents(own, steps=3))
+        assert twin.unet is not own.unet
+
+
 def pickle_copy(pipe: Any) -> Any:
     return pickle.loads(pickle.dumps(pipe))
 
@@ -447,6 +468,23 @@ def test_steps_that_are_paused_go_by(pipe: Any, pause: tuple[int, ...], full: li
         handle.remove()
         assert ran == full
         assert attachment.report().steps == 6
+
+
+def test_a_paused_look_ahead_is_no_step(pipe: Any) -> None:
+    """A callback may try the loop's own later timesteps."""
+    specs = ["tgate:m=3", "deepcache:interval=2"]
+
+    def look(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        with attachment.paused():
+            for ahead in pipe.scheduler.timesteps[step:]:
+                pipe.unet(tensors["latents"], ahead, encoder_hidden_states=tiny.text(1))
+        return tensors
+
+    with cachekit.apply(pipe, specs) as attachment:
+        alone = tiny.latents(pipe, steps=6)
+        counts = attachment.report().counts
+        assert torch.equal(tiny.latents(pipe, steps=6, callback_on_step_end=look), alone)
+        assert (attachment.report().counts, attachment.report().earlier) == (counts, ())
 
 
 def test_another_pipeline_in_a_callback_is_a_stranger(pipe: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -13,6 +14,7 @@ import cachekit
 from cachekit.architectures import architecture, architectures
 from cachekit.bench.paper import tables
 from cachekit.errors import CachekitError
+from cachekit.macs import count_forward
 
 TABLES = tables()
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
@@ -113,3 +115,61 @@ def test_unknown_model_names_the_nearest() -> None:
 def test_every_architecture_builds_on_meta() -> None:
     for known in architectures().values():
         assert all(parameter.is_meta for parameter in known.build().parameters())
+
+
+def test_costs_are_the_same_in_inference_mode() -> None:
+    pipe = tiny.pixart()
+    with cachekit.apply(pipe, "tgate:m=2") as attachment:
+        tiny.latents(pipe, steps=3)
+        expected = attachment.report().cost
+        told = cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3)
+        with torch.inference_mode():
+            tiny.latents(pipe, steps=3)
+            assert attachment.report().cost == expected
+            assert cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3) == told
+
+
+class Then(torch.nn.Module):
+    """Do something with what a layer returns."""
+
+    def __init__(self, then: Any) -> None:
+        super().__init__()
+        self.layer, self.then = torch.nn.Linear(4, 4, device="meta"), then
+
+    def forward(self, sample: torch.Tensor) -> Any:
+        return self.then(self.layer(sample))
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that holds another, as quantised weights do."""
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls(func(*(one.held if isinstance(one, cls) else one for one in args), **(kwargs or {})))
+
+
+def test_shapes_that_depend_on_values_or_classes_are_not_taken_from_others() -> None:
+    lengths, kinds = [], []
+
+    def then(output: torch.Tensor) -> None:
+        lengths.extend(len(output[torch.tensor([True, is_all])]) for is_all in (False, True))
+        kinds.extend(type(one + 1) for one in (output, Wrapped(output), output, Wrapped(output)))
+
+    forward = count_forward(Then(then), (torch.empty(2, 4, device="meta"),), {})
+    assert (lengths, kinds) == ([1, 2], [torch.Tensor, Wrapped] * 2)
+    assert forward.macs == 2 * 4 * 4
+
+
+def test_operations_whose_products_nobody_knows_count_none() -> None:
+    library = torch.library.Library("cachekit_test", "DEF")
+    library.define("attention(Tensor query) -> Tensor")
+    library.impl("attention", torch.empty_like, "Meta")
+    given = torch.empty(2, 4, device="meta")
+    forward = count_forward(Then(torch.ops.cachekit_test.attention), (given,), {})
+    assert (forward.macs, forward.attention_macs) == (2 * 4 * 4, 0)

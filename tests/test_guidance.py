@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -307,6 +308,7 @@ def test_x0_is_what_the_scheduler_says(kind: type, prediction: str, settings: di
     "scheduler",
     [
         FlowMatchEulerDiscreteScheduler(shift=3.0),
+        FlowMatchEulerDiscreteScheduler(shift=3.0, invert_sigmas=True),
         DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
     ],
 )
@@ -316,10 +318,11 @@ def test_x0_of_a_rectified_flow(scheduler: Any, scale: float) -> None:
     scheduler.set_timesteps(4)
     clean, noise = NOISE[:1], NOISE[1:]
     scheduler._step_index = None
+    begin, end = (noise, clean) if scheduler.config.get("invert_sigmas") else (clean, noise)
     for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
-        sample = (1 - sigma) * clean + sigma * noise
-        assert torch.allclose(predict_x0(sample, noise - clean, t * scale, scheduler), clean, atol=1e-5)
-        scheduler.step(noise - clean, t, sample)
+        sample = (1 - sigma) * begin + sigma * end
+        assert torch.allclose(predict_x0(sample, end - begin, t * scale, scheduler), clean, atol=1e-5)
+        scheduler.step(end - begin, t, sample)
 
 
 @pytest.mark.parametrize("kind", [EDMEulerScheduler, DDPMWuerstchenScheduler, VQDiffusionScheduler])
@@ -408,6 +411,22 @@ def test_linear_adaptive_guidance_by_hand(spec: str) -> None:
 
 
 # -- who fires first decides ------------------------------------------------------------------------------
+
+
+def test_a_difference_that_a_paused_step_did_not_keep_is_made_by_the_next() -> None:
+    with cachekit.apply(pipe := tiny.small(), "adaptive_guidance:m=3,linear=true") as attachment:
+        pause = contextlib.ExitStack()
+
+        def follow(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+            pause.close()
+            if step == 1:
+                pause.enter_context(attachment.paused())
+            return given
+
+        found = tiny.latents(pipe, steps=6, callback_on_step_end=follow)
+        (count,) = attachment.report().counts
+    assert (count.stored, count.missed, count.reused) == (1, 1, 2)
+    assert torch.equal(found, cached("sd", "adaptive_guidance:m=4,linear=true", steps=6))
 
 
 def test_a_cut_before_the_gate_leaves_the_remaining_attention() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -128,6 +129,22 @@ def test_guidance_that_begins_late_is_cut_too() -> None:
         report = attachment.report()
         assert [made.dropped for made in report.record.calls if made.branch == "uncond"] == [False, False, True, True]
         assert report.record.guided
+
+
+def test_a_run_without_guidance_is_told_after_a_paused_step() -> None:
+    pipe = modular(ClassifierFreeGuidance(1.0))
+    with cachekit.apply(pipe, "deepcache:interval=2") as attachment, contextlib.ExitStack() as paused:
+        calls = iter(range(5))
+
+        def follow(*_: Any) -> None:
+            paused.close()
+            if next(calls) == 0:
+                paused.enter_context(attachment.paused())
+
+        pipe.unet.register_forward_hook(follow)
+        draw(pipe)
+        assert not attachment.report().record.guided
+        assert attachment.report().steps == 5
 
 
 def test_a_guider_that_does_not_count_its_calls_is_followed() -> None:

@@ -355,3 +355,21 @@ def test_calls_of_all_branches_are_counted() -> None:
         tiny.latents(pipe, steps=5)
         counts = attachment.report().counts[0]
     assert (counts.computed, counts.reused) == (3, 2)
+
+
+def test_an_output_without_a_batch_is_nobodys() -> None:
+    """As a loss that a denoiser returns beside its prediction."""
+    pipe = tiny.small()
+    expected = tiny.latents(pipe)
+
+    def with_loss(_: Any, given: Any, output: Any) -> Any:
+        return (*output, torch.zeros(()))
+
+    specs = ["deepcache:interval=2", "adaptive_guidance:m=3,linear=true"]
+    with cachekit.apply(pipe, specs):
+        cached = tiny.latents(pipe)
+    pipe.unet.register_forward_hook(with_loss)
+    assert torch.equal(tiny.latents(pipe), expected)
+    with cachekit.apply(pipe, specs):
+        assert torch.equal(tiny.latents(pipe), cached)
+    assert not torch.equal(cached, expected)

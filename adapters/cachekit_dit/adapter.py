@@ -72,8 +72,10 @@ class DiTAdapter:
 
     def sites(self, denoiser: Any) -> SiteMap:
         """Return attention and feed-forward sites, and each block as a site and in its chain."""
+        from cachekit.compiled import without_compiler
+
         lists = {
-            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): list(blocks)
+            tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): [*map(without_compiler, blocks)]
             for name, blocks in _chains(denoiser)
         }
         sites = (*module_sites(denoiser), *(site for chain in lists for site in chain))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def streams_of_all(blocks: Sequence[nn.Module]) -> tuple[str, ...]:
     """Return the streams that all blocks of a chain carry on alike, or () where they do not."""
-    found = {streams_of(block) for block in {type(block): block for block in map(_written, blocks)}.values()}
+    found = {streams_of(block) for block in {type(block): block for block in blocks}.values()}
     return found.pop() if len(found) == 1 else ()
 
 
@@ -31,13 +31,7 @@ def streams_of(block: nn.Module) -> tuple[str, ...]:
 
 def takes_skips(block: nn.Module) -> bool:
     """Tell whether a block also reads the output of one that ran long before it, as in a UNet."""
-    return "skip" in inspect.signature(type(_written(block)).forward).parameters
-
-
-def _written(block: nn.Module) -> nn.Module:
-    """Return a block as it is written, where it was replaced by what torch compiles of it."""
-    inner: nn.Module | None = vars(block).get("_modules", {}).get("_orig_mod")
-    return block if inner is None else inner
+    return "skip" in inspect.signature(type(block).forward).parameters
 
 
 def _returned(block: nn.Module) -> Iterator[tuple[str, ...]]:

@@ -106,7 +106,8 @@ class Clock:
             self.call += 1
         else:
             self.step, self.call = self.step + 1, 0
-            self._trend = self._trend or mark.time - (self._last or mark).time
+            if self._last is not None and self._last.kind == mark.kind:
+                self._trend = self._trend or mark.time - self._last.time
             self._last = mark
         return self.step
 

@@ -214,6 +214,14 @@ def test_a_second_loop_is_told_by_the_schedulers_step(is_number: bool) -> None:
     assert steps == [(step, call) for step in range(3) for call in range(2)] * 3
 
 
+def test_a_loop_may_go_on_with_copies_of_its_timesteps() -> None:
+    table, clock = torch.tensor([900, 700, 500, 300]), Clock(exact=True)
+    for mark in (mark_of(table[0], None), *(mark_of(float(t), None) for t in table[1:])):
+        assert not clock.starts_anew(mark)
+        clock.tick(mark)
+    assert clock.step == 3
+
+
 @pytest.mark.parametrize("times", [[900, 700, 700, 500], [100, 300, 500, 900]])
 def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> None:
     clock = Clock(exact=True)

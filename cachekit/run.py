@@ -143,7 +143,7 @@ class Run:
         self._lost: set[Slot] = set()
         self._in_step: list[tuple[str, str]] = []
         self._called_apart: Layout | None = None
-        self._guided_anew = False
+        self._next_layout: Layout | None = None
 
     def begin(self, plan: Plan, layout: Layout, steps: int) -> None:
         """Begin with the plan of `steps` steps over the branches of `layout`."""
@@ -210,10 +210,9 @@ class Run:
         if self.clock.call == 0:
             self._in_step.clear()
             self.outputs.clear()
-            if self._guided_anew and self._called_apart is not None:
-                self._guided_anew = False
-                self.change_layout(self._called_apart)
-                self.record.layout = self.layout
+            if self._next_layout is not None:
+                self.change_layout(self._next_layout)
+                self.record.layout, self._next_layout = self.layout, None
 
     def pass_by(self, mark: Mark) -> None:
         """Let the steps before a call go by that were uncached: what they would have kept anew is kept no more."""
@@ -227,8 +226,9 @@ class Run:
 
     def expect_guidance(self, context: str | None) -> None:
         """Go back to both branches with the next step, where guidance begins after a run was taken as unguided."""
-        if self._called_apart is not None and context in self._called_apart.order[1:]:
-            self._guided_anew = self.layout.order == self._called_apart.order[:1]
+        apart = self._called_apart
+        if apart is not None and context in apart.order[1:] and self.layout.order == apart.order[:1]:
+            self._next_layout = apart
 
     def branch_of_call(self, context: str | None) -> str:
         """Return the branch that the present call is for: by the pipeline's name for it, or by its place."""

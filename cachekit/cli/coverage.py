@@ -14,15 +14,24 @@ if TYPE_CHECKING:
     from ..coverage.results import Coverage
     from ..coverage.trial import Trial
 
-#: What is tried: each policy in a form that acts within the few steps of a trial.
-SPECS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3", "null_text:after=3", "delta_dit")
+#: What is tried: each policy in a form that acts within the few steps of a trial, and compositions.
+SPECS = (
+    "tgate:m=3",
+    "deepcache:interval=2",
+    "adaptive_guidance:m=3",
+    "null_text:after=3",
+    "delta_dit",
+    "tgate:m=3+deepcache:interval=2",
+    "tgate:m=3+delta_dit",
+    "adaptive_guidance:m=3,linear=true+delta_dit",
+)
 
 _NAMES = "Parts of pipeline names, such as Flux or SD3; all pipelines if none is given."
 
 
 def coverage(
     names: Annotated[list[str] | None, typer.Argument(help=_NAMES, metavar="[NAMES]...")] = None,
-    spec: Annotated[list[str] | None, typer.Option(help="Try these specs instead; may be repeated.")] = None,
+    spec: Annotated[list[str] | None, typer.Option(help="Try these instead, a+b for both; may be repeated.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Seconds for each pipeline.")] = 300,
     json: Annotated[
@@ -34,9 +43,11 @@ def coverage(
     from ..catalog import installed
     from ..coverage.page import markdown as page
     from ..coverage.results import Coverage, read
+    from ..coverage.trial import JOIN
     from ..spec import parse_all
 
-    specs = [str(policy) for policy in parse_all(spec or SPECS, installed().policies)]
+    policies = installed().policies
+    specs = [JOIN.join(map(str, parse_all(text.split(JOIN), policies))) for text in spec or SPECS]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
     Coverage(specs, []).taking_over(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))

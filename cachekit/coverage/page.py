@@ -11,11 +11,11 @@ from .trial import JOIN, STATES, Result, Sites, Trial
 _INTRODUCTION = """\
 # Coverage
 
-Every pipeline class of diffusers that can be built small from configuration alone, run uncached and with each policy.
-This page is written by `cachekit coverage --markdown docs/coverage.md --json docs/coverage.json`.
+Every pipeline class of diffusers that can be built small from configuration alone, run uncached, with each policy, and
+with compositions. `make coverage` writes this page, with a few packages that some pipelines need.
 
-- **works**: the policy acts, the output is what it was once it is removed, and the same again once it is applied again,
-  both to the bit.
+- **works**: the policy acts, or of a composition at least one, the output is what it was once it is removed, and the
+  same again once it is applied again, both to the bit.
 - **refused**: an error in one line, at `apply` or at the beginning of the run, and the pipeline is as it was.
 - **idle**: accepted, and then never acts.
 - **fails**: anything else.

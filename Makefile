@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 
 # Run the tests against the installed wheel, never against the source tree.
 test: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -6,13 +6,18 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .compiled import without_compiler
+
 if TYPE_CHECKING:
     from torch import nn
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of the module class's forward in order, without self."""
-    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+    """Return the names of the parameters of the module class's forward in order, without self.
+
+    Where torch stands in for a module that it compiles, they are that module's.
+    """
+    return tuple(inspect.signature(type(without_compiler(module)).forward).parameters)[1:]
 
 
 def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

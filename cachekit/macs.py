@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from .compiled import without_compiler
 from .errors import CostError
 from .offloading import computing_dtype
 from .policy import Action
@@ -122,12 +123,33 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
             memo[id(buffer)] = _without_values(buffer, dtype)
         # They hold devices and streams, and would find none here.
         memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
+    for module in reversed(list(denoiser.modules())):  # those within first
+        inner = without_compiler(module)
+        if inner is not module:
+            memo[id(module)] = _Uncompiled(copy.deepcopy(inner, memo))
     twin = copy.deepcopy(denoiser, memo)
     remove(twin)
     for module in twin.modules():
         for name in (*_MOVERS, "forward", "_old_forward"):
             vars(module).pop(name, None)
     return twin
+
+
+class _Uncompiled(nn.Module):
+    """Stand for a module as torch's compiled one does, under the same names, without compiling."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
 
 
 def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

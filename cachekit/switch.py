@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import parameters_of
-from .compiled import BY_VALUES, uncompiled, without_compiler
+from .compiled import BY_VALUES, uncompiled
 from .offloading import pass_by, register_alike, splitting_hook
 from .plan import Assignment
 from .policy import Action, Moment, Policy
@@ -411,7 +411,7 @@ class Entry(Part):
         super().__init__(index, bound)
         assert isinstance(bound.target, Region)
         self.streams = bound.target.streams
-        self.places = {name: place for place, name in enumerate(parameters_of(without_compiler(module)))}
+        self.places = {name: place for place, name in enumerate(parameters_of(module))}
         self.passage = passage
 
     def is_open(self, call: Call) -> bool:

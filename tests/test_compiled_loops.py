@@ -76,6 +76,9 @@ def test_what_else_torch_cannot_compile_is_told_by_torch(graphs: Graphs) -> None
 def test_blocks_that_are_replaced_by_what_torch_makes_of_them(specs: Any, graphs: Graphs) -> None:
     pipe = pixart(2)
     plain, (expected, counted) = draw(pipe), eager(pipe, specs)
+    with cachekit.apply(pipe, specs) as attachment:
+        draw(pipe)
+        cost = attachment.report().cost
     blocks = pipe.transformer.transformer_blocks
     for place, block in enumerate(blocks):
         blocks[place] = torch.compile(block, backend=graphs)
@@ -84,8 +87,12 @@ def test_blocks_that_are_replaced_by_what_torch_makes_of_them(specs: Any, graphs
         assert counts(attachment) == counted
         first = graphs.count
         assert torch.equal(draw(pipe), expected)
+        kept = attachment.report().record.peak_bytes
+        assert attachment.report().cost == cost
     assert graphs.count == first
     assert torch.equal(draw(pipe), plain)
+    with cachekit.apply(pipe, specs, max_cache_bytes=kept):
+        assert torch.equal(draw(pipe), expected)
 
 
 # -- loops without a pipeline -----------------------------------------------------------------------------

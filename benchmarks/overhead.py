@@ -21,8 +21,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
 import cachekit
-from cachekit.architectures import architecture
-from cachekit.demo import DEMO_GUIDANCE, heldout_captions
+from cachekit.models.architectures import architecture
+from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
 
 STEPS = {"demo": 25, "sd15": 6}
 PIXELS = {"sd15": 256}

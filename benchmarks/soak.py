@@ -24,8 +24,8 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 import cachekit
-from cachekit.demo import heldout_captions
-from cachekit.engine import attachment_of
+from cachekit.attaching.lookup import attachment_of
+from cachekit.models.demo import heldout_captions
 
 SPECS: tuple[tuple[str, ...], ...] = (
     ("tgate:m=2",),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 FEATURES = 5
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPAGPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import cachekit
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 STEPS = 4
 TGATE, DEEPCACHE = "tgate:m=2", "deepcache:interval=2"

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from cachekit import hookspecs
+from cachekit.registry import hookspecs
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cachekit").rglob("*.py"))

@@ -12,9 +12,9 @@ from cachekit import CachekitError
 from cachekit.bench.captions import read_captions
 from cachekit.bench.cells import expand
 from cachekit.bench.results import read
-from cachekit.catalog import installed
 from cachekit.cli.generate import _pairs
-from cachekit.loading import skeleton
+from cachekit.models.loading import skeleton
+from cachekit.registry.catalog import installed
 
 WORDS = ("images", "annotations", "id", "file_name", "image_id", "caption", "format", "cell")
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(WORDS)

@@ -9,10 +9,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from cachekit.bench.caches import Cache, caches_for
 from cachekit.bench.cells import Method, Setting
 from cachekit.bench.executors import attempt
+from cachekit.bench.measuring import run
 from cachekit.bench.peers import counting
 from cachekit.bench.suite import Suite
-from cachekit.measuring import run
-from cachekit.pipelines import denoiser_of
+from cachekit.upstream.pipelines import denoiser_of
 
 EVERY = "DBCache:Fn_compute_blocks=1,residual_diff_threshold=1e9,max_warmup_steps=2"
 STEPS = 8

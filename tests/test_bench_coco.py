@@ -18,7 +18,7 @@ import cachekit
 from cachekit.bench.captions import read_captions
 from cachekit.bench.frechet import crowd, distance
 from cachekit.bench.learned import pixels
-from cachekit.demo import DEMO_GUIDANCE, demo_pipeline, heldout_captions, scenes
+from cachekit.models.demo import DEMO_GUIDANCE, demo_pipeline, heldout_captions, scenes
 
 CAPTIONS = heldout_captions(6, seed=11)
 STEPS = 3

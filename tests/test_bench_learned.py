@@ -19,7 +19,7 @@ from torchmetrics.functional.multimodal import clip_score as reference_clip_scor
 
 from cachekit.bench import learned
 from cachekit.bench.cells import BenchError
-from cachekit.demo import heldout_captions, scenes
+from cachekit.models.demo import heldout_captions, scenes
 
 CAPTIONS = heldout_captions(2, seed=5)
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 import cachekit
-from cachekit.architectures import architecture
 from cachekit.bench.cells import expand
 from cachekit.bench.paper import measurable, tables
-from cachekit.demo import heldout_captions, scenes
+from cachekit.models.architectures import architecture
+from cachekit.models.demo import heldout_captions, scenes
 
 KEPT = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "paper.json").read_text())
 PRINTED = [row for part in ("rows", "cair", "scaling") for row in tables()[part]]

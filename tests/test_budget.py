@@ -13,11 +13,12 @@ from commands import printed
 from test_toy_policies import FirstBlock, Forecast
 
 import cachekit
-from cachekit import budget, store
-from cachekit.catalog import installed
+from cachekit.costs import budget
 from cachekit.errors import BudgetError
-from cachekit.pipelines import denoiser_of
-from cachekit.store import Store
+from cachekit.registry.catalog import installed
+from cachekit.runs import store
+from cachekit.runs.store import Store
+from cachekit.upstream.pipelines import denoiser_of
 
 STEPS = 5
 MAKERS: dict[str, Callable[[], Any]] = {

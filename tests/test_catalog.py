@@ -11,8 +11,8 @@ import torch
 
 import cachekit
 from cachekit import CachekitError
-from cachekit.catalog import DISABLE, build, installed
 from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
+from cachekit.registry.catalog import DISABLE, build, installed
 
 HEAD = "from typing import ClassVar\nfrom cachekit import Action, Kind, Policy, hookimpl\n"
 POLICY = """
@@ -137,7 +137,7 @@ def test_the_environment_disables_installed_plugins(monkeypatch):
 @pytest.mark.usefixtures("fresh")
 def test_a_failure_is_a_warning_once(point, monkeypatch):
     points = [point("broken", "import no_such_module_anywhere"), point("good", GOOD)]
-    monkeypatch.setattr("cachekit.catalog.entry_points", lambda group: points)
+    monkeypatch.setattr("cachekit.registry.catalog.entry_points", lambda group: points)
     with pytest.warns(PluginWarning, match="plugin 'broken' of an unknown distribution failed to load"):
         catalog = installed()
     assert list(catalog.policies) == ["good"]

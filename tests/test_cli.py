@@ -14,8 +14,8 @@ from commands import printed, run
 from PIL import Image, ImageChops
 
 import cachekit
-from cachekit import catalog as catalogs
-from cachekit.demo import pipeline as demo_files
+from cachekit.models.demo import pipeline as demo_files
+from cachekit.registry import catalog as catalogs
 
 SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "doctor"]
 

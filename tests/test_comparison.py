@@ -12,9 +12,9 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import cachekit
-from cachekit.comparison import HEADER, Comparison, Configuration, Row, Sample, compare, equal_cost
-from cachekit.engine import attachment_of
-from cachekit.grid import picture_grid
+from cachekit.attaching.lookup import attachment_of
+from cachekit.bench.comparison import HEADER, Comparison, Configuration, Row, Sample, compare, equal_cost
+from cachekit.bench.grid import picture_grid
 
 CONFIGURATIONS = [
     Configuration(6),

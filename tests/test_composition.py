@@ -17,10 +17,10 @@ from torch import nn
 
 import cachekit
 from cachekit import Action, BranchChange, Kind, Layout, Moment, Policy, SiteMap
-from cachekit.catalog import build, installed
 from cachekit.errors import ConflictError
-from cachekit.pipelines import denoiser_of
-from cachekit.sites import Target
+from cachekit.interface.sites import Target
+from cachekit.registry.catalog import build, installed
+from cachekit.upstream.pipelines import denoiser_of
 
 Given = dict[str, dict[str, Any]]
 BOTH = ("uncond", "cond")

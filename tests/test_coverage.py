@@ -12,8 +12,6 @@ import torch
 from commands import run
 from torch import nn
 
-from cachekit.adapter import Layout
-from cachekit.catalog import installed
 from cachekit.cli.coverage import SPECS
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
@@ -25,6 +23,8 @@ from cachekit.coverage.results import Coverage, read
 from cachekit.coverage.survey import survey
 from cachekit.coverage.trial import FAILS, REFUSED, WORKS, Result, Subject, Trial, examine
 from cachekit.errors import CachekitError
+from cachekit.interface.adapter import Layout
+from cachekit.registry.catalog import installed
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "docs" / "coverage.json"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cachekit.cli import app
 from cachekit.cli.demo import SPECS
-from cachekit.demo import heldout_captions
+from cachekit.models.demo import heldout_captions
 
 EXTRA = "tgate:m=2+deepcache:interval=2"
 

@@ -15,11 +15,11 @@ import torch
 from scipy.stats import binom
 
 import cachekit
-from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS, call_arguments, demo_pipeline, heldout_captions
-from cachekit.demo.checker import shows
-from cachekit.demo.pipeline import PIPELINES, WEIGHTS, WeightsError, figures, load_pipeline
 from cachekit.errors import CachekitError
-from cachekit.pipelines import denoiser_of
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, call_arguments, demo_pipeline, heldout_captions
+from cachekit.models.demo.checker import shows
+from cachekit.models.demo.pipeline import PIPELINES, WEIGHTS, WeightsError, figures, load_pipeline
+from cachekit.upstream.pipelines import denoiser_of
 
 FILES = [(kind, name) for kind in PIPELINES for name in json.loads((WEIGHTS / kind / "manifest.json").read_text())]
 

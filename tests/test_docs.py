@@ -18,10 +18,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import cachekit
-from cachekit import hookspecs
-from cachekit.catalog import installed
-from cachekit.policy import Moment
-from cachekit.spec import parse
+from cachekit.interface.policy import Moment
+from cachekit.interface.specs import parse
+from cachekit.registry import hookspecs
+from cachekit.registry.catalog import installed
 
 ROOT = Path(__file__).parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

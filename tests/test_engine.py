@@ -22,9 +22,10 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 
 import cachekit
 from cachekit.errors import AttachmentError
-from cachekit.pipelines import denoiser_of
-from cachekit.switch import Member, Switch
-from cachekit.tree import tensors
+from cachekit.switches.parts import Member
+from cachekit.switches.switch import Switch
+from cachekit.tensors import tensors
+from cachekit.upstream.pipelines import denoiser_of
 
 MAKERS: dict[str, Callable[[], Any]] = {
     "sd": tiny.small,
@@ -300,7 +301,7 @@ def test_an_exception_half_way_through_apply_changes_nothing(
         assert torch.isfinite(tiny.latents(pipe, steps=4)).all()
 
 
-@pytest.mark.parametrize("at", ["cachekit.entrance.Entrance.install", "cachekit.engine.track"])
+@pytest.mark.parametrize("at", ["cachekit.driving.entrance.Entrance.install", "cachekit.attaching.attachment.track"])
 def test_an_exception_at_the_root_changes_nothing(pipe: Any, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -11,10 +11,10 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 import cachekit
-from cachekit.architectures import architecture, architectures
 from cachekit.bench.paper import tables
+from cachekit.costs.counting import count_forward
 from cachekit.errors import CachekitError
-from cachekit.macs import count_forward
+from cachekit.models.architectures import architecture, architectures
 
 TABLES = tables()
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.

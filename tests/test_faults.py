@@ -17,8 +17,8 @@ from test_toy_policies import FirstBlock, Forecast
 
 import cachekit
 from cachekit import Region
-from cachekit.catalog import installed
-from cachekit.pipelines import denoiser_of
+from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import denoiser_of
 
 STEPS = 4
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "svd": tiny.svd}

@@ -11,8 +11,8 @@ from scipy import linalg, ndimage
 
 import cachekit
 from cachekit.bench.frechet import crowd, distance, is_enough, rendered
-from cachekit.demo import DEMO_GUIDANCE, classifier, demo_pipeline, features, heldout_captions, scenes
-from cachekit.demo.pipeline import WEIGHTS, WeightsError
+from cachekit.models.demo import DEMO_GUIDANCE, classifier, demo_pipeline, features, heldout_captions, scenes
+from cachekit.models.demo.pipeline import WEIGHTS, WeightsError
 
 FOLDER = WEIGHTS / "classifier"
 N = 64

@@ -24,10 +24,12 @@ from diffusers.callbacks import SDCFGCutoffCallback
 import cachekit
 from cachekit.coverage.building import arguments, build
 from cachekit.errors import GuidanceError
-from cachekit.guidance import Layout, pick, predict_x0
-from cachekit.policy import Action, BranchChange, Policy
-from cachekit.sites import Kind
-from cachekit.store import Store
+from cachekit.guidance.detection import Layout
+from cachekit.guidance.slicing import pick
+from cachekit.interface.policy import Action, BranchChange, Policy
+from cachekit.interface.sites import Kind
+from cachekit.runs.store import Store
+from cachekit.upstream.prediction import predict_x0
 
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}
 

@@ -13,10 +13,9 @@ import torch
 from test_toy_policies import Forecast
 
 import cachekit
-from cachekit.catalog import installed
-from cachekit.finite import is_finite
-from cachekit.pipelines import denoiser_of
-from cachekit.tree import tree_map
+from cachekit.registry.catalog import installed
+from cachekit.tensors import is_finite, tree_map
+from cachekit.upstream.pipelines import denoiser_of
 
 STEPS = 6
 NAN, INF = float("nan"), float("inf")

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import cachekit
-from cachekit.picture import draw
+from cachekit.planning.drawing import draw
 
 MARKS = {"compute": ".", "compute and keep": "S", "reuse": "r", "decided during the run": "?"}
 SVG = "{http://www.w3.org/2000/svg}"

@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import pytest
 
-from cachekit.adapter import Layout
-from cachekit.catalog import installed
 from cachekit.errors import ConflictError, SiteError
-from cachekit.plan import assign, make_plan
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import GUIDANCE, Kind, Region, Site, SiteMap
-from cachekit.spec import parse_all
+from cachekit.interface.adapter import Layout
+from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
+from cachekit.interface.specs import parse_all
+from cachekit.planning.assignments import assign
+from cachekit.planning.plan import make_plan
+from cachekit.registry.catalog import installed
 
 COMPUTE, STORE, REUSE = Action.COMPUTE, Action.STORE, Action.REUSE
 BOTH = ("uncond", "cond")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cachekit.demo import scenes
-from cachekit.demo.checker import read, shows
+from cachekit.models.demo import scenes
+from cachekit.models.demo.checker import read, shows
 
 ASPECTS = {
     "size": (tuple(scenes.SIZES), "sizes"),

@@ -23,8 +23,8 @@ from diffusers import (
 )
 
 import cachekit
-from cachekit.clock import mark_of
-from cachekit.pipelines import denoiser_of
+from cachekit.runs.clock import mark_of
+from cachekit.upstream.pipelines import denoiser_of
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "ddim": DDIMScheduler.from_config,

@@ -13,11 +13,12 @@ import pytest
 import tiny
 from test_architecture import SHIPPED, each, tree_of
 
-from cachekit import CachekitError, loading
-from cachekit.catalog import installed
+from cachekit import CachekitError
 from cachekit.errors import SpecError
-from cachekit.picture import draw
-from cachekit.spec import parse
+from cachekit.interface.specs import parse
+from cachekit.models import loading
+from cachekit.planning.drawing import draw
+from cachekit.registry.catalog import installed
 
 ROOT = Path(__file__).parents[1]
 

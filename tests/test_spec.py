@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import cachekit
 from cachekit import CachekitError, Kind, Policy
-from cachekit.catalog import installed
 from cachekit.errors import SpecError
-from cachekit.spec import is_name, parse, parse_all
+from cachekit.interface.specs import is_name, parse, parse_all
+from cachekit.registry.catalog import installed
 
 POLICIES = installed().policies
 

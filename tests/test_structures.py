@@ -23,10 +23,10 @@ from diffusers import (
 )
 
 import cachekit
-from cachekit.clock import Clock, mark_of
 from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, GuidanceError
-from cachekit.guidance import is_guided
+from cachekit.guidance.detection import is_guided
+from cachekit.runs.clock import Clock, mark_of
 
 UNET = {
     "sample_size": 16,

@@ -19,8 +19,8 @@ from torch import nn
 
 import cachekit
 from cachekit import Action, BranchChange, Kind, Layout, Policy, Site, SiteMap
-from cachekit.catalog import build, installed
-from cachekit.store import Store
+from cachekit.registry.catalog import build, installed
+from cachekit.runs.store import Store
 
 # -- a denoiser of whole numbers -------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from cachekit.pipelines import denoiser_of
+from cachekit.upstream.pipelines import denoiser_of
 
 TOKENS, WIDTH = 7, 16
 

@@ -25,8 +25,9 @@ from diffusers import (
 from torch import distributed
 
 import cachekit
-from cachekit import Action, Kind, Policy, ranks
-from cachekit.sites import Region
+from cachekit import Action, Kind, Policy
+from cachekit.interface.sites import Region
+from cachekit.runs import voting as ranks
 
 STEPS, TOKENS = 6, 8
 # A process that waits in vain gives up after this time.

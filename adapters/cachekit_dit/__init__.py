@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.adapter import Adapter
-from cachekit.hookspecs import hookimpl
+from cachekit.interface.adapter import Adapter
+from cachekit.registry.hookspecs import hookimpl
 
 
 @hookimpl

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderTiny
 
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from . import autoencoder, data, export, text, unet
 

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cachekit.demo import scenes
-from cachekit.demo.checker import shows
+from cachekit.models.demo import scenes
+from cachekit.models.demo.checker import shows
 
 from .data import load_captions, load_images
 from .parallel import agree, average_gradients, launch

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from .evaluate import Row, measure, prepare, table
 

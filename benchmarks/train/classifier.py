@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from cachekit.demo import scenes
-from cachekit.demo.classifier import ASPECTS, Classifier
-from cachekit.demo.pipeline import FIGURES, WEIGHTS, write_manifest
+from cachekit.models.demo import scenes
+from cachekit.models.demo.classifier import ASPECTS, Classifier
+from cachekit.models.demo.pipeline import FIGURES, WEIGHTS, write_manifest
 
 STEPS, BATCH, RATE = 2000, 64, 3e-3
 MEASURED = 2000

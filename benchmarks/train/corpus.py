@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 from .autoencoder import LATENT_STD
 from .data import load_captions

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 CHUNK = 2000
 

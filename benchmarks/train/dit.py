@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cachekit.demo.pipeline import WEIGHTS, load_pipeline
+from cachekit.models.demo.pipeline import WEIGHTS, load_pipeline
 
 from . import export, loop
 from .corpus import CAPTION_DROPOUT, NOISE_SCHEDULE, Corpus, draw_timesteps

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
-from cachekit.demo.checker import Verdict, shows
-from cachekit.demo.pipeline import WEIGHTS, call_arguments, load_pipeline
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
+from cachekit.models.demo.checker import Verdict, shows
+from cachekit.models.demo.pipeline import WEIGHTS, call_arguments, load_pipeline
 
 from .autoencoder import reconstruction
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cachekit.demo.pipeline import write_manifest
+from cachekit.models.demo.pipeline import write_manifest
 
 from . import unet
 from .corpus import NOISE_SCHEDULE

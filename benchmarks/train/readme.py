@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from .choose import CHOICE
 from .evaluate import table

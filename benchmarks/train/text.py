@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 MAX_TOKENS = 28
 WIDTH = 96

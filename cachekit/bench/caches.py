@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..measuring import Arguments, Drawn, run
-from ..pipelines import denoiser_of
-from .cells import Method
-from .peers import counting, twin
+from cachekit.bench.cells import Method
+from cachekit.bench.measuring import Arguments, RunResult, run
+from cachekit.bench.peers import counting, twin
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,14 +73,14 @@ class Cache:
         }
         self._arguments = arguments
 
-    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
+    def draw(self, steps: int, prompt: str, seed: int) -> RunResult:
         """Return the image of `prompt`; what a run costs depends on what it draws, so each is counted before."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt)}
         with self._enabled(self._twin, self._name, self._values, steps), counting(denoiser_of(self._twin)) as count:
             run(self._twin, arguments, seed)
         with self._enabled(self._twin, self._name, self._values, steps):
             image, watch = run(self._twin, arguments, seed)
-        return Drawn(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
+        return RunResult(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
 
 __all__ = ["Captions", "read_captions"]
 
@@ -51,7 +51,7 @@ def read_captions(source: str, limit: int | None = None) -> Captions:
     which each image's first caption is taken, images in the order of their ids.
     """
     if re.fullmatch(r"0*[1-9][0-9]{0,8}", source):
-        from ..demo import heldout_captions
+        from cachekit.models.demo import heldout_captions
 
         return Captions(source, tuple(heldout_captions(min(int(source), limit or int(source)), 0)))
     text = _text(source)

@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import CachekitError
-from ..measuring import Configuration
-from ..policy import Policy
-from ..spec import parse_all
+from cachekit.bench.measuring import Configuration
+from cachekit.errors import CachekitError
+from cachekit.interface.policy import Policy
+from cachekit.interface.specs import parse_all
 
 __all__ = ["BenchError", "Cell", "Method", "Setting", "digest", "expand"]
 

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..architectures import architectures
-from ..engine import apply
-from ..loading import scheduler_for
-from ..measuring import Configuration, Drawer, Drawn, silent_log
-from ..policy import Policy
-from .captions import Captions
-from .cells import BenchError, Setting, digest
-from .learned import Features, clip_score, pixels, torchmetrics
-from .subjects import Subject, load, model_hash, set_scheduler
-from .workbench import environment
+from cachekit.applying import apply
+from cachekit.bench.captions import Captions
+from cachekit.bench.cells import BenchError, Setting, digest
+from cachekit.bench.learned import Features, clip_score, pixels, torchmetrics
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log
+from cachekit.bench.subjects import Subject, load, model_hash, set_scheduler
+from cachekit.bench.workbench import environment
+from cachekit.interface.policy import Policy
+from cachekit.models.architectures import architectures
+from cachekit.models.loading import scheduler_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -191,7 +191,7 @@ class _Gallery:
         missing = [place for place, file in enumerate(self.files) if not file.exists()]
         yield len(self.files) - len(missing)
         set_scheduler(subject.pipe, self._drawing.scheduler)
-        drawer = Drawer(subject.pipe, subject.arguments)
+        drawer = ImageRunner(subject.pipe, subject.arguments)
         self._folder.mkdir(exist_ok=True)
         for count, place in enumerate(missing, len(self.files) - len(missing) + 1):
             with silent_log():
@@ -199,7 +199,7 @@ class _Gallery:
             self._save(place, drawn)
             yield count
 
-    def _save(self, place: int, drawn: Drawn) -> None:
+    def _save(self, place: int, drawn: RunResult) -> None:
         """Write an image under another name first, so that a file of that name is always whole."""
         from PIL.PngImagePlugin import PngInfo
 

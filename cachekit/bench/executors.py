@@ -15,10 +15,10 @@ from multiprocessing import get_context, parent_process
 from textwrap import shorten
 from typing import Any
 
-from ..errors import nearest
-from .cells import BenchError, Cell, Setting
-from .results import Result
-from .workbench import measure
+from cachekit.bench.cells import BenchError, Cell, Setting
+from cachekit.bench.results import Result
+from cachekit.bench.workbench import measure
+from cachekit.errors import nearest
 
 __all__ = ["EXECUTORS", "Outcome", "executor"]
 

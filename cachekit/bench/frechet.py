@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Crowd", "crowd", "distance", "is_enough", "rendered"]
+__all__ = ["GaussianStats", "crowd", "distance", "is_enough", "rendered"]
 
 RENDERED = 2000
 
 
-class Crowd(BaseModel):
+class GaussianStats(BaseModel):
     """Hold what the distance needs to know of many feature vectors: their number, mean and covariance."""
 
     model_config = ConfigDict(frozen=True)
@@ -29,14 +29,14 @@ def is_enough(images: int, features: int) -> bool:
     return images >= 2 * features
 
 
-def crowd(features: ArrayLike) -> Crowd:
+def crowd(features: ArrayLike) -> GaussianStats:
     """Return number, mean and covariance of n x d features; n is at least 2."""
     values = np.asarray(features, dtype=np.float64)
     mean, covariance = values.mean(0), np.cov(values, rowvar=False)
-    return Crowd(n=len(values), mean=tuple(mean.tolist()), covariance=tuple(map(tuple, covariance.tolist())))
+    return GaussianStats(n=len(values), mean=tuple(mean.tolist()), covariance=tuple(map(tuple, covariance.tolist())))
 
 
-def distance(one: Crowd, other: Crowd) -> float:
+def distance(one: GaussianStats, other: GaussianStats) -> float:
     """Return the squared Frechet distance between two normal distributions.
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), as in the Frechet inception distance (Heusel et al. 2017, eq. 6). It is
@@ -52,9 +52,9 @@ def distance(one: Crowd, other: Crowd) -> float:
 
 
 @lru_cache(maxsize=8)
-def rendered(captions: tuple[str, ...]) -> Crowd:
+def rendered(captions: tuple[str, ...]) -> GaussianStats:
     """Return the crowd of scenes drawn from captions, each caption equally often, some thousands in all."""
-    from ..demo import features, scenes
+    from cachekit.models.demo import features, scenes
 
     chosen = [scenes.parse(text) for text in captions]
     rng = np.random.default_rng(0)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

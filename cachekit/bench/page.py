@@ -8,10 +8,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..picture import draw
-from .cells import BenchError, Method
-from .plots import plots
-from .summary import Group, Row
+from cachekit.bench.cells import BenchError, Method
+from cachekit.bench.plots import plots
+from cachekit.bench.summary import Group, Row
+from cachekit.planning.drawing import draw
 
 __all__ = ["against", "columns", "title", "write_page"]
 

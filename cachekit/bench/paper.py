@@ -10,8 +10,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..architectures import architecture
-from ..estimating import estimate
+from cachekit.costs.estimate import estimate
+from cachekit.models.architectures import architecture
 
 __all__ = ["Measurable", "Rebuilt", "measurable", "rebuilt", "tables"]
 

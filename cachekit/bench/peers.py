@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..macs import macs_of_layer
-from ..measuring import Arguments, Drawn, run
-from ..pipelines import denoiser_of
-from ..policy import Policy
+from cachekit.bench.measuring import Arguments, RunResult, run
+from cachekit.costs.counting import macs_of_layer
+from cachekit.interface.policy import Policy
+from cachekit.upstream.pipelines import denoiser_of
 
 __all__ = ["Peer", "counting", "peer_exists", "twin"]
 
@@ -53,7 +53,7 @@ class Peer:
         self._call, self._extra = _prepared(self._twin, policies)
         self._macs: int | None = None
 
-    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
+    def draw(self, steps: int, prompt: str, seed: int) -> RunResult:
         """Return the image of `prompt`; the first run counts what every later one costs too."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt), **self._extra}
         if self._macs is None:
@@ -62,7 +62,7 @@ class Peer:
             self._macs = count.macs
         else:
             image, watch = run(self._call, arguments, seed)
-        return Drawn(image, watch.seconds, self._macs, cache_bytes=None, peak_memory=watch.peak_memory)
+        return RunResult(image, watch.seconds, self._macs, cache_bytes=None, peak_memory=watch.peak_memory)
 
 
 def _names(policies: Sequence[Policy]) -> str:

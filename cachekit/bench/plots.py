@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import Method
-from .summary import Row
+from cachekit.bench.cells import Method
+from cachekit.bench.summary import Row
 
 __all__ = ["plots"]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import nearest
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
+from cachekit.errors import nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,14 +37,14 @@ def load_metrics(chosen: Iterable[tuple[str, str]], device: Any) -> dict[str, Me
 
 
 def _lpips(path: str, device: Any) -> Metric:
-    from .learned import lpips
+    from cachekit.bench.learned import lpips
 
     judge = lpips(path, device)
     return lambda image, reference, caption: judge(image, reference)
 
 
 def _clip(path: str, device: Any) -> Metric:
-    from .learned import clip_score
+    from cachekit.bench.learned import clip_score
 
     judge = clip_score(path, device)
     return lambda image, reference, caption: judge(image, caption)

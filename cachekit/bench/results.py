@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .cells import BenchError, Cell
-from .frechet import Crowd
+from cachekit.bench.cells import BenchError, Cell
+from cachekit.bench.frechet import GaussianStats
 
 __all__ = ["FORMAT", "Result", "Results", "Sample", "read"]
 
@@ -60,7 +60,7 @@ class Result(BaseModel):
     counts: list[dict[str, Any]] = []
     plan: dict[str, Any] | None = None
     pictures: list[tuple[str, str, str]] = []
-    reference: Crowd | None = None
+    reference: GaussianStats | None = None
     warnings: list[str] = []
 
 

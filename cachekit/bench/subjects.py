@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architectures import Architecture, architecture, architecture_of, architectures
-from ..demo.pipeline import PIPELINES, folders
-from ..errors import nearest
-from ..loading import DEMOS, call_arguments, move, pipeline, precision, scheduler_for, skeleton
-from ..measuring import Arguments
-from ..pipelines import denoiser_of
-from .cells import BenchError, Setting, digest
+from cachekit.bench.cells import BenchError, Setting, digest
+from cachekit.bench.measuring import Arguments
+from cachekit.errors import nearest
+from cachekit.models.architectures import Architecture, architecture, architecture_of, architectures
+from cachekit.models.demo.pipeline import PIPELINES, folders
+from cachekit.models.loading import DEMOS, call_arguments, move, pipeline, precision, scheduler_for, skeleton
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -144,7 +144,7 @@ def _folders(model: str) -> tuple[Path, ...]:
 
 
 def _arguments(pipe: Any, setting: Setting) -> Arguments:
-    from ..demo import DEMO_GUIDANCE
+    from cachekit.models.demo import DEMO_GUIDANCE
 
     known = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in known:

@@ -8,18 +8,18 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..catalog import installed
-from ..engine import Attachment
-from ..errors import CachekitError
-from ..loading import precision, scheduler_for
-from ..policy import Policy
-from .caches import caches_for
-from .cells import BenchError, Cell, Method, Setting, digest
-from .executors import executor
-from .peers import peer_exists
-from .results import Result, Results
-from .subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
-from .workbench import environment
+from cachekit.attaching.attachment import Attachment
+from cachekit.bench.caches import caches_for
+from cachekit.bench.cells import BenchError, Cell, Method, Setting, digest
+from cachekit.bench.executors import executor
+from cachekit.bench.peers import peer_exists
+from cachekit.bench.results import Result, Results
+from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
+from cachekit.bench.workbench import environment
+from cachekit.errors import CachekitError
+from cachekit.interface.policy import Policy
+from cachekit.models.loading import precision, scheduler_for
+from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,7 +105,7 @@ def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
 
 def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:
     """Measure what is missing in `results`, which holds each cell as soon as it is done; return what failed."""
-    from .summary import groups
+    from cachekit.bench.summary import groups
 
     cells = suite.cells()
     chosen = {cell.id for cell in cells}

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from ..measuring import steps_at
-from .cells import Cell, Method
-from .frechet import crowd, distance, is_enough
-from .results import Result, Sample
+from cachekit.bench.cells import Cell, Method
+from cachekit.bench.frechet import crowd, distance, is_enough
+from cachekit.bench.measuring import steps_at
+from cachekit.bench.results import Result, Sample
 
 __all__ = ["Group", "Row", "groups"]
 

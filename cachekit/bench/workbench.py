@@ -10,18 +10,18 @@ from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ..catalog import installed
-from ..engine import apply
-from ..measuring import Configuration, Drawer, Drawn, likeness, silent_log
-from ..pipelines import denoiser_of
-from ..spec import parse_all
-from .caches import Cache
-from .cells import Cell, Method, Setting
-from .frechet import rendered
-from .peers import Peer
-from .quality import Metric, load_metrics
-from .results import Result, Sample
-from .subjects import Subject, load, set_scheduler
+from cachekit.applying import apply
+from cachekit.bench.caches import Cache
+from cachekit.bench.cells import Cell, Method, Setting
+from cachekit.bench.frechet import rendered
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, likeness, silent_log
+from cachekit.bench.peers import Peer
+from cachekit.bench.quality import Metric, load_metrics
+from cachekit.bench.results import Result, Sample
+from cachekit.bench.subjects import Subject, load, set_scheduler
+from cachekit.interface.specs import parse_all
+from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Workbench", "environment", "measure"]
 
 #: Draw a caption with a seed.
-Contender = Callable[[str, int], Drawn]
+Contender = Callable[[str, int], RunResult]
 
 _PICTURE_SIDE = 256
 
@@ -55,7 +55,7 @@ class Workbench:
             torch.set_num_threads(setting.threads)
         self._setting = setting
         self._subject: Subject = load(setting)
-        self._drawers: dict[str, Drawer] = {}
+        self._drawers: dict[str, ImageRunner] = {}
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:
@@ -85,7 +85,7 @@ class Workbench:
             warnings=list(dict.fromkeys(warning for drawn, _ in pairs for warning in drawn.warnings)),
         )
 
-    def _pair(self, uncached: Contender, contender: Contender, index: int, seed: int) -> tuple[Drawn, Drawn]:
+    def _pair(self, uncached: Contender, contender: Contender, index: int, seed: int) -> tuple[RunResult, RunResult]:
         """Return both results of one caption; who goes first changes, so that a drift favours nobody."""
         caption = self._setting.captions[index]
         if index % 2:
@@ -96,7 +96,7 @@ class Workbench:
 
     def _plain(self, cell: Cell, steps: int) -> Contender:
         """Return the plain pipeline, warmed up and counted before it is timed."""
-        drawer = self._drawers.setdefault(cell.scheduler, Drawer(self._subject.pipe, self._subject.arguments))
+        drawer = self._drawers.setdefault(cell.scheduler, ImageRunner(self._subject.pipe, self._subject.arguments))
         made = Configuration(steps)
         if made not in drawer:
             drawer.draw(made, self._setting.captions[0], cell.seed)
@@ -114,7 +114,7 @@ class Workbench:
         peer = Peer(self._subject.pipe, parse_all(cell.specs, installed().policies), self._subject.arguments)
         return lambda caption, seed: peer.draw(cell.steps, caption, seed)
 
-    def _sample(self, caption: str, drawn: Drawn, plain: Drawn) -> Sample:
+    def _sample(self, caption: str, drawn: RunResult, plain: RunResult) -> Sample:
         costs: dict[str, Any] = {
             "seconds": drawn.seconds,
             "uncached_seconds": plain.seconds,
@@ -148,7 +148,7 @@ class Workbench:
 
 def _judged(caption: str, image: Image, plain: Image) -> dict[str, Any]:
     """Return whether two images show their caption, and the features by which crowds of them are compared."""
-    from ..demo import features, shows
+    from cachekit.models.demo import features, shows
 
     found = [[round(value, 6) for value in one] for one in features([image, plain]).tolist()]
     return {
@@ -164,7 +164,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     import diffusers
     import torch
 
-    from .. import __version__
+    from cachekit import __version__
 
     on_gpu = torch.cuda.is_available() and setting.device != "cpu"
     return {
@@ -179,7 +179,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _pictures(caption: str, drawn: Drawn, plain: Drawn) -> tuple[str, str, str]:
+def _pictures(caption: str, drawn: RunResult, plain: RunResult) -> tuple[str, str, str]:
     assert drawn.image is not None
     assert plain.image is not None
     return caption, _data_uri(drawn.image), _data_uri(plain.image)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, coverage, demo, doctor, estimate, generate, inspection
-from .output import Group
+from cachekit.cli import bench, coverage, demo, doctor, estimate, generate, inspection
+from cachekit.cli.output import Group
 
 __all__ = ["app"]
 

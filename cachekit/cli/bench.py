@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CachekitError
-from ..loading import EMBEDDED
-from .demo import SPECS
-from .output import console, progress_bar, say
-from .suites import SUITES, check_suite, coco, paper
+from cachekit.cli.demo import SPECS
+from cachekit.cli.output import console, progress_bar, say
+from cachekit.cli.suites import SUITES, check_suite, coco, paper
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
-    from ..bench.captions import Captions
-    from ..bench.cells import Setting
-    from ..bench.results import Result, Results
-    from ..bench.suite import Suite
-    from ..bench.summary import Group, Row
+    from cachekit.bench.captions import Captions
+    from cachekit.bench.cells import Setting
+    from cachekit.bench.results import Result, Results
+    from cachekit.bench.suite import Suite
+    from cachekit.bench.summary import Group, Row
 
 _MODELS = f"Folders or hub ids of pipelines, {EMBEDDED}, or architectures such as sd15 for times alone."
 _SPEC = "Grid such as 'tgate:m=5|10+deepcache:interval=2|3'; may be repeated."
@@ -81,8 +81,8 @@ def _grid(models: list[str], given: dict[str, Any]) -> None:
 
 def _open(output: Path, merge: list[Path], html: Path | None) -> Results:
     """Return the results held and merged; whatever cannot be read or written ends the run before anything starts."""
-    from ..bench.cells import BenchError
-    from ..bench.results import Results, read
+    from cachekit.bench.cells import BenchError
+    from cachekit.bench.results import Results, read
 
     taken = [read(path) for path in merge]
     if html is not None and not html.parent.is_dir():
@@ -99,11 +99,11 @@ def _open(output: Path, merge: list[Path], html: Path | None) -> Results:
 
 
 def _suite(model: str, given: dict[str, Any]) -> Suite:
-    from ..bench.cells import expand
-    from ..bench.executors import default_workers
-    from ..bench.executors import executor as known
-    from ..bench.suite import Suite, fitting
-    from ..catalog import installed
+    from cachekit.bench.cells import expand
+    from cachekit.bench.executors import default_workers
+    from cachekit.bench.executors import executor as known
+    from cachekit.bench.suite import Suite, fitting
+    from cachekit.registry.catalog import installed
 
     compositions = expand(given["spec"] or SPECS, installed().policies)
     known(given["executor"])
@@ -120,8 +120,8 @@ def _suite(model: str, given: dict[str, Any]) -> Suite:
 
 
 def _coco(models: list[str], given: dict[str, Any]) -> None:
-    from ..bench.cells import expand
-    from ..catalog import installed
+    from cachekit.bench.cells import expand
+    from cachekit.registry.catalog import installed
 
     if not models:
         raise CachekitError("--suite coco has nothing to draw with: name a model")
@@ -131,9 +131,9 @@ def _coco(models: list[str], given: dict[str, Any]) -> None:
 
 
 def _setting(model: str, given: dict[str, Any]) -> Setting:
-    from ..bench.cells import Setting
-    from ..bench.coco import SCORES
-    from ..bench.quality import METRICS, parse_metrics
+    from cachekit.bench.cells import Setting
+    from cachekit.bench.coco import SCORES
+    from cachekit.bench.quality import METRICS, parse_metrics
 
     known = SCORES if given["suite"] == "coco" else METRICS
     names = ("dtype", "device", "compiled", "height", "width", "guidance", "threads")
@@ -146,13 +146,13 @@ def _setting(model: str, given: dict[str, Any]) -> Setting:
 
 
 def _captions(given: dict[str, Any]) -> Captions:
-    from ..bench.captions import read_captions
+    from cachekit.bench.captions import read_captions
 
     return read_captions(given["captions"], given["limit"])
 
 
 def _measure(suite: Suite, results: Results) -> list[str]:
-    from ..bench.suite import measure_suite
+    from cachekit.bench.suite import measure_suite
 
     def progress(done: int, total: int, failure: str | None) -> None:
         show(done, total, failure and f"not measured: {failure}")
@@ -162,8 +162,8 @@ def _measure(suite: Suite, results: Results) -> list[str]:
 
 
 def _report(found: list[Result], html: Path | None) -> None:
-    from ..bench.page import write_page
-    from ..bench.summary import groups
+    from cachekit.bench.page import write_page
+    from cachekit.bench.summary import groups
 
     if not found:
         raise CachekitError("there is nothing to report: name models to measure, or files to --merge")
@@ -176,7 +176,7 @@ def _report(found: list[Result], html: Path | None) -> None:
 
 
 def _print(group: Group) -> None:
-    from ..bench.page import title
+    from cachekit.bench.page import title
 
     rows = [group.uncached, *group.rows]
     learned = list(dict.fromkeys(name for row in rows for name in row.metrics))
@@ -191,7 +191,7 @@ def _print(group: Group) -> None:
 def _print_table(group: Group, rows: list[Row], names: list[str]) -> None:
     from rich.table import Table
 
-    from ..bench.page import against, columns
+    from cachekit.bench.page import against, columns
 
     table = Table("configuration")
     for name in names:

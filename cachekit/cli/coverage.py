@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CachekitError, nearest
-from .output import console, say
+from cachekit.cli.output import console, say
+from cachekit.errors import CachekitError, nearest
 
 if TYPE_CHECKING:
-    from ..coverage.results import Coverage
-    from ..coverage.trial import Trial
+    from cachekit.coverage.results import Coverage
+    from cachekit.coverage.trial import Trial
 
 #: What is tried: each policy in a form that acts within the few steps of a trial, and compositions.
 SPECS = (
@@ -40,11 +40,11 @@ def coverage(
     markdown: Annotated[Path | None, typer.Option(help="Write the results as a page.")] = None,
 ) -> None:
     """Build pipelines small, try policies on them, and report what works, is refused, idle or fails."""
-    from ..catalog import installed
-    from ..coverage.page import markdown as page
-    from ..coverage.results import Coverage, read
-    from ..coverage.trial import JOIN
-    from ..spec import parse_all
+    from cachekit.coverage.page import markdown as page
+    from cachekit.coverage.results import Coverage, read
+    from cachekit.coverage.trial import JOIN
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = installed().policies
     specs = [JOIN.join(map(str, parse_all(text.split(JOIN), policies))) for text in spec or SPECS]
@@ -63,7 +63,7 @@ def coverage(
 
 def _chosen(wanted: list[str]) -> list[str]:
     """Return the names of the pipelines whose name contains one of these words; SD stands for StableDiffusion."""
-    from ..coverage.building import pipeline_names
+    from cachekit.coverage.building import pipeline_names
 
     names = pipeline_names()
     words = [word.replace("SD", "StableDiffusion").lower() for word in wanted]
@@ -76,7 +76,7 @@ def _chosen(wanted: list[str]) -> list[str]:
 def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> list[Trial]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..coverage.survey import survey
+    from cachekit.coverage.survey import survey
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     trials = []
@@ -91,7 +91,7 @@ def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> l
 def _print(found: Coverage) -> None:
     from rich.table import Table
 
-    from ..coverage.page import summary
+    from cachekit.coverage.page import summary
 
     table = Table("pipeline", *found.specs)
     for row in summary(found):

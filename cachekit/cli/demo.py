@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import console, say
+from cachekit.cli.output import console, say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..comparison import Comparison, Configuration
+    from cachekit.bench.comparison import Comparison, Configuration
 
 #: What is compared with the uncached pipeline, besides the user's own specs.
 SPECS = ("tgate:m=10", "deepcache:interval=3", "adaptive_guidance:m=10", "tgate:m=10+deepcache:interval=3")
@@ -30,7 +30,7 @@ def demo(
     """Compare policies on the embedded model, which needs no download, and write table and pictures."""
     import torch
 
-    from ..demo import demo_pipeline, heldout_captions
+    from cachekit.models.demo import demo_pipeline, heldout_captions
 
     configurations = _configurations(steps, spec or [])
     # On a busy machine threads wait for each other, and that would be measured instead of the policies.
@@ -47,9 +47,9 @@ def demo(
 
 
 def _configurations(steps: int, extra: list[str]) -> list[Configuration]:
-    from ..catalog import installed
-    from ..comparison import Configuration
-    from ..spec import parse_all
+    from cachekit.bench.comparison import Configuration
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     cached = [Configuration.parse(text, steps) for text in (*SPECS, *extra)]
     for configuration in cached:
@@ -59,7 +59,7 @@ def _configurations(steps: int, extra: list[str]) -> list[Configuration]:
 
 def _check(pipe: Any, configurations: list[Configuration]) -> None:
     """Refuse a spec that does not fit before anything is drawn."""
-    from ..engine import apply
+    from cachekit.applying import apply
 
     for configuration in configurations:
         apply(pipe, configuration.specs).remove()
@@ -70,9 +70,9 @@ def _compare(
 ) -> Comparison:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ..comparison import compare
-    from ..demo import DEMO_GUIDANCE
-    from ..demo.checker import shows
+    from cachekit.bench.comparison import compare
+    from cachekit.models.demo import DEMO_GUIDANCE
+    from cachekit.models.demo.checker import shows
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=screen) as bar:
@@ -91,7 +91,7 @@ def _compare(
 def _print(comparison: Comparison, screen: Console) -> None:
     from rich.table import Table
 
-    from ..comparison import HEADER
+    from cachekit.bench.comparison import HEADER
 
     table = Table(caption=_LEGEND, caption_justify="left")
     for name in HEADER:
@@ -112,7 +112,7 @@ _LEGEND = (
 
 
 def _write(comparison: Comparison, settings: dict[str, Any], folder: Path) -> list[Path]:
-    from ..grid import picture_grid
+    from cachekit.bench.grid import picture_grid
 
     folder.mkdir(parents=True, exist_ok=True)
     picture, table, data = folder / "pictures.png", folder / "table.md", folder / "table.json"

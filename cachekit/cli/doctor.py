@@ -9,15 +9,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from ..errors import CachekitError
-from .output import say
+from cachekit.cli.output import say
+from cachekit.errors import CachekitError
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
 
 
 def doctor() -> None:
     """Check versions, plugins and the embedded model; exit with 1 when something is wrong."""
-    from .. import __version__
+    from cachekit import __version__
 
     say(f"ok      python {platform.python_version()}")
     say(f"ok      cachekit {__version__}")
@@ -36,7 +36,7 @@ def _library(name: str) -> bool:
 
 
 def _plugins() -> bool:
-    from ..catalog import installed
+    from cachekit.registry.catalog import installed
 
     try:
         with warnings.catch_warnings():
@@ -54,7 +54,7 @@ def _plugins() -> bool:
 
 
 def _weights() -> bool:
-    from ..demo.pipeline import WEIGHTS, WeightsError, verify
+    from cachekit.models.demo.pipeline import WEIGHTS, WeightsError, verify
 
     folders = sorted(path for path in WEIGHTS.glob("*") if path.is_dir())
     if not folders:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CachekitError
-from ..loading import EMBEDDED
-from .output import console, say
+from cachekit.cli.output import console, say
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..estimating import Estimate, StepCost
+    from cachekit.costs.estimate import Estimate, StepCost
 
 _MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 #: Pixels per side of the cell that every known model can halve as often as it has to.
@@ -37,9 +37,9 @@ def estimate(
     file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Estimate cost, parameters and memory of policies on a model; no weights are loaded."""
-    from .. import estimate as estimate_cost
-    from ..catalog import installed
-    from ..spec import parse_all
+    from cachekit import estimate as estimate_cost
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(specs or [], installed().policies)
     _check_size(height, width)
@@ -54,9 +54,9 @@ def estimate(
 
 def _subject(model: str) -> Any:
     """Return a known architecture's name, or a pipeline without weights; anything near a name is taken for one."""
-    from ..architectures import architecture, architectures
-    from ..errors import nearest
-    from ..loading import DEMOS, outline
+    from cachekit.errors import nearest
+    from cachekit.models.architectures import architecture, architectures
+    from cachekit.models.loading import DEMOS, outline
 
     if model in architectures():
         return model

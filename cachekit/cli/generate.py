@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import loading
-from ..errors import CachekitError, nearest
-from .output import say
+from cachekit.cli.output import say
+from cachekit.errors import CachekitError, nearest
+from cachekit.models import loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,9 +44,9 @@ def generate(
     set_: Annotated[list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the call.")] = None,
 ) -> None:
     """Draw with any pipeline and policies, print what was saved, and write the images."""
-    from ..catalog import installed
-    from ..engine import apply
-    from ..spec import parse_all
+    from cachekit.applying import apply
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(spec or [], installed().policies)
     given = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance}

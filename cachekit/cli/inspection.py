@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..loading import EMBEDDED
-from .output import say
+from cachekit.cli.output import say
+from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
-    from ..catalog import Catalog
-    from ..policy import Policy
-    from ..sites import SiteMap
+    from cachekit.interface.policy import Policy
+    from cachekit.interface.sites import SiteMap
+    from cachekit.registry.catalog import Catalog
 
 _MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
@@ -23,7 +23,7 @@ Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 def list_installed() -> None:
     """List the installed policies and adapters, their keys, and who brings them."""
-    from ..catalog import installed
+    from cachekit.registry.catalog import installed
 
     catalog = installed()
     say("policies")
@@ -39,8 +39,8 @@ def list_installed() -> None:
 
 def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a spec.")]) -> None:
     """Show one policy: what it does, its keys with types, defaults and bounds, its paper and its kinds."""
-    from ..catalog import installed
-    from ..errors import SpecError, nearest
+    from cachekit.errors import SpecError, nearest
+    from cachekit.registry.catalog import installed
 
     catalog = installed()
     if policy not in catalog.policies:
@@ -61,8 +61,8 @@ def sites(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every site, not only their number.")] = False,
 ) -> None:
     """Print the sites, regions and chains that a model's adapter names; no weights are loaded."""
-    from ..catalog import installed
-    from ..loading import skeleton
+    from cachekit.models.loading import skeleton
+    from cachekit.registry.catalog import installed
 
     denoiser = skeleton(model)
     adapter = installed().adapter_for(denoiser)
@@ -79,10 +79,10 @@ def plan(
     svg: Annotated[Path | None, typer.Option(help="Draw the plan too, a square for each site and step.")] = None,
 ) -> None:
     """Print what each policy would do in each step of a run; no weights are loaded."""
-    from ..catalog import installed
-    from ..engine import apply
-    from ..loading import skeleton
-    from ..spec import parse_all
+    from cachekit.applying import apply
+    from cachekit.interface.specs import parse_all
+    from cachekit.models.loading import skeleton
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(specs, installed().policies)
     with apply(skeleton(model), policies) as attachment:
@@ -93,7 +93,7 @@ def plan(
 
 
 def _write(path: Path, text: str) -> None:
-    from ..errors import CachekitError
+    from cachekit.errors import CachekitError
 
     try:
         path.write_text(text)

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from ..errors import CachekitError, PluginWarning
+from cachekit.errors import CachekitError, PluginWarning
 
 #: Columns to assume where stdout is no terminal: enough for every table.
 _WIDTH = 120

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import CachekitError, nearest
-from .output import console, progress_bar, say
+from cachekit.cli.output import console, progress_bar, say
+from cachekit.errors import CachekitError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..bench.captions import Captions
-    from ..bench.cells import Setting
-    from ..bench.coco import Scored
-    from ..policy import Policy
+    from cachekit.bench.captions import Captions
+    from cachekit.bench.cells import Setting
+    from cachekit.bench.coco import Scored
+    from cachekit.interface.policy import Policy
 
 __all__ = ["SUITES", "check_suite", "coco", "paper"]
 
@@ -43,8 +43,8 @@ def check_suite(name: str, context: typer.Context) -> None:
 
 def paper(models: Sequence[str]) -> None:
     """Print the papers' costs beside ours, and how their FIDs are measured where their data and weights are."""
-    from ..architectures import architecture
-    from ..bench.paper import measurable, rebuilt
+    from cachekit.bench.paper import measurable, rebuilt
+    from cachekit.models.architectures import architecture
 
     for model in models:
         architecture(model)
@@ -63,7 +63,7 @@ def paper(models: Sequence[str]) -> None:
 
 def coco(setting: Setting, captions: Captions, compositions: Sequence[tuple[Policy, ...]], given: Any) -> None:
     """Draw and score one model's images, and print a table."""
-    from ..bench.coco import Coco, score
+    from cachekit.bench.coco import Coco, score
 
     if not setting.metrics:
         raise CachekitError("--suite coco needs a metric: --metric fid=FILE or --metric clip=FOLDER")

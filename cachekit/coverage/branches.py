@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import Layout
+from cachekit.interface.adapter import Layout
 
 #: What carries the condition, the first that a call has; what carries its opposite begins with `negative_`.
 _CONDITIONS = (

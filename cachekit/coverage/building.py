@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .facts import Facts, facts_of
-from .parts import NotBuiltError, make, make_one, seed_weights
+from cachekit.coverage.facts import Facts, facts_of
+from cachekit.coverage.parts import NotBuiltError, make, make_one, seed_weights
 
 #: Parts that are left out unless facts ask for them.
 _LEFT_OUT = {"safety_checker", "watermarker"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .results import Coverage
-from .trial import JOIN, STATES, Result, Sites, Trial
+from cachekit.coverage.results import Coverage
+from cachekit.coverage.trial import JOIN, STATES, Result, Sites, Trial
 
 _INTRODUCTION = """\
 # Coverage

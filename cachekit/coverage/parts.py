@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CachekitError
-from .facts import model_config, said_of
+from cachekit.coverage.facts import model_config, said_of
+from cachekit.errors import CachekitError
 
 #: The first identifiers of every tokenizer; bytes follow. CLIP takes an end token of 2 for its older format.
 SPECIAL = (

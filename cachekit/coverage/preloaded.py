@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 
-from ..errors import CachekitError
-from . import worker
-from .building import pipeline_class, pipeline_names
+from cachekit.coverage import worker
+from cachekit.coverage.building import pipeline_class, pipeline_names
+from cachekit.errors import CachekitError
 
 __all__ = ["worker"]
 

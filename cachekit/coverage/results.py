@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import CachekitError
-from .trial import STATES, Result, Sites, Trial
+from cachekit.coverage.trial import STATES, Result, Sites, Trial
+from cachekit.errors import CachekitError
 
 _LIBRARIES = ("torch", "diffusers", "transformers")
 

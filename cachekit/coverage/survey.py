@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any
 
-from .trial import Trial
+from cachekit.coverage.trial import Trial
 
 __all__ = ["survey"]
 
@@ -54,7 +54,7 @@ def _context(count: int) -> Any:
 
 
 def _start(context: Any, name: str, specs: Sequence[str], limit: float) -> _Running:
-    from .worker import work
+    from cachekit.coverage.worker import work
 
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)

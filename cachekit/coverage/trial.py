@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..catalog import installed
-from ..engine import apply
-from ..errors import CachekitError
-from ..pipelines import denoisers_of
-from ..report import Report
-from ..sites import Kind
-from .branches import agrees, branches_of, expected
-from .building import arguments, build
-from .facts import facts_of
-from .parts import NotBuiltError
+from cachekit.applying import apply
+from cachekit.coverage.branches import agrees, branches_of, expected
+from cachekit.coverage.building import arguments, build
+from cachekit.coverage.facts import facts_of
+from cachekit.coverage.parts import NotBuiltError
+from cachekit.errors import CachekitError
+from cachekit.interface.sites import Kind
+from cachekit.registry.catalog import installed
+from cachekit.reports.report import Report
+from cachekit.upstream.pipelines import denoisers_of
 
 WORKS, REFUSED, IDLE, FAILS = "works", "refused", "idle", "fails"
 STATES = (WORKS, REFUSED, IDLE, FAILS)

@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 
-from .trial import examine
+from cachekit.coverage.trial import examine
 
 
 def work(answer: Any, name: str, specs: list[str]) -> None:

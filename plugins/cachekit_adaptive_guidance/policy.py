@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.policy import Action, Moment, Policy
-from cachekit.sites import Kind, Target
+from cachekit.interface.policy import Action, Moment, Policy
+from cachekit.interface.sites import Kind, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cachekit.guidance import Observation
+    from cachekit.guidance.observation import Observation
 
 _DEFAULT_M = 10
 

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from cachekit.errors import SiteError
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, SiteMap, Target
+from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.sites import Kind, SiteMap, Target
 
 
 class DeepCache(Policy):

@@ -10,11 +10,11 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from cachekit.errors import SiteError
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, Region, SiteMap, Target
+from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.sites import Kind, Region, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.policy import Streams
+    from cachekit.interface.policy import Streams
 
 _FRONT, _BACK = "front: ", "back: "
 _SHARE = 0.75

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Action, Policy
-from cachekit.sites import Kind
+from cachekit.interface.policy import Action, Policy
+from cachekit.interface.sites import Kind
+from cachekit.registry.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from cachekit.plan import Plan
-    from cachekit.report import Report
+    from cachekit.planning.plan import Plan
+    from cachekit.reports.report import Report
 
 _log = logging.getLogger("cachekit")
 

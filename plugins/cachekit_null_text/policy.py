@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.policy import Action, Moment, Policy
-from cachekit.sites import Kind, Target
+from cachekit.interface.policy import Action, Moment, Policy
+from cachekit.interface.sites import Kind, Target
 
 if TYPE_CHECKING:
-    from cachekit.adapter import Layout
+    from cachekit.interface.adapter import Layout
 
 
 class NullText(Policy):

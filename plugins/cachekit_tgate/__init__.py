@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Policy
+from cachekit.interface.policy import Policy
+from cachekit.registry.hookspecs import hookimpl
 
 
 @hookimpl

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, SiteMap, Target
+from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.sites import Kind, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.adapter import Layout
+    from cachekit.interface.adapter import Layout
 
 Keep = Literal["auto", "cond", "uncond"]
 

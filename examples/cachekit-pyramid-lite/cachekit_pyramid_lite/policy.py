@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from cachekit import Action, Kind, Moment, Policy
-from cachekit.sites import Target
+from cachekit.interface.sites import Target
 
 
 class PyramidLite(Policy):

@@ -1,0 +1,17 @@
+"""List what is installed."""
+
+from __future__ import annotations
+
+from cachekit.interface.adapter import Adapter
+from cachekit.interface.policy import Policy
+from cachekit.registry.catalog import installed
+
+
+def policies() -> dict[str, type[Policy]]:
+    """Return the installed policies by name, sorted."""
+    return dict(sorted(installed().policies.items()))
+
+
+def adapters() -> dict[str, Adapter]:
+    """Return the installed adapters by name, sorted."""
+    return dict(sorted(installed().adapters.items()))

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cachekit.interface.adapter import Layout
-from cachekit.interface.sites import Kind, Site, SiteMap
-from cachekit.upstream.attention import attends, module_sites
+from cachekit import Kind, Layout, Site, SiteMap, attends, module_sites
 
 from .streams import streams_of_all, takes_skips
 
@@ -72,7 +70,7 @@ class DiTAdapter:
 
     def sites(self, denoiser: Any) -> SiteMap:
         """Return attention and feed-forward sites, and each block as a site and in its chain."""
-        from cachekit.upstream.compiling import without_compiler
+        from cachekit import without_compiler
 
         lists = {
             tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): [*map(without_compiler, blocks)]

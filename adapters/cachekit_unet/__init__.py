@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.interface.adapter import Adapter
-from cachekit.registry.hookspecs import hookimpl
+from cachekit import Adapter, hookimpl
 
 
 @hookimpl

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cachekit.interface.adapter import Layout
-from cachekit.interface.sites import Kind, Region, Site, SiteMap
-from cachekit.upstream.attention import module_sites
+from cachekit import Kind, Layout, Region, Site, SiteMap, module_sites
 
 # A layer of a block runs these in this order; the last one present gives the layer's output.
 _LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from cachekit.applying import _NO_BUDGET
-from cachekit.attaching.lookup import _ATTRIBUTE, _INSTALLED
+from cachekit.attaching.lookup import ATTRIBUTE, INSTALLED
 from cachekit.attaching.tracking import track, untrack
 from cachekit.costs.budget import Budget, RunStart
 from cachekit.driving.controlnets import ControlNetInterceptor
@@ -29,7 +29,7 @@ from cachekit.reports.record import Fit
 from cachekit.reports.report import Report
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.run import Run
-from cachekit.switches.parts import Exit, Part, _region_parts
+from cachekit.switches.parts import Exit, Part, region_parts
 from cachekit.switches.prompter import Prompter
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
@@ -91,12 +91,12 @@ class Attachment:
         """Put the switches and the classes that begin calls and runs in place, or change nothing."""
         switches = {name: self._make_switches(denoiser) for name, denoiser in self.denoisers.items()}
         try:
-            _INSTALLED.add(self)
+            INSTALLED.add(self)
             for name, denoiser in self.denoisers.items():
                 for switch in switches[name]:
                     self._switches.setdefault(name, []).append(switch)
                     switch.install()
-                vars(denoiser.module)[_ATTRIBUTE] = self
+                vars(denoiser.module)[ATTRIBUTE] = self
                 self._entrances[name].install()
                 self.driver.prompters[name] = Prompter(denoiser.module, switches[name])
             if not isinstance(pipe, nn.Module):
@@ -122,10 +122,10 @@ class Attachment:
         for switch in itertools.chain.from_iterable(self._switches.values()):
             switch.uninstall()
         self._switches, self.driver.prompters = {}, {}
-        _INSTALLED.discard(self)
+        INSTALLED.discard(self)
         for denoiser in self.denoisers.values():
-            if vars(denoiser.module).get(_ATTRIBUTE) is self:
-                del vars(denoiser.module)[_ATTRIBUTE]
+            if vars(denoiser.module).get(ATTRIBUTE) is self:
+                del vars(denoiser.module)[ATTRIBUTE]
         for entrance in self._entrances.values():
             entrance.uninstall()
         for companion in self._companions:
@@ -160,13 +160,13 @@ class Attachment:
         twin._companions = memo[id(self._companions)] = []
         # A copied module has lost whatever stood before its calls: torch leaves it out.
         twin._entrances = twin._make_entrances()
-        if self in _INSTALLED:
+        if self in INSTALLED:
             twin._stand_before_calls(memo, self._entrances)
         return twin
 
     def _stand_before_calls(self, memo: dict[int, Any], copied: Mapping[str, Entrance]) -> None:
         """Do so as the `copied` entrances do for the module that `memo` is about to copy."""
-        _INSTALLED.add(self)
+        INSTALLED.add(self)
         for name, entrance in self._entrances.items():
             memo[id(copied[name])], memo[id(copied[name].naming)] = entrance, entrance.naming
             entrance.install()
@@ -188,7 +188,7 @@ class Attachment:
             if bound.target.kind is Kind.GUIDANCE or bound.denoiser != denoiser.name:
                 continue
             if isinstance(bound.target, Region):
-                for name, part in _region_parts(index, bound, modules):
+                for name, part in region_parts(index, bound, modules):
                     at(name).append(part)
             else:
                 at(bound.target.name).append(Exit(index, bound))

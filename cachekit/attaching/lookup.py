@@ -8,15 +8,15 @@ from typing import Any
 from cachekit.attaching.attachment import Attachment
 from cachekit.upstream.pipelines import denoisers_of
 
-_ATTRIBUTE = "_cachekit_attachment"
+ATTRIBUTE = "_cachekit_attachment"
 
 
-_INSTALLED: weakref.WeakSet[Attachment] = weakref.WeakSet()
+INSTALLED: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 def attachment_of(denoiser: Any) -> Attachment | None:
     """Return the attachment of a denoiser, if it has one."""
-    found: Attachment | None = vars(denoiser).get(_ATTRIBUTE)
+    found: Attachment | None = vars(denoiser).get(ATTRIBUTE)
     return found
 
 

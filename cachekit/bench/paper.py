@@ -48,7 +48,7 @@ class Measurable:
 @cache
 def tables() -> dict[str, Any]:
     """Return the published figures."""
-    data: dict[str, Any] = json.loads(resources.files("cachekit.data").joinpath("paper_tables.json").read_text())
+    data: dict[str, Any] = json.loads(resources.files("cachekit.bench").joinpath("paper_tables.json").read_text())
     return data
 
 

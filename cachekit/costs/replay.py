@@ -54,7 +54,7 @@ def replay(
             if made.dropped:
                 found[made.signature] = Forward(0, 0, frozenset())
                 continue
-            if made.row.narrowed_by < 0 and set(made.row.actions) <= {Action.COMPUTE}:
+            if made.row.narrowed_by is None and set(made.row.actions) <= {Action.COMPUTE}:
                 found[made.signature] = full[made.inputs]
                 continue
             attachment.driver.expect(made)

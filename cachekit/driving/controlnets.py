@@ -92,9 +92,9 @@ class ControlNetInterceptor:
         if call is None:
             return forward(*args, **kwargs)
         layout, skipped = call.run.layout, self._skipped(call)
-        call.run.record.shortened += bool(skipped) or call.narrowed_by >= 0
+        call.run.record.shortened += bool(skipped) or call.narrowed_by is not None
         with self.present.skipping(skipped, len(layout.order) // len(call.branches)):
-            if call.narrowed_by < 0:
+            if call.narrowed_by is None:
                 return forward(*args, **kwargs)
             stays = call.branches[0]
             args, kwargs = pick_call((args, kwargs), self.parameters, layout, stays, call.batch)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cachekit.costs.budget import Budget, RunStart
 from cachekit.errors import AdapterError, GuidanceError
 from cachekit.guidance.detection import FirstCall, is_guided, layout_of_run, refuse_unfit
-from cachekit.guidance.observation import Observation
+from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batch, as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Action, Policy
 from cachekit.interface.sites import Kind
@@ -178,7 +178,10 @@ class Driver:
         state = self.state
         if state.context in PAIR or not state.pipeline or not state.run:
             return state.context
-        return _without_prefix(name_by_guider(state.pipeline[0], state.run.clock)) or state.context
+        return (
+            _without_prefix(name_by_guider(state.pipeline[0], state.run.clock.step, state.run.clock.call))
+            or state.context
+        )
 
     def _check_order(self, layout: Layout, name: str) -> None:
         for policy in self._narrowing:
@@ -300,7 +303,7 @@ class Driver:
         call = self._begin_call(denoiser, args, kwargs)
         if call is None:
             return (yield from self._plain(denoiser, args, kwargs, enclosed))
-        if call.narrowed_by >= 0 and not call.branch:
+        if call.narrowed_by is not None and not call.branch:
             whole = (args, kwargs)
             args, kwargs = pick_call(whole, denoiser.parameters, call.run.layout, call.branches[0], call.batch)
         call.run.record.deciding_seconds += time.perf_counter() - start
@@ -369,7 +372,7 @@ class Driver:
     def _output(self, call: Call, output: Any) -> Any:
         if call.branch:
             return self._of_one_branch(call, output)
-        if call.narrowed_by >= 0:
+        if call.narrowed_by is not None:
             restore = self._restored(call)
             return spread(output, call.run.layout, call.branches[0], restore)
         if len(call.branches) > 1 and (self._narrowing or self._observers):
@@ -381,7 +384,7 @@ class Driver:
         outputs, order = call.run.outputs, call.run.layout.order
         outputs[call.branch] = output
         is_last = len(order) > 1 and call.branch in order and all(branch in outputs for branch in order)
-        if is_last and call.narrowed_by < 0:
+        if is_last and call.narrowed_by is None:
             self._observe(call, {branch: tuple(tensors(outputs[branch])) for branch in order})
         return output
 
@@ -392,6 +395,7 @@ class Driver:
     def _restored(self, call: Call) -> Callable[[Tensor], Tensor]:
         """Return what makes the dropped branch's output from the other's."""
         index = call.narrowed_by
+        assert index is not None
         call.count(index, Action.REUSE)
         policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
         each = itertools.repeat(None) if kept is None else iter(kept)
@@ -404,7 +408,7 @@ class Driver:
             start = time.perf_counter()
             outputs, sample = {name: of[0] for name, of in each.items()}, call.sample.chunk(call.run.together)[0]
             scheduler, negated = self._scheduler(call.timestep), call.run.layout.negated
-            seen = Observation(call.row.step, outputs, sample, call.timestep, scheduler, negated)
+            seen = CallObservation(call.row.step, outputs, sample, call.timestep, scheduler, negated)
             for policy in self._observers:
                 policy.observe(seen, call.run.memories[policy.name])
             call.run.record.deciding_seconds += time.perf_counter() - start

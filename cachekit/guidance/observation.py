@@ -12,7 +12,7 @@ from cachekit.upstream.prediction import predict_x0
 
 
 @dataclass(frozen=True)
-class Observation:
+class CallObservation:
     """Hold what an observing policy may look at after a guided call.
 
     `outputs` maps each branch to its output `(batch, channels, ...)`; `sample` is the input that all branches

@@ -15,10 +15,11 @@ from cachekit.interface.sites import Kind, SiteMap, Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cachekit.guidance.observation import Observation
     from cachekit.interface.adapter import Layout
+    from cachekit.interface.observation import Observation
 
-    Streams = tuple[Tensor, ...]
+#: The tensors that flow through a module or region, in order: hidden states, and text states beside them.
+Streams = tuple["Tensor", ...]
 
 
 class Action(str, Enum):

@@ -88,7 +88,7 @@ class Architecture:
 @cache
 def architectures() -> dict[str, Architecture]:
     """Return the known architectures by name."""
-    table = json.loads(resources.files("cachekit.data").joinpath("architectures.json").read_text())
+    table = json.loads(resources.files("cachekit.models").joinpath("architectures.json").read_text())
     return {name: Architecture(name, row.pop("class"), **row) for name, row in sorted(table.items())}
 
 

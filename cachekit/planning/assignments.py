@@ -53,9 +53,10 @@ def _refuse_clash(bound: Assignment, found: Iterable[Assignment]) -> None:
 
 def _clash(one: Target, other: Target) -> bool:
     if one.kind is Kind.BLOCK and other.kind is Kind.BLOCK:
-        return one.covers(_last(other)) or other.covers(_last(one))
+        return one.covers(last_module(other)) or other.covers(last_module(one))
     return one.name == other.name
 
 
-def _last(target: Target) -> str:
+def last_module(target: Target) -> str:
+    """The name of the module that gives the target's output."""
     return target.exit if isinstance(target, Region) else target.name

@@ -30,7 +30,7 @@ class Composer:
         self.layout = layout
         self.dropped = dropped
         self.branches: Branches = layout.order
-        self.narrowed_by = -1
+        self.narrowed_by: int | None = None
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Action | None]] = {}
         self._blocks = [i for i, a in enumerate(assignments) if a.target.kind is Kind.BLOCK]
@@ -72,13 +72,13 @@ class Composer:
         guided = len(self.layout.order) > 1
         votes = [i for i in self._guidance if cells[i] is Action.REUSE] if guided else []
         if self.narrowed_by not in votes:
-            self.narrowed_by = min(votes, key=lambda i: self.assignments[i].policy.name, default=-1)
+            self.narrowed_by = min(votes, key=lambda i: self.assignments[i].policy.name, default=None)
         for index in self._guidance:
             if cells[index] is None and guided:
                 continue
-            stored = self.narrowed_by < 0 and cells[index] is Action.STORE and guided
+            stored = self.narrowed_by is None and cells[index] is Action.STORE and guided
             cells[index] = Action.STORE if stored else Action.COMPUTE
-        if self.narrowed_by >= 0:
+        if self.narrowed_by is not None:
             cells[self.narrowed_by] = Action.REUSE
             self.branches = (self.assignments[self.narrowed_by].policy.stays(self.layout),)
         else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
 from cachekit.interface.sites import Branches, Kind
-from cachekit.planning.assignments import Assignment, _last
+from cachekit.planning.assignments import Assignment, last_module
 from cachekit.planning.composer import Composer
 from cachekit.planning.drawing import draw
 from cachekit.planning.row import Row
@@ -42,7 +42,7 @@ class Plan:
         if block == index or Kind.GUIDANCE in (outer.target.kind, inner.target.kind):
             return False
         is_outer = outer.target.kind is Kind.BLOCK and outer.denoiser == inner.denoiser
-        return is_outer and outer.target.covers(_last(inner.target))
+        return is_outer and outer.target.covers(last_module(inner.target))
 
     @property
     def is_static(self) -> bool:

@@ -12,7 +12,7 @@ from cachekit.interface.sites import Branches
 class Row:
     """Hold one step of a plan: the branches that run and an action per assignment.
 
-    `narrowed_by` is the index of the guidance assignment that dropped a branch, or -1; `origins` are the steps at
+    `narrowed_by` is the index of the guidance assignment that dropped a branch, or None; `origins` are the steps at
     which each assignment's schedule last started anew; `last_branches` gives, for a STORE whose next reuse is
     known to come with fewer branches, those branches.
     """
@@ -20,7 +20,7 @@ class Row:
     step: int
     branches: Branches
     actions: list[Action | None]
-    narrowed_by: int = -1
+    narrowed_by: int | None = None
     origins: list[int] = field(default_factory=list)
     last_branches: dict[int, Branches] = field(default_factory=dict)
 

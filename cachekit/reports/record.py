@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
 from cachekit.planning.row import Row
-
-if TYPE_CHECKING:
-    from cachekit.reports.record import Fit
 
 
 @dataclass(frozen=True)

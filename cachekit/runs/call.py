@@ -49,16 +49,17 @@ class Call:
     @property
     def is_dropped(self) -> bool:
         """Tell whether this call is of a branch that another one stands in for."""
-        if self.narrowed_by < 0 or self.branch not in self.run.layout.order or self.branch in self.row.branches:
+        if self.narrowed_by is None or self.branch not in self.run.layout.order or self.branch in self.row.branches:
             return False
         return self.row.branches[0] in self.run.outputs
 
     def widen(self) -> None:
         """Run all branches, because what would stand in for one of them is lost, and keep it anew."""
         index = self.narrowed_by
+        assert index is not None
         self.miss(index)
         self.actions[index] = Action.STORE
-        self.row = replace(self.row, narrowed_by=-1, branches=self.run.layout.order)
+        self.row = replace(self.row, narrowed_by=None, branches=self.run.layout.order)
         self.branches = (self.branch,) if self.branch else self.row.branches
 
     def made(self) -> CallRecord:
@@ -125,6 +126,6 @@ class Call:
         return [index for index in self.run.guidance if self.actions[index] is Action.STORE]
 
     @property
-    def narrowed_by(self) -> int:
-        """Return the guidance assignment that dropped a branch in this call, or -1."""
+    def narrowed_by(self) -> int | None:
+        """Return the guidance assignment that dropped a branch in this call, or None."""
         return self.row.narrowed_by

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekit.upstream.schedulers import _step_index, is_entry, shares_table
+from cachekit.upstream.schedulers import is_entry, shares_table, step_index
 
 _MOST_CALLS = 8
 
@@ -119,11 +119,11 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     `scheduler` is the running pipeline's, or None in a bare loop.
     """
     if not isinstance(timestep, Tensor):
-        return Mark("value", -float(timestep), index=_step_index(scheduler), time=float(timestep))
+        return Mark("value", -float(timestep), index=step_index(scheduler), time=float(timestep))
     storage = timestep.untyped_storage()
     if is_entry(timestep):
         return Mark("entry", int(timestep.storage_offset()), storage.data_ptr(), source=timestep)
-    index = _step_index(scheduler)
+    index = step_index(scheduler)
     if index is not None:
         return Mark("index", index, index=index)
     # In double precision the mean of equal values is exactly that value. One frame's may stand still.

@@ -172,7 +172,7 @@ class Run:
         who = (denoiser, branch)
         self._drop_what_is_not_finite(len(self.record.rows) - 1)
         call = Call(self, self.row(step), denoiser, branch, self._in_step.count(who))
-        if call.narrowed_by >= 0 and call.slot(call.narrowed_by) in self._lost:
+        if call.narrowed_by is not None and call.slot(call.narrowed_by) in self._lost:
             call.widen()
         is_late = step > 0 and who not in self._seen
         self._in_step.append(who)
@@ -198,7 +198,7 @@ class Run:
         self._drop_what_is_not_finite(len(self.record.rows) - 1)
         call = Call(self, self.row(step), *who, ordinal=0)
         call.batch = batch
-        is_lost = call.narrowed_by >= 0 and call.slot(call.narrowed_by) in self._lost
+        is_lost = call.narrowed_by is not None and call.slot(call.narrowed_by) in self._lost
         return None if is_lost else call
 
     def put(self, slot: Slot, branches: Branches, kept: Any) -> None:

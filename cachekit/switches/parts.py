@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 from collections.abc import Iterator
 
-_RUN_IT = object()
+RUN_IT = object()
 
 
 class Part:
@@ -44,7 +44,7 @@ class Part:
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return a stand-in for the module's output, or the marker that it has to run."""
-        return _RUN_IT
+        return RUN_IT
 
     def ahead(self, call: Call) -> Any:
         """Return the same before the call, or a `Restoring` that makes the stand-in within it."""
@@ -80,18 +80,18 @@ class Exit(Part):
 
     def wish(self, call: Call) -> str:
         """Return "keep" where something is kept, a reuse that found nothing included."""
-        return "run" if _computes(call, self.index) else "keep"
+        return "run" if computes(call, self.index) else "keep"
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the restored output when the action is REUSE and something is kept."""
         found = self._restoring(call)
-        return _RUN_IT if found is None else found.output(self._entered(call))
+        return RUN_IT if found is None else found.output(self._entered(call))
 
     def ahead(self, call: Call) -> Any:
         """Return the restored output, or what restores it from the tensors that enter the region."""
         found = self._restoring(call)
         if found is None:
-            return _RUN_IT
+            return RUN_IT
         return found.output(()) if self.passage is None else found
 
     def _restoring(self, call: Call) -> Restoring | None:
@@ -172,12 +172,12 @@ class Member(Part):
 
     def wish(self, call: Call) -> str:
         """Return "measure" where a placeholder may be needed later."""
-        return "run" if _computes(call, self.index) else "measure"
+        return "run" if computes(call, self.index) else "measure"
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return a placeholder when the region is reused."""
         if call.actions[self.index] is not Action.REUSE:
-            return _RUN_IT
+            return RUN_IT
         shapes, branches = call.run.shapes[call.slot(self.index), self.name]
         placeholder = Placeholder(len(call.branches), branches)
         return tree_map(placeholder, shapes)
@@ -207,11 +207,11 @@ class Entry(Part):
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember, and let the module run."""
         call.entries[self.index] = self.streams_of(args, kwargs)
-        return _RUN_IT
+        return RUN_IT
 
     def ahead(self, call: Call) -> Any:
         """Let the module run; its arguments are not known yet."""
-        return _RUN_IT
+        return RUN_IT
 
     def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
         """Return the tensors that enter the region."""
@@ -234,7 +234,8 @@ def needs_entry(policy: Policy, target: Target) -> bool:
     return has_entry and (own.to_keep is not Policy.to_keep or own.restore is not Policy.restore)
 
 
-def _computes(call: Call, index: int) -> bool:
+def computes(call: Call, index: int) -> bool:
+    """Whether the action of assignment `index` in this call is COMPUTE."""
     return call.actions[index] is Action.COMPUTE
 
 
@@ -242,7 +243,8 @@ def _no_elements(tensor: Tensor) -> Tensor:
     return tensor.new_empty(0)
 
 
-def _region_parts(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Part]]:
+def region_parts(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, Part]]:
+    """Yield, by module name, the parts that skip and restore the region of assignment `index`."""
     region = bound.target
     assert isinstance(region, Region)
     if region.probe:

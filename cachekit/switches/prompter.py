@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch._dynamo
 from torch import nn
 
-from cachekit.upstream.compiling import _graphs_before, _limit, holds_compiled
+from cachekit.upstream.compiling import graph_limit, graphs_before, holds_compiled
 
 if TYPE_CHECKING:
     from cachekit.runs.call import Call
@@ -77,9 +77,9 @@ class Prompter:
         """
         seen = _ORDERS.setdefault(self._module, {None})
         seen.add(tuple((switch.name, switch.order) for switch in self._switches))
-        wanted = _graphs_before() * len(seen)
-        if getattr(torch._dynamo.config, _limit()) < wanted:
-            setattr(torch._dynamo.config, _limit(), wanted)
+        wanted = graphs_before() * len(seen)
+        if getattr(torch._dynamo.config, graph_limit()) < wanted:
+            setattr(torch._dynamo.config, graph_limit(), wanted)
 
     def _ask(self, call: Call | None) -> None:
         if call is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from cachekit.switches.parts import _RUN_IT, Entry, Part, Restoring, _computes
+from cachekit.switches.parts import RUN_IT, Entry, Part, Restoring, computes
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.compiling import BY_VALUES, uncompiled
 from cachekit.upstream.hooks import pass_by, register_alike, splitting_hook
@@ -117,7 +117,7 @@ class Switch:
             return inner(*args, **kwargs)
         for part in self.parts:
             result = part.before(call, args, kwargs)
-            if result is not _RUN_IT:
+            if result is not RUN_IT:
                 part.reused(call)
                 pass_by(self.module)
                 return result
@@ -135,10 +135,10 @@ class Switch:
             return False
         if any(part.is_open(call) for part in self.parts):
             return False
-        self.entries = tuple(part for part in self.parts if isinstance(part, Entry) and not _computes(call, part.index))
+        self.entries = tuple(part for part in self.parts if isinstance(part, Entry) and not computes(call, part.index))
         for part in self.parts:
             self.given = part.ahead(call)
-            if self.given is not _RUN_IT:
+            if self.given is not RUN_IT:
                 self.order = "restore" if isinstance(self.given, Restoring) else "reuse"
                 return True
         wishes = {part.wish(call) for part in self.parts}

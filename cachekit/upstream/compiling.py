@@ -74,13 +74,13 @@ def without_compiler(module: nn.Module) -> nn.Module:
 
 
 @functools.cache
-def _graphs_before() -> int:
+def graphs_before() -> int:
     """Return how many graphs torch keeps of one function without cachekit."""
-    limit: int = getattr(torch._dynamo.config, _limit())
+    limit: int = getattr(torch._dynamo.config, graph_limit())
     return limit
 
 
 @functools.cache
-def _limit() -> str:
+def graph_limit() -> str:
     """Return what torch calls that number: now, or before."""
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cachekit.runs.clock import Clock
-
+from typing import Any
 
 #: Where modular pipelines hold what prepares the calls of a step, and combines what comes of them.
 _GUIDERS = ("guider", "guider_2")
@@ -16,20 +12,20 @@ _GUIDERS = ("guider", "guider_2")
 _UNCOUNTED = ("SmoothedEnergyGuidance",)
 
 
-def name_by_guider(pipe: Any, clock: Clock) -> str | None:
-    """Return what a modular pipeline's guider calls the prediction that the present call is for.
+def name_by_guider(pipe: Any, step: int, call: int) -> str | None:
+    """Return what a modular pipeline's guider calls the prediction of the `call`-th call of `step`.
 
     Without a guider, or outside of its calls, it is None. A name other than the first two has the place of the call
     after it: guiders give one name to calls with other inputs.
     """
     guiders = [(guider, guider.get_state()) for guider in _guiders(pipe)]
     if len(guiders) > 1:
-        guiders = [(guider, state) for guider, state in guiders if state["step"] == clock.step]
+        guiders = [(guider, state) for guider, state in guiders if state["step"] == step]
     if not guiders:
         return None
     guider, state = guiders[0]
     names = [getattr(call, guider._identifier_key) for call in guider.prepare_inputs({})]
-    place = clock.call + 1 if type(guider).__name__ in _UNCOUNTED else state["count_prepared"]
+    place = call + 1 if type(guider).__name__ in _UNCOUNTED else state["count_prepared"]
     if not 0 < place <= len(names):
         return None
     name: str = names[place - 1]

@@ -43,6 +43,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
     return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN
 
 
-def _step_index(scheduler: Any) -> int | None:
+def step_index(scheduler: Any) -> int | None:
+    """The scheduler's own step index, or None where it has not begun."""
     index = getattr(scheduler, "_step_index", None)
     return index if isinstance(index, int) else None

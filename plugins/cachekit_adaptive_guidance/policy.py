@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.interface.policy import Action, Moment, Policy
-from cachekit.interface.sites import Kind, Target
+from cachekit import Action, Kind, Moment, Policy, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cachekit.guidance.observation import Observation
+    from cachekit import Observation
 
 _DEFAULT_M = 10
 

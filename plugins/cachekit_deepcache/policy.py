@@ -7,9 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit.errors import SiteError
-from cachekit.interface.policy import Action, BranchChange, Moment, Policy
-from cachekit.interface.sites import Kind, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteError, SiteMap, Target
 
 
 class DeepCache(Policy):

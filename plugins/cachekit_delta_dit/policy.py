@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.errors import SiteError
-from cachekit.interface.policy import Action, BranchChange, Moment, Policy
-from cachekit.interface.sites import Kind, Region, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, Region, SiteError, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.interface.policy import Streams
+    from cachekit import Streams
 
 _FRONT, _BACK = "front: ", "back: "
 _SHARE = 0.75

@@ -6,13 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachekit.interface.policy import Action, Policy
-from cachekit.interface.sites import Kind
-from cachekit.registry.hookspecs import hookimpl
+from cachekit import Action, Kind, Policy, hookimpl
 
 if TYPE_CHECKING:
-    from cachekit.planning.plan import Plan
-    from cachekit.reports.report import Report
+    from cachekit import Plan, Report
 
 _log = logging.getLogger("cachekit")
 
@@ -30,7 +27,7 @@ def cachekit_check_plan(plan: Plan) -> list[str]:
     """Refuse a cross-attention that would be kept on a step without text: it would never see the caption."""
     reasons = []
     for row in plan.rows:
-        narrowing = plan.assignments[row.narrowed_by].policy if row.narrowed_by >= 0 else None
+        narrowing = None if row.narrowed_by is None else plan.assignments[row.narrowed_by].policy
         if narrowing is None or narrowing.name != "null_text":
             continue
         for bound, action in zip(plan.assignments, row.actions):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.interface.policy import Action, Moment, Policy
-from cachekit.interface.sites import Kind, Target
+from cachekit import Action, Kind, Moment, Policy, Target
 
 if TYPE_CHECKING:
-    from cachekit.interface.adapter import Layout
+    from cachekit import Layout
 
 
 class NullText(Policy):

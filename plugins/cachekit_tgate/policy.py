@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit.interface.policy import Action, BranchChange, Moment, Policy
-from cachekit.interface.sites import Kind, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.interface.adapter import Layout
+    from cachekit import Layout
 
 Keep = Literal["auto", "cond", "uncond"]
 
@@ -62,7 +61,7 @@ class Gated(Policy):
         return Action.STORE if step % before == 0 else Action.REUSE
 
     def _refusal(self, sites: SiteMap) -> Exception:
-        from cachekit.errors import SiteError
+        from cachekit import SiteError
 
         cure = "delta_dit or " if sites.chains else "deepcache or " if sites.regions else ""
         return SiteError(

@@ -7,8 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import Action, Kind, Moment, Policy
-from cachekit.interface.sites import Target
+from cachekit import Action, Kind, Moment, Policy, Target
 
 
 class PyramidLite(Policy):

@@ -1,0 +1,1 @@
+"""Tiny pipelines, commands and networks that several tests use."""

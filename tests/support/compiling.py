@@ -1,0 +1,107 @@
+"""Tiny pipelines that are quick to compile, the ways to do so, and a backend that counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from test_delta_dit import latents, pipeline_of
+
+import cachekit
+from support import tiny
+
+STEPS = 5
+
+
+class Graphs:
+    """Count the graphs that torch hands to its backend; they run as they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    torch._dynamo.reset()
+    yield Graphs()
+    torch._dynamo.reset()
+
+
+# -- pipelines --------------------------------------------------------------------------------------------
+
+
+def pixart(layers: int = 1) -> Any:
+    return tiny.pixart(layers=layers)
+
+
+def convolutions(**changes: Any) -> Any:
+    """Return SD without attention: of the pipelines with branches to skip, it is the quickest to compile."""
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
+    return tiny.sd(**{"block_out_channels": (8, 8), "layers_per_block": 1, **blocks, **changes})
+
+
+def unet() -> Any:
+    """Return SD with attention in the middle alone."""
+    return convolutions(mid_block_type="UNetMidBlock2DCrossAttn")
+
+
+@tiny.reproducible
+def flux() -> Any:
+    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [4, 4, 8]}
+    widths = {"joint_attention_dim": tiny.WIDTH, "pooled_projection_dim": tiny.WIDTH}
+    layers = {"num_layers": 1, "num_single_layers": 2}
+    transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, **layers, **sizes, **widths)
+    return pipeline_of(FluxPipeline, transformer, 2)
+
+
+def draw(pipe: Any) -> torch.Tensor:
+    return latents(pipe, steps=STEPS)
+
+
+# -- ways to compile --------------------------------------------------------------------------------------
+
+
+def blocks(pipe: Any, **how: Any) -> None:
+    denoiser = tiny.denoiser_of(pipe)
+    if denoiser._repeated_blocks:
+        denoiser.compile_repeated_blocks(**how)
+    else:  # PixArt names none
+        for block in denoiser.transformer_blocks:
+            block.compile(**how)
+
+
+def in_place(pipe: Any, **how: Any) -> None:
+    tiny.denoiser_of(pipe).compile(**how)
+
+
+def module(pipe: Any, **how: Any) -> None:
+    name = "unet" if hasattr(pipe, "unet") else "transformer"
+    setattr(pipe, name, torch.compile(getattr(pipe, name), **how))
+
+
+def forward(pipe: Any, **how: Any) -> None:
+    denoiser = tiny.denoiser_of(pipe)
+    denoiser.forward = torch.compile(denoiser.forward, **how)
+
+
+Way = Callable[..., None]
+
+
+# -- what is counted --------------------------------------------------------------------------------------
+
+
+def counts(attachment: Any) -> list[tuple[int, ...]]:
+    return [(count.computed, count.stored, count.reused, count.missed) for count in attachment.report().counts]
+
+
+def eager(pipe: Any, specs: Any) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
+    """Return a cached image of a denoiser that nobody compiled, and what was counted."""
+    with cachekit.apply(pipe, specs) as attachment:
+        return draw(pipe), counts(attachment)

@@ -1,0 +1,287 @@
+"""What two processes do with one pipeline each, for test_ranks.py: this runs in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from diffusers import (
+    ContextParallelConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import distributed
+
+import cachekit
+from cachekit import Action, Kind, Policy
+from cachekit.interface.sites import Region
+from cachekit.runs import voting as ranks
+from support import tiny
+
+STEPS, TOKENS = 6, 8
+# A process that waits in vain gives up after this time.
+PATIENCE, LITTLE_PATIENCE = timedelta(seconds=40), timedelta(seconds=4)
+
+
+# -- pipelines whose transformers can be split between processes ---------------------------------------------------
+
+
+@tiny.reproducible
+def flux() -> FluxPipeline:
+    """Return a pipeline with one branch; its inputs are split before the transformer."""
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 4, "axes_dims_rope": [4, 4, 8]}
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16}
+    return pipeline_of(FluxPipeline, FluxTransformer2DModel(**sizes, **heads), ("", "_2"))
+
+
+@tiny.reproducible
+def wan() -> WanPipeline:
+    """Return a pipeline with a call for each branch; its tokens are split before block 0."""
+    sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 4}
+    return pipeline_of(WanPipeline, WanTransformer3DModel(**sizes, text_dim=16, freq_dim=8, ffn_dim=16), ("",))
+
+
+def pipeline_of(cls: type, transformer: torch.nn.Module, encoders: tuple[str, ...]) -> Any:
+    absent = ["vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in encoders)]
+    parts = {"transformer": tiny.seeded(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = cls(**dict.fromkeys(absent), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def image(pipe: Any, seed: int = 0) -> torch.Tensor:
+    given = {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
+    given |= {"generator": torch.Generator().manual_seed(seed), "prompt_embeds": embedded(3)}
+    if isinstance(pipe, FluxPipeline):
+        return pipe(**given, pooled_prompt_embeds=embedded(3)[:, 0]).images
+    return pipe(**given, negative_prompt_embeds=embedded(4), num_frames=5, guidance_scale=4.0).frames
+
+
+def embedded(seed: int) -> torch.Tensor:
+    return torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(seed))
+
+
+# -- policies that decide by what they see -------------------------------------------------------------------------
+
+
+def behind_the_first(sites: Any) -> list[Region]:
+    """Return all blocks of the last chain but its first, as one region."""
+    return [sites.span(1, len(sites.chains[-1]), len(sites.chains) - 1)]
+
+
+#: What the policies of this process wanted in the present run, whatever was voted.
+WISHES: list[Action] = []
+
+
+class ByProbe(Policy):
+    """Skip all blocks but the first while that one's output changes little from step to step.
+
+    `parts` is how many equal parts of the tokens decide alone, as processes do; one that must not skip decides for all.
+    """
+
+    name: ClassVar[str] = "by_probe"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
+
+    limit: float = 0.3
+    parts: int = 1
+
+    def select(self, sites: Any) -> Any:
+        (region,) = behind_the_first(sites)
+        return [replace(region, probe=sites.chains[-1][0].name)]
+
+    def action(self, target: Any, at: Any) -> None:
+        return None
+
+    def probe(self, target: Any, at: Any, value: Any, memory: Any) -> Action:
+        last, memory["last"] = memory.get("last"), value[0]
+        if last is None:
+            return noted(Action.STORE)
+        pairs = zip(value[0].chunk(self.parts, 1), last.chunk(self.parts, 1))
+        changes = [float((new - old).abs().mean() / new.abs().mean()) for new, old in pairs]
+        return noted(Action.REUSE if max(changes) < self.limit else Action.STORE)
+
+
+def noted(action: Action) -> Action:
+    WISHES.append(action)
+    return action
+
+
+class Stubborn(ByProbe):
+    """Skip on the first process only, from the second step on: nothing that it sees matters."""
+
+    name: ClassVar[str] = "stubborn"
+
+    def probe(self, target: Any, at: Any, value: Any, memory: Any) -> Action:
+        return wish(at.step)
+
+
+class StubbornAhead(ByProbe):
+    """The same, decided at the beginning of a step."""
+
+    name: ClassVar[str] = "stubborn_ahead"
+
+    def select(self, sites: Any) -> Any:
+        return behind_the_first(sites)
+
+    def decide(self, target: Any, at: Any, memory: Any) -> Action:
+        return wish(at.step)
+
+
+class Poisoned(ByProbe):
+    """Compute every second step; what the second process keeps at step 2 is no number."""
+
+    name: ClassVar[str] = "poisoned"
+
+    def select(self, sites: Any) -> Any:
+        return behind_the_first(sites)
+
+    def action(self, target: Any, at: Any) -> Action:
+        return Action.REUSE if at.step % 2 else Action.STORE
+
+    def to_keep(self, output: Any, entry: Any, before: Any, at: Any) -> Any:
+        return tuple(stream * float("nan") for stream in output) if at.step == 2 and rank() == 1 else output
+
+
+def wish(step: int) -> Action:
+    return noted(Action.REUSE if step and distributed.get_rank() == 0 else Action.STORE)
+
+
+# -- what both processes do ----------------------------------------------------------------------------------------
+
+
+def run(pipe: Any, *specs: Any, seed: int = 0) -> dict[str, Any]:
+    """Return the latents of a run, and what was wanted and done in it."""
+    if not specs:
+        return {"image": image(pipe, seed)}
+    WISHES.clear()
+    with cachekit.apply(pipe, specs) as attachment:
+        found = image(pipe, seed)
+        report = attachment.report()
+    done = [[action.value for action in made.row.actions] for made in report.record.calls]
+    ran = sum(not made.dropped for made in report.record.calls)
+    wishes = [action.value for action in WISHES]
+    # One process alone may ask for costs: counting them is no common matter.
+    macs = report.macs if rank() == 0 and specs == (SPAN,) else None
+    return {"image": found, "done": done, "wishes": wishes, "ran": ran, "bytes": report.cache_bytes, "macs": macs}
+
+
+def rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def split(pipe: Any) -> Any:
+    pipe.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    return pipe
+
+
+def late(pipe: Any, *specs: Any) -> dict[str, Any]:
+    """Apply first, and split the transformer then."""
+    with cachekit.apply(pipe, specs):
+        split(pipe)
+        return {"image": image(pipe)}
+
+
+def undone(pipe: Any, *specs: Any) -> dict[str, Any]:
+    run(split(pipe), *specs)
+    return {"image": image(pipe)}
+
+
+def shared(make: Callable[[], Any], *specs: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: run(split(make()), *specs)
+
+
+def images_of_its_own(*specs: Any) -> dict[str, Any]:
+    """Draw two images on each process."""
+    with PartialState(cpu=True).split_between_processes([0, 1, 2, 3]) as seeds:
+        return {seed: run(wan(), *specs, seed=seed) for seed in seeds}
+
+
+def without_a_vote(store: Path) -> dict[str, Any]:
+    """Share an image although the processes disagree and do not vote."""
+    with joined(LITTLE_PATIENCE, store), unanimous():
+        try:
+            return run(split(wan()), Stubborn())
+        except RuntimeError as error:
+            return {"error": str(error)}
+
+
+@contextlib.contextmanager
+def unanimous() -> Iterator[None]:
+    """Make each process do what it wants."""
+    held, ranks.Vote.__call__ = ranks.Vote.__call__, lambda self, action: action
+    try:
+        yield
+    finally:
+        ranks.Vote.__call__ = held
+
+
+SPAN, OBSERVED = "delta_dit:boundary=3", "adaptive_guidance:threshold=0.925"
+#: One process, with the name of what two are to give.
+ALONE = {
+    "flux": lambda: run(flux()),
+    "flux, delta_dit": lambda: run(flux(), SPAN),
+    "wan": lambda: run(wan()),
+    "wan, tgate": lambda: run(wan(), "tgate:keep=cond,m=3"),
+    "wan, delta_dit": lambda: run(wan(), SPAN),
+    "wan, observed": lambda: run(wan(), OBSERVED),
+    "wan, probed": lambda: run(wan(), ByProbe(parts=2)),
+}
+SHARED = {
+    "flux": shared(flux),
+    "flux, nothing": shared(flux, "delta_dit:interval=1"),
+    "flux, delta_dit": shared(flux, SPAN),
+    "flux, stubborn": shared(flux, Stubborn()),
+    "wan": shared(wan),
+    "wan, nothing": shared(wan, "delta_dit:interval=1", "adaptive_guidance:m=99"),
+    "wan, tgate": shared(wan, "tgate:keep=cond,m=3"),
+    "wan, delta_dit": shared(wan, SPAN),
+    "wan, delta_dit, split late": lambda: late(wan(), SPAN),
+    "wan, delta_dit, undone": lambda: undone(wan(), SPAN),
+    "wan, observed": shared(wan, OBSERVED),
+    "wan, probed": shared(wan, ByProbe()),
+    "wan, stubborn": shared(wan, Stubborn()),
+    "wan, stubborn ahead": shared(wan, StubbornAhead()),
+    "wan, poisoned": shared(wan, Poisoned()),
+}
+OWN = {
+    "observed": functools.partial(images_of_its_own, OBSERVED),
+    "stubborn": functools.partial(images_of_its_own, Stubborn()),
+}
+
+
+@contextlib.contextmanager
+def joined(patience: timedelta, store: Path) -> Iterator[None]:
+    """Join the other process; whoever then waits for it longer than `patience` gets an error."""
+    rank = int(os.environ["RANK"])
+    meeting = distributed.FileStore(str(store), 2)
+    distributed.init_process_group("gloo", timeout=patience, world_size=2, rank=rank, store=meeting)
+    distributed.barrier()
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def work(rank: int, folder: Path) -> None:
+    """Do everything in `SHARED` as process `rank` of two, and write down what comes out."""
+    torch.set_num_threads(1)
+    # diffusers divides the rank by the number of accelerators to name a device, of which there is none.
+    torch.accelerator.device_count = lambda: 1
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= dict(zip(names, (str(rank), str(rank), "2", "localhost", "0")))
+    with joined(PATIENCE, folder / "store"):
+        found: dict[str, Any] = {name: scenario() for name, scenario in (SHARED | OWN).items()}
+        distributed.barrier()
+    found["without a vote"] = without_a_vote(folder / "another store")
+    torch.save(found, folder / f"{rank}.pt")

@@ -15,6 +15,7 @@ from support.commands import printed
 import cachekit
 from cachekit.costs import budget
 from cachekit.errors import BudgetError
+from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
 from cachekit.runs import store
 from cachekit.runs.store import Store
@@ -54,7 +55,7 @@ def without(name: str, dropped: list[tuple[str, str]]) -> list[Any]:
     def select(policy: Any, sites: Any) -> Any:
         return [it for it in type(policy).__base__.select(policy, sites) if (str(policy), it.name) not in dropped]
 
-    policies = [cachekit.spec.parse(spec, installed().policies) for spec in SPECS[name]]
+    policies = [parse(spec, installed().policies) for spec in SPECS[name]]
     return [type("Some", (type(it),), {"select": select, "__module__": __name__})(**dict(it)) for it in policies]
 
 

@@ -17,7 +17,7 @@ from cachekit.costs import budget
 from cachekit.errors import BudgetError
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
-from cachekit.runs import store
+from cachekit.runs import limit, store
 from cachekit.runs.store import Store
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -251,7 +251,7 @@ def test_what_is_kept_elsewhere_comes_back(name: str, monkeypatch: pytest.Monkey
             seen.update(tensor.device.type for entry in self._entries.values() for tensor in entry)
             return kept
 
-    monkeypatch.setattr(budget, "Store", Watched)
+    monkeypatch.setattr(limit, "Store", Watched)
     found, away = cached(name, SPECS[name], cache_device="meta")
     assert torch.equal(found, whole)
     assert seen == {"meta"}

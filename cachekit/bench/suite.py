@@ -8,7 +8,6 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from cachekit.attaching.attachment import Attachment
 from cachekit.bench.caches import caches_for
 from cachekit.bench.cells import BenchError, Cell, Method, Setting, digest
 from cachekit.bench.executors import executor
@@ -64,7 +63,7 @@ class Suite:
         precision(self.setting.dtype)
         denoiser, catalog = shape_of_model(self.setting.model), installed()
         for policies in self.compositions:
-            Attachment(Setup.of({"": denoiser}, policies, catalog))
+            Setup.of({"": denoiser}, policies, catalog)
         return denoiser
 
     def _schedulers(self) -> list[str]:
@@ -98,7 +97,7 @@ def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tupl
 
 def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
     try:
-        Attachment(Setup.of({"": denoiser}, policies, installed()))
+        Setup.of({"": denoiser}, policies, installed())
     except CachekitError:
         return False
     return True

@@ -20,12 +20,10 @@ from cachekit.interface.sites import Kind, Region, Target
 from cachekit.planning.plan import Plan
 from cachekit.reports.record import Fit
 from cachekit.runs.call import Call
-from cachekit.runs.clock import Clock
 from cachekit.runs.limit import Limit
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
-from cachekit.runs.store import Store
-from cachekit.runs.voting import Vote, vote_of
+from cachekit.runs.voting import vote_of
 from cachekit.switches.parts import Exit
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
@@ -157,8 +155,7 @@ class Rehearsal:
 
     def usage(self, plan: Plan) -> Usage:
         """Return what a run of `plan` keeps."""
-        run = Run(plan.assignments, Clock(exact=True), Vote(), Store())
-        run.begin(plan, self.start.layout, self.start.steps)
+        run = Run(plan, self.start.layout, self.start.steps, self.start.batch)
         ended = {name: place for place, name in enumerate(self.given)}
         exits = [(index, Exit(index, bound)) for index, bound in enumerate(plan.assignments)]
         exits.sort(key=lambda pair: ended.get(_exit(pair[1].target), -1))
@@ -166,8 +163,8 @@ class Rehearsal:
         for call in self._calls(run, plan):
             for index, exit_ in exits:
                 self._make(call, plan, index, exit_)
-            sizes.append(run.store.sizes())
-        return Usage(run.store.peak_bytes, sizes)
+            sizes.append(run.keeper.store.sizes())
+        return Usage(run.keeper.store.peak_bytes, sizes)
 
     def _is_made(self, exit_: Exit) -> bool:
         return exit_.target.kind is not Kind.GUIDANCE and _exit(exit_.target) in self.given
@@ -178,16 +175,16 @@ class Rehearsal:
             run.enter(row)
             for name, branch in itertools.product(self.names, branches):
                 if not branch or branch in row.branches:
-                    yield Call(run, row, name, branch, 0)
+                    yield Call(run.keeper, run.calls, row, (name, branch), self.start.batch)
 
     def _make(self, call: Call, plan: Plan, index: int, exit_: Exit) -> None:
         """Do what the switch of a target does, and a guided call for those that keep something of its branches."""
         bound, reused = plan.assignments[index], call.actions[index] is Action.REUSE
-        share = len(call.branches) / call.run.together
+        share = len(call.branches) / call.calls.together
         if bound.target.kind is Kind.GUIDANCE:
             if call.actions[index] is Action.STORE:
-                parts = tuple(_part(tensor, 1 / call.run.together) for tensor in tensors(self.given[""]))
-                call.keep_branches(index, dict.fromkeys(call.run.layout.order, parts))
+                parts = tuple(_part(tensor, 1 / call.calls.together) for tensor in tensors(self.given[""]))
+                call.keep_branches(index, dict.fromkeys(call.calls.layout.order, parts))
             return
         skipped = any(plan.covers(i, index) for i, action in enumerate(call.actions) if action is Action.REUSE)
         if bound.denoiser != call.denoiser or not self._is_made(exit_) or skipped or (reused and call.keeps(index)):

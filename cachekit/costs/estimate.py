@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.attaching.attachment import Attachment
 from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
-from cachekit.costs.replay import replay
+from cachekit.costs.replay import ReplayDriver, replay
 from cachekit.driving.setup import Setup
+from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
@@ -81,8 +81,9 @@ def estimate(
         guided = architecture(model).guided if isinstance(model, str) else True
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
     policies = parse_all(specs, catalog.policies)
-    with Attachment(Setup.of({"": denoiser}, policies, catalog)) as attachment:
-        return _measure(attachment, denoiser, attachment.plan(num_inference_steps, guided=guided), arguments, guided)
+    setup = Setup.of({"": denoiser}, policies, catalog)
+    layout = setup.layout if guided else setup.layout.alone
+    return _measure(setup, setup.plan_of(num_inference_steps, guided), layout, arguments)
 
 
 def _prepare(
@@ -98,16 +99,15 @@ def _prepare(
     return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
 
 
-def _measure(
-    attachment: Attachment, denoiser: nn.Module, plan: Plan, arguments: dict[str, Any], guided: bool
-) -> Estimate:
+def _measure(setup: Setup, plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Estimate:
+    denoiser = setup.denoisers[""].module
     full = count_forward(denoiser, (), arguments)
     rows = [_decided(row) for row in plan.rows]
-    calls = [CallRecord("", "", 2 if guided else 1, row) for row in rows]
-    attachment.install(denoiser)
-    layout = attachment.setup.layout if guided else attachment.setup.layout.alone
+    calls = [CallRecord("", "", len(layout.order), row) for row in rows]
+    driver = ReplayDriver(setup, layout, len(rows))
+    driver.installation.install()
     inputs = {calls[0].inputs: ((), arguments)}
-    forwards, peak = replay(attachment, calls, inputs, {calls[0].inputs: full}, layout, len(rows))
+    forwards, peak = replay(driver, calls, inputs, {calls[0].inputs: full})
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(rows, forwards)

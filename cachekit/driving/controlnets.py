@@ -1,115 +1,119 @@
-"""Leave out of a ControlNet's calls what the denoiser's next call would throw away."""
+"""Shorten ControlNet calls by what the denoiser's next call would throw away."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import threading
 from collections.abc import Iterator, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cachekit.driving.driver import Driver
 from cachekit.errors import AttachmentError
 from cachekit.guidance.slicing import pick_call, spread
 from cachekit.interface.policy import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
+from cachekit.runs.call import Call
 from cachekit.switches.parts import Part
 from cachekit.switches.placeholders import Placeholder
 from cachekit.switches.switch import Switch
 from cachekit.tensors import shape_of, tensors, tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
+from cachekit.upstream.calls import CALL, class_call
 
-if TYPE_CHECKING:
-    from cachekit.driving.driver import Driver
-    from cachekit.runs.call import Call
 
-_CALL = "_call_impl"
+class Interceptors(list["ControlNetInterceptor"]):
+    """The interceptors of one attachment, and the driver that they ask; a deep copy starts empty, without a driver.
+
+    A ControlNet that is copied with the denoiser brings its interceptor along; a copied denoiser has no need of it.
+    """
+
+    driver: Driver | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interceptors:
+        """Start empty."""
+        return Interceptors()
 
 
 class ControlNetInterceptor:
-    """Stand before the calls of one ControlNet.
+    """Shortens the calls of one ControlNet by what the denoiser's next call would throw away.
 
-    It is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain by
-    then, what it makes for skipped modules is left out, and so is the branch that is dropped: nobody reads them.
-    In doubt it runs as it is.
+    A ControlNet is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain
+    by then, outputs for skipped modules are left out, and so is the dropped branch. In doubt it runs in full.
     """
 
-    def __init__(
-        self, driver: Driver, module: nn.Module, denoiser: nn.Module, fellows: list[ControlNetInterceptor]
-    ) -> None:
-        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`.
-
-        `fellows` are the installed ones of an attachment: a copy of this one joins those of the copied.
-        """
-        self.driver: Driver | None = driver
-        self.fellows = fellows
-        self.module = module
-        self.parameters = parameters_of(module)
-        self.present = Present()
-        self.twins = _twins(driver.assignments, module, denoiser)
+    def __init__(self, fellows: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
+        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
+        assert fellows.driver is not None
+        self._fellows = fellows
+        self._module = module
+        self._parameters = parameters_of(module)
+        self._present = Present()
+        self._twins = _twins(fellows.driver.setup.assignments, module, denoiser)
         modules = dict(module.named_modules())
-        names = {name for twins in self.twins.values() for name in twins}
-        self.switches = [Switch(self.present, modules[name], name, is_told=False) for name in sorted(names)]
-        for switch in self.switches:
-            switch.parts.append(Twin(self.present, switch.name))
+        names = {name for twins in self._twins.values() for name in twins}
+        self._switches = [Switch(self._present, modules[name], name, is_told=False) for name in sorted(names)]
+        for switch in self._switches:
+            switch.parts.append(Twin(self._present, switch.name))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ControlNetInterceptor:
-        """Return the one of a copied ControlNet, which runs in full where the denoiser is not copied with it."""
-        twin = object.__new__(type(self))
-        memo[id(self)] = twin
-        vars(twin).update(vars(self))
-        twin.driver, twin.fellows = memo.get(id(self.driver)), memo.get(id(self.fellows), [])
-        twin.module, twin.present = copy.deepcopy((self.module, self.present), memo)
-        twin.switches = copy.deepcopy(self.switches, memo)
-        twin.fellows.append(twin)
-        return twin
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, which belongs to the copied attachment, or runs in full where only a ControlNet is copied."""
+        vars(self).update(state)
+        self._fellows.append(self)
 
     def install(self) -> None:
-        """Stand before the module's calls, and those of the modules within that can be skipped."""
-        for switch in self.switches:
+        """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
+        for switch in self._switches:
             switch.install()
-        vars(self.module)[_CALL] = self.lead
+        vars(self._module)[CALL] = self.lead
+        self._fellows.append(self)
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
-        for switch in self.switches:
+        for switch in self._switches:
             switch.uninstall()
-        if vars(self.module).get(_CALL) == self.lead:
-            del vars(self.module)[_CALL]
+        if vars(self._module).get(CALL) == self.lead:
+            del vars(self._module)[CALL]
 
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the ControlNet, as short as the denoiser's next call allows."""
-        forward = functools.partial(type(self.module)._call_impl, self.module)
-        if torch.compiler.is_compiling() or self.driver is None:
-            return forward(*args, **kwargs)
-        arguments = by_name(self.parameters, args, kwargs)
-        is_known = self.present.is_known([_signature(tensor) for tensor in tensors(arguments)])
-        call = self.driver.foresee(self.module, arguments) if is_known else None
+        forward = class_call(self._module)
+        call = None if torch.compiler.is_compiling() else self._foresee(args, kwargs)
         if call is None:
             return forward(*args, **kwargs)
-        layout, skipped = call.run.layout, self._skipped(call)
-        call.run.record.shortened += bool(skipped) or call.narrowed_by is not None
-        with self.present.skipping(skipped, len(layout.order) // len(call.branches)):
+        layout, skipped = call.calls.layout, self._skipped(call)
+        call.keeper.record.shortened += bool(skipped) or call.narrowed_by is not None
+        with self._present.skipping(skipped, len(layout.order) // len(call.branches)):
             if call.narrowed_by is None:
                 return forward(*args, **kwargs)
             stays = call.branches[0]
-            args, kwargs = pick_call((args, kwargs), self.parameters, layout, stays, call.batch)
+            args, kwargs = pick_call((args, kwargs), self._parameters, layout, stays, call.batch)
             return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
 
+    def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Plan the denoiser's next call, where it is certain and the shapes of such inputs are known."""
+        if self._fellows.driver is None:
+            return None
+        arguments = by_name(self._parameters, args, kwargs)
+        is_known = self._present.is_known([_signature(tensor) for tensor in tensors(arguments)])
+        return self._fellows.driver.foresee(self._module, arguments) if is_known else None
+
     def _skipped(self, call: Call) -> Set[str]:
-        reused = (i for i in self.twins if call.actions[i] is Action.REUSE and call.keeps(i))
-        return self.present.shapes.keys() & {name for index in reused for name in self.twins[index]}
+        reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
+        return self._present.shapes.keys() & {name for index in reused for name in self._twins[index]}
 
 
 class Present(threading.local):
-    """Hold, for each thread, what its present call skips and the shapes that calls with such inputs make."""
+    """What the present call of each thread skips, and the shapes that calls with such inputs make.
+
+    `share` is how many parts the batch has of which one is run.
+    """
 
     def __init__(self) -> None:
-        """Start with no call made."""
+        """Start before the first call."""
         self.call: Any = self  # a switch asks its parts in every call
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
@@ -117,17 +121,17 @@ class Present(threading.local):
         self.share = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Present:
-        """Return a fresh one: a copied module has made no call."""
+        """Start anew: a copied module has made no call."""
         return Present()
 
     def __reduce__(self) -> Any:
-        """Raise: whoever unpickled it would have no denoiser to follow."""
+        """Refuse: an unpickled ControlNet would have no denoiser to follow."""
         raise AttachmentError(
             "the ControlNet of an attached pipeline cannot be pickled; call cachekit.remove(pipe) first"
         )
 
     def is_known(self, inputs: Any) -> bool:
-        """Tell whether the last call had such inputs; if not, forget the shapes that it made."""
+        """Whether the last call had such inputs; if not, forget the shapes that it made."""
         if inputs == self.inputs:
             return True
         self.inputs, self.shapes = inputs, {}
@@ -144,7 +148,7 @@ class Present(threading.local):
 
 
 class Twin(Part):
-    """Skip a module of a ControlNet together with the denoiser's of the same name."""
+    """Skips a module of a ControlNet together with the denoiser's of the same name."""
 
     def __init__(self, present: Present, name: str) -> None:
         """Serve the module `name`."""
@@ -152,7 +156,7 @@ class Twin(Part):
         self.name = name
 
     def before(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return a placeholder where the module is skipped."""
+        """Make a placeholder where the module is skipped."""
         if self.name not in self.present.skipped:
             return super().before(call, args, kwargs)
         return tree_map(Placeholder(1, self.present.share), self.present.shapes[self.name])
@@ -168,7 +172,7 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Return, by assignment, the modules that make only what is thrown away when its region is reused."""
+    """Find, by assignment, the modules whose outputs are thrown away when its region is reused."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
     shared = {*here.values()} & {*there.values()}  # which stand behind the denoiser's own switches
 

@@ -1,107 +1,139 @@
-"""Drive runs: each call of a denoiser finds its step, its branches and what was kept for it."""
+"""Drive runs: take each call of a denoiser through its row of the plan."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
+import functools
 import time
-import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
+from cachekit.driving.entrance import CallSteps
+from cachekit.driving.inputs import CallInputs
+from cachekit.driving.installation import Installation
+from cachekit.driving.outputs import Outputs
+from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
-from cachekit.errors import AdapterError, GuidanceError
-from cachekit.guidance.detection import FirstCall, is_guided, layout_of_run, refuse_unfit
-from cachekit.guidance.observation import CallObservation
-from cachekit.guidance.slicing import as_batch, as_batches, as_lists, by_branch, pick_call, spread
-from cachekit.interface.policy import Action, Policy
-from cachekit.interface.sites import Kind
-from cachekit.reports.record import CallRecord, Fit
+from cachekit.driving.starting import FitFunction, RunStarter
+from cachekit.errors import CostError
+from cachekit.reports.record import Cost, Fit, Record
+from cachekit.reports.report import Report
 from cachekit.runs.call import Call
-from cachekit.runs.clock import Clock, mark_of
+from cachekit.runs.clock import Clock, Mark, mark_of
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
-from cachekit.runs.state import RunState
-from cachekit.runs.store import Store
-from cachekit.runs.voting import Vote, vote_of
-from cachekit.switches.prompter import Prompter
-from cachekit.tensors import shape_of, tensors, tree_map
-from cachekit.upstream.arguments import PAIR, SAMPLE, by_name
-from cachekit.upstream.guiders import has_momentum, name_by_guider
-from cachekit.upstream.pipelines import call_arguments, controlnets_of, perturbs_attention, plain_arguments
-from cachekit.upstream.schedulers import count_steps, is_entry, shares_table
+from cachekit.runs.state import PipelineCall, RunState
+from cachekit.tensors import shape_of, tree_map
+from cachekit.upstream.arguments import PAIR, SAMPLE, TIMESTEP, find
+from cachekit.upstream.guidance import guidance_state
+from cachekit.upstream.guiders import name_by_guider
+from cachekit.upstream.pipelines import call_arguments, controlnets_of
+from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
-if TYPE_CHECKING:
-    from cachekit.interface.adapter import Layout
+#: Counts what a run cost.
+CostFunction = Callable[[Setup, Record], Cost]
 
-
-#: Arguments that a denoiser writes to.
-_WRITTEN = ("kv_cache", "kv_caches")
+_NO_LIMIT = Limit()
 
 
-#: What a pipeline's batch depends on, and may change from step to step.
-_TELLING = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
+def no_cost(setup: Setup, record: Record) -> Cost:
+    """Refuse to count: the default of attachments that nobody asks for costs."""
+    raise CostError("the costs of this attachment are not counted; use cachekit.apply")
 
 
-_TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps")
-
-
-#: A call in steps: yields the arguments of the forward it needs, is sent its output, and returns its own.
-Steps = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, Any]
+def no_fit(setup: Setup, start: RunStart) -> Fit:
+    """Give nothing up: the plan of a run without a limit."""
+    return Fit()
 
 
 class Driver:
-    """Take each call of the attached denoisers through its row of the plan."""
+    """Takes each call of the attached denoisers through its row of the plan, within runs."""
 
     def __init__(
-        self,
-        setup: Setup,
-        check: Callable[[], None],
-        finished: Callable[[Run], None],
-        limit: Limit,
-        fit: Callable[[Setup, RunStart], Fit],
+        self, setup: Setup, limit: Limit = _NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
     ) -> None:
-        """Start without a run; `check` is called before each, `finished` told of each that ends.
-
-        `limit` makes the stores, and `fit` says what of a plan fits into them.
-        """
+        """Drive without a run yet; `cost` counts what runs cost, and `fit` plans what of them fits into `limit`."""
         self.setup = setup
-        self.assignments, policies = setup.assignments, setup.policies
         self.state = RunState()
-        self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.prompters: dict[str, Prompter] = {}
-        self._check, self._finished = check, finished
-        self._limit, self._fit = limit, fit
-        self._observers = [policy for policy in policies if type(policy).observe is not Policy.observe]
-        self._narrowing = [bound.policy for bound in self.assignments if bound.target.kind is Kind.GUIDANCE]
+        self.pipelines = Pipelines()
+        self.installation = Installation(setup, self.state, self)
+        self.last_report: Report | None = None
+        self._cost = cost
+        self._starter = RunStarter(setup, limit, fit)
+        self._outputs = Outputs(setup, self.state, self.pipelines)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
-        """Return a driver with no run and no pipeline, for the copied switches."""
-        check, finished = copy.deepcopy(self._check, memo), copy.deepcopy(self._finished, memo)
-        twin = type(self)(copy.deepcopy(self.setup, memo), check, finished, self._limit, self._fit)
-        memo[id(self)] = twin
-        twin.state = copy.deepcopy(self.state, memo)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last report out of copies: they have not run yet."""
+        return {**vars(self), "last_report": None}
 
-    # -- where runs begin and end -------------------------------------------------------------------------
+    # -- a call: locate it, run the forward or not, finish ------------------------------------------------
+
+    def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
+        """Yield the arguments of the denoiser's own forward, unless it is left out, take its output; return one.
+
+        `enclosed` says that the forward is compiled as a whole, by code outside of the denoiser.
+        """
+        self.state.call = None
+        start = time.perf_counter()
+        inputs = CallInputs(denoiser.parameters, args, kwargs)
+        if self.state.paused:
+            self._pass_by(inputs)
+        call = None if self.state.paused else self.locate(denoiser, inputs)
+        if call is None:
+            with self.installation.prompting(denoiser.name, None, enclosed):
+                return (yield args, kwargs)
+        given = self._outputs.narrowed(call, denoiser, inputs)
+        _record(call, inputs, time.perf_counter() - start)
+        if call.is_dropped:
+            return self._outputs.replaced(call)
+        self.state.call = call
+        try:
+            with self.installation.prompting(denoiser.name, call, enclosed):
+                output = yield given
+            return self._outputs.finish(call, inputs, output)
+        finally:
+            self.state.call = None
+
+    def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
+        """Find the run, the step and the branches of a call; None where it runs uncached."""
+        inputs.check(type(denoiser.module).__name__)
+        if self._is_of_another_loop(inputs.timestep):
+            return None
+        run = self._run_of_call(denoiser, inputs)
+        if not run.serves(inputs.batch):
+            return None
+        run.follow_batch(denoiser.name, inputs.sample, inputs.cache_mode)
+        run.guidance_state = self._guidance_state()
+        call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch)
+        if call.branch in run.layout.order[1:]:
+            self._starter.check_order(run.layout, denoiser)
+        return call
+
+    def _pass_by(self, inputs: CallInputs) -> None:
+        """Note a paused call in a pipeline's loop: a step, if the loop goes on behind it."""
+        run, timestep = self.state.run, inputs.timestep
+        if run is not None and self.state.pipeline and isinstance(timestep, Tensor) and is_entry(timestep):
+            run.clock.note(mark_of(timestep, None))
+
+    # -- runs ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def run_of(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Bound one run exactly: what is kept ends with the pipeline's call, by an exception too."""
-        self.pipes.add(pipe)
-        self._check()
+        """Bound one run by a pipeline's call: what is kept ends with it, by an exception too."""
+        self.pipelines.add(pipe)
+        self.installation.check()
+        pipeline = PipelineCall(pipe, call_arguments(pipe, args, kwargs))
+        self._starter.refuse(pipeline)
         state = self.state
         if state.pipeline is None:
             self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
             state.reports = ()
         outer = (state.run, state.call, state.pipeline)
-        state.run, state.call = None, None
-        state.pipeline = (pipe, call_arguments(pipe, args, kwargs))
+        state.run, state.call, state.pipeline = None, None, pipeline
         try:
             yield
         except BaseException:
@@ -112,113 +144,43 @@ class Driver:
         finally:
             state.run, state.call, state.pipeline = outer
 
-    def end_run(self, interrupted: bool) -> None:
-        """End this thread's run, if there is one whose first call was not refused."""
-        run, self.state.run, self.state.call = self.state.run, None, None
-        if run is None or not run.batch:
-            return
-        run.record.interrupted = interrupted
-        self._finished(run)
-
-    def _run_for(self, denoiser: Denoiser, sample: Tensor, timestep: Any, arguments: dict[str, Any]) -> Run:
+    def _run_of_call(self, denoiser: Denoiser, inputs: CallInputs) -> Run:
+        """Find or start the run that a call belongs to, and advance its clock."""
         state = self.state
-        scheduler = self._scheduler(timestep)
-        mark = mark_of(timestep, scheduler if state.pipeline else None)
+        scheduler = self.pipelines.scheduler_behind(inputs.timestep, state.pipeline)
+        mark = mark_of(inputs.timestep, scheduler if state.pipeline else None)
         if state.run is not None and state.run.clock.starts_anew(mark):
             self.end_run(interrupted=False)
-        if state.run is None:
-            if state.pipeline is None:  # its call has been checked
-                self._check()
-            clock = Clock(exact=state.pipeline is not None)
-            state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._limit.store())
-        run = state.run
-        run.pass_by(mark)
-        run.clock.tick(mark)
-        if not run.batch:
-            layout = self._layout(denoiser, sample, arguments)
-            run.is_named = self._context() in PAIR
-            steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
-            fit = self._fit(self.setup, RunStart(denoiser, arguments, sample.shape[0], layout, steps))
-            run.begin(self.setup.plan(steps, layout, fit.dropped), layout, steps)
-            run.record.fit = fit
-            run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
-        return run
+        if state.run is not None:
+            state.run.tick(mark)
+            return state.run
+        if state.pipeline is None:  # its call has been checked
+            self.installation.check()
+        clock = Clock(exact=state.pipeline is not None)
+        clock.tick(mark)
+        state.run = self._starter.start(denoiser, inputs, clock, scheduler, state.pipeline, self._context(clock))
+        return state.run
 
-    def _layout(self, denoiser: Denoiser, sample: Tensor, given: dict[str, Any]) -> Layout:
-        pipe, arguments = self.state.pipeline or (None, {})
-        refuse_unfit(pipe, arguments, sample, _find(given, _TIMESTEP))
-        context = self._context()
-        told = pipe and is_guided(pipe, arguments, denoiser.module, context)
-        if told is None and pipe is not None and denoiser.layout.calls:
-            told = True  # for now: the second call, or none, will tell
-        first = FirstCall(
-            told=told,
-            sample=sample,
-            context=context,
-            narrows=bool(self._narrowing),
-            denoiser=type(denoiser.module).__name__,
-            perturbed=perturbs_attention(pipe, denoiser.module),
-            remembers=any(given.get(name) is not None for name in _WRITTEN),
-            momentum=has_momentum(pipe),
-        )
-        return layout_of_run(first, denoiser.layout)
-
-    def _context(self) -> str | None:
-        """Return the name of the present call: the pipeline's for it, or that of its guider; or None."""
+    def end_run(self, interrupted: bool) -> None:
+        """End this thread's run, if there is one: report it, and drop what it keeps."""
         state = self.state
-        if state.context in PAIR or not state.pipeline or not state.run:
-            return state.context
-        return (
-            _without_prefix(name_by_guider(state.pipeline[0], state.run.clock.step, state.run.clock.call))
-            or state.context
-        )
+        run, state.run, state.call = state.run, None, None
+        if run is None:
+            return
+        run.record.interrupted = interrupted
+        self.last_report = report = self.report_of(run)
+        report.earlier = state.reports
+        if state.pipeline is not None:
+            state.reports = (*state.reports, report)
+        run.forget()
+        if not interrupted:
+            self.setup.catalog.run_finished(report)
 
-    def _check_order(self, layout: Layout, name: str) -> None:
-        for policy in self._narrowing:
-            stays, called_first = policy.stays(layout), layout.order[0]
-            if stays != called_first:
-                raise GuidanceError(
-                    f"{policy}: would keep the branch {stays!r}, but {name} is called for {called_first!r} first,"
-                    f" when nothing stands in for it yet; use a policy that keeps {called_first!r}"
-                )
+    def report_of(self, run: Run) -> Report:
+        """Report on a run so far."""
+        return Report(self.setup.assignments, run.finish(), functools.partial(self._cost, self.setup))
 
-    def _scheduler(self, timestep: Any) -> Any:
-        """Return the scheduler behind a timestep: the running pipeline's, else the known one it belongs to."""
-        if self.state.pipeline:
-            return getattr(self.state.pipeline[0], "scheduler", None)
-        known = [getattr(pipe, "scheduler", None) for pipe in list(self.pipes)]
-        owners = [scheduler for scheduler in known if shares_table(timestep, scheduler)]
-        return owners[0] if owners else (known[0] if len(known) == 1 else None)
-
-    def _is_of_another_loop(self, timestep: Any) -> bool:
-        """Tell whether somebody runs another pipeline with this denoiser in a callback of the running one."""
-        if self.state.run is None or self.state.pipeline is None:
-            return False
-        scheduler = getattr(self.state.pipeline[0], "scheduler", None)
-        is_in_table = isinstance(timestep, Tensor) and is_entry(timestep)
-        return is_in_table and self.state.run.clock.goes_through(scheduler) and not shares_table(timestep, scheduler)
-
-    def _follow_batch(self, run: Run, name: str, sample: Tensor, arguments: dict[str, Any]) -> None:
-        """Notice a batch that changes in the middle of a run: a guidance cut by the pipeline, or new shapes.
-
-        Two denoisers that take turns may have shapes of their own.
-        """
-        batch = sample.shape[0] // run.together
-        run.told = self._told()
-        # A call that writes keys and values is for more tokens than one that reads them.
-        kind = (sample.shape[1:], sample.dtype, sample.device, arguments.get("kv_cache_mode"))
-        if run.batch and (batch, kind) != (run.batch, run.kinds.get(name, kind)):
-            if run.together > 1 and sample.shape[0] == run.batch:
-                run.change_layout(run.layout.alone)
-                return
-            run.store.clear()
-            run.shapes.clear()
-        run.batch, run.kinds[name] = batch, kind
-
-    def _told(self) -> tuple[Any, ...]:
-        """Return what the running pipeline says of its guidance now; a callback may change that."""
-        pipe = self.state.pipeline[0] if self.state.pipeline else None
-        return tuple(getattr(pipe, name, None) for name in _TELLING)
+    # -- what pipelines show ------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def named(self, context: str | None) -> Iterator[None]:
@@ -229,199 +191,63 @@ class Driver:
         finally:
             self.state.context = before
 
-    # -- companions ---------------------------------------------------------------------------------------
+    def _context(self, clock: Clock) -> str | None:
+        """Find the name of the present call: the pipeline's for it, or that of its guider; None without one."""
+        state = self.state
+        if state.context in PAIR or not state.pipeline:
+            return state.context
+        return _without_prefix(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
 
-    def foresee(self, companion: nn.Module, arguments: dict[str, Any]) -> Call | None:
-        """Return the call that the denoiser will be given next, or None where that is not certain.
+    def _guidance_state(self) -> tuple[Any, ...]:
+        return guidance_state(self.state.pipeline.pipe if self.state.pipeline else None)
 
-        `companion` is given its `arguments` just before: the same timestep, and a batch of the same branches.
+    def _is_of_another_loop(self, timestep: Any) -> bool:
+        """Whether another pipeline runs with this denoiser in a callback of the running one."""
+        state = self.state
+        if state.run is None or state.pipeline is None:
+            return False
+        scheduler = scheduler_of(state.pipeline.pipe)
+        is_in_table = isinstance(timestep, Tensor) and is_entry(timestep)
+        return is_in_table and state.run.clock.goes_through(scheduler) and not shares_table(timestep, scheduler)
+
+    # -- ControlNets --------------------------------------------------------------------------------------
+
+    def foresee(self, controlnet: nn.Module, arguments: dict[str, Any]) -> Call | None:
+        """Plan the denoiser's next call before it is made; None where that is not certain.
+
+        `controlnet` is given `arguments` just before: the same timestep, and a batch of the same branches.
         """
         state, run = self.state, self.state.run
         if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
             return None
-        pipe = state.pipeline[0]
-        timestep, sample = _find(arguments, _TIMESTEP), _find(arguments, SAMPLE)
+        timestep, sample = find(arguments, TIMESTEP), find(arguments, SAMPLE)
         if timestep is None or not isinstance(sample, Tensor):
             return None
-        mark, batch = mark_of(timestep, getattr(pipe, "scheduler", None)), sample.shape[0]
-        is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
-        is_whole = batch == run.batch * run.together
-        is_as_before = self._told() == run.told  # in guess mode the ControlNet's batch would not show a change
-        if not (is_next and is_whole and is_as_before and any(companion is other for other in controlnets_of(pipe))):
+        mark, batch = mark_of(timestep, scheduler_of(state.pipeline.pipe)), sample.shape[0]
+        if not self._is_next(run, mark, batch) or all(
+            controlnet is not it for it in controlnets_of(state.pipeline.pipe)
+        ):
             return None
         run.pass_by(mark)
         return run.foresee(run.clock.step + 1, batch)
 
-    # -- replays ------------------------------------------------------------------------------------------
+    def _is_next(self, run: Run, mark: Mark, batch: int) -> bool:
+        """Whether a call at `mark` begins the next step, with the batch and the guidance of the last call."""
+        is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
+        is_whole = batch == run.images * run.calls.together
+        # In guess mode the ControlNet's batch would not show a change of guidance.
+        return is_next and is_whole and self._guidance_state() == run.guidance_state
 
-    @contextlib.contextmanager
-    def replaying(self, layout: Layout, steps: int) -> Iterator[Run]:
-        """Make the calls within the block obey `expect` instead of the clock: for counting costs."""
-        run = Run(self.assignments, Clock(exact=True), Vote(), Store())
-        run.begin(self.setup.plan(steps, layout), layout, steps)
-        self.state.run = run
-        try:
-            yield run
-        finally:
-            self.state.run, self.state.call, self.state.replayed = None, None, None
 
-    def expect(self, made: CallRecord) -> None:
-        """Make the next call within `replaying` do what was done in this one."""
-        self.state.replayed = made
-
-    def _replayed(self) -> Call | None:
-        state = self.state
-        made, state.replayed = state.replayed, None
-        if made is None or state.run is None:
-            return None
-        state.run.enter(made.row)
-        return Call(state.run, made.row, made.denoiser, made.branch, 0)
-
-    # -- calls --------------------------------------------------------------------------------------------
-
-    def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> Steps:
-        """Yield the arguments of the denoiser's own forward, unless it is not needed, take its output; return one.
-
-        `enclosed` says that the forward is being compiled as a whole, by somebody outside of the denoiser.
-        """
-        state = self.state
-        state.call = None
-        if state.paused:
-            self._pass(denoiser, args, kwargs)
-            return (yield from self._plain(denoiser, args, kwargs, enclosed))
-        start = time.perf_counter()
-        call = self._begin_call(denoiser, args, kwargs)
-        if call is None:
-            return (yield from self._plain(denoiser, args, kwargs, enclosed))
-        if call.narrowed_by is not None and not call.branch:
-            whole = (args, kwargs)
-            args, kwargs = pick_call(whole, denoiser.parameters, call.run.layout, call.branches[0], call.batch)
-        call.run.record.deciding_seconds += time.perf_counter() - start
-        if call.is_dropped:
-            return self._stand_in(call)
-        state.call = call
-        try:
-            with self._prompted(denoiser, call, enclosed):
-                output = yield args, kwargs
-            return as_lists(self._output(call, as_batches(output))) if call.is_listed else self._output(call, output)
-        finally:
-            state.call = None
-
-    def _pass(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Notice a call in a pipeline's loop that goes by uncached: a step, if the loop goes on behind it."""
-        run, pipeline = self.state.run, self.state.pipeline
-        timestep = _find(by_name(denoiser.parameters, args, kwargs), _TIMESTEP) if run and pipeline else None
-        if run is not None and isinstance(timestep, Tensor) and is_entry(timestep):
-            run.clock.note(mark_of(timestep, None))
-
-    def _prompted(
-        self, denoiser: Denoiser, call: Call | None, enclosed: bool
-    ) -> contextlib.AbstractContextManager[None]:
-        prompter = self.prompters.get(denoiser.name)
-        return contextlib.nullcontext() if prompter is None else prompter.call(call, enclosed)
-
-    def _plain(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> Steps:
-        with self._prompted(denoiser, None, enclosed):
-            return (yield args, kwargs)
-
-    def _begin_call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        arguments = by_name(denoiser.parameters, args, kwargs)
-        given, timestep = _find(arguments, SAMPLE), _find(arguments, _TIMESTEP)
-        sample = as_batch(given)
-        _refuse_unknown(type(denoiser.module).__name__, sample, timestep)
-        call = self._replayed()
-        if call is None:
-            call = self._next_call(denoiser, sample, timestep, arguments)
-            if call is not None:
-                call.sample, call.timestep = sample, timestep
-        if call is not None:
-            call.batch, call.is_listed = sample.shape[0], sample is not given
-            made = call.made()
-            call.run.record.calls.append(made)
-            if made.inputs not in call.run.record.inputs:
-                call.run.record.inputs[made.inputs] = tree_map(shape_of, (args, kwargs))
-        return call
-
-    def _next_call(self, denoiser: Denoiser, sample: Tensor, timestep: Any, arguments: dict[str, Any]) -> Call | None:
-        if self._is_of_another_loop(timestep):
-            return None
-        run = self._run_for(denoiser, sample, timestep, arguments)
-        if not run.serves(sample.shape[0]):
-            return None
-        self._follow_batch(run, denoiser.name, sample, arguments)
-        if run.calls_one_branch():
-            run.take_as_alone()
-        run.tick()
-        context = self._context()
-        run.expect_guidance(context)
-        branch = run.branch_of_call(context)
-        if branch in run.layout.order[1:]:
-            self._check_order(run.layout, type(denoiser.module).__name__)
-        return run.begin_call(run.clock.step, denoiser.name, branch)
-
-    def _output(self, call: Call, output: Any) -> Any:
-        if call.branch:
-            return self._of_one_branch(call, output)
-        if call.narrowed_by is not None:
-            restore = self._restored(call)
-            return spread(output, call.run.layout, call.branches[0], restore)
-        if len(call.branches) > 1 and (self._narrowing or self._observers):
-            self._observe(call, by_branch(output, call.branches))
-        return output
-
-    def _of_one_branch(self, call: Call, output: Any) -> Any:
-        """Hold a branch's output until the step ends: others are compared with it, or replaced by it."""
-        outputs, order = call.run.outputs, call.run.layout.order
-        outputs[call.branch] = output
-        is_last = len(order) > 1 and call.branch in order and all(branch in outputs for branch in order)
-        if is_last and call.narrowed_by is None:
-            self._observe(call, {branch: tuple(tensors(outputs[branch])) for branch in order})
-        return output
-
-    def _stand_in(self, call: Call) -> Any:
-        (stays,) = call.row.branches
-        return tree_map(self._restored(call), call.run.outputs[stays])
-
-    def _restored(self, call: Call) -> Callable[[Tensor], Tensor]:
-        """Return what makes the dropped branch's output from the other's."""
-        index = call.narrowed_by
-        assert index is not None
-        call.count(index, Action.REUSE)
-        policy, kept = self.assignments[index].policy, call.run.store.get(call.slot(index), ())
-        each = itertools.repeat(None) if kept is None else iter(kept)
-        return lambda output: policy.restore_branch(output, next(each, None))
-
-    def _observe(self, call: Call, each: Mapping[str, tuple[Tensor, ...]]) -> None:
-        for index in call.count_guidance():
-            call.keep_branches(index, each)
-        if self._observers and call.sample is not None:
-            start = time.perf_counter()
-            outputs, sample = {name: of[0] for name, of in each.items()}, call.sample.chunk(call.run.together)[0]
-            scheduler, negated = self._scheduler(call.timestep), call.run.layout.negated
-            seen = CallObservation(call.row.step, outputs, sample, call.timestep, scheduler, negated)
-            for policy in self._observers:
-                policy.observe(seen, call.run.memories[policy.name])
-            call.run.record.deciding_seconds += time.perf_counter() - start
+def _record(call: Call, inputs: CallInputs, seconds: float) -> None:
+    """Add a call to its run's record, with the shapes of its arguments."""
+    record, made = call.keeper.record, call.record()
+    record.calls.append(made)
+    record.deciding_seconds += seconds
+    if made.inputs not in record.inputs:
+        record.inputs[made.inputs] = tree_map(shape_of, (inputs.args, inputs.kwargs))
 
 
 def _without_prefix(context: str | None) -> str | None:
-    """Return a call's name: guiders name their calls after the predictions that come of them."""
+    """Cut a call's name: guiders name their calls after the predictions that come of them."""
     return context and context.removeprefix("pred_")
-
-
-def _refuse_unknown(name: str, sample: Any, timestep: Any) -> None:
-    for what, value, names in (("sample", sample, SAMPLE), ("timestep", timestep, _TIMESTEP)):
-        if value is None:
-            raise AdapterError(
-                f"{name} is called without a {what} ({', '.join(names)}): its steps cannot be told; call"
-                " cachekit.remove(pipe)"
-            )
-    if not isinstance(sample, Tensor):
-        raise AdapterError(
-            f"{name}: samples of several sizes, or lists within lists, are not supported; give images of one size, or"
-            " call cachekit.remove(pipe)"
-        )
-
-
-def _find(arguments: dict[str, Any], names: Sequence[str]) -> Any:
-    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

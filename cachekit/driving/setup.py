@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import SiteError
+from cachekit.errors import CachekitError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Target
+from cachekit.interface.sites import Kind, Target
 from cachekit.planning.assignments import Assignment, assign
 from cachekit.planning.plan import Plan, make_plan
 from cachekit.registry.catalog import Catalog
 from cachekit.runs.denoiser import Denoiser
+
+#: The number of steps of the plan that plugins check.
+_CHECKED_STEPS = 50
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,33 @@ class Setup:
     def of(cls, modules: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> Setup:
         """Choose an adapter for each module and the targets of each policy.
 
-        Raises a `CachekitError` where an adapter, a target or the agreement of all policies is missing.
+        Raises a `CachekitError` where an adapter or a target is missing, or policies or a plugin stand against it.
         """
         denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
         chosen = ((policy, name, targets) for policy in policies for name, targets in _select(policy, denoisers))
-        return cls(denoisers, tuple(policies), assign(chosen), catalog)
+        setup = cls(denoisers, tuple(policies), assign(chosen), catalog)
+        catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
+        return setup
+
+    def on(self, modules: Mapping[str, nn.Module]) -> Setup:
+        """Put the same policies on copies of the denoisers, given by name."""
+        return replace(self, denoisers={name: replace(self.denoisers[name], module=modules[name]) for name in modules})
 
     @property
     def layout(self) -> Layout:
         """How the guidance branches reach the first denoiser."""
         return next(iter(self.denoisers.values())).layout
+
+    @property
+    def narrowing(self) -> list[Policy]:
+        """The policies that may drop a guidance branch."""
+        return [bound.policy for bound in self.assignments if bound.target.kind is Kind.GUIDANCE]
+
+    def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
+        """Plan a run as users describe it; raises `CachekitError` for what is no number of steps."""
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
+        return self.plan(num_inference_steps, self.layout if guided else self.layout.alone)
 
     def plan(self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset()) -> Plan:
         """Plan a run of `steps` steps whose branches come as `layout` says; `dropped` assignments compute."""

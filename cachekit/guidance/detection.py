@@ -12,73 +12,63 @@ from torch import Tensor
 from cachekit.errors import GuidanceError
 from cachekit.interface.adapter import Layout
 from cachekit.upstream.arguments import PAIR
+from cachekit.upstream.guidance import reads_attention
 
-#: Pipelines that say they are unguided whatever they are given.
-_TELL_NOTHING = ("StableDiffusionPanoramaPipeline",)
-
-
-#: Arguments of guidance that has a branch beside the two.
-_THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
+WRITES_CACHE = "each call writes keys and values that later ones of its branch read"
+HAS_MOMENTUM = "the guider adds up what branches differed by; set its momentum to None"
+PERTURBS_ATTENTION = "perturbed-attention guidance adds a branch of its own; set pag_scale=0"
 
 
-def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: Any, context: str | None) -> bool | None:
-    """Tell whether the pipeline's present run is guided, or None when it does not say.
+@dataclass(frozen=True)
+class FirstCall:
+    """What the first call of a run shows of its guidance.
 
-    The pipeline's own property is right from the first call of the denoiser on. Without one, the name of a call
-    (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
-    embedding; true guidance beside it, or guidance by an image, mean more than one; anything else means one.
+    `guided` is what the pipeline says, None where that is open; `context` is the name that it gives the call.
+    `writes_cache`, `has_momentum` and `perturbs_attention` are reasons against dropping a branch.
     """
-    if type(pipe).__name__ in _TELL_NOTHING:
-        return _above_one(arguments, "guidance_scale")
-    told = getattr(pipe, "do_classifier_free_guidance", None)
-    if told is not None:
-        return bool(told)
-    if context in PAIR:
-        return None
-    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
-    if negative and _above_one(arguments, "true_cfg_scale"):
-        return True
-    embedded = (getattr(denoiser, "config", None) or {}).get("guidance_embeds")
-    scales = [name for name in arguments if name.endswith("guidance_scale")]  # of a prior and a decoder
-    own = ["guidance_scale"] if "guidance_scale" in scales else scales
-    if embedded or not any(_above_one(arguments, name) for name in own):
-        return False
-    return True if any(name in arguments for name in _THIRD_BRANCH) else None
+
+    sample: Tensor
+    guided: bool | None
+    context: str | None
+    writes_cache: bool = False
+    has_momentum: bool = False
+    perturbs_attention: bool = False
 
 
-def _above_one(arguments: Mapping[str, Any], name: str) -> bool:
-    scale = arguments.get(name)
-    return isinstance(scale, (int, float)) and scale > 1
+def layout_of_run(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
+    """Detect how the branches of a run come, and why none of them could be dropped ("" where one could).
 
-
-def refuse_unfit(pipe: Any, arguments: Mapping[str, Any], sample: Tensor, timestep: Any) -> None:
-    """Raise `GuidanceError` for runs whose calls nobody may skip or narrow.
-
-    A pipeline may itself read attention maps, take gradients through the denoiser, or run several steps at once.
+    A pipeline that names its calls after branches makes one for each. A batch is what the pipeline says, checked
+    against the latents themselves; a bare loop says nothing, and there equal parts of the batch are its branches.
+    Anything else (three branches, calls without names) is a whole of its own: guessing would mix images.
     """
-    reason = ""
-    if (arguments.get("sag_scale") or 0) > 0:
-        reason = "self-attention guidance reads the attention of every step; set sag_scale=0"
-    elif arguments.get("use_cross_attn_mask") or arguments.get("use_intersect_mask"):
-        reason = "its masks are made of every step's attention; set use_cross_attn_mask and use_intersect_mask to False"
-    elif sample.requires_grad:
-        reason = "gradients are taken through the denoiser; detach the sample"
-    elif _has_several_steps(timestep):
-        reason = "one call holds several steps; run them one by one"
-    if reason:
-        name = "a bare loop" if pipe is None else type(pipe).__name__
-        raise GuidanceError(f"{name}: {reason}, or call cachekit.remove(pipe)")
+    if first.writes_cache and first.guided is not False:
+        return layout.alone, WRITES_CACHE
+    if first.has_momentum:
+        return layout.alone, HAS_MOMENTUM
+    if first.context in PAIR and (first.guided is not False or first.context == PAIR[1]):
+        other = PAIR[1 - PAIR.index(first.context)]
+        return layout.by_calls((first.context, other)), ""
+    if first.guided is False:
+        return layout.alone, ""
+    if first.perturbs_attention:
+        return layout.alone, PERTURBS_ATTENTION
+    if first.guided and layout.calls:
+        return layout.by_calls(layout.calls), ""
+    return _layout_of_batch(first, layout)
 
 
-def _has_several_steps(timestep: Any) -> bool:
-    """Tell whether a batch holds different timesteps; a table of them by token, as in video, has two dimensions."""
-    if not isinstance(timestep, Tensor) or timestep.dim() != 1 or timestep.numel() < 2 or timestep.is_meta:
-        return False
-    return timestep.stride(0) != 0 and bool((timestep != timestep[0]).any())
+def _layout_of_batch(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
+    if branches_share(first.sample, layout):
+        return layout, ""
+    if not first.guided:
+        return layout.alone, ""
+    batch = first.sample.shape[0]
+    return layout.alone, f"a guided batch of {batch} is not {' and '.join(layout.order)} over the same latents"
 
 
 def branches_share(sample: Tensor, layout: Layout) -> bool:
-    """Tell whether a batch holds the same latents once per branch, as batched guidance does.
+    """Whether a batch holds the same latents once for each branch, as batched guidance does.
 
     Where the condition is an image, it fills the second half of the sample's channels and differs.
     """
@@ -93,59 +83,36 @@ def branches_share(sample: Tensor, layout: Layout) -> bool:
     return all(torch.equal(first, other) for other in others)
 
 
-@dataclass(frozen=True)
-class FirstCall:
-    """Hold what the first call of a run shows of its guidance.
-
-    `told` is what the pipeline says, `context` the name that it gives the call, `narrows` whether any policy
-    would drop a branch, `perturbed` whether attention is perturbed for one, `remembers` whether calls leave
-    something behind in the denoiser's arguments, `momentum` whether guidance adds up earlier steps; `denoiser` is
-    the name of its class, for errors.
-    """
-
-    told: bool | None
-    sample: Tensor
-    context: str | None
-    narrows: bool
-    denoiser: str
-    perturbed: bool = False
-    remembers: bool = False
-    momentum: bool = False
-
-
-def layout_of_run(first: FirstCall, layout: Layout) -> Layout:
-    """Return how the branches of a run come, from what its first call shows.
-
-    A pipeline that names its calls after branches makes one for each. A batch is what the pipeline told, checked
-    against the latents themselves; a bare loop tells nothing (None), and there equal parts of the batch are its
-    branches. Raise `GuidanceError` where a policy would drop a branch of something else (three branches, calls
-    without names): guessing would mix images. Where no policy would, each call is a whole of its own.
-    """
-    if first.remembers and first.told is not False:
-        return _refuse_or_alone(first, layout, "each call writes keys and values that later ones of its branch read")
-    if first.momentum:
-        return _refuse_or_alone(first, layout, "the guider adds up what branches differed by; set its momentum to None")
-    if first.context in PAIR and (first.told is not False or first.context == PAIR[1]):
-        other = PAIR[1 - PAIR.index(first.context)]
-        return layout.by_calls((first.context, other))
-    if first.told is False:
-        return layout.alone
-    if first.perturbed:
-        return _refuse_or_alone(first, layout, "perturbed-attention guidance adds a branch of its own; set pag_scale=0")
-    if first.told and layout.calls:
-        return layout.by_calls(layout.calls)
-    if branches_share(first.sample, layout):
-        return layout
-    if not first.told:
-        return layout.alone
-    batch = f"a guided batch of {first.sample.shape[0]} is not {' and '.join(layout.order)} over the same latents"
-    return _refuse_or_alone(first, layout, batch)
-
-
-def _refuse_or_alone(first: FirstCall, layout: Layout, reason: str) -> Layout:
-    if not first.narrows:
-        return layout.alone
+def refuse_narrowing(name: str, reason: str) -> None:
+    """Raise `GuidanceError`: no branch of the run of `name`, a pipeline or denoiser, can be dropped."""
     raise GuidanceError(
-        f"{first.denoiser}: {reason}; no branch of it can be dropped: this pipeline's guidance is not supported,"
+        f"{name}: {reason}; no branch of it can be dropped: this pipeline's guidance is not supported,"
         " call cachekit.remove(pipe), or apply policies that keep all branches"
     )
+
+
+def refuse_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise `GuidanceError` for a pipeline call that reads the attention of every step: none may be skipped."""
+    reason = reads_attention(arguments)
+    if reason:
+        _refuse(pipe, reason)
+
+
+def refuse_inputs(pipe: Any, sample: Tensor, timestep: Any) -> None:
+    """Raise `GuidanceError` for a denoiser call that takes gradients or runs several steps at once."""
+    if sample.requires_grad:
+        _refuse(pipe, "gradients are taken through the denoiser; detach the sample")
+    if _has_several_steps(timestep):
+        _refuse(pipe, "one call holds several steps; run them one by one")
+
+
+def _refuse(pipe: Any, reason: str) -> None:
+    name = "a bare loop" if pipe is None else type(pipe).__name__
+    raise GuidanceError(f"{name}: {reason}, or call cachekit.remove(pipe)")
+
+
+def _has_several_steps(timestep: Any) -> bool:
+    """Whether a batch holds different timesteps; a table of them by token, as in video, has two dimensions."""
+    if not isinstance(timestep, Tensor) or timestep.dim() != 1 or timestep.numel() < 2 or timestep.is_meta:
+        return False
+    return timestep.stride(0) != 0 and bool((timestep != timestep[0]).any())

@@ -13,10 +13,10 @@ from cachekit.upstream.prediction import predict_x0
 
 @dataclass(frozen=True)
 class CallObservation:
-    """Hold what an observing policy may look at after a guided call.
+    """What an observing policy is given after a guided call.
 
     `outputs` maps each branch to its output `(batch, channels, ...)`; `sample` is the input that all branches
-    share, scaled as the denoiser saw it; `step` is 0-based. `negated` says that the pipeline turns the outputs' sign.
+    share, scaled as the denoiser receives it; `step` is 0-based. With `negated` the pipeline flips the outputs' sign.
     """
 
     step: int
@@ -27,7 +27,7 @@ class CallObservation:
     negated: bool = False
 
     def denoised(self, branch: str) -> Tensor:
-        """Return the branch's prediction of the clean sample, x0.
+        """Predict the clean sample, x0, from a branch's output.
 
         Channels that only one of both has, an input image or a learned variance, are left out.
         """

@@ -4,128 +4,135 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from cachekit.interface.policy import Action, Moment
+from cachekit.interface.policy import Action, Moment, Streams
 from cachekit.interface.sites import Branches
 from cachekit.planning.row import Row
 from cachekit.reports.record import CallRecord
+from cachekit.runs.branches import BranchCalls, Caller
+from cachekit.runs.keeping import Keeper
 from cachekit.runs.store import Slot, narrow_kept, split_kept
-
-if TYPE_CHECKING:
-    from cachekit.interface.policy import Streams
-    from cachekit.runs.run import Run
 
 
 class Call:
-    """Hold the actions of one forward of a denoiser.
+    """The actions of one forward of a denoiser.
 
-    `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `sample` and
-    `timestep` are what observing policies see; a call that is only counted has none.
+    `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `entries` are
+    the tensors that entered regions, by assignment.
     """
 
-    __slots__ = (
-        "actions", "batch", "branch", "branches", "denoiser", "entries", "is_listed", "ordinal", "row", "run", "sample",
-        "timestep",
-    )  # fmt: skip
+    __slots__ = ("actions", "batch", "branch", "branches", "calls", "denoiser", "entries", "keeper", "ordinal", "row")
 
-    def __init__(self, run: Run, row: Row, denoiser: str, branch: str, ordinal: int) -> None:
-        """Start the `ordinal`-th like call of a step with its row's actions; probes and misses change them for it."""
-        self.run = run
-        self.denoiser = denoiser
-        self.branch = branch
+    def __init__(
+        self, keeper: Keeper, calls: BranchCalls, row: Row, caller: Caller, batch: int, ordinal: int = 0
+    ) -> None:
+        """Plan the `ordinal`-th like call of a step by its row; probes and misses change the actions for it."""
+        self.keeper = keeper
+        self.calls = calls
+        self.denoiser, self.branch = caller
+        self.batch = batch
         self.ordinal = ordinal
         self.actions = list(row.actions)
         self.row = replace(row, actions=self.actions)
-        self.branches: Branches = (branch,) if branch else row.branches
+        self.branches: Branches = (self.branch,) if self.branch else row.branches
         self.entries: dict[int, Streams] = {}
-        self.batch = 0
-        self.is_listed = False
-        self.sample: Tensor | None = None
-        self.timestep: Any = None
+
+    @property
+    def narrowed_by(self) -> int | None:
+        """The guidance assignment that dropped a branch in this call, or None."""
+        return self.row.narrowed_by
 
     @property
     def is_dropped(self) -> bool:
-        """Tell whether this call is of a branch that another one stands in for."""
-        if self.narrowed_by is None or self.branch not in self.run.layout.order or self.branch in self.row.branches:
+        """Whether the output of another branch's call replaces this one's."""
+        if self.narrowed_by is None or self.branch not in self.calls.layout.order or self.branch in self.row.branches:
             return False
-        return self.row.branches[0] in self.run.outputs
+        return self.row.branches[0] in self.calls.outputs
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether a branch is cut from the batch of this call."""
+        return self.narrowed_by is not None and not self.branch
+
+    @property
+    def needs_lost(self) -> bool:
+        """Whether what replaces the dropped branch's output has been lost."""
+        return self.narrowed_by is not None and self.keeper.is_lost(self.slot(self.narrowed_by))
 
     def widen(self) -> None:
-        """Run all branches, because what would stand in for one of them is lost, and keep it anew."""
+        """Run all branches, and keep anew what replaces the output of one."""
         index = self.narrowed_by
         assert index is not None
         self.miss(index)
         self.actions[index] = Action.STORE
-        self.row = replace(self.row, narrowed_by=None, branches=self.run.layout.order)
+        self.row = replace(self.row, narrowed_by=None, branches=self.calls.layout.order)
         self.branches = (self.branch,) if self.branch else self.row.branches
 
-    def made(self) -> CallRecord:
-        """Return what this call's cost depends on."""
+    def record(self) -> CallRecord:
+        """Describe what this call's cost depends on."""
         return CallRecord(self.denoiser, self.branch, self.batch, self.row, self.is_dropped)
 
     def moment(self, index: int) -> Moment:
-        """Return the moment that policy methods are told."""
-        return Moment(self.row.step, self.run.record.steps, self.row.origins[index])
+        """Make the moment that methods of the policy of assignment `index` are given."""
+        return Moment(self.row.step, self.keeper.record.steps, self.row.origins[index])
+
+    # -- what is kept -------------------------------------------------------------------------------------
 
     def slot(self, index: int) -> Slot:
-        """Return where the store keeps what assignment `index` keeps in this call."""
+        """Name the place in the store of assignment `index` for this call."""
         return (index, self.ordinal)
 
     def kept(self, index: int) -> Any:
-        """Return what assignment `index` has kept for this call and its branches, or None."""
-        return self.run.store.get(self.slot(index), self.branches)
+        """Get what assignment `index` has kept for this call and its branches, or None."""
+        return self.keeper.store.get(self.slot(index), self.branches)
 
     def keeps(self, index: int) -> bool:
-        """Tell whether assignment `index` has kept anything for this call and its branches."""
-        return self.run.store.has(self.slot(index), self.branches)
-
-    def count(self, index: int, action: Action) -> None:
-        """Count what really happened."""
-        self.run.record.counts[index][action] += 1
-
-    def miss(self, index: int) -> None:
-        """Count a reuse that found nothing; the site is computed instead."""
-        self.run.record.missed[index] += 1
+        """Whether assignment `index` has kept anything for this call and its branches."""
+        return self.keeper.store.has(self.slot(index), self.branches)
 
     def keep(self, index: int, kept: Any) -> None:
-        """Keep, at once in the form of the branches that will read it where the plan knows them."""
+        """Keep, at once in the form of the branches that will read it where the plan shows them."""
         branches = self.branches
         last = self.row.last_branches.get(index)
         if last is not None:
-            change = self.run.assignments[index].policy.on_branch_change
+            change = self.keeper.assignments[index].policy.on_branch_change
             narrowed = narrow_kept(split_kept(kept, branches), last, change)
             if narrowed is not None:
-                self.run.store.drop(self.slot(index), branches)
+                self.keeper.store.drop(self.slot(index), branches)
                 branches, kept = last, narrowed
-        self.run.put(self.slot(index), branches, kept)
+        self.keeper.put(self.slot(index), branches, kept)
 
     def keep_branches(self, index: int, outputs: Mapping[str, tuple[Tensor, ...]]) -> None:
         """Keep what a guidance policy wants of the branches, for each tensor that the denoiser returns."""
-        policy = self.run.assignments[index].policy
+        policy = self.keeper.assignments[index].policy
         each = [dict(zip(outputs, one)) for one in zip(*outputs.values())]
-        self.run.put(self.slot(index), (), [policy.branches_to_keep(one) for one in each])
+        self.keeper.put(self.slot(index), (), [policy.branches_to_keep(one) for one in each])
+
+    # -- decisions and counts -----------------------------------------------------------------------------
 
     def decide(self, index: int, value: Streams) -> None:
-        """Let the policy decide from its probe; a reuse needs something kept."""
-        policy = self.run.assignments[index].policy
-        memory = self.run.probed.setdefault((policy.name, self.denoiser, self.branches, self.ordinal), {})
-        target = self.run.assignments[index].target
-        action = self.run.vote(policy.probe(target, self.moment(index), value, memory))
+        """Ask the policy for an action, from the tensors at its probe; without anything kept, a reuse is a store."""
+        bound = self.keeper.assignments[index]
+        memory = self.keeper.memories.of_probe(bound.policy.name, self.denoiser, self.branches, self.ordinal)
+        action = self.keeper.vote(bound.policy.probe(bound.target, self.moment(index), value, memory))
         if action is Action.REUSE and not self.keeps(index):
             self.miss(index)
             action = Action.STORE
         self.actions[index] = action
 
-    def count_guidance(self) -> list[int]:
-        """Count a call of all branches for the policies that choose among them; return those that keep something."""
-        for index in self.run.guidance:
-            self.count(index, self.actions[index] or Action.COMPUTE)
-        return [index for index in self.run.guidance if self.actions[index] is Action.STORE]
+    def count(self, index: int, action: Action) -> None:
+        """Count what has happened."""
+        self.keeper.record.counts[index][action] += 1
 
-    @property
-    def narrowed_by(self) -> int | None:
-        """Return the guidance assignment that dropped a branch in this call, or None."""
-        return self.row.narrowed_by
+    def miss(self, index: int) -> None:
+        """Count a reuse that found nothing kept."""
+        self.keeper.record.missed[index] += 1
+
+    def count_guidance(self, guidance: list[int]) -> list[int]:
+        """Count a call of all branches for these assignments; list those that keep something of it."""
+        for index in guidance:
+            self.count(index, self.actions[index] or Action.COMPUTE)
+        return [index for index in guidance if self.actions[index] is Action.STORE]

@@ -1,4 +1,4 @@
-"""Tell runs and steps apart from what the denoiser is given, without waiting for the accelerator."""
+"""Identify the run and step of each denoiser call, without device syncs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _MOST_CALLS = 8
 
 @dataclass(frozen=True)
 class Mark:
-    """Identify one timestep: by its place in a table of timesteps, a scheduler's step index, or its value.
+    """One timestep: its place in a table of timesteps, a scheduler's step index, or its value.
 
-    `place` rises from step to step within one `table`; `source` is held so that the table's address is not used
-    again while it is compared. `time` is the greatest of several values.
+    `place` rises from step to step within one `table`; `source` is held so that the address of the table is not
+    reused while it is compared. `time` is the greatest of several values.
     """
 
     kind: str
@@ -29,11 +29,11 @@ class Mark:
     time: float = 0.0
 
     def same_step(self, other: Mark | None) -> bool:
-        """Tell whether both belong to one iteration of the loop."""
+        """Whether both belong to one iteration of the loop."""
         return other is not None and self._key() == other._key()
 
     def begins_after(self, other: Mark) -> bool:
-        """Tell whether this can only be a new run: other timesteps, or one that lies before the last."""
+        """Whether this can only be a new run: other timesteps, or one that lies before the last."""
         return (self.kind, self.table) != (other.kind, other.table) or self.place < other.place
 
     def _key(self) -> tuple[Any, ...]:
@@ -41,15 +41,15 @@ class Mark:
 
 
 class Clock:
-    """Count the steps of a pipeline's loop, and the calls within a step.
+    """Counts the steps of a pipeline's loop, and the calls within a step, both from 0.
 
-    A timestep that is one entry of a longer table is recognised by its place there, which is exact for
-    schedulers that repeat timesteps (Heun, KDPM2) or add calls (PNDM), and needs no transfer. Within a pipeline's
-    call others are told apart by the scheduler's step index; all else by value.
+    A timestep that is one entry of a longer table is identified by its place there, which is exact for schedulers
+    that repeat timesteps (Heun, KDPM2) or add calls (PNDM), and needs no transfer. Within a pipeline's call others
+    are identified by the scheduler's step index; all else by value.
     """
 
     def __init__(self, exact: bool) -> None:
-        """Start before the first call; `exact` says that somebody else ends the run (a pipeline's call)."""
+        """Start before the first call; `exact` is whether a pipeline's call ends the run."""
         self.exact = exact
         self.step = -1
         self.call = 0
@@ -58,7 +58,7 @@ class Clock:
         self._uncached: dict[float, Mark] = {}
 
     def starts_anew(self, mark: Mark) -> bool:
-        """Tell whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
+        """Whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
         if self._last is None:
             return False
         if self.exact:
@@ -68,7 +68,7 @@ class Clock:
         return endless or mark.begins_after(self._last)
 
     def _begins_again(self, mark: Mark, last: Mark) -> bool:
-        """Tell whether a second loop begins within a pipeline's call."""
+        """Whether a second loop begins within a pipeline's call."""
         if "entry" in (mark.kind, last.kind):
             return mark.kind == last.kind and mark.begins_after(last)
         if last.index is not None:  # without one, the scheduler has been given its timesteps anew
@@ -76,12 +76,12 @@ class Clock:
         return mark.index is None and (mark.time - last.time) * self._trend < 0
 
     def note(self, mark: Mark) -> None:
-        """Take down that a call at this mark went by uncached: a later step's, or somebody's look ahead."""
+        """Note an uncached call at this mark: a later step's, or one that looks ahead."""
         if self._lies_ahead(mark):
             self._uncached[mark.place] = mark
 
     def left_behind(self, mark: Mark) -> list[Mark]:
-        """Return, in order, the marks of uncached calls that a call at this mark shows to have been steps."""
+        """List, in order, the noted calls that were steps, as a call at this mark shows."""
         if not self._lies_ahead(mark):
             return []
         reached = sorted(place for place in self._uncached if place <= mark.place)
@@ -89,20 +89,20 @@ class Clock:
         return [one for one in noted if one.place < mark.place]
 
     def _lies_ahead(self, mark: Mark) -> bool:
-        """Tell whether this is an entry further on in the run's own table."""
+        """Whether this is an entry further on in the run's own table."""
         last = self._last
         return last is not None and mark.kind == "entry" and mark.table == last.table and mark.place > last.place
 
     def goes_through(self, scheduler: Any) -> bool:
-        """Tell whether the run's timesteps are entries of this scheduler's table."""
+        """Whether the run's timesteps are entries of this scheduler's table."""
         return self._last is not None and shares_table(self._last.source, scheduler)
 
     def is_at(self, mark: Mark) -> bool:
-        """Tell whether a call at this mark belongs to the present step."""
+        """Whether a call at this mark belongs to the present step."""
         return mark.same_step(self._last)
 
     def tick(self, mark: Mark) -> int:
-        """Return the 0-based step that the call at this mark belongs to."""
+        """Advance to the call at this mark; get its 0-based step."""
         if self.is_at(mark):
             self.call += 1
         else:
@@ -114,7 +114,7 @@ class Clock:
 
 
 def mark_of(timestep: Any, scheduler: Any) -> Mark:
-    """Return the mark of what a denoiser is given as timestep: a tensor of any shape, or a number.
+    """Mark a denoiser's timestep argument: a tensor of any shape, or a number.
 
     `scheduler` is the running pipeline's, or None in a bare loop.
     """

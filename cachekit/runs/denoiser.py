@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """Hold one attached denoiser, what its adapter says of it, and its forward's parameters in order."""
+    """An attached denoiser, what its adapter makes of it, and its forward's parameters in order."""
 
     name: str
     module: nn.Module
@@ -26,5 +26,5 @@ class Denoiser:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: Adapter) -> Denoiser:
-        """Return what `adapter` says of `module`."""
+        """Ask `adapter` about `module`."""
         return cls(name, module, adapter.sites(module), adapter.layout(module), parameters_of(module))

@@ -1,4 +1,4 @@
-"""Keep tensors for later steps of one run, keyed by assignment and branches."""
+"""Kept tensors of one run, by assignment and branches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Slot = tuple[int, int]
 
 
 class Store:
-    """Hold what the policies of one run keep; nothing is ever shared between runs, branches or shapes.
+    """What the policies of one run keep; nothing is shared between runs, branches or shapes.
 
     What a guidance policy keeps of all branches together has the key of no branches, `()`.
     """
@@ -33,16 +33,16 @@ class Store:
         self.peak_bytes = 0
 
     def get(self, slot: Slot, branches: Branches) -> Any:
-        """Return what `slot` keeps for exactly these branches, where it was made, or None."""
+        """Get what `slot` keeps for exactly these branches, on the device it was made on, or None."""
         kept = self._entries.get((slot, branches))
         return kept if self.device is None else _moved(kept, self._homes.get((slot, branches), []))
 
     def has(self, slot: Slot, branches: Branches) -> bool:
-        """Tell whether `slot` keeps anything for exactly these branches."""
+        """Whether `slot` keeps anything for exactly these branches."""
         return self._entries.get((slot, branches)) is not None
 
     def put(self, slot: Slot, branches: Branches, kept: Any) -> bool:
-        """Keep, in place of what was kept for these branches before; return False where there is no room."""
+        """Keep, in place of what was kept for these branches before; False where there is no room."""
         self.drop(slot, branches)
         size = size_in_bytes(kept)
         if self.max_bytes is not None and self.bytes + size > self.max_bytes:
@@ -58,14 +58,14 @@ class Store:
         return True
 
     def sizes(self) -> dict[int, int]:
-        """Return the bytes that each assignment keeps now."""
+        """Sum the bytes that each assignment keeps now."""
         sizes: dict[int, int] = {}
         for (slot, _), size in self._bytes.items():
             sizes[slot[0]] = sizes.get(slot[0], 0) + size
         return sizes
 
     def take_fresh(self) -> list[tuple[Slot, Branches, Any]]:
-        """Return what is kept since the last time this was asked, wherever it lies."""
+        """List what has been kept since the last call of this, on whichever device it lies."""
         fresh, self._fresh = self._fresh, {}
         return [(slot, branches, self._entries[slot, branches]) for slot, branches in fresh]
 
@@ -81,7 +81,7 @@ class Store:
             self.drop(*key)
 
     def change_branches(self, branches: Branches, changes: list[BranchChange], before: Branches | None = None) -> None:
-        """Turn what is kept into what the remaining `branches` need, each by its policy's rule.
+        """Convert what is kept to what the remaining `branches` need, each by its policy's rule.
 
         Where the branches `before` are given, what calls by other names have kept stays theirs.
         """
@@ -119,13 +119,13 @@ class Store:
 
 
 def _moved(kept: Any, devices: list[torch.device]) -> Any:
-    """Return `kept` with its tensors, in order, on these devices."""
+    """Move the tensors of `kept`, in order, to these devices."""
     onto = iter(devices)
     return tree_map(lambda tensor: tensor.to(next(onto)), kept)
 
 
 def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:
-    """Return what is kept of each branch, from tensors `(branches * batch, ...)`."""
+    """Split tensors `(branches * batch, ...)` by branch."""
     if len(branches) == 1:
         return {branches[0]: kept}
     return {
@@ -135,7 +135,7 @@ def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:
 
 
 def narrow_kept(parts: dict[str, Any], branches: Branches, change: BranchChange) -> Any:
-    """Return what stays of `parts` (branch -> kept) when only `branches` run on, or None for nothing."""
+    """Choose what stays of `parts`, by branch, when only `branches` run on; None for nothing."""
     if len(branches) != 1 or branches[0] not in parts or change is BranchChange.REFRESH:
         return None
     if change is BranchChange.MEAN:

@@ -1,4 +1,4 @@
-"""Let the processes that compute one image together decide together."""
+"""Make ranks that share an image agree on an action."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ import torch
 from torch import distributed, nn
 
 from cachekit.interface.policy import Action
+from cachekit.upstream.parallel import context_parallel_group
 
-#: A vote takes the last of these that any process asks for: it computes, and keeps, where one of them must.
+#: The last of these that any rank asks for is taken: all compute, and keep, where one of them must.
 _ORDER = (Action.REUSE, Action.COMPUTE, Action.STORE)
 
 
 @dataclass(frozen=True)
 class Vote:
-    """Make one action of those that the processes of `group` ask for; without a group each decides alone."""
+    """The agreement of the ranks of `group`; without a group each decides alone."""
 
     group: Any = None
     device: Any = None
 
     def __call__(self, action: Action) -> Action:
-        """Return the action that every process of the group takes; all of them have to ask, in the same order."""
+        """Agree on the action that every rank of the group takes; all of them ask, in the same order."""
         if self.group is None:
             return action
         asked = torch.tensor(_ORDER.index(action), device=self.device)
@@ -31,11 +32,9 @@ class Vote:
 
 
 def vote_of(denoiser: nn.Module) -> Vote:
-    """Return the vote of those that share this denoiser's images: diffusers' context parallelism, if it is on.
+    """Find the ranks that share this denoiser's images by context parallelism.
 
-    There each process sees other tokens, and all of them meet within each attention: those that skip it would
-    leave the rest waiting. Processes that draw images of their own make other numbers of steps and never vote.
+    Each rank has some of the tokens, and all meet within each attention: one that skipped it would leave the others
+    waiting. Ranks with images of their own make different numbers of steps and never vote.
     """
-    config: Any = getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)
-    mesh = getattr(config, "_flattened_mesh", None)
-    return Vote() if mesh is None else Vote(mesh.get_group(), config._device)
+    return Vote(*context_parallel_group(denoiser))

@@ -102,7 +102,7 @@ class Exit(Part):
             call.miss(self.index)
             call.actions[self.index] = Action.STORE
             return None
-        return Restoring(self, kept, call.run.templates[call.slot(self.index)], call.moment(self.index))
+        return Restoring(self, kept, call.keeper.templates[call.slot(self.index)], call.moment(self.index))
 
     def reused(self, call: Call) -> None:
         """Count the reuse, unless it was of another region around this module."""
@@ -121,7 +121,7 @@ class Exit(Part):
         entry = _lasting(self._entered(call), output)
         streams = self.own(tuple(tensors(output)))
         call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))
-        call.run.templates[call.slot(self.index)] = tree_map(_no_elements, output)
+        call.keeper.templates[call.slot(self.index)] = tree_map(_no_elements, output)
 
     def _entered(self, call: Call) -> Streams:
         """Return the tensors that entered the region; compiled code may use the memory of its own again."""
@@ -178,15 +178,15 @@ class Member(Part):
         """Return a placeholder when the region is reused."""
         if call.actions[self.index] is not Action.REUSE:
             return RUN_IT
-        shapes, branches = call.run.shapes[call.slot(self.index), self.name]
+        shapes, branches = call.keeper.shapes[call.slot(self.index), self.name]
         placeholder = Placeholder(len(call.branches), branches)
         return tree_map(placeholder, shapes)
 
     def after(self, call: Call, output: Any) -> None:
         """Record, once in a run, the shapes that a placeholder must have."""
         key = (call.slot(self.index), self.name)
-        if call.actions[self.index] is not Action.COMPUTE and key not in call.run.shapes:
-            call.run.shapes[key] = (tree_map(shape_of, output), len(call.branches))
+        if call.actions[self.index] is not Action.COMPUTE and key not in call.keeper.shapes:
+            call.keeper.shapes[key] = (tree_map(shape_of, output), len(call.branches))
 
 
 class Entry(Part):

@@ -11,23 +11,31 @@ from cachekit.upstream.compiling import without_compiler
 if TYPE_CHECKING:
     from torch import nn
 
+#: The noisy sample.
+SAMPLE = ("sample", "hidden_states", "x", "vision_tokens")
+#: The timestep.
+TIMESTEP = ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps")
+#: Caches of keys and values that a denoiser writes to.
+WRITTEN = ("kv_cache", "kv_caches")
+#: Whether a call writes to such a cache or reads from it.
+CACHE_MODE = "kv_cache_mode"
+#: The names of the calls of two branches.
+PAIR = ("cond", "uncond")
+
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters of the module class's forward in order, without self.
+    """List the parameters of the module class's forward in order, without self.
 
-    Where torch stands in for a module that it compiles, they are that module's.
+    A module that torch compiles is looked at behind what torch puts in its place.
     """
     return tuple(inspect.signature(type(without_compiler(module)).forward).parameters)[1:]
 
 
 def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call's arguments by name; `parameters` names the positional ones."""
+    """Name a call's positional arguments by `parameters`, and join them with the others."""
     return {**dict(zip(parameters, args)), **kwargs}
 
 
-#: What denoisers call their sample.
-SAMPLE = ("sample", "hidden_states", "x", "vision_tokens")
-
-
-#: What diffusers' pipelines call the calls of two branches.
-PAIR = ("cond", "uncond")
+def find(arguments: Mapping[str, Any], names: Sequence[str]) -> Any:
+    """Find the first of these arguments that is not None; None where there is none."""
+    return next((arguments[name] for name in names if arguments.get(name) is not None), None)

@@ -47,3 +47,8 @@ def step_index(scheduler: Any) -> int | None:
     """Read the scheduler's own step index; None before its loop begins."""
     index = getattr(scheduler, "_step_index", None)
     return index if isinstance(index, int) else None
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """Get a pipeline's scheduler, or None."""
+    return getattr(pipe, "scheduler", None)

@@ -284,7 +284,7 @@ def test_an_exception_half_way_through_apply_changes_nothing(
     installed: list[Switch] = []
     install = Switch.install
     with cachekit.apply(pipe, BOTH) as attachment:
-        limit = count % len(attachment._switches)
+        limit = count % sum(map(len, attachment.driver.installation.switches.values()))
 
     def fail(switch: Switch) -> None:
         if len(installed) == limit:
@@ -387,7 +387,7 @@ def test_remove_in_the_middle_of_a_run_makes_the_rest_plain(pipe: Any) -> None:
         tiny.latents(pipe, steps=6, callback_on_step_end=stop)
     assert list(watch.seen["conv_in"].values()) == [2, 2, 1, 1, 2, 2]
     assert type(pipe) is StableDiffusionPipeline
-    assert not attachment._switches
+    assert not attachment.driver.installation.switches
     assert torch.equal(tiny.latents(pipe, steps=6), plain("sd", 6)[0])
 
 
@@ -414,7 +414,7 @@ def test_remove_in_the_middle_of_a_call_makes_that_call_plain(pipe: Any, monkeyp
     attachment = cachekit.apply(pipe, "deepcache:interval=3")
     monkeypatch.setattr(Member, "before", skip)
     assert torch.equal(tiny.latents(pipe, steps=4), expected)
-    assert not attachment._switches
+    assert not attachment.driver.installation.switches
 
 
 def test_a_wrapper_put_on_later_survives_the_undo(pipe: Any) -> None:
@@ -650,7 +650,7 @@ def test_a_pipeline_made_from_an_attached_one_is_cached(pipe: Any) -> None:
 
 
 def kept_by(attachment: Any) -> list[weakref.ref[torch.Tensor]]:
-    entries = attachment.driver.state.run.store._entries.values()
+    entries = attachment.driver.state.run.keeper.store._entries.values()
     return [weakref.ref(tensor) for entry in entries for tensor in tensors(entry)]
 
 

@@ -112,7 +112,7 @@ def run_with(pipe: Any, names: dict[str, str], see: Callable[[str, int, bool], N
 
 def named_places(attachment: Any) -> dict[str, str]:
     """Return a module of each kind, the last one."""
-    (denoiser,) = attachment.denoisers.values()
+    (denoiser,) = attachment.setup.denoisers.values()
     names = {str(site.kind): site.name for site in sorted(denoiser.sites.sites, key=lambda site: site.name)}
     for region in (bound.target for bound in attachment.assignments if isinstance(bound.target, Region)):
         names |= {"member": region.skipped[0], "exit": region.exit}
@@ -292,7 +292,7 @@ def test_what_is_missing_is_computed() -> None:
     """Without its features DeepCache makes the step a full one: latents as with a full step there."""
     pipe = tiny.small()
     with cachekit.apply(pipe, "deepcache:interval=3"):
-        found = tiny.latents(pipe, steps=6, callback_on_step_end=forget(lambda run: run.store.clear(), at=0))
+        found = tiny.latents(pipe, steps=6, callback_on_step_end=forget(lambda run: run.keeper.store.clear(), at=0))
         assert missed(pipe) == 1
     with cachekit.apply(pipe, "deepcache:interval=3,start=1,end=3") as attachment:
         # Full at 0, at 1 where the use starts, reused at 2, full from 3 on.
@@ -304,7 +304,7 @@ def test_what_is_missing_is_computed() -> None:
 
 def test_attention_that_is_missing_is_computed() -> None:
     pipe = tiny.small()
-    clear = forget(lambda run: run.store.clear(), at=2)
+    clear = forget(lambda run: run.keeper.store.clear(), at=2)
     with cachekit.apply(pipe, "tgate:m=3"):
         found = tiny.latents(pipe, steps=4, callback_on_step_end=clear)
         assert missed(pipe) == 6

@@ -50,15 +50,15 @@ def forgetting(slots: Callable[[Any], list[Any]], at: int) -> Any:
 
     def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         run = denoiser_of(pipe)._cachekit_attachment.driver.state.run
-        for key in [key for key in run.store._entries if step == at and key[0] in slots(run)]:
-            run.store.drop(*key)
+        for key in [key for key in run.keeper.store._entries if step == at and key[0] in slots(run)]:
+            run.keeper.store.drop(*key)
         return given
 
     return callback
 
 
 def slots_of(name: str) -> Callable[[Any], list[Any]]:
-    return lambda run: [(index, 0) for index, bound in enumerate(run.assignments) if bound.target.name == name]
+    return lambda run: [(index, 0) for index, bound in enumerate(run.plan.assignments) if bound.target.name == name]
 
 
 LAYER = "up_blocks.1.attentions.1"
@@ -159,7 +159,7 @@ def test_what_a_change_of_branches_makes_is_looked_at_too() -> None:
         large = {}
 
         def enlarge(step: int, t: Any, latents: Any) -> None:
-            store = attachment.driver.state.run.store
+            store = attachment.driver.state.run.keeper.store
             if step == 0:
                 large.update(store._entries)
                 for key, kept in list(store._entries.items()):

@@ -25,8 +25,8 @@ from support import tiny
 import cachekit
 from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, GuidanceError
-from cachekit.guidance.detection import is_guided
 from cachekit.runs.clock import Clock, mark_of
+from cachekit.upstream.guidance import is_guided
 
 UNET = {
     "sample_size": 16,

@@ -1,0 +1,1 @@
+"""Denoisers to load or to build: published architectures, folders, and the embedded models."""

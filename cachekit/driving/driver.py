@@ -30,7 +30,7 @@ from cachekit.runs.state import PipelineCall, RunState
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.arguments import PAIR, SAMPLE, TIMESTEP, find
 from cachekit.upstream.guidance import guidance_state
-from cachekit.upstream.guiders import name_by_guider
+from cachekit.upstream.guiders import branch_name, name_by_guider
 from cachekit.upstream.pipelines import call_arguments, controlnets_of
 from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
@@ -185,7 +185,7 @@ class Driver:
     @contextlib.contextmanager
     def named(self, context: str | None) -> Iterator[None]:
         """Hold the name that the pipeline gives the calls within the block."""
-        before, self.state.context = self.state.context, _without_prefix(context)
+        before, self.state.context = self.state.context, branch_name(context)
         try:
             yield
         finally:
@@ -196,7 +196,7 @@ class Driver:
         state = self.state
         if state.context in PAIR or not state.pipeline:
             return state.context
-        return _without_prefix(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
+        return branch_name(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
 
     def _guidance_state(self) -> tuple[Any, ...]:
         return guidance_state(self.state.pipeline.pipe if self.state.pipeline else None)
@@ -246,8 +246,3 @@ def _record(call: Call, inputs: CallInputs, seconds: float) -> None:
     record.deciding_seconds += seconds
     if made.inputs not in record.inputs:
         record.inputs[made.inputs] = tree_map(shape_of, (inputs.args, inputs.kwargs))
-
-
-def _without_prefix(context: str | None) -> str | None:
-    """Cut a call's name: guiders name their calls after the predictions that come of them."""
-    return context and context.removeprefix("pred_")

@@ -40,3 +40,8 @@ def has_momentum(pipe: Any) -> bool:
 def _guiders(pipe: Any) -> list[Any]:
     found = (getattr(pipe, name, None) for name in _GUIDERS)
     return [guider for guider in found if hasattr(guider, "prepare_inputs")]
+
+
+def branch_name(context: str | None) -> str | None:
+    """Find the branch in a call's name: guiders name their calls after the predictions that come of them."""
+    return context and context.removeprefix("pred_")

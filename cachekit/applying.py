@@ -7,14 +7,15 @@ from typing import Any
 
 from cachekit.attaching.attachment import Attachment
 from cachekit.attaching.lookup import attachment_of
-from cachekit.costs.budget import Budget
+from cachekit.costs.budget import Fitting
+from cachekit.costs.replay import cost_of
+from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.registry.catalog import Catalog, installed
+from cachekit.runs.limit import Limit
 from cachekit.upstream.hooks import refuse_other_caches
 from cachekit.upstream.pipelines import denoisers_of
-
-_NO_BUDGET = Budget()
 
 
 def apply(
@@ -32,7 +33,7 @@ def apply(
     refused. `cache_device`, such as "cpu", is where kept tensors lie between their uses. Raise a `CachekitError`
     with one line that says what to do, and leave the pipeline as it was, when that is impossible.
     """
-    budget = Budget.of(max_cache_bytes, cache_device)
+    limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
     policies = parse_all(specs, catalog.policies)
     denoisers = denoisers_of(pipe)
@@ -46,6 +47,6 @@ def apply(
             )
     for name, denoiser in denoisers.items():
         refuse_other_caches(denoiser, name)
-    attachment = Attachment(denoisers, policies, catalog, budget)
+    attachment = Attachment(Setup.of(denoisers, policies, catalog), limit, cost_of, Fitting(limit))
     attachment.install(pipe)
     return attachment

@@ -4,36 +4,49 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
-from cachekit.applying import _NO_BUDGET
 from cachekit.attaching.lookup import ATTRIBUTE, INSTALLED
 from cachekit.attaching.tracking import track, untrack
-from cachekit.costs.budget import Budget, RunStart
 from cachekit.driving.controlnets import ControlNetInterceptor
 from cachekit.driving.driver import Driver
 from cachekit.driving.entrance import Entrance
-from cachekit.errors import AttachmentError, CachekitError, SiteError
-from cachekit.interface.adapter import Layout
+from cachekit.driving.setup import Setup
+from cachekit.errors import AttachmentError, CachekitError, CostError
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Kind, Region, Target
-from cachekit.planning.assignments import assign
+from cachekit.interface.sites import Kind, Region
 from cachekit.planning.plan import Plan
-from cachekit.registry.catalog import Catalog
-from cachekit.reports.record import Fit
+from cachekit.reports.record import Cost, Fit, Record
 from cachekit.reports.report import Report
 from cachekit.runs.denoiser import Denoiser
+from cachekit.runs.limit import Limit
 from cachekit.runs.run import Run
+from cachekit.runs.start import RunStart
 from cachekit.switches.parts import Exit, Part, region_parts
 from cachekit.switches.prompter import Prompter
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
 from cachekit.upstream.pipelines import controlnets_of, with_inner
+
+#: Counts what a run cost.
+CostFunction = Callable[[Setup, Record], Cost]
+#: Plans what a run may keep.
+FitFunction = Callable[[Setup, RunStart], Fit]
+
+_NO_LIMIT = Limit()
+
+
+def _no_cost(setup: Setup, record: Record) -> Cost:
+    raise CostError("the costs of this attachment are not counted; use cachekit.apply")
+
+
+def _no_fit(setup: Setup, start: RunStart) -> Fit:
+    return Fit()
 
 
 class Attachment:
@@ -43,56 +56,34 @@ class Attachment:
     """
 
     def __init__(
-        self,
-        denoisers: Mapping[str, nn.Module],
-        policies: Sequence[Policy],
-        catalog: Catalog,
-        budget: Budget = _NO_BUDGET,
+        self, setup: Setup, limit: Limit = _NO_LIMIT, cost: CostFunction = _no_cost, fit: FitFunction = _no_fit
     ) -> None:
-        """Decide everything for the `denoisers` of a pipeline, by name; nothing is changed before `install`."""
-        self.policies = tuple(policies)
-        self.catalog = catalog
-        self.budget = budget
-        self.denoisers = {
-            name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in denoisers.items()
-        }
-        self.assignments = assign(
-            (policy, name, targets) for policy in policies for name, targets in self._select(policy)
-        )
-        hooks = (self._check_switches, self._finished, budget, self._fit)
-        self.driver = Driver(self.assignments, self.policies, *hooks)
+        """Decide everything; nothing is changed before `install`.
+
+        `cost` counts what a run cost, and `fit` plans what of it fits into `limit`.
+        """
+        self.setup = setup
+        self.driver = Driver(setup, self._check_switches, self._finished, limit, fit)
+        self._cost = cost
         self._switches: dict[str, list[Switch]] = {}
         self._entrances = self._make_entrances()
         self._companions: list[ControlNetInterceptor] = []
         self._last: Report | None = None
-        catalog.check_plan(self.driver.plan(50, self.layout))
-
-    def _select(self, policy: Policy) -> list[tuple[str, Sequence[Target]]]:
-        """Return what `policy` acts on in each denoiser; one that has nothing for it may stand beside another."""
-        found: list[tuple[str, Sequence[Target]]] = []
-        refusals: list[SiteError] = []
-        for name, denoiser in self.denoisers.items():
-            try:
-                found.append((name, policy.select(denoiser.sites)))
-            except SiteError as error:
-                refusals.append(error)
-        if not found:
-            raise refusals[0]
-        return found
+        setup.catalog.check_plan(setup.plan(50, setup.layout))
 
     @property
-    def layout(self) -> Layout:
-        """Return how the branches reach the first denoiser."""
-        return next(iter(self.denoisers.values())).layout
+    def policies(self) -> tuple[Policy, ...]:
+        """The policies, in the order of their specs."""
+        return self.setup.policies
 
     # -- attaching and undoing ----------------------------------------------------------------------------
 
     def install(self, pipe: Any) -> None:
         """Put the switches and the classes that begin calls and runs in place, or change nothing."""
-        switches = {name: self._make_switches(denoiser) for name, denoiser in self.denoisers.items()}
+        switches = {name: self._make_switches(denoiser) for name, denoiser in self.setup.denoisers.items()}
         try:
             INSTALLED.add(self)
-            for name, denoiser in self.denoisers.items():
+            for name, denoiser in self.setup.denoisers.items():
                 for switch in switches[name]:
                     self._switches.setdefault(name, []).append(switch)
                     switch.install()
@@ -109,9 +100,9 @@ class Attachment:
             raise
 
     def _stand_before_companions(self, pipe: Any) -> None:
-        if len(self.denoisers) > 1:
+        if len(self.setup.denoisers) > 1:
             return
-        (denoiser,) = self.denoisers.values()
+        (denoiser,) = self.setup.denoisers.values()
         for module in controlnets_of(pipe):
             companion = ControlNetInterceptor(self.driver, module, denoiser.module, self._companions)
             self._companions.append(companion)
@@ -123,7 +114,7 @@ class Attachment:
             switch.uninstall()
         self._switches, self.driver.prompters = {}, {}
         INSTALLED.discard(self)
-        for denoiser in self.denoisers.values():
+        for denoiser in self.setup.denoisers.values():
             if vars(denoiser.module).get(ATTRIBUTE) is self:
                 del vars(denoiser.module)[ATTRIBUTE]
         for entrance in self._entrances.values():
@@ -147,13 +138,8 @@ class Attachment:
         """Return an attachment of the copied denoisers, with no run and no pipeline of its own yet."""
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        # What never changes is shared.
-        vars(twin).update({name: vars(self)[name] for name in ("catalog", "policies", "assignments", "budget")})
-        twin._last = None
-        twin.denoisers = {
-            name: replace(denoiser, module=copy.deepcopy(denoiser.module, memo))
-            for name, denoiser in self.denoisers.items()
-        }
+        twin._last, twin._cost = None, self._cost
+        twin.setup = copy.deepcopy(self.setup, memo)
         twin.driver = copy.deepcopy(self.driver, memo)
         twin._switches = copy.deepcopy(self._switches, memo)
         # A ControlNet that is copied too brings its own: a copy of the denoiser alone has no need of it.
@@ -173,7 +159,7 @@ class Attachment:
             self.driver.prompters[name] = Prompter(entrance.denoiser.module, self._switches.get(name, []))
 
     def _make_entrances(self) -> dict[str, Entrance]:
-        return {name: Entrance(self.driver, denoiser) for name, denoiser in self.denoisers.items()}
+        return {name: Entrance(self.driver, denoiser) for name, denoiser in self.setup.denoisers.items()}
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
         modules = dict(denoiser.module.named_modules())
@@ -184,7 +170,7 @@ class Attachment:
                 raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
             return switches.setdefault(name, Switch(self.driver.state, modules[name], name)).parts
 
-        for index, bound in enumerate(self.assignments):
+        for index, bound in enumerate(self.setup.assignments):
             if bound.target.kind is Kind.GUIDANCE or bound.denoiser != denoiser.name:
                 continue
             if isinstance(bound.target, Region):
@@ -195,7 +181,7 @@ class Attachment:
         return list(switches.values())
 
     def _check_switches(self) -> None:
-        for name, denoiser in self.denoisers.items():
+        for name, denoiser in self.setup.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
             self.driver.prompters[name].look()
             refuse_other_caches(denoiser.module, name)
@@ -213,7 +199,8 @@ class Attachment:
         """Return the table of actions of a run whose loop has `num_inference_steps` iterations."""
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
-        return self.driver.plan(num_inference_steps, self.layout if guided else self.layout.alone)
+        layout = self.setup.layout
+        return self.setup.plan(num_inference_steps, layout if guided else layout.alone)
 
     def report(self) -> Report:
         """Return what the last run did: the present one of this thread, if it has not ended."""
@@ -233,14 +220,15 @@ class Attachment:
         finally:
             self.driver.state.paused -= 1
 
+    def serves(self, pipe: Any) -> bool:
+        """Whether `pipe` has been attached, or has run with an attached denoiser."""
+        return pipe in self.driver.pipes
+
     def run_of(
         self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
         """Return the bounds of one run, a call of `pipe`."""
         return self.driver.run_of(pipe, args, kwargs)
-
-    def _fit(self, opening: RunStart) -> Fit:
-        return self.budget.fit(self, opening)
 
     def _finished(self, run: Run) -> None:
         state = self.driver.state
@@ -250,9 +238,7 @@ class Attachment:
             state.reports = (*state.reports, self._last)
         run.forget()
         if not run.record.interrupted:
-            self.catalog.run_finished(self._last)
+            self.setup.catalog.run_finished(self._last)
 
     def _report(self, run: Run) -> Report:
-        from cachekit.costs.replay import cost_of
-
-        return Report(self.assignments, run.finish(), lambda record: cost_of(self, record))
+        return Report(self.setup.assignments, run.finish(), functools.partial(self._cost, self.setup))

@@ -6,6 +6,8 @@ import contextlib
 import functools
 from typing import Any
 
+from cachekit.attaching.lookup import attachments_of
+
 _BASE = "_cachekit_base"
 
 
@@ -40,11 +42,9 @@ def _remake(base: type[Any]) -> Any:
 def _tracked(base: Any) -> type[Any]:
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from cachekit.attaching.lookup import attachments_of
-
         with contextlib.ExitStack() as runs:
             for attachment in attachments_of(self):
-                runs.enter_context(attachment.driver.run_of(self, args, kwargs))
+                runs.enter_context(attachment.run_of(self, args, kwargs))
             return base.__call__(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:

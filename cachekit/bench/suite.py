@@ -16,6 +16,7 @@ from cachekit.bench.peers import peer_exists
 from cachekit.bench.results import Result, Results
 from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
 from cachekit.bench.workbench import environment
+from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
 from cachekit.models.loading import precision, scheduler_for
@@ -63,7 +64,7 @@ class Suite:
         precision(self.setting.dtype)
         denoiser, catalog = shape_of_model(self.setting.model), installed()
         for policies in self.compositions:
-            Attachment({"": denoiser}, policies, catalog)
+            Attachment(Setup.of({"": denoiser}, policies, catalog))
         return denoiser
 
     def _schedulers(self) -> list[str]:
@@ -97,7 +98,7 @@ def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tupl
 
 def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
     try:
-        Attachment({"": denoiser}, policies, installed())
+        Attachment(Setup.of({"": denoiser}, policies, installed()))
     except CachekitError:
         return False
     return True

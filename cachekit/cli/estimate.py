@@ -37,7 +37,7 @@ def estimate(
     file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
 ) -> None:
     """Estimate cost, parameters and memory of policies on a model; no weights are loaded."""
-    from cachekit import estimate as estimate_cost
+    from cachekit.costs.estimate import estimate as estimate_cost
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 

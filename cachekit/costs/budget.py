@@ -6,14 +6,14 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
+from cachekit.driving.setup import Setup
 from cachekit.errors import BudgetError, CostError
 from cachekit.interface.policy import Action
 from cachekit.interface.sites import Kind, Region, Target
@@ -21,83 +21,52 @@ from cachekit.planning.plan import Plan
 from cachekit.reports.record import Fit
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock
+from cachekit.runs.limit import Limit
 from cachekit.runs.run import Run
+from cachekit.runs.start import RunStart
 from cachekit.runs.store import Store
 from cachekit.runs.voting import Vote, vote_of
 from cachekit.switches.parts import Exit
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 
-if TYPE_CHECKING:
-    from cachekit.attaching.attachment import Attachment
-    from cachekit.interface.adapter import Layout
-    from cachekit.runs.denoiser import Denoiser
-
-    Streams = tuple[str, ...]
+#: Names of a region's streams.
+Streams = tuple[str, ...]
 
 
 #: Bytes by assignment, after one call.
 Sizes = dict[int, int]
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Say how many bytes may be kept at once, and on which device; None is without a limit, or where they are made."""
+class Fitting:
+    """Fits runs into a limit: plans which assignments keep nothing, once for each kind of run."""
 
-    max_bytes: int | None = None
-    device: torch.device | None = None
-    _fits: dict[tuple[Any, ...], Fit] = field(default_factory=dict, repr=False, compare=False)
+    def __init__(self, limit: Limit) -> None:
+        """Fit runs into `limit`."""
+        self._limit = limit
+        self._fits: dict[tuple[Any, ...], Fit] = {}
 
-    @classmethod
-    def of(cls, max_cache_bytes: int | None, cache_device: Any) -> Budget:
-        """Return the budget that `apply` was given; raise `BudgetError` for what is no limit and no device."""
-        whole = isinstance(max_cache_bytes, int) and not isinstance(max_cache_bytes, bool)
-        if max_cache_bytes is not None and not (whole and max_cache_bytes > 0):
-            raise BudgetError(f"max_cache_bytes={max_cache_bytes!r}: give a whole number of at least 1")
-        if cache_device is None:
-            return cls(max_cache_bytes)
-        try:
-            return cls(max_cache_bytes, torch.empty(0, device=cache_device).device)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BudgetError(f"cache_device={cache_device!r}: {reason}; give a device of this machine") from error
+    def __call__(self, setup: Setup, start: RunStart) -> Fit:
+        """Plan what a run keeps.
 
-    def store(self) -> Store:
-        """Return a store for one run."""
-        return Store(self.max_bytes, self.device)
-
-    def fit(self, attachment: Attachment, opening: RunStart) -> Fit:
-        """Return what fits in a run that begins so; raise `BudgetError` where nothing does."""
-        if self.max_bytes is None:
+        Raises `BudgetError` where nothing fits, or where what a run keeps cannot be foreseen.
+        """
+        if self._limit.max_bytes is None:
             return Fit()
-        if vote_of(opening.denoiser.module).group is not None:
+        if vote_of(start.denoiser.module).group is not None:
             raise BudgetError("max_cache_bytes cannot be planned for where processes share an image; leave it out")
-        if opening.key not in self._fits:
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._fits[opening.key] = _fit(Rehearsal(attachment, opening), self.max_bytes)
-            except (CostError, NotImplementedError, RuntimeError) as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                raise BudgetError(f"max_cache_bytes cannot be planned for: {reason}; leave it out") from error
-        return self._fits[opening.key]
+        if start.key not in self._fits:
+            self._fits[start.key] = _plan_fit(setup, start, self._limit.max_bytes)
+        return self._fits[start.key]
 
 
-@dataclass(frozen=True)
-class RunStart:
-    """Hold what the first call of a run shows: its arguments by name, the size of its batch, and the run's length."""
-
-    denoiser: Denoiser
-    arguments: dict[str, Any]
-    batch: int
-    layout: Layout
-    steps: int
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """Return what the bytes kept depend on."""
-        given = sorted(self.arguments.items())
-        shapes = tuple((name, *((it.shape, it.dtype) for it in tensors(value))) for name, value in given)
-        return (self.denoiser.name, shapes, self.batch, self.layout, self.steps)
+def _plan_fit(setup: Setup, start: RunStart, max_bytes: int) -> Fit:
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            return _fit(Rehearsal(setup, start), max_bytes)
+    except (CostError, NotImplementedError, RuntimeError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BudgetError(f"max_cache_bytes cannot be planned for: {reason}; leave it out") from error
 
 
 class Usage(NamedTuple):
@@ -156,21 +125,21 @@ class Rehearsal:
     Where only the run can decide, as much is kept as may be. Denoisers of one class are taken to share the run.
     """
 
-    def __init__(self, attachment: Attachment, opening: RunStart) -> None:
+    def __init__(self, setup: Setup, start: RunStart) -> None:
         """Take down what a copy of the denoiser without weights gives at each target, over all branches."""
-        self.attachment, self.opening = attachment, opening
-        first = opening.denoiser
-        self.names = [n for n, it in attachment.denoisers.items() if type(it.module) is type(first.module)]
+        self.setup, self.start = setup, start
+        first = start.denoiser
+        self.names = [n for n, it in setup.denoisers.items() if type(it.module) is type(first.module)]
         self.given: dict[str, Any] = {}
         self.entered: dict[tuple[str, Streams], Any] = {}
         twin = meta_copy(first.module)
         self._take_down(twin)
-        self.layers = count_forward(twin, (), tree_map(on_meta, opening.arguments)).layers
+        self.layers = count_forward(twin, (), tree_map(on_meta, start.arguments)).layers
 
     def _take_down(self, twin: nn.Module) -> None:
         """Note the outputs of all targets' modules, in the order in which they end, and what enters regions."""
         twin.register_forward_hook(lambda _, __, output: self.given.update({"": output}))
-        targets = [bound.target for bound in self.attachment.assignments if bound.denoiser in self.names]
+        targets = [bound.target for bound in self.setup.assignments if bound.denoiser in self.names]
         for exit_ in {_exit(target) for target in targets if target.kind is not Kind.GUIDANCE}:
             module = twin.get_submodule(exit_)
             module.register_forward_hook(lambda _, __, output, name=exit_: self.given.update({name: output}))
@@ -184,12 +153,12 @@ class Rehearsal:
 
     def plan(self, dropped: frozenset[int]) -> Plan:
         """Return the plan in which these assignments are computed throughout."""
-        return self.attachment.driver.plan(self.opening.steps, self.opening.layout, dropped)
+        return self.setup.plan(self.start.steps, self.start.layout, dropped)
 
     def usage(self, plan: Plan) -> Usage:
         """Return what a run of `plan` keeps."""
         run = Run(plan.assignments, Clock(exact=True), Vote(), Store())
-        run.begin(plan, self.opening.layout, self.opening.steps)
+        run.begin(plan, self.start.layout, self.start.steps)
         ended = {name: place for place, name in enumerate(self.given)}
         exits = [(index, Exit(index, bound)) for index, bound in enumerate(plan.assignments)]
         exits.sort(key=lambda pair: ended.get(_exit(pair[1].target), -1))
@@ -204,7 +173,7 @@ class Rehearsal:
         return exit_.target.kind is not Kind.GUIDANCE and _exit(exit_.target) in self.given
 
     def _calls(self, run: Run, plan: Plan) -> Iterator[Call]:
-        branches = self.opening.layout.order if self.opening.layout.separate else ("",)
+        branches = self.start.layout.order if self.start.layout.separate else ("",)
         for row in (row.decided for row in plan.rows):
             run.enter(row)
             for name, branch in itertools.product(self.names, branches):
@@ -235,7 +204,7 @@ class Rehearsal:
             reused = [index for index, action in enumerate(row.actions) if action in (Action.REUSE, None)]
             for index in reused:
                 if not any(plan.covers(block, index) for block in reused):
-                    share = len(row.branches) / len(self.opening.layout.order)
+                    share = len(row.branches) / len(self.start.layout.order)
                     saved[index] = saved.get(index, 0) + share * self._inside(plan, index)
         return saved
 

@@ -12,6 +12,7 @@ from cachekit.attaching.attachment import Attachment
 from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
+from cachekit.driving.setup import Setup
 from cachekit.interface.policy import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
@@ -80,7 +81,7 @@ def estimate(
         guided = architecture(model).guided if isinstance(model, str) else True
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
     policies = parse_all(specs, catalog.policies)
-    with Attachment({"": denoiser}, policies, catalog) as attachment:
+    with Attachment(Setup.of({"": denoiser}, policies, catalog)) as attachment:
         return _measure(attachment, denoiser, attachment.plan(num_inference_steps, guided=guided), arguments, guided)
 
 
@@ -104,7 +105,7 @@ def _measure(
     rows = [_decided(row) for row in plan.rows]
     calls = [CallRecord("", "", 2 if guided else 1, row) for row in rows]
     attachment.install(denoiser)
-    layout = attachment.layout if guided else attachment.layout.alone
+    layout = attachment.setup.layout if guided else attachment.setup.layout.alone
     inputs = {calls[0].inputs: ((), arguments)}
     forwards, peak = replay(attachment, calls, inputs, {calls[0].inputs: full}, layout, len(rows))
     steps = tuple(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachekit.attaching.removal import remove
 from cachekit.upstream.compiling import without_compiler
 from cachekit.upstream.hooks import computing_dtype
 
@@ -17,8 +18,6 @@ _MOVERS = ("_hf_hook", "_diffusers_hook")
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
     """Return a plain copy with shapes only: LoRA and processors included, no weights, no offload hooks, no switches."""
-    from cachekit.attaching.removal import remove
-
     memo: dict[int, Any] = {}
     for module in denoiser.modules():
         dtype = computing_dtype(module)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from cachekit.attaching.attachment import Attachment
 from cachekit.costs.counting import Forward, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
+from cachekit.driving.setup import Setup
+from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
-from cachekit.reports.record import Cost
+from cachekit.reports.record import CallRecord, Cost, Record
 from cachekit.tensors import tree_map
 
-if TYPE_CHECKING:
-    from cachekit.attaching.attachment import Attachment
-    from cachekit.interface.adapter import Layout
-    from cachekit.reports.record import CallRecord, Record
 
-
-def cost_of(attachment: Attachment, record: Record) -> Cost:
+def cost_of(setup: Setup, record: Record) -> Cost:
     """Return what the calls of `record` cost, and what they would have cost uncached."""
-    from cachekit.attaching.attachment import Attachment
-
-    twins = {name: meta_copy(denoiser.module) for name, denoiser in attachment.denoisers.items()}
+    twins = {name: meta_copy(denoiser.module) for name, denoiser in setup.denoisers.items()}
     inputs = {key: tree_map(on_meta, arguments) for key, arguments in record.inputs.items()}
     full = {key: count_forward(twins[key[0]], *arguments) for key, arguments in inputs.items()}
-    with Attachment(twins, attachment.policies, attachment.catalog) as replica:
+    with Attachment(Setup.of(twins, setup.policies, setup.catalog)) as replica:
         replica.install(next(iter(twins.values())))
         forwards, _ = replay(replica, record.calls, inputs, full, record.layout, record.steps)
     per_call = tuple(forward.macs for forward in forwards)
@@ -59,7 +55,7 @@ def replay(
                 continue
             attachment.driver.expect(made)
             args, kwargs = inputs[made.inputs]
-            module = attachment.denoisers[made.denoiser].module
+            module = attachment.setup.denoisers[made.denoiser].module
             found[made.signature] = count_forward(module, args, kwargs)
         peak = run.store.peak_bytes
     return [found[made.signature] for made in calls], peak
@@ -68,4 +64,4 @@ def replay(
 def _keeps_anew(attachment: Attachment, made: CallRecord, kept: Collection[int]) -> bool:
     """Tell whether a call keeps something that is not there, so that a later one could not reuse it."""
     own = (i for i, action in enumerate(made.row.actions) if action is Action.STORE)
-    return any(i not in kept and attachment.assignments[i].denoiser == made.denoiser for i in own)
+    return any(i not in kept and attachment.setup.assignments[i].denoiser == made.denoiser for i in own)

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cachekit.costs.budget import Budget, RunStart
+from cachekit.driving.setup import Setup
 from cachekit.errors import AdapterError, GuidanceError
 from cachekit.guidance.detection import FirstCall, is_guided, layout_of_run, refuse_unfit
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batch, as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Action, Policy
 from cachekit.interface.sites import Kind
-from cachekit.planning.assignments import Assignment
-from cachekit.planning.plan import Plan, make_plan
 from cachekit.reports.record import CallRecord, Fit
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, mark_of
 from cachekit.runs.denoiser import Denoiser
+from cachekit.runs.limit import Limit
 from cachekit.runs.run import Run
+from cachekit.runs.start import RunStart
 from cachekit.runs.state import RunState
 from cachekit.runs.store import Store
 from cachekit.runs.voting import Vote, vote_of
@@ -60,43 +60,33 @@ class Driver:
 
     def __init__(
         self,
-        assignments: tuple[Assignment, ...],
-        policies: Sequence[Policy],
+        setup: Setup,
         check: Callable[[], None],
         finished: Callable[[Run], None],
-        budget: Budget,
-        fit: Callable[[RunStart], Fit],
+        limit: Limit,
+        fit: Callable[[Setup, RunStart], Fit],
     ) -> None:
         """Start without a run; `check` is called before each, `finished` told of each that ends.
 
-        `budget` makes the stores, and `fit` says what of a plan fits into them.
+        `limit` makes the stores, and `fit` says what of a plan fits into them.
         """
-        self.assignments = assignments
+        self.setup = setup
+        self.assignments, policies = setup.assignments, setup.policies
         self.state = RunState()
         self.pipes: weakref.WeakSet[Any] = weakref.WeakSet()
         self.prompters: dict[str, Prompter] = {}
-        self._plans: dict[tuple[int, Layout, frozenset[int]], Plan] = {}
         self._check, self._finished = check, finished
-        self._budget, self._fit = budget, fit
-        self._policies = policies
+        self._limit, self._fit = limit, fit
         self._observers = [policy for policy in policies if type(policy).observe is not Policy.observe]
-        self._narrowing = [bound.policy for bound in assignments if bound.target.kind is Kind.GUIDANCE]
+        self._narrowing = [bound.policy for bound in self.assignments if bound.target.kind is Kind.GUIDANCE]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Driver:
         """Return a driver with no run and no pipeline, for the copied switches."""
         check, finished = copy.deepcopy(self._check, memo), copy.deepcopy(self._finished, memo)
-        fit = copy.deepcopy(self._fit, memo)
-        twin = type(self)(self.assignments, self._policies, check, finished, self._budget, fit)
+        twin = type(self)(copy.deepcopy(self.setup, memo), check, finished, self._limit, self._fit)
         memo[id(self)] = twin
         twin.state = copy.deepcopy(self.state, memo)
         return twin
-
-    def plan(self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset()) -> Plan:
-        """Return the plan of a run of `steps` steps whose branches come as `layout` says; `dropped` ones compute."""
-        key = (steps, layout, dropped)
-        if key not in self._plans:
-            self._plans[key] = make_plan(self.assignments, *key)
-        return self._plans[key]
 
     # -- where runs begin and end -------------------------------------------------------------------------
 
@@ -140,7 +130,7 @@ class Driver:
             if state.pipeline is None:  # its call has been checked
                 self._check()
             clock = Clock(exact=state.pipeline is not None)
-            state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._budget.store())
+            state.run = Run(self.assignments, clock, vote_of(denoiser.module), self._limit.store())
         run = state.run
         run.pass_by(mark)
         run.clock.tick(mark)
@@ -148,8 +138,8 @@ class Driver:
             layout = self._layout(denoiser, sample, arguments)
             run.is_named = self._context() in PAIR
             steps = count_steps(state.pipeline[0] if state.pipeline else None, scheduler, timestep)
-            fit = self._fit(RunStart(denoiser, arguments, sample.shape[0], layout, steps))
-            run.begin(self.plan(steps, layout, fit.dropped), layout, steps)
+            fit = self._fit(self.setup, RunStart(denoiser, arguments, sample.shape[0], layout, steps))
+            run.begin(self.setup.plan(steps, layout, fit.dropped), layout, steps)
             run.record.fit = fit
             run.record.arguments = plain_arguments(state.pipeline[1]) if state.pipeline else {}
         return run
@@ -268,7 +258,7 @@ class Driver:
     def replaying(self, layout: Layout, steps: int) -> Iterator[Run]:
         """Make the calls within the block obey `expect` instead of the clock: for counting costs."""
         run = Run(self.assignments, Clock(exact=True), Vote(), Store())
-        run.begin(self.plan(steps, layout), layout, steps)
+        run.begin(self.setup.plan(steps, layout), layout, steps)
         self.state.run = run
         try:
             yield run

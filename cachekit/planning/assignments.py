@@ -58,5 +58,5 @@ def _clash(one: Target, other: Target) -> bool:
 
 
 def last_module(target: Target) -> str:
-    """The name of the module that gives the target's output."""
+    """Name the module that gives the target's output."""
     return target.exit if isinstance(target, Region) else target.name

@@ -12,11 +12,11 @@ from cachekit.interface.policy import Action, Moment
 from cachekit.interface.sites import Branches
 from cachekit.planning.row import Row
 from cachekit.reports.record import CallRecord
-from cachekit.runs.run import Run
 from cachekit.runs.store import Slot, narrow_kept, split_kept
 
 if TYPE_CHECKING:
     from cachekit.interface.policy import Streams
+    from cachekit.runs.run import Run
 
 
 class Call:

@@ -44,6 +44,6 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
 
 
 def step_index(scheduler: Any) -> int | None:
-    """The scheduler's own step index, or None where it has not begun."""
+    """Read the scheduler's own step index; None before its loop begins."""
     index = getattr(scheduler, "_step_index", None)
     return index if isinstance(index, int) else None

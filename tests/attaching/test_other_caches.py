@@ -15,8 +15,8 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_first_block_cache, apply_layer_skip
+from guidance.test_branches import sample, wan
 from support import tiny
-from test_branches import sample, wan
 
 import cachekit
 from cachekit.errors import AttachmentError

@@ -325,7 +325,7 @@ def test_steps_with_one_signature_cost_the_same():
 # -- without torch ---------------------------------------------------------------------------------------------
 
 WITHOUT_TORCH = """
-import sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.interface.policy, cachekit.registry.catalog, cachekit.errors
+import sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.registry.catalog
 for name in ("tgate", "deepcache", "adaptive_guidance", "null_text"):
     __import__(f"cachekit_{name}.policy")
 tgate = sys.modules["cachekit_tgate.policy"].Tgate

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from test_delta_dit import latents, pipeline_of
+from plugins.test_delta_dit import latents, pipeline_of
 
 import cachekit
 from support import tiny

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import test_companions
 import torch
+from driving import test_controlnets as test_companions
+from driving.test_toy_policies import FirstBlock, Forecast
 from support import tiny
 from support.compiling import Graphs, Way, blocks, counts, draw, eager, graphs, in_place, module, pixart
-from test_toy_policies import FirstBlock, Forecast
 
 import cachekit
 from cachekit.errors import AttachmentError

@@ -31,3 +31,11 @@ SAMPLE = ("sample", "hidden_states", "x", "vision_tokens")
 
 #: What diffusers' pipelines call the calls of two branches.
 PAIR = ("cond", "uncond")
+
+
+#: Arguments that never have a batch dimension, whatever their first size is.
+UNBATCHED = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
+
+
+#: Arguments whose batch is dimension 1, after one of layers.
+LAYERED = frozenset({"encoder_hidden_states_llama3"})

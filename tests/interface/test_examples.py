@@ -16,6 +16,7 @@ WITHOUT_TORCH = {
     "cachekit.interface.policy": 1,
     "cachekit.interface.sites": 4,
     "cachekit.interface.specs": 1,
+    "cachekit.planning.plan": 1,
 }
 WITH_TORCH = {}
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'numpy']))"

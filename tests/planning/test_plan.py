@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.policy import OPEN, Action, BranchChange, Moment, Policy
 from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
@@ -71,7 +72,7 @@ def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
 
 def columns(plan):
     """Return (policy, target) -> actions, as one string each."""
-    marks = {COMPUTE: ".", STORE: "S", REUSE: "r", None: "?"}
+    marks = {COMPUTE: ".", STORE: "S", REUSE: "r", OPEN: "?"}
     return {
         (bound.policy.name, bound.target.name): "".join(marks[row.actions[i]] for row in plan.rows)
         for i, bound in enumerate(plan.assignments)
@@ -173,6 +174,11 @@ def test_a_store_inside_a_reused_block_forces_it_to_run():
     block = Scripted(script="Srrrrrrr", at="mid")
     plan = plan_of("tgate:m=4", block, steps=7)
     assert columns(plan)["scripted", "mid"][3] != "r"
+
+
+def test_assignments_are_shared_by_copies():
+    (bound,) = assign([(Scripted(script="S"), "", [GUIDANCE])])
+    assert copy.deepcopy([bound])[0] is bound
 
 
 def test_two_blocks_that_lie_within_each_other_conflict():
@@ -295,7 +301,7 @@ def test_a_policy_with_nothing_to_act_on_says_so(spec, sites, said):
     assert str(caught.value).startswith(spec)
 
 
-# -- what a plan tells -----------------------------------------------------------------------------------------
+# -- what a plan shows -----------------------------------------------------------------------------------------
 
 
 def test_a_plan_prints_one_character_a_step():
@@ -329,7 +335,7 @@ import sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.registry.
 for name in ("tgate", "deepcache", "adaptive_guidance", "null_text"):
     __import__(f"cachekit_{name}.policy")
 tgate = sys.modules["cachekit_tgate.policy"].Tgate
-print(cachekit.spec.parse("tgate:m=5", {"tgate": tgate}))
+print(cachekit.interface.specs.parse("tgate:m=5", {"tgate": tgate}))
 print(sorted({"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)))
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
@@ -169,9 +170,9 @@ def cachekit_register_adapters(register):
 
 def test_none_or_several_adapters_is_an_error_that_names_them(point):
     catalog = build([point(name, HEAD + ADAPTER.format(name=name)) for name in ("x", "y")])
-    with pytest.raises(AdapterError, match="adapters 'x' and 'y' both know str; disable one with CACHEKIT_DISABLE"):
+    with pytest.raises(AdapterError, match="adapters 'x' and 'y' both match str; disable one with CACHEKIT_DISABLE"):
         catalog.adapter_for("toy")
-    with pytest.raises(AdapterError, match="no adapter knows int; adapters: x, y"):
+    with pytest.raises(AdapterError, match="no adapter matches int; adapters: x, y"):
         catalog.adapter_for(3)
 
 
@@ -196,6 +197,11 @@ def test_plans_are_checked_and_reports_handed_out(point):
     catalog.run_finished(report)
     assert entry.load().seen == [report]
     assert issubclass(ConflictError, CachekitError)
+
+
+def test_a_catalog_is_shared_by_copies():
+    catalog = installed()
+    assert copy.deepcopy({"catalog": catalog})["catalog"] is catalog
 
 
 # -- plugins that fail while a pipeline is at work -------------------------------------------------------------
@@ -240,7 +246,7 @@ def test_a_plugin_that_fails_to_check_a_plan_changes_nothing(pipe, failing):
         cachekit.apply(pipe, SPEC, catalog=catalog)
     assert str(caught.value) == (
         "plugin 'failing' failed in cachekit_check_plan: OSError: no file"
-        f" (mend or uninstall it, or set {DISABLE}=failing)"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
     assert torch.equal(tiny.latents(pipe, steps=4), plain)
 
@@ -255,9 +261,9 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
     (warning,) = caught
     assert str(warning.message) == (
         "plugin 'failing' failed in cachekit_run_finished: OSError: no file"
-        f" (mend or uninstall it, or set {DISABLE}=failing)"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
-    # The other plugins are told all the same.
+    # The other plugins get the report all the same.
     with cachekit.apply(pipe, never_fires, catalog=catalog), pytest.warns(PluginWarning):
         tiny.latents(pipe, steps=4)
     assert f"{never_fires} never fired" in caplog.text

@@ -1,4 +1,4 @@
-"""What an adapter states of its denoisers' arguments adds to what is known of those of diffusers."""
+"""Names of arguments that an adapter adds to those of diffusers' own denoisers."""
 
 from __future__ import annotations
 

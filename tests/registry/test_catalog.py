@@ -1,4 +1,4 @@
-"""Plugins are found by entry point, checked, and never take each other down."""
+"""Plugins are found by entry point and checked; one that fails leaves the others working."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GOOD = HEAD + POLICY.format(cls="Good", name="good") + REGISTER.format("Good")
 
 @pytest.fixture
 def point(tmp_path, monkeypatch):
-    """Write a plugin module and return its entry point."""
+    """A function that writes a plugin module and makes its entry point."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(name, source, module=None):
@@ -94,7 +94,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing_behind(point):
     assert catalog.owners == {}
 
 
-def test_two_plugins_under_one_name_do_not_take_each_other_down(point):
+def test_of_two_plugins_under_one_name_the_first_stays(point):
     other = HEAD + POLICY.format(cls="Other", name="other") + REGISTER.format("Other")
     catalog = build([point("same", GOOD), point("same", other, module="other")])
     assert list(catalog.policies) == ["good"]
@@ -147,7 +147,7 @@ def test_a_failure_is_a_warning_once(point, monkeypatch):
         assert installed() is catalog
 
 
-def test_everything_shipped_loads_and_says_what_it_is():
+def test_everything_shipped_loads_and_has_a_summary():
     catalog = installed()
     assert catalog.failures == ()
     assert {"adaptive_guidance", "cair", "deepcache", "null_text", "tgate"} <= set(catalog.policies)
@@ -216,7 +216,7 @@ def {}({}):
 
 @pytest.fixture
 def failing(point):
-    """Return the installed catalog and one more plugin, which fails in the named hook."""
+    """A function that builds the installed catalog with one more plugin, which fails in the given hook."""
 
     def make(hook, argument):
         extra = point("failing", HEAD + RAISING.format(hook, argument))
@@ -272,7 +272,7 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
 BROKEN_ADAPTER = ADAPTER.replace("return denoiser == 'toy'", "raise OSError('no\\nfile')")
 
 
-def test_an_adapter_that_fails_to_look_at_a_model_is_named(point):
+def test_an_adapter_that_raises_is_named(point):
     catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(name="odd_ones"))])
     with pytest.raises(PluginError, match=rf"plugin 'odd' failed .* 'odd_ones': OSError: no file .*{DISABLE}=odd"):
         catalog.adapter_for("toy")

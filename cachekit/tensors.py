@@ -14,6 +14,9 @@ def tree_map(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Rebuild `tree` with `function` applied to each tensor; everything that is not a tensor stays.
 
     Named tuples and diffusers' output classes keep their type.
+
+    >>> tree_map(len, {"pair": (torch.zeros(2, 3), torch.zeros(4)), "scale": 0.5})
+    {'pair': (2, 4), 'scale': 0.5}
     """
     if isinstance(tree, Tensor):
         return function(tree)

@@ -57,6 +57,16 @@ class Adapter(Protocol):
 
     A plugin hands an instance to the hook `cachekit_register_adapters`. `name` and `summary`, one line, are for
     listings and errors. Exactly one installed adapter must match a denoiser.
+
+    >>> class ToyAdapter:
+    ...     name, summary = "toy", "transformers with a single list of blocks"
+    ...     def matches(self, denoiser: Any) -> bool:
+    ...         return type(denoiser).__name__ == "ToyTransformer"
+    ...     def sites(self, denoiser: Any) -> SiteMap:
+    ...         blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(len(denoiser.blocks)))
+    ...         return SiteMap("ToyTransformer", (*cachekit.module_sites(denoiser), *blocks), chains=(blocks,))
+    ...     def layout(self, denoiser: Any) -> Layout:
+    ...         return Layout(order=("cond", "uncond"))
     """
 
     name: str

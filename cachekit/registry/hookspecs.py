@@ -1,7 +1,18 @@
 """The hooks of cachekit. A plugin implements them as module-level functions, marked with `cachekit.hookimpl`.
 
-The module is named by an entry point in the group `cachekit`. An implementation may leave out arguments. A misspelt
-hook or argument, or an exception while registering, leaves the plugin out with a warning that says why.
+The module is named by an entry point in the group `cachekit`. A whole plugin::
+
+    from cachekit import hookimpl
+
+
+    @hookimpl
+    def cachekit_register_policies(register):
+        from .policy import EverySecond
+
+        register(EverySecond)
+
+An implementation may leave out arguments. A plugin with a misspelt hook or argument, or one that raises while it
+registers, is left out with a warning that gives the reason.
 """
 
 from __future__ import annotations

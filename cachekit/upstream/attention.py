@@ -22,6 +22,11 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
     """Find the attention and feed-forward modules of a denoiser: a site for each, in the order of `named_modules`.
 
     Modules that only contain an attention, and those whose output is more than the attention itself, are left out.
+
+    >>> from diffusers.models.attention import BasicTransformerBlock
+    >>> block = BasicTransformerBlock(8, 2, 4, cross_attention_dim=8)
+    >>> {site.name: str(site.kind) for site in module_sites(block)}
+    {'attn1': 'self_attention', 'attn2': 'cross_attention', 'ff': 'feed_forward'}
     """
     by_width = type(denoiser).__name__ in _SELF_ATTENTION_BY_WIDTH
     modules = dict(denoiser.named_modules())

@@ -17,12 +17,7 @@ _UNKNOWN_STEPS = 100
 def is_entry(timestep: Tensor) -> bool:
     """Whether a tensor is a view of a single entry of a longer table, expanded over the batch or not."""
     one_place = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride()))
-    return one_place and not timestep.is_meta and table_length(timestep) > 1
-
-
-def table_length(timestep: Tensor) -> int:
-    """Count the entries of the table that a timestep is a view of."""
-    return int(timestep.untyped_storage().nbytes() // timestep.element_size())
+    return one_place and not timestep.is_meta and _table_length(timestep) > 1
 
 
 def shares_table(timestep: Any, scheduler: Any) -> bool:
@@ -43,7 +38,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
     if isinstance(counted, int):
         return counted
     if isinstance(timestep, Tensor) and is_entry(timestep):
-        return table_length(timestep) - int(timestep.storage_offset())
+        return _table_length(timestep) - int(timestep.storage_offset())
     table = getattr(scheduler, "timesteps", None)
     return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN_STEPS
 
@@ -52,3 +47,8 @@ def step_index(scheduler: Any) -> int | None:
     """Read the scheduler's own step index; None before its loop begins."""
     index = getattr(scheduler, "_step_index", None)
     return index if isinstance(index, int) else None
+
+
+def _table_length(timestep: Tensor) -> int:
+    """Count the entries of the table that a timestep is a view of."""
+    return int(timestep.untyped_storage().nbytes() // timestep.element_size())

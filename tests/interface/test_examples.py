@@ -12,13 +12,13 @@ import pytest
 #: Modules with examples, and how many of their docstrings have one.
 WITHOUT_TORCH = {
     "cachekit.errors": 1,
-    "cachekit.interface.adapter": 1,
+    "cachekit.interface.adapter": 2,
     "cachekit.interface.policy": 1,
     "cachekit.interface.sites": 4,
     "cachekit.interface.specs": 1,
     "cachekit.planning.plan": 1,
 }
-WITH_TORCH = {}
+WITH_TORCH = {"cachekit.tensors": 1, "cachekit.upstream.attention": 1}
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'numpy']))"
 RUN = """
 import doctest, importlib

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cachekit.interface.adapter import Adapter as Adapter
     from cachekit.interface.adapter import Layout as Layout
     from cachekit.interface.observation import Observation as Observation
+    from cachekit.interface.policy import OPEN as OPEN
     from cachekit.interface.policy import Action as Action
     from cachekit.interface.policy import BranchChange as BranchChange
     from cachekit.interface.policy import Moment as Moment
@@ -70,7 +71,7 @@ _HOMES = {
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.observation": ["Observation"],
-    "interface.policy": ["Action", "BranchChange", "Moment", "Policy", "Streams"],
+    "interface.policy": ["OPEN", "Action", "BranchChange", "Moment", "Policy", "Streams"],
     "interface.sites": ["GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
     "planning.plan": ["Plan"],

@@ -1,4 +1,4 @@
-"""Nested tensors: map over them, collect them, measure them, and find NaN and inf with one device sync."""
+"""Nested tensors (dicts, tuples and lists): map over them, collect them, measure them, check that they are finite."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import torch
 from torch import Tensor
 
 
-def tree_map(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
-    """Return `tree` with `function` applied to each tensor and everything else as it was."""
-    if isinstance(tree, torch.Tensor):
+def tree_map(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Rebuild `tree` with `function` applied to each tensor; everything that is not a tensor stays.
+
+    Named tuples and diffusers' output classes keep their type.
+
+    >>> tree_map(len, {"pair": (torch.zeros(2, 3), torch.zeros(4)), "scale": 0.5})
+    {'pair': (2, 4), 'scale': 0.5}
+    """
+    if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):
         mapped = {key: tree_map(function, value) for key, value in tree.items()}
@@ -23,37 +29,37 @@ def tree_map(function: Callable[[torch.Tensor], Any], tree: Any) -> Any:
     return tree
 
 
-def tensors(tree: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of `tree` in order."""
-    if isinstance(tree, torch.Tensor):
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of `tree`, depth first and in order."""
+    if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (dict, tuple, list)):
         for value in tree.values() if isinstance(tree, dict) else tree:
             yield from tensors(value)
 
 
-def with_tensors(tree: Any, replacements: tuple[torch.Tensor, ...]) -> Any:
-    """Return `tree` with its tensors replaced in order."""
+def with_tensors(tree: Any, replacements: tuple[Tensor, ...]) -> Any:
+    """Rebuild `tree` with its tensors replaced, in the order of `tensors(tree)`."""
     source = iter(replacements)
     return tree_map(lambda _: next(source), tree)
 
 
 def size_in_bytes(tree: Any) -> int:
-    """Return the bytes that the tensors of `tree` take."""
+    """Sum up the bytes of the elements of all tensors of `tree`."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(tree))
 
 
-def shape_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor of the same shape, dtype and device that holds one element only."""
+def shape_of(tensor: Tensor) -> Tensor:
+    """Make a tensor of the same shape, dtype and device that stores a single element."""
     return tensor.new_empty(()).expand(tensor.shape)
 
 
 @torch.no_grad()
 def is_finite(kept: Sequence[Any]) -> list[bool]:
-    """Return for each of these nestings of tensors whether all its numbers are finite.
+    """Whether each of these trees is free of NaN and inf, with one sync per device.
 
-    A sum is finite only where everything in it is. So one number for each tensor is gathered, and all of them are
-    read together; only a sum that overflows asks for more than one look.
+    A sum is finite only if all its terms are, so a single number per tensor is gathered and all of them are read
+    together. Finite terms may still add up to inf; only then are the tensors of that tree looked at one by one.
     """
     found = [True] * len(kept)
     sums: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)

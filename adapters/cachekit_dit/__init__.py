@@ -1,4 +1,4 @@
-"""Adapt diffusion transformers: PixArt, DiT and any other whose blocks hold diffusers' attention."""
+"""The adapter `dit`, for diffusion transformers: PixArt, DiT and any other with blocks around attention."""
 
 from __future__ import annotations
 

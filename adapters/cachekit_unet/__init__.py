@@ -1,4 +1,4 @@
-"""Adapt diffusers' UNets: SD, SDXL, SVD and every other with paired down and up blocks."""
+"""The adapter `unet`, for diffusers' UNets: SD, SDXL, SVD and any other with down and up blocks."""
 
 from __future__ import annotations
 

@@ -11,10 +11,7 @@ from torch import Tensor
 from cachekit.interface.adapter import Layout
 from cachekit.interface.sites import Branches
 from cachekit.tensors import tensors, tree_map
-from cachekit.upstream.arguments import SAMPLE, by_name
-
-#: Arguments whose first dimension may count frames too: a multiple of the batch.
-_PER_FRAME = ("encoder_hidden_states", "additional_residual")
+from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED, by_name
 
 
 def as_batch(sample: Any) -> Any:
@@ -43,8 +40,8 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
     place, count = layout.order.index(branch), len(layout.order)
 
     def cut(name: str) -> Callable[[Tensor], Tensor]:
-        dim = 1 if name in layout.layered else 0
-        multiples = dim == 0 and any(part in name for part in _PER_FRAME)
+        dim = 1 if name in layout.layered | LAYERED else 0
+        multiples = dim == 0 and any(part in name for part in PER_FRAME)
 
         def one(tensor: Tensor) -> Tensor:
             size = tensor.shape[dim] if tensor.dim() > dim else 0
@@ -64,7 +61,7 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
 
 
 def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[str], Callable[[Tensor], Tensor]]) -> Any:
-    if name in layout.unbatched:
+    if name in layout.unbatched | UNBATCHED:
         return value
     if isinstance(value, dict):
         named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())

@@ -1,4 +1,4 @@
-"""What observing policies see of a guided call."""
+"""What an observing policy gets to see of a guided call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Observation(Protocol):
-    """The outputs of all guidance branches of one call, and the sample that they share."""
+    """One guided step: the outputs of all guidance branches, and the sample that they share."""
 
     @property
     def step(self) -> int:
@@ -29,4 +29,7 @@ class Observation(Protocol):
         """The denoiser's timestep argument: a number or a tensor of any shape."""
 
     def denoised(self, branch: str) -> Tensor:
-        """Predict the clean sample, x0, `(batch, channels, ...)` from a branch's output."""
+        """Predict the clean sample, x0, `(batch, channels, ...)` from a branch's output.
+
+        Raises `GuidanceError` under a scheduler whose prediction cannot be inverted.
+        """

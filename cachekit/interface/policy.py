@@ -1,11 +1,11 @@
-"""Define what a caching policy can say: a frozen config, a rule, and what is kept and restored."""
+"""What a caching policy defines: its settings, its targets, its rule, and what it keeps and restores."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,18 +23,27 @@ Streams = tuple["Tensor", ...]
 
 
 class Action(str, Enum):
-    """Say what happens at a site in a step."""
+    """What happens at a target in one step.
+
+    `COMPUTE` runs it and keeps nothing, `STORE` runs it and keeps its output (`Policy.to_keep`), `REUSE` skips it
+    and hands out what the last `STORE` kept (`Policy.restore`). A `REUSE` for which nothing is kept computes, and
+    is counted as a miss.
+    """
 
     COMPUTE = "compute"
     STORE = "store"
     REUSE = "reuse"
 
 
-class BranchChange(str, Enum):
-    """Say what becomes of kept tensors when the number of guidance branches falls.
+#: The answer of `Policy.action` where no schedule decides: `decide` or `probe` will, during the run.
+OPEN: Final = None
 
-    REMAINING keeps the part of the branch that stays, MEAN the mean of all, REFRESH nothing: the policy's
-    schedule starts anew at that step.
+
+class BranchChange(str, Enum):
+    """What becomes of kept tensors when a guidance branch is dropped.
+
+    `REMAINING` keeps the part of the branch that still runs, `MEAN` the mean over all branches. `REFRESH` keeps
+    nothing: the policy's schedule starts anew, with `Moment.origin` at the step where the branches changed.
     """
 
     REMAINING = "remaining"
@@ -44,10 +53,11 @@ class BranchChange(str, Enum):
 
 @dataclass(frozen=True)
 class Moment:
-    """Say when an action is asked for.
+    """The step for which an action is asked.
 
-    `step` is the 0-based iteration of the pipeline's loop, `steps` their number, `origin` the step at which
-    this policy's schedule last started anew (0, or later after a change of branches or a forced full step).
+    `step` is the 0-based iteration of the pipeline's loop and `steps` the number of iterations. `origin` is the step
+    at which this policy's schedule last started anew: 0, or later after a change of branches or a full step that
+    another policy made necessary.
     """
 
     step: int
@@ -56,29 +66,48 @@ class Moment:
 
 
 class Policy(BaseModel):
-    """Base of all policies: subclass, set `name`, `kinds` and `summary`, add fields, write `action`.
+    """Base of all policies: subclass it, set `name`, `summary` and `kinds`, add fields, write `action`.
 
-    Fields are the keys of the spec string. Instances are frozen, so that they can be shared by runs and
-    threads; what changes during a run lives in the `memory` dict that the engine hands to each method. What a
-    policy puts under `memory["trace"]` (a list) is shown in the report.
+    A whole policy, which computes self-attention every second step and reuses it in between:
+
+    >>> class EverySecond(Policy):
+    ...     name: ClassVar[str] = "every_second"
+    ...     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.SELF_ATTENTION})
+    ...     start: int = 0
+    ...     def action(self, target: Target, at: Moment) -> Action:
+    ...         return Action.REUSE if at.step > self.start and at.step % 2 else Action.STORE
+    >>> str(EverySecond(start=4))
+    'every_second:start=4'
+
+    The fields are the keys of the spec; pydantic checks their values. Instances are frozen, so that runs and threads
+    can share them: what changes during a run belongs into the `memory` dict that some methods are given, which lives
+    as long as the run. A list under `memory["trace"]` is shown in the report.
+
+    All methods but `action` have a default. Tensors are `(branches * batch, ...)`; where a batch holds two guidance
+    branches, `Layout.order` is their order along dimension 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    #: The word before the colon of a spec: lower case, digits and underscores.
     name: ClassVar[str] = ""
+    #: One line for listings.
     summary: ClassVar[str] = ""
+    #: Where the method was published, such as "arXiv 2404.02747".
     paper: ClassVar[str] = ""
+    #: The kinds of targets that the policy acts on; at least one.
     kinds: ClassVar[frozenset[Kind]] = frozenset()
+    #: What becomes of kept tensors when a guidance branch is dropped.
     on_branch_change: ClassVar[BranchChange] = BranchChange.REMAINING
-    #: Set where `to_keep` builds on what was kept before: then a STORE that no REUSE reads is not idle.
+    #: Whether `to_keep` builds on what was kept before: if so, a STORE that no REUSE reads is carried out too.
     keeps_history: ClassVar[bool] = False
 
-    # -- which places -------------------------------------------------------------------------------------
+    # -- where --------------------------------------------------------------------------------------------
 
     def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Return the sites or regions to act on; by default every site of the registered kinds.
+        """Choose the sites or regions to act on, once, in `apply`; by default all sites of the policy's kinds.
 
-        Raise `SiteError` when this model has nothing to act on.
+        Raises `SiteError` where this model has none of them, the guidance site not counted.
         """
         found = sites.of(*self.kinds)
         wanted = self.kinds - {Kind.GUIDANCE}
@@ -87,62 +116,68 @@ class Policy(BaseModel):
             raise SiteError(f"{self}: looked for {looked_for}, but {sites.describe()}; use another policy")
         return found
 
-    # -- the rule -----------------------------------------------------------------------------------------
+    # -- when ---------------------------------------------------------------------------------------------
 
     def action(self, target: Target, at: Moment) -> Action | None:
-        """Return the action from the schedule alone, or None where it is decided during the run."""
+        """Decide from the schedule alone what happens at `target` in step `at.step`.
+
+        `OPEN`, which is None, leaves it to the run: to `probe` for a region with a probe, to `decide` otherwise.
+        The answer must depend on the arguments alone, because it is also asked for plans and estimates. At the
+        guidance site REUSE drops a branch, and STORE keeps something for it while both still run.
+        """
         raise NotImplementedError
 
     def decide(self, target: Target, at: Moment, memory: dict[str, Any]) -> Action:
-        """Return the action at the beginning of a step whose `action` is None (observing policies)."""
+        """Decide, at the beginning of a step, an action that `action` left open."""
         return Action.COMPUTE
 
     def probe(self, target: Target, at: Moment, value: Streams, memory: dict[str, Any]) -> Action:
-        """Return the action of a region from the tensors seen at its probe, inside a call.
+        """Decide, within a call, an open action of a region from `value`, the output of its probe.
 
-        `memory` is kept per branch set, so that branches computed in separate calls do not mix.
+        `memory` is kept apart for each set of branches, so that branches with calls of their own do not mix.
         """
         return Action.STORE
 
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
-        """Look at the outputs of the branches at the end of a guided call, for later `decide`."""
+        """Look at the outputs of the branches after a guided call, for later steps' `decide`."""
 
-    # -- what is kept, what is restored -------------------------------------------------------------------
+    # -- what ---------------------------------------------------------------------------------------------
 
     def to_keep(self, output: Streams, entry: Streams, before: Any, at: Moment) -> Any:
-        """Return what is kept of a computed output: tensors `(branches * batch, ...)` in any nesting.
+        """Choose what a STORE keeps of a computed output: tensors `(branches * batch, ...)` in any nesting.
 
-        `entry` holds the tensors that entered the region (empty for attention sites), `before` what was
-        kept last time or None.
+        `entry` holds the tensors that entered the region, and is empty for sites and for regions without an entry.
+        `before` is what the last STORE kept, or None.
         """
         return output
 
     def restore(self, kept: Any, entry: Streams, at: Moment) -> Streams:
-        """Return the output that stands in for a computed one."""
+        """Make the output of a reused target from what was kept, and from the tensors that enter it now."""
         streams: Streams = kept
         return streams
 
     # -- guidance -----------------------------------------------------------------------------------------
 
     def stays(self, layout: Layout) -> str:
-        """Return the branch that stays when this policy narrows the guidance."""
+        """Name the branch that runs on when this policy drops one: "cond" or "uncond"."""
         return "cond"
 
     def branches_to_keep(self, outputs: Mapping[str, Tensor]) -> Any:
-        """Return what is kept of a guided step for `restore_branch`; needs STORE at the guidance site.
+        """Choose what a STORE at the guidance site keeps of both branches' outputs, for `restore_branch`.
 
-        It is asked for each tensor of a denoiser that returns several: video and sound, say.
+        `outputs` maps each branch to its `(batch, ...)`. A denoiser that returns several tensors, video and sound
+        for instance, asks once for each.
         """
         return None
 
     def restore_branch(self, output: Tensor, kept: Any) -> Tensor:
-        """Return the dropped branch's output from the remaining one's `(batch, ...)`."""
+        """Make the output of the dropped branch from that of the remaining one, both `(batch, ...)`."""
         return output
 
     # -- text ---------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        """Return the canonical spec, which parses back to an equal policy."""
+        """Write the policy as a spec that parses back to an equal one; defaults are left out."""
         pairs = self.model_dump(exclude_defaults=True)
         text = ",".join(f"{key}={_word(value)}" for key, value in pairs.items())
         return f"{self.name}:{text}" if text else self.name

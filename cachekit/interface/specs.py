@@ -1,4 +1,4 @@
-"""Read spec strings such as `tgate:m=10,keep=cond` into policies; the only parser there is."""
+"""Parse specs such as `tgate:m=10,keep=cond` into policies."""
 
 from __future__ import annotations
 
@@ -12,15 +12,28 @@ from pydantic_core import ErrorDetails
 from cachekit.errors import SpecError, nearest
 from cachekit.interface.policy import Policy
 
+#: A policy, or its spec: `name` or `name:key=value,key=value`.
 Spec = Union[str, Policy]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def parse(spec: Spec, policies: Mapping[str, type[Policy]]) -> Policy:
-    """Return the policy that `spec` describes, `name` or `name:key=value,key=value`.
+    """Parse one spec; `policies` are those that may be named. A policy is handed back as it is.
 
-    Raise `SpecError` with one line that names the spec, the offender and what is allowed.
+    >>> class Half(Policy):
+    ...     name = "half"
+    ...     kinds = frozenset()
+    ...     start: int = 0
+    ...     stop: int | None = None
+    >>> parse("half: start=3, stop=none", {"half": Half})
+    Half(start=3, stop=None)
+    >>> parse("half:strat=3", {"half": Half})
+    Traceback (most recent call last):
+    ...
+    cachekit.errors.SpecError: spec 'half:strat=3': unknown key 'strat' (did you mean 'start'?); allowed: start, stop
+
+    Raises `SpecError` with the spec, the part that is wrong, and what is allowed.
     """
     if isinstance(spec, Policy):
         return spec
@@ -36,7 +49,7 @@ def parse(spec: Spec, policies: Mapping[str, type[Policy]]) -> Policy:
 
 
 def parse_all(specs: Spec | Iterable[Spec], policies: Mapping[str, type[Policy]]) -> tuple[Policy, ...]:
-    """Return the policies of one spec or several; raise `SpecError` if one policy is named twice."""
+    """Parse one spec or several; raises `SpecError` as `parse` does, and for a policy that is named twice."""
     if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)):
         raise SpecError(f"specs {specs!r}: is a {type(specs).__name__}; give a spec or a list of specs")
     # A policy is iterable too, over its fields.
@@ -54,7 +67,7 @@ def parse_all(specs: Spec | Iterable[Spec], policies: Mapping[str, type[Policy]]
 
 
 def is_name(name: str) -> bool:
-    """Tell whether `name` can stand before the colon of a spec."""
+    """Whether `name` can stand before the colon of a spec: lower case, digits and underscores, a letter first."""
     return bool(_NAME.fullmatch(name))
 
 
@@ -82,14 +95,14 @@ def _build(spec: str, policy: type[Policy], pairs: dict[str, str]) -> Policy:
     try:
         return policy(**values)
     except ValidationError as error:
-        raise SpecError(f"spec {spec!r}: {_first(error.errors()[0])}") from None
+        raise SpecError(f"spec {spec!r}: {_reason(error.errors()[0])}") from None
 
 
 def _may_be_none(annotation: Any) -> bool:
     return type(None) in get_args(annotation)
 
 
-def _first(error: ErrorDetails) -> str:
+def _reason(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     where = ".".join(str(part) for part in error["loc"])
     return f"{where}={repr(error['input'])[1:-1]}: {message}" if where else message

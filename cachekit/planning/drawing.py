@@ -1,4 +1,4 @@
-"""Draw a plan as SVG: a square for each target and step, in any size and without a library."""
+"""Draw a plan as SVG: a square for each target and step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 __all__ = ["draw"]
 
-#: What each mark of a plan means, and its colour: told apart by lightness too, on a light ground and on a dark one.
+#: What each mark of a plan means, and its colour. The colours differ in lightness too, on light and dark grounds.
 _MEANINGS = {
     ".": ("compute", "#0072b2"),
     "S": ("compute and keep", "#e69f00"),
@@ -20,12 +20,12 @@ _CELL, _LINE, _EDGE = 12, 14, 4
 # Text is monospaced, so that its width is known; no common font is wider than this.
 _FONT, _CHARACTER = "font-family='ui-monospace, monospace' font-size='11' fill='currentColor'", 6.8
 
-#: Spec, name of the target, kind, and a mark per step.
+#: Spec, name of the target, kind, and a mark for each step.
 Column = tuple[str, str, str, str]
 
 
 def draw(branches: Sequence[int], columns: Sequence[Column]) -> str:
-    """Return a picture with a line per column; `branches` says how many of them run in each step."""
+    """Draw a line for each column, below the steps and the number of `branches` that run in each of them."""
     # Names stand to the right, so that a narrow screen shows the steps first.
     lines = [*_lines(columns, len(branches) * _CELL + _CELL)]
     width = max(line.start + _CHARACTER * len(line.text) for line in lines) + _EDGE
@@ -41,7 +41,7 @@ def draw(branches: Sequence[int], columns: Sequence[Column]) -> str:
 
 
 class _Line(NamedTuple):
-    """Hold squares and a text that begins at a pixel; `title` is what the text is short for."""
+    """Squares, and a text that begins at the pixel `start`; `title` is shown on hovering over the text."""
 
     start: int
     text: str

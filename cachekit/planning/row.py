@@ -4,32 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cachekit.interface.policy import Action
+from cachekit.interface.policy import OPEN, Action
 from cachekit.interface.sites import Branches
+
+#: An entry of a plan's table: an action, or `OPEN` where only the run can decide.
+Cell = Action | None
 
 
 @dataclass
 class Row:
-    """Hold one step of a plan: the branches that run and an action per assignment.
+    """One step of a plan: the branches that run, and a cell for each assignment.
 
-    `narrowed_by` is the index of the guidance assignment that dropped a branch, or None; `origins` are the steps at
-    which each assignment's schedule last started anew; `last_branches` gives, for a STORE whose next reuse is
-    known to come with fewer branches, those branches.
+    `narrowed_by` is the index of the guidance assignment that dropped a branch, or None where all of them run.
+    `origins` has, for each assignment, the step at which its schedule last started anew. `last_branches` has the
+    branches of the next REUSE for each STORE that will be read by fewer branches than have made it: it can be
+    narrowed at once, which saves memory.
     """
 
     step: int
     branches: Branches
-    actions: list[Action | None]
+    actions: list[Cell]
     narrowed_by: int | None = None
     origins: list[int] = field(default_factory=list)
     last_branches: dict[int, Branches] = field(default_factory=dict)
 
     @property
     def signature(self) -> tuple[object, ...]:
-        """Return what makes two steps cost the same."""
+        """What the cost of a step depends on: two steps with equal signatures cost the same."""
         return (self.branches, tuple(self.actions), tuple(sorted(self.last_branches.items())))
 
     @property
     def decided(self) -> Row:
-        """Return this step as it costs and keeps most: each action that only the run can decide is a STORE."""
-        return replace(self, actions=[Action.STORE if action is None else action for action in self.actions])
+        """The row at its most expensive: every open cell is a STORE."""
+        return replace(self, actions=[Action.STORE if cell is OPEN else cell for cell in self.actions])

@@ -1,4 +1,4 @@
-"""List what is installed."""
+"""The installed policies and adapters."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from cachekit.registry.catalog import installed
 
 
 def policies() -> dict[str, type[Policy]]:
-    """Return the installed policies by name, sorted."""
+    """List the installed policy classes by name, sorted."""
     return dict(sorted(installed().policies.items()))
 
 
 def adapters() -> dict[str, Adapter]:
-    """Return the installed adapters by name, sorted."""
+    """List the installed adapters by name, sorted."""
     return dict(sorted(installed().adapters.items()))

@@ -1,4 +1,4 @@
-"""Tell the user at the end of a run what a report would say too late: policies that never fired."""
+"""Log the warnings of each report when its run ends, such as policies that never fired."""
 
 from __future__ import annotations
 

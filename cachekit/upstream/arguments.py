@@ -21,6 +21,12 @@ WRITTEN = ("kv_cache", "kv_caches")
 CACHE_MODE = "kv_cache_mode"
 #: The names of the calls of two branches.
 PAIR = ("cond", "uncond")
+#: Arguments that never have a batch dimension, whatever their first size is.
+UNBATCHED = frozenset({"image_rotary_emb", "img_ids", "txt_ids", "ip_adapter_masks"})
+#: Arguments whose batch is dimension 1, after one of layers.
+LAYERED = frozenset({"encoder_hidden_states_llama3"})
+#: Parts of the names of arguments whose first dimension may count frames too: a multiple of the batch.
+PER_FRAME = ("encoder_hidden_states", "additional_residual")
 
 
 def parameters_of(module: nn.Module) -> tuple[str, ...]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Where modular pipelines hold what prepares the calls of a step, and combines what comes of them.
+#: Attributes in which modular pipelines hold guiders, which prepare the calls of a step and combine their outputs.
 _GUIDERS = ("guider", "guider_2")
-
-
-#: Guiders that do not count the calls that they have prepared.
+#: Guiders that don't count the calls that they have prepared.
 _UNCOUNTED = ("SmoothedEnergyGuidance",)
 
 
 def name_by_guider(pipe: Any, step: int, call: int) -> str | None:
-    """Return what a modular pipeline's guider calls the prediction of the `call`-th call of `step`.
+    """Find the name that a pipeline's guider gives the prediction of a call; `step` and `call` within it are 0-based.
 
-    Without a guider, or outside of its calls, it is None. A name other than the first two has the place of the call
-    after it: guiders give one name to calls with other inputs.
+    None without a guider, or outside of the calls that it prepares. Guiders give a single name to calls with
+    different inputs, so names other than "pred_cond" and "pred_uncond" get the place of the call appended, from 1.
     """
     guiders = [(guider, guider.get_state()) for guider in _guiders(pipe)]
     if len(guiders) > 1:
@@ -24,7 +22,7 @@ def name_by_guider(pipe: Any, step: int, call: int) -> str | None:
     if not guiders:
         return None
     guider, state = guiders[0]
-    names = [getattr(call, guider._identifier_key) for call in guider.prepare_inputs({})]
+    names = [getattr(inputs, guider._identifier_key) for inputs in guider.prepare_inputs({})]
     place = call + 1 if type(guider).__name__ in _UNCOUNTED else state["count_prepared"]
     if not 0 < place <= len(names):
         return None
@@ -33,7 +31,7 @@ def name_by_guider(pipe: Any, step: int, call: int) -> str | None:
 
 
 def has_momentum(pipe: Any) -> bool:
-    """Tell whether guidance adds up what the branches differed by in earlier steps."""
+    """Whether a guider accumulates the differences between branches over the steps, and so needs all branches."""
     return any(getattr(guider, "momentum_buffer", None) is not None for guider in _guiders(pipe))
 
 

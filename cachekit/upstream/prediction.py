@@ -11,16 +11,17 @@ from cachekit.errors import GuidanceError
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
-    """Return x0 from the denoiser's scaled input and output, both `(batch, channels, ...)`.
+    """Predict x0 from the denoiser's scaled input and its output, both `(batch, channels, ...)`.
 
-    Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of
-    the same timestep, so one formula serves both kinds; rectified flows use x - sigma v. Raise `GuidanceError`
-    for a scheduler that has neither of both, makes its prediction of the output by itself (EDM), or for samples of
-    whole numbers.
+    Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of the
+    same timestep, so one formula serves them and the schedulers with alphas. Rectified flows use x - sigma v.
+
+    Raises `GuidanceError` for a scheduler with neither sigmas nor alphas, for one that turns the output into a
+    prediction by itself (EDM), and for samples of integers.
     """
     table, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
-    known = isinstance(table, Tensor) or isinstance(sigmas, Tensor)
-    if not known or hasattr(scheduler, "precondition_outputs") or not sample.is_floating_point():
+    is_known = isinstance(table, Tensor) or isinstance(sigmas, Tensor)
+    if not is_known or hasattr(scheduler, "precondition_outputs") or not sample.is_floating_point():
         raise GuidanceError(f"x0 is not known from outputs under {type(scheduler).__name__}; compare predictions (eps)")
     prediction = getattr(scheduler.config, "prediction_type", "epsilon")
     if table is None or prediction == "flow_prediction":
@@ -37,9 +38,9 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
 
 
 def _flow_sigma(scheduler: Any) -> Tensor:
-    """Return the share of noise at the present step; pipelines give denoisers its time in several scales.
+    """Read the share of noise at the current step from the scheduler: pipelines scale a flow's timesteps differently.
 
-    Where sigmas are shares of the clean sample, and outputs point to it, the share of noise is negative.
+    With inverted sigmas, which are shares of the clean sample, outputs point towards it and the share is negative.
     """
     index = getattr(scheduler, "step_index", None)
     share: Tensor = scheduler.sigmas[(getattr(scheduler, "begin_index", None) or 0) if index is None else index]
@@ -47,7 +48,7 @@ def _flow_sigma(scheduler: Any) -> Tensor:
 
 
 def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
-    """Return noise over signal at a timestep, which may lie between two of the training's."""
+    """Interpolate noise over signal at a timestep, which may lie between two of those used in training."""
     if getattr(scheduler.config, "timestep_type", "") == "continuous":
         return (4 * time).exp()
     sigmas = ((1 - table) / table).sqrt()

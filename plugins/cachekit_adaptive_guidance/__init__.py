@@ -1,4 +1,4 @@
-"""Adaptive guidance (arXiv 2312.12487) as a plugin: stop guidance once it changes nothing."""
+"""Adaptive guidance (arXiv 2312.12487) as a plugin: guidance ends once it no longer changes anything."""
 
 from __future__ import annotations
 

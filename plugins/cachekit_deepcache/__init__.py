@@ -1,4 +1,4 @@
-"""DeepCache (arXiv 2312.00858) as a plugin: deep features of a UNet change slowly."""
+"""DeepCache (arXiv 2312.00858) as a plugin: the deep features of a UNet change slowly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Delta-DiT (arXiv 2406.01125) as a plugin: what a run of transformer blocks adds changes slowly."""
+"""Delta-DiT (arXiv 2406.01125) as a plugin: what a span of transformer blocks adds changes slowly."""
 
 from __future__ import annotations
 

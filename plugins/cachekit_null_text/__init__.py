@@ -1,4 +1,4 @@
-"""Null text (arXiv 2404.02747, section 3) as a plugin: take the caption away for some steps."""
+"""Null text (arXiv 2404.02747, section 3) as a plugin: some steps run without the caption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None
 
 @hookimpl
 def cachekit_check_plan(plan: Plan) -> list[str]:
-    """Refuse a cross-attention that would be kept on a step without text: it would never see the caption."""
+    """Refuse to keep cross-attention on a step without text: later steps would never use the caption."""
     reasons = []
     for row in plan.rows:
         narrowing = None if row.narrowed_by is None else plan.assignments[row.narrowed_by].policy

@@ -9,7 +9,7 @@ from cachekit import Policy, hookimpl
 
 @hookimpl
 def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
-    """Register `tgate` and its other name `cair`."""
+    """Register `tgate`, and `cair`, the same method under its other name."""
     from .policy import Cair, Tgate
 
     register(Tgate)

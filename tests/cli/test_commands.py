@@ -214,7 +214,7 @@ def test_generate_without_specs_says_so_and_takes_another_scheduler(dit, tmp_pat
         (["plan", "deepcache:branch=99", "--steps", "3", "--model", "SD"], "has branches 0..11"),
         (["sites", "/no/such/folder"], "cannot read model '/no/such/folder': there is no such folder"),
         (["sites", "no/such-model"], "cannot read model 'no/such-model'"),
-        (["sites", "SD/vae"], "no adapter knows AutoencoderKL"),
+        (["sites", "SD/vae"], "no adapter matches AutoencoderKL"),
         (["generate", "DIT", "--spec", "tgat"], "did you mean 'tgate'?"),
         (["generate", "DIT", "--spec", "tgate", "--set", "class_labels=[1]"], "looked for cross_attention"),
         (["generate", "DIT", "a cat"], "DiTPipeline takes no argument 'prompt'"),

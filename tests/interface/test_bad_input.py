@@ -1,4 +1,4 @@
-"""Files and arguments are data: whatever they hold is read, or refused in one line; nothing else is raised."""
+"""Files and arguments with any content are read, or refused by a `CachekitError` of one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One table of specs that parse, one of specs that do not; nothing else is ever raised."""
+"""A table of specs that parse and one of specs that do not; nothing but `CachekitError` is raised."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VALID = {
     "null_text:before=5,after=10": "null_text:after=10,before=5",
 }
 
-# Spec -> what the one line must say besides the spec: the offender and the cure.
+# Spec -> what the error must contain besides the spec: the part that is wrong, and what to do.
 INVALID = {
     "tgat": ("unknown policy 'tgat'", "did you mean 'tgate'?", "known: ", "deepcache"),
     "Tgate:m=5": ("unknown policy 'Tgate'", "did you mean 'tgate'?"),
@@ -97,7 +97,7 @@ def test_valid_spec_has_a_canonical_form_that_parses_back(spec):
 
 
 @pytest.mark.parametrize("spec", INVALID)
-def test_invalid_spec_is_one_line_that_names_spec_offender_and_cure(spec):
+def test_an_invalid_spec_is_an_error_of_one_line_with_spec_cause_and_remedy(spec):
     with pytest.raises(CachekitError) as caught:
         parse(spec, POLICIES)
     line = str(caught.value)
@@ -108,7 +108,7 @@ def test_invalid_spec_is_one_line_that_names_spec_offender_and_cure(spec):
 
 
 @pytest.mark.parametrize(
-    ("specs", "said"),
+    ("specs", "expected"),
     [
         (["tgate", "tgate:m=5"], ("'tgate' is given twice", "'tgate:m=5'", "keep one of them")),
         (["tgate", 5], ("spec 5: is a int", "give a string or a policy")),
@@ -117,11 +117,11 @@ def test_invalid_spec_is_one_line_that_names_spec_offender_and_cure(spec):
         ([b"tgate"], ("is a bytes",)),
     ],
 )
-def test_invalid_lists(specs, said):
+def test_invalid_lists(specs, expected):
     with pytest.raises(SpecError) as caught:
         parse_all(specs, POLICIES)
     assert len(str(caught.value).splitlines()) == 1
-    for part in said:
+    for part in expected:
         assert part in str(caught.value)
 
 
@@ -178,7 +178,7 @@ FRAGMENTS = st.sampled_from(
 
 
 def changed(text, edits):
-    """Return `text` with stretches of it exchanged: (place, number of characters, what stands there instead)."""
+    """Replace stretches of `text`: each edit is (place, number of characters, replacement)."""
     for place, count, new in edits:
         place %= len(text) + 1
         text = text[:place] + new + text[place + count :]

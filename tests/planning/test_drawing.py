@@ -1,4 +1,4 @@
-"""The picture of a plan: every square is the action that the table says, and any reader of SVG can open it."""
+"""The picture of a plan: each square shows the action of its cell, and the SVG is well-formed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPECS = ["tgate:m=4", "deepcache:interval=3", "adaptive_guidance:threshold=0.9"]
 
 
 def squares(picture):
-    """Return {top: marks} as the titles of the squares tell them, and check them against where they lie."""
+    """Read {top: marks} from the titles of the squares, and check that they lie where the titles place them."""
     found = {}
     for path in ElementTree.fromstring(picture).iter(f"{SVG}path"):
         left, top, width = map(float, re.findall(r"[\d.]+", path.get("d")))
@@ -48,9 +48,9 @@ def test_every_square_is_the_action_of_the_plan(steps):
 def test_branches_and_steps_are_numbered():
     with cachekit.apply(tiny.small(), ["tgate:m=4"]) as attachment:
         plan = attachment.plan(12)
-    said = texts(plan.picture())
-    assert [text for text in said if text in ("1", "2")] == ["2"] * 4 + ["1"] * 8
-    assert {"0", "5", "10"} <= set(said)
+    found = texts(plan.picture())
+    assert [text for text in found if text in ("1", "2")] == ["2"] * 4 + ["1"] * 8
+    assert {"0", "5", "10"} <= set(found)
 
 
 def test_names_are_text_and_lie_inside():
@@ -64,10 +64,10 @@ def test_names_are_text_and_lie_inside():
 
 def test_the_command_draws_what_it_prints(tmp_path):
     file = tmp_path / "plan.svg"
-    said = commands.printed("plan", "tgate:m=3", "--steps", 6, "--svg", file)
-    assert f"wrote {file}" in said
+    printed = commands.printed("plan", "tgate:m=3", "--steps", 6, "--svg", file)
+    assert f"wrote {file}" in printed
     assert "..Srrr" in squares(file.read_text()).values()
-    assert "..Srrr" in said
+    assert "..Srrr" in printed
 
 
 def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):

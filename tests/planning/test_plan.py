@@ -1,7 +1,8 @@
-"""Composition on toy sites, without torch: ranks, forced full steps, new phases, conflicts."""
+"""Composition on toy sites, without torch: precedence, forced full steps, new phases, conflicts."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import Action, BranchChange, Moment, Policy
+from cachekit.interface.policy import OPEN, Action, BranchChange, Moment, Policy
 from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
@@ -43,7 +44,7 @@ TOY = SiteMap(
 
 
 class Scripted(Policy):
-    """Act on the named sites as a string says: one of `.Sr` per step since the origin, its last one repeated."""
+    """Follow a script at the named targets: one of `.Sr` per step since the origin, the last one repeated."""
 
     name: ClassVar[str] = "scripted"
     kinds: ClassVar[frozenset[Kind]] = frozenset(Kind)
@@ -70,8 +71,8 @@ def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
 
 
 def columns(plan):
-    """Return (policy, target) -> actions, as one string each."""
-    marks = {COMPUTE: ".", STORE: "S", REUSE: "r", None: "?"}
+    """Map (policy, target) to the marks of its column."""
+    marks = {COMPUTE: ".", STORE: "S", REUSE: "r", OPEN: "?"}
     return {
         (bound.policy.name, bound.target.name): "".join(marks[row.actions[i]] for row in plan.rows)
         for i, bound in enumerate(plan.assignments)
@@ -79,7 +80,7 @@ def columns(plan):
 
 
 def trace(plan):
-    """Return one word per step: full or skipped, branches, keep or reuse of cross-attention."""
+    """Write one word per step: full or skipped, number of branches, cross-attention kept or reused."""
     kinds = [bound.target.kind for bound in plan.assignments]
     words = []
     for row in plan.rows:
@@ -119,7 +120,7 @@ def test_the_gate_step_is_always_full_and_a_new_phase_follows(m, interval, steps
             assert not skipped[step]
 
 
-def test_alone_each_policy_does_what_its_paper_says():
+def test_alone_each_policy_follows_its_paper():
     tgate = columns(plan_of("tgate:m=3", steps=6))
     assert tgate["tgate", "guidance"] == "...rrr"
     assert tgate["tgate", "mid.cross"] == "..Srrr"
@@ -175,6 +176,11 @@ def test_a_store_inside_a_reused_block_forces_it_to_run():
     assert columns(plan)["scripted", "mid"][3] != "r"
 
 
+def test_assignments_are_shared_by_copies():
+    (bound,) = assign([(Scripted(script="S"), "", [GUIDANCE])])
+    assert copy.deepcopy([bound])[0] is bound
+
+
 def test_two_blocks_that_lie_within_each_other_conflict():
     with pytest.raises(ConflictError, match="apply one of them"):
         plan_of(Scripted(script="Srr", at="down.1"), "deepcache:branch=1")
@@ -197,12 +203,12 @@ class Remembering(Scripted):
         (Remembering, "SSrrS..", [5]),  # a forecast reads the last one when it keeps the next
     ],
 )
-def test_what_nobody_reads_any_more_is_let_go_of(policy, script, steps):
+def test_what_is_no_longer_read_is_listed_as_unread(policy, script, steps):
     plan = plan_of(policy(script=script), steps=len(script))
     assert [step for step, unread in enumerate(plan.unread) if unread] == steps
 
 
-def test_a_change_of_branches_restarts_those_that_ask():
+def test_a_change_of_branches_restarts_the_policies_that_refresh():
     narrowing = "adaptive_guidance:m=4"
     kept, fresh = Scripted(script="Srrrrrrr"), Refreshed(script="Srrrrrrr", at="mid.self")
     found = columns(plan_of(narrowing, kept, fresh, steps=8))
@@ -210,7 +216,7 @@ def test_a_change_of_branches_restarts_those_that_ask():
     assert found["refreshed", "mid.self"] == "SrrrSrrr"
 
 
-def test_whoever_narrows_first_decides_which_branch_stays():
+def test_the_policy_that_narrows_first_decides_which_branch_stays():
     early = plan_of("tgate:m=6", "adaptive_guidance:m=3", steps=9)
     assert [row.branches for row in early.rows] == [BOTH] * 3 + [("cond",)] * 6
     late = plan_of("tgate:m=3", "adaptive_guidance:m=6", steps=9)
@@ -260,7 +266,7 @@ def test_span_is_a_region_of_consecutive_blocks():
         (Scripted(script="S", at="region 1"), "deepcache:interval=4", "region "),
     ],
 )
-def test_conflicts_name_both_policies_and_the_cure(one, other, place, swap):
+def test_conflicts_name_both_policies_and_the_remedy(one, other, place, swap):
     with pytest.raises(ConflictError) as caught:
         plan_of(*((other, one) if swap else (one, other)))
     line = str(caught.value)
@@ -281,7 +287,7 @@ JOINT = SiteMap("Joint", (Site("a", Kind.JOINT_ATTENTION),))
 
 
 @pytest.mark.parametrize(
-    ("spec", "sites", "said"),
+    ("spec", "sites", "message"),
     [
         ("tgate", JOINT, "looked for cross_attention, but Joint has joint_attention x 1"),
         ("deepcache", NO_ATTENTION, "looked for paired down and up blocks, but Bare has block x 1, feed_forward x 1"),
@@ -289,13 +295,13 @@ JOINT = SiteMap("Joint", (Site("a", Kind.JOINT_ATTENTION),))
         ("tgate", SiteMap("Empty", ()), "Empty has no sites"),
     ],
 )
-def test_a_policy_with_nothing_to_act_on_says_so(spec, sites, said):
-    with pytest.raises(SiteError, match=said) as caught:
+def test_a_policy_without_a_target_is_refused(spec, sites, message):
+    with pytest.raises(SiteError, match=message) as caught:
         plan_of(spec, sites=sites)
     assert str(caught.value).startswith(spec)
 
 
-# -- what a plan tells -----------------------------------------------------------------------------------------
+# -- what a plan shows -----------------------------------------------------------------------------------------
 
 
 def test_a_plan_prints_one_character_a_step():
@@ -308,7 +314,7 @@ def test_a_plan_prints_one_character_a_step():
     assert lines[-1].startswith(". compute")
 
 
-def test_a_plan_says_what_only_the_run_can_decide():
+def test_a_plan_shows_what_only_the_run_can_decide():
     plan = plan_of("adaptive_guidance:threshold=0.99", "deepcache", steps=6)
     assert not plan.is_static
     assert columns(plan)["adaptive_guidance", "guidance"] == "??????"

@@ -1,4 +1,4 @@
-"""Whatever is composed: images as by a loop that computes everything and then replaces it, and honest reuse."""
+"""Random compositions equal a loop that computes everything and then replaces it; reuse reads the last STORE."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Naive:
     # -- which branches run ---------------------------------------------------------------------------------
 
     def votes(self) -> dict[str, str]:
-        """Return the branch that each policy wants to run alone, by the policies' names."""
+        """The branch that each policy would run alone, by the policies' names."""
         votes = {}
         if self.adaptive and (self.crossed or self.step >= self.adaptive.get("m", 99)):
             votes["adaptive_guidance"] = "cond"
@@ -95,7 +95,7 @@ class Naive:
     # -- what is reused -------------------------------------------------------------------------------------
 
     def action(self, name: str, step: int) -> str | None:
-        """Return what TGATE does at an attention; None where it never does anything."""
+        """What TGATE does at an attention; None where it never does anything."""
         tgate = self.tgate
         if tgate is None or (name.endswith("1") and tgate["sp_interval"] == tgate["fi_interval"] == 1):
             return None
@@ -109,7 +109,7 @@ class Naive:
         return "keep" if step in (warm_up, m - 1) or step % tgate["sp_interval"] == 0 else "reuse"
 
     def is_read(self, name: str) -> bool:
-        """Tell whether what is kept now is ever read."""
+        """Whether what is kept now is ever read."""
         after = [self.action(name, step) for step in range(self.step + 1, self.steps)]
         return next((action for action in after if action != "compute"), "keep") == "reuse"
 
@@ -166,7 +166,7 @@ class Naive:
 
 
 def exit_of(unet: Any, branch: int) -> str:
-    """Return the module whose output enters the up layer of a branch."""
+    """Name the module whose output enters the up layer of a branch."""
     layers = unet.config.layers_per_block + 1
     depth, layer = divmod(branch, layers)
     up, last = len(unet.up_blocks) - 1 - depth, layers - 2 - layer
@@ -177,7 +177,7 @@ def exit_of(unet: Any, branch: int) -> str:
 
 
 def is_inside(unet: Any, name: str, branch: int) -> bool:
-    """Tell whether an attention lies deeper than the skip connection of a branch."""
+    """Whether an attention lies deeper than the skip connection of a branch."""
     layers = unet.config.layers_per_block + 1
     depth, layer = divmod(branch, layers)
     part, number, _, index, *_ = name.split(".")
@@ -236,14 +236,14 @@ def test_any_composition_equals_the_naive_loop(name: str) -> None:
 
 
 class Tagger(nn.Module):
-    """Give, for each part of the batch, whose branch it is and the time: so what is reused says where it is from."""
+    """Tag each part of the batch with its branch and the time, so that reused tensors show where they come from."""
 
     def forward(self, who: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
         return torch.stack([who, now.expand_as(who)], dim=1)
 
 
 class Block(Tagger):
-    """Hold sites, and write down what they give."""
+    """Contain sites, and record their outputs."""
 
     def __init__(self, *names: str) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Block(Tagger):
 
 
 class Tagged(nn.Module):
-    """Have the modules that `TOY` names."""
+    """A denoiser with the modules that `TOY` names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class Tagged(nn.Module):
 
 
 class TaggedAdapter:
-    name, summary = "tagged", "what tells where it is from"
+    name, summary = "tagged", "modules whose outputs show where they come from"
 
     def matches(self, denoiser: Any) -> bool:
         return isinstance(denoiser, Tagged)
@@ -308,7 +308,7 @@ def test_what_is_reused_was_kept_last_and_by_the_same_branches(
         for now in table:
             denoiser(sample, now, who)
             given.append(dict(denoiser.given))
-        calls, bounds = attachment.report().record.calls, attachment.assignments
+        calls, bounds = attachment.report().record.calls, attachment.setup.assignments
     for index, bound in enumerate(bounds):
         at, last = bound.target.name, None
         for step, (call, tags) in enumerate(zip(calls, given)):
@@ -327,10 +327,10 @@ def scripted(number: int, place: str, script: str, rule: BranchChange) -> Any:
 
 
 def test_costs_count_a_reuse_of_what_was_dropped_and_kept_anew() -> None:
-    """Like calls are counted once; a call that keeps again what had gone has to be, or the next finds nothing."""
+    """Equal calls are counted once, except for one that keeps again what was dropped, which a later call reads."""
 
     class Columns(Policy):
-        summary: ClassVar[str] = "act as written"
+        summary: ClassVar[str] = "follow a column of marks"
         column: str
 
         def action(self, target: Target, at: Moment) -> Action:

@@ -1,4 +1,4 @@
-"""Delta-DiT equals a naive replay to the bit: one that runs all blocks and puts kept residuals in place of exits."""
+"""Delta-DiT is bit-identical to a naive replay, which runs all blocks and replaces exits by entry plus residual."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def flux() -> FluxPipeline:
 
 @tiny.reproducible
 def wan() -> WanPipeline:
-    """Return a pipeline that calls its transformer once for each branch."""
+    """A pipeline that calls its transformer once for each branch."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
@@ -88,7 +88,7 @@ def wan() -> WanPipeline:
 
 
 def pipeline_of(cls: type, transformer: torch.nn.Module, encoders: int) -> Any:
-    """Return a pipeline without text encoders, whose prompts come as embeddings."""
+    """A pipeline without text encoders, which takes prompts as embeddings."""
     absent = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")[:encoders]]
     parts = {"transformer": tiny.seeded(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
     pipe = cls(**dict.fromkeys(absent), **parts, vae=None if cls is WanPipeline else tiny.vae())
@@ -148,7 +148,7 @@ class Naive:
 
 
 def by_hand(pipe: Any, chain: str, streams: str, back: range, front: range, boundary: int, full: Callable) -> Any:
-    """Return `pipe` with a transformer that does the same slowly; `full` tells the full steps."""
+    """Make the transformer of `pipe` follow the method naively; `full` is whether a step is full."""
     model, blocks = pipe.transformer, getattr(pipe.transformer, chain)
     early = Naive(model, blocks, back, streams, full, lambda step: step < boundary and not full(step))
     late = Naive(model, blocks, front, streams, full, lambda step: step >= boundary and not full(step))
@@ -267,14 +267,14 @@ def test_a_branch_with_calls_of_its_own_is_dropped(m: int, full: list[int]) -> N
 
 
 def full_steps(plan: Any) -> list[int]:
-    """Return the steps on which no block is skipped."""
+    """The steps on which no block is skipped."""
     blocks = [index for index, bound in enumerate(plan.assignments) if bound.target.kind is Kind.BLOCK]
     return [row.step for row in plan.rows if all(row.actions[index] is not Action.REUSE for index in blocks)]
 
 
 @pytest.mark.parametrize("interval", [2, 3])
 def test_a_forced_full_step_begins_a_new_phase_for_both_spans(interval: int) -> None:
-    """Without guidance nothing else brings them together again: a span out of step would find nothing kept."""
+    """Without guidance nothing else realigns them, and a span out of step would find nothing kept."""
     pipe = tiny.pixart()
     full = {2: [0, 2, 3, 5], 3: [0, 3, 6]}[interval]
     twin = copy.deepcopy(pipe)
@@ -346,7 +346,7 @@ def test_where_later_blocks_read_earlier_ones_there_is_no_chain() -> None:
 
 
 def known_blocks() -> Iterator[tuple[type, tuple[str, ...]]]:
-    """Yield block classes and the streams that diffusers says they have."""
+    """Yield block classes, and their streams according to diffusers."""
     with pytest.raises(ValueError, match="not registered"):
         TransformerBlockRegistry.get(object)
     for cls, known in TransformerBlockRegistry._registry.items():
@@ -357,17 +357,17 @@ def known_blocks() -> Iterator[tuple[type, tuple[str, ...]]]:
         yield cls, tuple(named[place] for place in (0, 1) if place in named)
 
 
-#: Where the class itself says something else, and is right: it returns its text stream too; it calls its input x.
+#: Where diffusers' registry is wrong: the class returns its text stream too; the class calls its input x.
 WRONG = {"BriaTransformerBlock": ("encoder_hidden_states", "hidden_states"), "ZImageTransformerBlock": ("x",)}
 
 
-def test_the_streams_read_from_a_block_are_those_that_diffusers_knows() -> None:
+def test_the_streams_read_from_a_block_are_those_that_diffusers_registers() -> None:
     found = {cls.__name__: streams_of(object.__new__(cls)) for cls, _ in known_blocks()}
     assert len(found) > 20
     assert found == {cls.__name__: WRONG.get(cls.__name__, known) for cls, known in known_blocks()}
 
 
-def test_streams_of_blocks_that_diffusers_says_nothing_of() -> None:
+def test_streams_of_blocks_that_diffusers_does_not_register() -> None:
     """Their order differs from class to class."""
     for cls, expected in {CogView3PlusTransformerBlock: ONE + " encoder_" + ONE, HiDreamBlock: ONE}.items():
         assert " ".join(streams_of(object.__new__(cls))) == expected

@@ -1,4 +1,4 @@
-"""Latents equal to the bit with what the published packages give on the same tiny pipelines."""
+"""Latents are bit-identical to those of the published packages on the same tiny pipelines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LOADERS = {
 
 @functools.cache
 def shared(name: str) -> Any:
-    """Return the pipeline that all cached and plain runs share: whatever is applied to it is undone."""
+    """The pipeline that all cached and plain runs share, because whatever is applied to it is undone."""
     return MAKERS[name]()
 
 
@@ -162,7 +162,7 @@ BOTH = {"sd": published.TgateSDDeepCacheLoader, "sdxl": published.TgateSDXLDeepC
 @pytest.mark.parametrize(("m", "interval", "branch"), [(4, 3, 0), (3, 2, 4), (7, 3, 1)])
 @pytest.mark.parametrize("name", BOTH)
 def test_tgate_with_deepcache(name: str, m: int, interval: int, branch: int) -> None:
-    """The helper starts anew before steps m - 1 and m; so does the plan."""
+    """The published helper is restarted before steps m - 1 and m; the plan restarts there by itself."""
     pipe = BOTH[name](MAKERS[name](), cache_interval=interval, cache_branch_id=branch)
     theirs = published_call(pipe, m, FIRST, steps=9)
     specs = [f"tgate:m={m}", f"deepcache:interval={interval},branch={branch}"]

@@ -1,7 +1,8 @@
-"""Plugins are found by entry point, checked, and never take each other down."""
+"""Plugins are found by entry point and checked; one that fails leaves the others working."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from importlib.metadata import EntryPoint, entry_points
 
@@ -33,7 +34,7 @@ GOOD = HEAD + POLICY.format(cls="Good", name="good") + REGISTER.format("Good")
 
 @pytest.fixture
 def point(tmp_path, monkeypatch):
-    """Write a plugin module and return its entry point."""
+    """A function that writes a plugin module and makes its entry point."""
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(name, source, module=None):
@@ -93,7 +94,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing_behind(point):
     assert catalog.owners == {}
 
 
-def test_two_plugins_under_one_name_do_not_take_each_other_down(point):
+def test_of_two_plugins_under_one_name_the_first_stays(point):
     other = HEAD + POLICY.format(cls="Other", name="other") + REGISTER.format("Other")
     catalog = build([point("same", GOOD), point("same", other, module="other")])
     assert list(catalog.policies) == ["good"]
@@ -146,7 +147,7 @@ def test_a_failure_is_a_warning_once(point, monkeypatch):
         assert installed() is catalog
 
 
-def test_everything_shipped_loads_and_says_what_it_is():
+def test_everything_shipped_loads_and_has_a_summary():
     catalog = installed()
     assert catalog.failures == ()
     assert {"adaptive_guidance", "cair", "deepcache", "null_text", "tgate"} <= set(catalog.policies)
@@ -169,9 +170,9 @@ def cachekit_register_adapters(register):
 
 def test_none_or_several_adapters_is_an_error_that_names_them(point):
     catalog = build([point(name, HEAD + ADAPTER.format(name=name)) for name in ("x", "y")])
-    with pytest.raises(AdapterError, match="adapters 'x' and 'y' both know str; disable one with CACHEKIT_DISABLE"):
+    with pytest.raises(AdapterError, match="adapters 'x' and 'y' both match str; disable one with CACHEKIT_DISABLE"):
         catalog.adapter_for("toy")
-    with pytest.raises(AdapterError, match="no adapter knows int; adapters: x, y"):
+    with pytest.raises(AdapterError, match="no adapter matches int; adapters: x, y"):
         catalog.adapter_for(3)
 
 
@@ -198,6 +199,11 @@ def test_plans_are_checked_and_reports_handed_out(point):
     assert issubclass(ConflictError, CachekitError)
 
 
+def test_a_catalog_is_shared_by_copies():
+    catalog = installed()
+    assert copy.deepcopy({"catalog": catalog})["catalog"] is catalog
+
+
 # -- plugins that fail while a pipeline is at work -------------------------------------------------------------
 
 SPEC = "adaptive_guidance:m=2"
@@ -210,7 +216,7 @@ def {}({}):
 
 @pytest.fixture
 def failing(point):
-    """Return the installed catalog and one more plugin, which fails in the named hook."""
+    """A function that builds the installed catalog with one more plugin, which fails in the given hook."""
 
     def make(hook, argument):
         extra = point("failing", HEAD + RAISING.format(hook, argument))
@@ -240,7 +246,7 @@ def test_a_plugin_that_fails_to_check_a_plan_changes_nothing(pipe, failing):
         cachekit.apply(pipe, SPEC, catalog=catalog)
     assert str(caught.value) == (
         "plugin 'failing' failed in cachekit_check_plan: OSError: no file"
-        f" (mend or uninstall it, or set {DISABLE}=failing)"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
     assert torch.equal(tiny.latents(pipe, steps=4), plain)
 
@@ -255,9 +261,9 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
     (warning,) = caught
     assert str(warning.message) == (
         "plugin 'failing' failed in cachekit_run_finished: OSError: no file"
-        f" (mend or uninstall it, or set {DISABLE}=failing)"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
-    # The other plugins are told all the same.
+    # The other plugins get the report all the same.
     with cachekit.apply(pipe, never_fires, catalog=catalog), pytest.warns(PluginWarning):
         tiny.latents(pipe, steps=4)
     assert f"{never_fires} never fired" in caplog.text
@@ -266,7 +272,7 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
 BROKEN_ADAPTER = ADAPTER.replace("return denoiser == 'toy'", "raise OSError('no\\nfile')")
 
 
-def test_an_adapter_that_fails_to_look_at_a_model_is_named(point):
+def test_an_adapter_that_raises_is_named(point):
     catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(name="odd_ones"))])
     with pytest.raises(PluginError, match=rf"plugin 'odd' failed .* 'odd_ones': OSError: no file .*{DISABLE}=odd"):
         catalog.adapter_for("toy")

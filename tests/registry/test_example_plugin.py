@@ -1,4 +1,4 @@
-"""The example plugin works like anybody else's: installed from its folder, found, composed, measured, undone."""
+"""The example plugin works like any third-party one: installed from its folder, found, composed, measured, undone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "cachekit-pyramid-lite"
 
 USE = """
-import json, tiny, torch, cachekit
+import json, torch, cachekit
+from support import tiny
 
 def measure(family, specs):
     torch.manual_seed(0)
@@ -40,11 +41,11 @@ print(json.dumps({f: [measure(f, [POLICY]), measure(f, [POLICY, "tgate:m=5"])] f
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """Install the example into a folder of its own; return a function that runs Python with it."""
+    """A function that runs Python with the example, which is installed into a folder of its own."""
     target = tmp_path_factory.mktemp("installed")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, EXAMPLE], check=True)
-    path = os.pathsep.join([str(target), str(ROOT / "tests")])
+    path = os.pathsep.join([str(target), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
     def run(*arguments):
@@ -70,7 +71,7 @@ def test_it_is_cached_undone_and_cached_again(plugin):
 CLI = ("-c", "from cachekit.cli import app; app()")
 
 
-def test_the_command_line_knows_it(plugin):
+def test_the_command_line_lists_it(plugin):
     listed = plugin(*CLI, "list")
     assert re.search(r"^  pyramid_lite: .*\n.*\n.*from cachekit-pyramid-lite", listed, re.MULTILINE)
     shown = plugin(*CLI, "show", "pyramid_lite")

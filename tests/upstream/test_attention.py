@@ -1,4 +1,4 @@
-"""Unusual denoisers and loops: right to the bit, or refused; never guessed."""
+"""Unusual denoisers and loops are cached to the bit, or refused."""
 
 from __future__ import annotations
 
@@ -182,8 +182,8 @@ def test_a_second_loop_within_a_call_is_a_run_of_its_own() -> None:
     assert branches == [2, 2, 1, 1] * 2
 
 
-def test_a_second_loop_is_told_although_its_first_frames_are_given() -> None:
-    """Its timesteps are copies, their scheduler has no step, and no mean of them is as large as the first."""
+def test_a_second_loop_is_detected_although_its_first_frames_are_given() -> None:
+    """Its timesteps are copies, their scheduler has no step index, and no mean of them is as large as the first."""
     name = "SkyReelsV2DiffusionForcingPipeline"
     pipe, long = build(name), {"num_frames": 17, "base_num_frames": 9, "overlap_history": 1}
     with cachekit.apply(pipe, "adaptive_guidance:m=2") as attachment:
@@ -200,7 +200,7 @@ def test_a_second_loop_is_told_although_its_first_frames_are_given() -> None:
 
 
 @pytest.mark.parametrize("is_number", [False, True])
-def test_a_second_loop_is_told_by_the_schedulers_step(is_number: bool) -> None:
+def test_a_second_loop_is_detected_by_the_step_index_of_the_scheduler(is_number: bool) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler()
     clock, steps = Clock(exact=True), []
     for _ in range(3):
@@ -232,7 +232,7 @@ def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> No
 
 
 def test_denoisers_that_take_turns_keep_their_own() -> None:
-    """One is given text and image, and the other, in the same step, the image alone."""
+    """In one step, the first denoiser is given text and image, the second the image alone."""
     pipe = build("Ideogram4Pipeline")
     with cachekit.apply(pipe, "delta_dit:interval=2") as attachment:
         pipe(**arguments(pipe, "Ideogram4Pipeline"))
@@ -241,7 +241,7 @@ def test_denoisers_that_take_turns_keep_their_own() -> None:
 
 
 def test_a_perturbed_branch_in_a_bare_loop_is_refused() -> None:
-    """A pipeline made of another's parts runs its denoiser, and nobody tells of the second half of its batch."""
+    """A pipeline of another one's parts runs its denoiser, and doesn't declare the second half of its batch."""
     parts = tiny.small().components
     pipe = StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"])
     pipe.set_progress_bar_config(disable=True)
@@ -260,31 +260,31 @@ def test_a_third_branch_is_refused() -> None:
 
 
 class Config(dict[str, Any]):
-    """Stand for a denoiser's config."""
+    """A denoiser's config."""
 
 
 @pytest.mark.parametrize(
-    ("config", "scale", "told"),
+    ("config", "scale", "guided"),
     [({"guidance_embeds": False}, 3.5, None), ({"guidance_embeds": True}, 3.5, False), ({}, 3.5, None)]
     + [({}, 1.0, False), ({}, None, False)],
 )
-def test_a_scale_that_feeds_an_embedding_is_no_branch(config: dict, scale: float | None, told: bool | None) -> None:
+def test_a_scale_that_feeds_an_embedding_is_no_branch(config: dict, scale: float | None, guided: bool | None) -> None:
     denoiser = torch.nn.Module()
     denoiser.config = Config(config)
-    assert is_guided(object(), {"guidance_scale": scale}, denoiser, None) is told
+    assert is_guided(object(), {"guidance_scale": scale}, denoiser, None) is guided
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "guided"),
     [({"prior_guidance_scale": 4.0, "decoder_guidance_scale": 1.0}, None), ({"decoder_guidance_scale": 1.0}, False)]
     + [({"guidance_scale": 4.0, "sld_guidance_scale": 1000}, True), ({"guidance_scale": 1.0, "edit": 1}, False)]
     + [({"guidance_scale": 1.0, "sld_guidance_scale": 1000}, False), ({"edit_guidance_scale": [5]}, False)],
 )
-def test_scales_of_stages_and_of_a_third_branch(arguments: dict[str, Any], told: bool | None) -> None:
-    assert is_guided(object(), arguments, torch.nn.Module(), None) is told
+def test_scales_of_stages_and_of_a_third_branch(arguments: dict[str, Any], guided: bool | None) -> None:
+    assert is_guided(object(), arguments, torch.nn.Module(), None) is guided
 
 
-def test_a_pipeline_that_always_says_unguided_is_not_believed() -> None:
+def test_a_pipeline_that_always_claims_to_be_unguided_is_ignored() -> None:
     pipe = build("StableDiffusionPanoramaPipeline")
     assert not pipe.do_classifier_free_guidance
     for scale in (1.0, 4.0):
@@ -292,7 +292,7 @@ def test_a_pipeline_that_always_says_unguided_is_not_believed() -> None:
 
 
 def listed(pipe: Any, **changes: Any) -> torch.Tensor:
-    """Return the latents of two prompts, whose samples reach the denoiser in a list."""
+    """Make the latents of two prompts, whose samples reach the denoiser in a list."""
     prompts = {"prompt": ["a red cat", "fog"], "negative_prompt": ["dull", ""]}
     generator = torch.Generator().manual_seed(0)
     call = {**arguments(pipe, "ZImagePipeline"), **prompts, "output_type": "latent", "generator": generator, **changes}
@@ -365,8 +365,8 @@ def test_calls_of_all_branches_are_counted() -> None:
     assert (counts.computed, counts.reused) == (3, 2)
 
 
-def test_an_output_without_a_batch_is_nobodys() -> None:
-    """As a loss that a denoiser returns beside its prediction."""
+def test_an_output_without_a_batch_is_passed_through() -> None:
+    """Such as a loss that a denoiser returns beside its prediction."""
     pipe = tiny.small()
     expected = tiny.latents(pipe)
 

@@ -1,6 +1,6 @@
-"""Weights that live elsewhere between calls, or in another dtype, change no cached image.
+"""Offloaded weights, and weights stored in another dtype, change no cached image.
 
-diffusers' own methods want an accelerator for sequential offloading: accelerate's hooks are set directly there.
+diffusers needs an accelerator for sequential offloading, so accelerate's hooks are set directly for that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import cachekit
 CPU, STEPS = torch.device("cpu"), 4
 TGATE, DEEPCACHE = "tgate:m=2", "deepcache:interval=2"
 BOTH = (TGATE, DEEPCACHE)
-#: Policies, and whether the feature is set up before they are applied.
+#: Policies, and whether offloading is set up before they are applied.
 ORDERS = [((TGATE,), True), ((DEEPCACHE,), False), (BOTH, True), (BOTH, False)]
 
 
@@ -39,12 +39,12 @@ def groups(pipe: Any, **given: Any) -> None:
 
 
 def blocks(pipe: Any, folder: Path) -> None:
-    """Each block's weights are in a file, and hold nothing of use, while it does not run."""
+    """Offload each block to a file: its weights are undefined while it does not run."""
     groups(pipe, offload_type="block_level", num_blocks_per_group=1, offload_to_disk_path=str(folder))
 
 
 def pairs(pipe: Any, folder: Path) -> None:
-    """The first of two blocks brings the weights of both, also where it is skipped itself."""
+    """Offload blocks in pairs: the first loads the weights of both, even if it is skipped itself."""
     groups(pipe, offload_type="block_level", num_blocks_per_group=2, offload_to_disk_path=str(folder))
 
 
@@ -67,7 +67,7 @@ def draw(pipe: Any, **given: Any) -> torch.Tensor:
 
 @functools.cache
 def wanted(specs: tuple[str, ...]) -> tuple[torch.Tensor, list[Any], Any]:
-    """Return the image, the counts and the cost without any offloading."""
+    """The image, the counts and the cost without offloading."""
     pipe = tiny.small()
     with cachekit.apply(pipe, specs) as attachment:
         return draw(pipe), attachment.report().counts, attachment.report().cost

@@ -15,8 +15,9 @@ from support.policies import FirstBlock, Forecast
 import cachekit
 from cachekit.costs import budget
 from cachekit.errors import BudgetError
+from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
-from cachekit.runs import store
+from cachekit.runs import limit, store
 from cachekit.runs.store import Store
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -54,7 +55,7 @@ def without(name: str, dropped: list[tuple[str, str]]) -> list[Any]:
     def select(policy: Any, sites: Any) -> Any:
         return [it for it in type(policy).__base__.select(policy, sites) if (str(policy), it.name) not in dropped]
 
-    policies = [cachekit.spec.parse(spec, installed().policies) for spec in SPECS[name]]
+    policies = [parse(spec, installed().policies) for spec in SPECS[name]]
     return [type("Some", (type(it),), {"select": select, "__module__": __name__})(**dict(it)) for it in policies]
 
 
@@ -250,7 +251,7 @@ def test_what_is_kept_elsewhere_comes_back(name: str, monkeypatch: pytest.Monkey
             seen.update(tensor.device.type for entry in self._entries.values() for tensor in entry)
             return kept
 
-    monkeypatch.setattr(budget, "Store", Watched)
+    monkeypatch.setattr(limit, "Store", Watched)
     found, away = cached(name, SPECS[name], cache_device="meta")
     assert torch.equal(found, whole)
     assert seen == {"meta"}

@@ -293,7 +293,7 @@ import sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.registry.
 for name in ("tgate", "deepcache", "adaptive_guidance", "null_text"):
     __import__(f"cachekit_{name}.policy")
 tgate = sys.modules["cachekit_tgate.policy"].Tgate
-print(cachekit.spec.parse("tgate:m=5", {"tgate": tgate}))
+print(cachekit.interface.specs.parse("tgate:m=5", {"tgate": tgate}))
 print(sorted({"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)))
 """
 

@@ -112,9 +112,9 @@ def run_with(pipe: Any, names: dict[str, str], see: Callable[[str, int, bool], N
 
 def named_places(attachment: Any) -> dict[str, str]:
     """Return a module of each kind, the last one."""
-    (denoiser,) = attachment.denoisers.values()
+    (denoiser,) = attachment.setup.denoisers.values()
     names = {str(site.kind): site.name for site in sorted(denoiser.sites.sites, key=lambda site: site.name)}
-    for region in (bound.target for bound in attachment.assignments if isinstance(bound.target, Region)):
+    for region in (bound.target for bound in attachment.setup.assignments if isinstance(bound.target, Region)):
         names |= {"member": region.skipped[0], "exit": region.exit}
     return {**names, "root": ""}
 

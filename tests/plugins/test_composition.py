@@ -308,7 +308,7 @@ def test_what_is_reused_was_kept_last_and_by_the_same_branches(
         for now in table:
             denoiser(sample, now, who)
             given.append(dict(denoiser.given))
-        calls, bounds = attachment.report().record.calls, attachment.assignments
+        calls, bounds = attachment.report().record.calls, attachment.setup.assignments
     for index, bound in enumerate(bounds):
         at, last = bound.target.name, None
         for step, (call, tags) in enumerate(zip(calls, given)):

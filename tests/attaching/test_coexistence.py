@@ -10,13 +10,10 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from DeepCache import DeepCacheSDHelper
 from diffusers import (
-    ControlNetModel,
     StableDiffusionAdapterPipeline,
-    StableDiffusionControlNetPipeline,
     StableDiffusionInstructPix2PixPipeline,
     T2IAdapter,
 )
-from diffusers.models import MultiControlNetModel
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection
 from support import tiny
@@ -39,29 +36,14 @@ POLICIES = [
 # -- pipelines that add something -------------------------------------------------------------------------
 
 
-def picture(batch: int = 1) -> torch.Tensor:
-    return torch.rand(batch, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-@tiny.reproducible
 def with_controlnet() -> tuple[Any, dict[str, Any]]:
-    parts = tiny.small().components
-    controlnet = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16))
-    pipe = StableDiffusionControlNetPipeline(
-        **parts, controlnet=tiny.seeded(controlnet, 1), requires_safety_checker=False
-    )
-    return pipe, {"image": picture()}
+    return tiny.controlled(), {"image": tiny.picture()}
 
 
-@tiny.reproducible
 def with_controlnets() -> tuple[Any, dict[str, Any]]:
     """Two of them, of which one serves some steps only."""
-    pipe, given = with_controlnet()
-    second = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
-    both = MultiControlNetModel([pipe.controlnet, tiny.seeded(second, 5)])
-    pipe.register_modules(controlnet=both)
     window = {"control_guidance_start": [0.0, 0.2], "control_guidance_end": [1.0, 0.7]}
-    return pipe, {"image": [given["image"]] * 2, "controlnet_conditioning_scale": [1.0, 0.5], **window}
+    return tiny.controlled(2), {"controlnet_conditioning_scale": [1.0, 0.5], **window}
 
 
 def guessing() -> tuple[Any, dict[str, Any]]:
@@ -75,7 +57,7 @@ def with_t2i_adapter() -> tuple[Any, dict[str, Any]]:
     parts = {key: value for key, value in tiny.small().components.items() if key != "image_encoder"}
     adapter = T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)
     pipe = StableDiffusionAdapterPipeline(**parts, adapter=tiny.seeded(adapter, 1), requires_safety_checker=False)
-    return pipe, {"image": picture(), "height": 32, "width": 32}
+    return pipe, {"image": tiny.picture(), "height": 32, "width": 32}
 
 
 @tiny.reproducible
@@ -288,7 +270,7 @@ def with_three_branches() -> tuple[Any, dict[str, Any]]:
     parts = tiny.small(in_channels=8).components
     pipe = StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, {"image": picture(), "image_guidance_scale": 2.0, "steps": 3}
+    return pipe, {"image": tiny.picture(), "image_guidance_scale": 2.0, "steps": 3}
 
 
 @pytest.mark.parametrize("spec", ["tgate:m=2", "adaptive_guidance:m=2"])

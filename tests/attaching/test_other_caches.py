@@ -15,7 +15,6 @@ from diffusers import (
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks import HookRegistry, LayerSkipConfig, apply_first_block_cache, apply_layer_skip
-from guidance.test_branches import sample, wan
 from support import tiny
 
 import cachekit
@@ -36,12 +35,12 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 
 
 def draw(pipe: Any) -> torch.Tensor:
-    return sample(pipe, num_inference_steps=3)
+    return tiny.latents(pipe, steps=3, num_frames=1)
 
 
 @pytest.mark.parametrize("name", CACHES)
 def test_an_enabled_cache_is_refused_with_the_cure(name: str) -> None:
-    pipe = wan()
+    pipe = tiny.wan(layers=2)
     without = draw(pipe)
     refusal = rf"WanTransformer3DModel: .* \({name}\) is enabled; call pipe.transformer.disable_cache\(\) first"
     pipe.transformer.enable_cache(CACHES[name](pipe))
@@ -61,7 +60,7 @@ def test_an_enabled_cache_is_refused_with_the_cure(name: str) -> None:
 
 @pytest.mark.parametrize("spec", [TGATE, "delta_dit:interval=2,blocks=1"])
 def test_a_cache_set_up_behind_the_models_back_is_noticed(spec: str) -> None:
-    pipe = wan()
+    pipe = tiny.wan(layers=2)
     without = draw(pipe)
     attachment = cachekit.apply(pipe, spec)
     first = draw(pipe)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from support import tiny
 
 from cachekit.bench.caches import Cache, caches_for
@@ -18,32 +19,7 @@ EVERY = "DBCache:Fn_compute_blocks=1,residual_diff_threshold=1e9,max_warmup_step
 STEPS = 8
 
 
-@tiny.reproducible
-def flux():
-    transformer = FluxTransformer2DModel(
-        in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tiny.WIDTH,
-        pooled_projection_dim=tiny.WIDTH,
-        axes_dims_rope=(4, 4, 8),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=[8, 8],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        latent_channels=1,
-        norm_num_groups=4,
-        shift_factor=0.0,
-    )
-    texts = dict.fromkeys(("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"))
-    pipe = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, transformer=tiny.seeded(transformer), **texts
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+flux = functools.partial(tiny.flux, layers=(2, 2))
 
 
 def flux_arguments(prompt):

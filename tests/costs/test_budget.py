@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from driving.test_toy_policies import FirstBlock, Forecast
 from support import tiny
 from support.commands import printed
+from support.policies import FirstBlock, Forecast
 
 import cachekit
 from cachekit.costs import budget

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,30 +18,13 @@ from torch import nn
 import cachekit
 
 STEPS = 6
-IMAGE = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
-
-
-@tiny.reproducible
-def controlled(nets: int = 1) -> StableDiffusionControlNetPipeline:
-    parts = tiny.small().components
-    made = [
-        tiny.seeded(ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(8, 16)), seed)
-        for seed in range(1, nets + 1)
-    ]
-    pipe = StableDiffusionControlNetPipeline(
-        **parts, controlnet=made[0] if nets == 1 else made, requires_safety_checker=False
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def nets(pipe: StableDiffusionControlNetPipeline) -> list[nn.Module]:
     return list(getattr(pipe.controlnet, "nets", [pipe.controlnet]))
 
 
-def latents(pipe: StableDiffusionControlNetPipeline, **changes: Any) -> torch.Tensor:
-    image = [IMAGE] * len(nets(pipe)) if len(nets(pipe)) > 1 else IMAGE
-    return tiny.latents(pipe, **{"steps": STEPS, "image": image, **changes})
+latents = functools.partial(tiny.latents, steps=STEPS)
 
 
 @contextmanager
@@ -66,7 +50,7 @@ def layers(net: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
 @pytest.mark.parametrize(("branch", "first"), [(0, 2), (1, 6)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_a_shallow_step_throws_away_is_not_computed(count: int, branch: int, first: int) -> None:
-    pipe = controlled(count)
+    pipe = tiny.controlled(count)
     without = latents(pipe)
     for net in nets(pipe):
         with cachekit.apply(pipe, f"deepcache:interval=3,branch={branch}"):
@@ -82,7 +66,7 @@ def test_what_a_shallow_step_throws_away_is_not_computed(count: int, branch: int
 
 @pytest.mark.parametrize("specs", [["tgate:m=3"], ["tgate:m=3", "deepcache:interval=2"]], ids="+".join)
 def test_the_dropped_branch_is_not_computed(specs: list[str]) -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with plain(cachekit.apply(pipe, specs)):
         wanted = latents(pipe)
     with cachekit.apply(pipe, specs) as attachment, batches(pipe.controlnet) as seen:
@@ -95,7 +79,7 @@ def test_the_dropped_branch_is_not_computed(specs: list[str]) -> None:
 
 
 def test_a_branch_dropped_by_a_decision_of_the_run() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with cachekit.apply(pipe, "adaptive_guidance:threshold=-1.0") as attachment, batches(pipe.controlnet) as seen:
         latents(pipe)
     branches = [len(row.branches) for row in attachment.report().record.rows]
@@ -104,7 +88,7 @@ def test_a_branch_dropped_by_a_decision_of_the_run() -> None:
 
 
 def test_guess_mode_runs_in_full() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     specs = ["tgate:m=3", "deepcache:interval=2"]
     with plain(cachekit.apply(pipe, specs)):
         wanted = latents(pipe, guess_mode=True)
@@ -120,8 +104,8 @@ def test_a_batch_that_the_pipeline_cuts_is_followed() -> None:
             given["prompt_embeds"] = given["prompt_embeds"].chunk(2)[-1]
         return given
 
-    pipe, arguments = controlled(), {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-    image = {"image": IMAGE, "guess_mode": True}  # the image of guided steps has both halves for good
+    pipe, arguments = tiny.controlled(), {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    image = {"image": tiny.picture(), "guess_mode": True}  # the image of guided steps has both halves for good
     with plain(cachekit.apply(pipe, "deepcache:interval=4")):
         wanted = latents(pipe, callback_on_step_end=cut, **arguments, **image)
     with cachekit.apply(pipe, "deepcache:interval=4"):
@@ -137,7 +121,7 @@ def test_guidance_that_begins_in_mid_run_is_followed() -> None:
             given["prompt_embeds"] = torch.cat([tiny.text(1, seed=4), tiny.text(1)])
         return given
 
-    pipe = controlled()
+    pipe = tiny.controlled()
     changes = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"], "guess_mode": True, "guidance": 1.0}
     with plain(cachekit.apply(pipe, "deepcache:interval=5")):
         wanted = latents(pipe, callback_on_step_end=begin, **changes)
@@ -149,7 +133,7 @@ def test_guidance_that_begins_in_mid_run_is_followed() -> None:
 @pytest.mark.parametrize("bad", range(STEPS))
 def test_features_that_are_lost_bring_the_controlnet_back(bad: int) -> None:
     """What is not finite is not kept: the next step computes, and needs every residual."""
-    pipe = controlled()
+    pipe = tiny.controlled()
     specs = ["deepcache:interval=3", "adaptive_guidance:m=4,linear=true"]
 
     def spoiled() -> torch.Tensor:
@@ -172,7 +156,7 @@ def test_features_that_are_lost_bring_the_controlnet_back(bad: int) -> None:
 
 
 def test_a_scheduler_that_calls_twice_a_step() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     specs = ["tgate:m=3", "deepcache:interval=2"]
     with plain(cachekit.apply(pipe, specs)):
@@ -183,7 +167,7 @@ def test_a_scheduler_that_calls_twice_a_step() -> None:
 
 
 def test_an_error_within_leaves_the_next_run_clean() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with cachekit.apply(pipe, ["tgate:m=3", "deepcache:interval=2"]):
         wanted = latents(pipe)
         for step in range(STEPS):
@@ -203,7 +187,7 @@ def test_an_error_within_leaves_the_next_run_clean() -> None:
 
 
 def test_undone_the_controlnet_is_as_before() -> None:
-    pipe = controlled(2)
+    pipe = tiny.controlled(2)
     before = [tiny.state_of(net) for net in nets(pipe)]
     without = latents(pipe)
     cachekit.apply(pipe, "deepcache:interval=2")
@@ -215,7 +199,7 @@ def test_undone_the_controlnet_is_as_before() -> None:
 
 
 def test_a_deep_copy_skips_on_its_own() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     without = latents(pipe)
     cachekit.apply(pipe, "deepcache:interval=3")
     cached = latents(pipe)
@@ -230,7 +214,7 @@ def test_a_deep_copy_skips_on_its_own() -> None:
 
 
 def test_a_copied_denoiser_brings_no_controlnet() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
         memo: dict[int, Any] = {}
         copy.deepcopy(pipe.unet, memo)
@@ -239,7 +223,7 @@ def test_a_copied_denoiser_brings_no_controlnet() -> None:
 
 
 def test_a_controlnet_copied_alone_runs_in_full() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with plain(cachekit.apply(pipe, "deepcache:interval=3")):
         wanted = latents(pipe)
     with cachekit.apply(pipe, "deepcache:interval=3"):
@@ -253,14 +237,14 @@ def test_a_controlnet_copied_alone_runs_in_full() -> None:
 
 
 def test_pickling_a_controlnet_of_an_attached_pipeline_says_what_to_do() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     with cachekit.apply(pipe, "deepcache:interval=3"), pytest.raises(cachekit.CachekitError, match="call cachekit"):
         pickle.dumps(pipe.controlnet)
     pickle.dumps(pipe.controlnet)
 
 
 def test_a_block_shared_with_the_denoiser_stays_the_denoisers() -> None:
-    pipe = controlled()
+    pipe = tiny.controlled()
     pipe.controlnet.mid_block = pipe.unet.mid_block
     without = latents(pipe)
     with plain(cachekit.apply(pipe, "deepcache:interval=3")):
@@ -271,7 +255,7 @@ def test_a_block_shared_with_the_denoiser_stays_the_denoisers() -> None:
 
 
 def test_a_controlnet_that_replaces_another_runs_in_full() -> None:
-    pipe, other = controlled(), controlled(2)
+    pipe, other = tiny.controlled(), tiny.controlled(2)
     with cachekit.apply(pipe, "deepcache:interval=3"):
         pipe.controlnet = nets(other)[1]
         with batches(pipe.controlnet.mid_block) as middle:

@@ -13,12 +13,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
 from support import tiny
+from support.policies import FirstBlock, Forecast, changed
 from torch import nn
 
 import cachekit
-from cachekit import Action, BranchChange, Kind, Layout, Policy, Site, SiteMap
+from cachekit import BranchChange, Kind, Layout, Site, SiteMap
 from cachekit.registry.catalog import build, installed
 from cachekit.runs.store import Store
 
@@ -105,73 +105,9 @@ def guide(sample, output, guided):
 # -- two policies ----------------------------------------------------------------------------------------------
 
 
-class Forecast(Policy):
-    """Skip a span of blocks; its residual is continued on a line through the last two computed ones."""
-
-    name: ClassVar[str] = "forecast"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
-    keeps_history: ClassVar[bool] = True
-
-    interval: int = 2
-    warm_up: int = 0
-    first: int = 1
-    stop: int = 3
-
-    def select(self, sites):
-        return [sites.span(self.first, self.stop)]
-
-    def action(self, target, at):
-        full = at.step < self.warm_up or (at.step - at.origin) % self.interval == 0
-        return Action.STORE if full else Action.REUSE
-
-    def to_keep(self, output, entry, before, at):
-        residuals = tuple(after - into for after, into in zip(output, entry))
-        return (residuals, at.step, *(before[:2] if before else (None, None)))
-
-    def restore(self, kept, entry, at):
-        residuals, step, older, older_step = kept
-        if older is None:
-            return tuple(into + new for into, new in zip(entry, residuals))
-        ahead = (at.step - step) / (step - older_step)
-        return tuple(into + (new + ahead * (new - old)) for into, new, old in zip(entry, residuals, older))
-
-
 class Refreshing(Forecast):
     name: ClassVar[str] = "refreshing"
     on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
-
-
-class FirstBlock(Policy):
-    """Reuse the residual of all blocks but the first while the first one's output changes little."""
-
-    name: ClassVar[str] = "first_block"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
-
-    limit: float = 0.5
-
-    def select(self, sites):
-        chain = sites.chains[0]
-        return [dataclasses.replace(sites.span(1, len(chain)), probe=chain[0].name)]
-
-    def action(self, target, at):
-        return None
-
-    def probe(self, target, at, value, memory):
-        last, new = memory.get("last"), value[0]
-        if last is not None and changed(new, last) < self.limit:
-            return Action.REUSE
-        memory["last"] = new
-        return Action.STORE
-
-    def to_keep(self, output, entry, before, at):
-        return tuple(after - into for after, into in zip(output, entry))
-
-    def restore(self, kept, entry, at):
-        return tuple(into + residual for into, residual in zip(entry, kept))
-
-
-def changed(new, last):
-    return float((new - last).abs().mean() / last.abs().mean())
 
 
 # -- the same by hand ------------------------------------------------------------------------------------------
@@ -429,17 +365,9 @@ def test_on_a_real_transformer(case, guidance):
     assert (report.macs, macs < report.baseline_macs) == (macs, True)
 
 
-def joint():
-    """Return SD3's structure: text and image side by side, and a last block that ends the text."""
-    torch.manual_seed(0)
-    sizes = {"sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "pos_embed_max_size": 8}
-    widths = {"joint_attention_dim": 16, "caption_projection_dim": 16, "pooled_projection_dim": 8}
-    return SD3Transformer2DModel(num_layers=3, attention_head_dim=8, num_attention_heads=2, **sizes, **widths).eval()
-
-
 @torch.no_grad()
 def joint_loop(model):
-    sample, text, pooled = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 16), torch.ones(1, 8)
+    sample, text, pooled = torch.ones(1, 4, 8, 8), torch.ones(1, 5, tiny.WIDTH), torch.ones(1, tiny.WIDTH)
     for timestep in torch.tensor([900.0, 600.0, 300.0, 100.0]):
         given = {"encoder_hidden_states": text, "pooled_projections": pooled, "timestep": timestep[None]}
         sample = sample - 0.1 * model(sample, **given, return_dict=False)[0]
@@ -448,13 +376,13 @@ def joint_loop(model):
 
 @pytest.mark.parametrize("stop", [2, 3])
 def test_two_streams_have_a_residual_each(stop):
-    model = joint()
+    model = tiny.sd3(layers=3).transformer
     plain = joint_loop(model)
     with cachekit.apply(model, Forecast(first=0, stop=stop, interval=3)):
         cached = joint_loop(model)
     assert not torch.equal(cached, plain)
     assert torch.equal(joint_loop(model), plain)
-    by_hand, kept, step = joint(), {}, Counter()
+    by_hand, kept, step = tiny.sd3(layers=3).transformer, {}, Counter()
 
     def at_first(original, hidden_states, encoder_hidden_states, **kwargs):
         kept["entry"], kept["skip"] = (encoder_hidden_states, hidden_states), step["now"] % 3 > 0

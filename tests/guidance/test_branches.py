@@ -9,14 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenoiseStep
 from support import tiny
@@ -26,45 +19,19 @@ from cachekit.coverage.building import arguments, build
 from cachekit.errors import BudgetError, GuidanceError
 
 STEPS = 6
-WIDTH = 8
 
 
-@tiny.reproducible
-def wan_transformer(seed: int = 0) -> Any:
-    return tiny.seeded(
-        WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4,
-            text_dim=WIDTH, freq_dim=16, ffn_dim=16, num_layers=2, cross_attn_norm=True,
-        ),
-        seed,
-    )  # fmt: skip
-
-
-@tiny.reproducible
-def wan(boundary: float | None = None) -> Any:
-    vae = AutoencoderKLWan(
-        base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False] * 3
-    )
-    second = {"transformer_2": wan_transformer(1), "boundary_ratio": boundary} if boundary else {}
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    parts = {"tokenizer": None, "text_encoder": None, "vae": tiny.seeded(vae, 2), "scheduler": scheduler}
-    return WanPipeline(transformer=wan_transformer(0), **parts, **second)
+wan = functools.partial(tiny.wan, layers=2)
+wan_transformer = functools.partial(tiny.wan_transformer, layers=2)
 
 
 def text(seed: int) -> torch.Tensor:
-    return torch.randn(1, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
-
-
-CALL = {
-    "prompt_embeds": text(1), "negative_prompt_embeds": text(2), "height": 32, "width": 32, "num_frames": 1,
-    "output_type": "latent", "guidance_scale": 4.0,
-}  # fmt: skip
+    return tiny.text(1, seed=seed)
 
 
 def sample(pipe: Any, **changes: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    given = {"num_inference_steps": STEPS, **CALL, **changes}
-    return pipe(**given, generator=torch.Generator().manual_seed(0)).frames
+    given = {"prompt_embeds": text(1), "negative_prompt_embeds": text(2), "num_frames": 1, **changes}
+    return tiny.latents(pipe, steps=STEPS, guidance=4.0, **given)
 
 
 def by_hand(steps: int, predict: Callable[..., torch.Tensor]) -> torch.Tensor:
@@ -221,35 +188,13 @@ def test_a_bare_loop_may_name_its_calls() -> None:
     assert "cache_context" not in vars(model)
 
 
-@tiny.reproducible
-def flux() -> Any:
-    transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=WIDTH, pooled_projection_dim=WIDTH, axes_dims_rope=[4, 4, 8], guidance_embeds=True,
-    )  # fmt: skip
-    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=tiny.seeded(transformer, 0), vae=tiny.vae(), **parts
-    )
-
-
 def flux_latents(pipe: Any, **changes: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    pooled = {"pooled_prompt_embeds": text(3)[:, 0], "negative_pooled_prompt_embeds": text(4)[:, 0]}
-    given = {
-        "prompt_embeds": text(1),
-        "negative_prompt_embeds": text(2),
-        "height": 32,
-        "width": 32,
-        **pooled,
-        **changes,
-    }
-    generator = torch.Generator().manual_seed(0)
-    return pipe(**given, num_inference_steps=STEPS, output_type="latent", generator=generator).images
+    negative = {"negative_prompt_embeds": text(2), "negative_pooled_prompt_embeds": text(4)[:, 0]}
+    return tiny.latents(pipe, steps=STEPS, **negative, **changes)
 
 
 def test_true_guidance_beside_an_embedded_one() -> None:
-    pipe = flux()
+    pipe = tiny.flux(layers=(1, 1), guidance_embeds=True)
     distilled, true = flux_latents(pipe), flux_latents(pipe, true_cfg_scale=3.0)
     with cachekit.apply(pipe, "adaptive_guidance:m=3") as attachment:
         assert torch.equal(flux_latents(pipe), distilled)

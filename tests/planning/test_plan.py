@@ -9,11 +9,12 @@ import sys
 from typing import ClassVar
 
 import pytest
+from support.scripted import TOY, Scripted
 
 from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import OPEN, Action, BranchChange, Moment, Policy
-from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
+from cachekit.interface.policy import OPEN, Action, BranchChange
+from cachekit.interface.sites import Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
 from cachekit.planning.plan import make_plan
@@ -21,43 +22,6 @@ from cachekit.registry.catalog import installed
 
 COMPUTE, STORE, REUSE = Action.COMPUTE, Action.STORE, Action.REUSE
 BOTH = ("uncond", "cond")
-
-# A UNet in small: an attention outside every region, one inside the middle region, one in the deepest.
-TOY = SiteMap(
-    "ToyUNet",
-    (
-        Site("down.0.cross", Kind.CROSS_ATTENTION),
-        Site("down.1.cross", Kind.CROSS_ATTENTION),
-        Site("mid.cross", Kind.CROSS_ATTENTION),
-        Site("mid.self", Kind.SELF_ATTENTION),
-        Site("down.0", Kind.BLOCK),
-        Site("down.1", Kind.BLOCK),
-        Site("mid", Kind.BLOCK),
-    ),
-    regions=(
-        Region("region 0", exit="up.0", skipped=("down.0", "down.1", "mid")),
-        Region("region 1", exit="up.0", skipped=("down.1", "mid")),
-    ),
-    chains=((Site("down.0", Kind.BLOCK), Site("down.1", Kind.BLOCK), Site("mid", Kind.BLOCK)),),
-    streams=(("x",),),
-)
-
-
-class Scripted(Policy):
-    """Follow a script at the named targets: one of `.Sr` per step since the origin, the last one repeated."""
-
-    name: ClassVar[str] = "scripted"
-    kinds: ClassVar[frozenset[Kind]] = frozenset(Kind)
-    script: str
-    at: str = "mid.cross"
-
-    def select(self, sites: SiteMap):
-        everything = (GUIDANCE, *sites.sites, *sites.regions)
-        return [target for target in everything if target.name in self.at.split("+")]
-
-    def action(self, target, at: Moment):
-        place = min(at.step - at.origin, len(self.script) - 1)
-        return {".": COMPUTE, "S": STORE, "r": REUSE}[self.script[place]]
 
 
 class Refreshed(Scripted):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from planning.test_plan import TOY, Scripted
 from support import tiny
+from support.scripted import TOY, Scripted
 from torch import nn
 
 import cachekit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import re
@@ -11,16 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    HunyuanDiT2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import HunyuanDiT2DModel, WanPipeline
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_cogview3plus import CogView3PlusTransformerBlock
 from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock
@@ -35,80 +27,7 @@ from cachekit_dit.streams import streams_of, streams_of_all
 STEPS = 7
 
 
-@tiny.reproducible
-def sd3() -> StableDiffusion3Pipeline:
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        pos_embed_max_size=8,
-        num_layers=4,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=tiny.WIDTH,
-        caption_projection_dim=16,
-        pooled_projection_dim=tiny.WIDTH,
-    )
-    return pipeline_of(StableDiffusion3Pipeline, transformer, 3)
-
-
-@tiny.reproducible
-def flux() -> FluxPipeline:
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=4,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tiny.WIDTH,
-        pooled_projection_dim=tiny.WIDTH,
-        axes_dims_rope=[4, 4, 8],
-    )
-    return pipeline_of(FluxPipeline, transformer, 2)
-
-
-@tiny.reproducible
-def wan() -> WanPipeline:
-    """A pipeline that calls its transformer once for each branch."""
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=tiny.WIDTH,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=4,
-        rope_max_seq_len=32,
-    )
-    return pipeline_of(WanPipeline, transformer, 1)
-
-
-def pipeline_of(cls: type, transformer: torch.nn.Module, encoders: int) -> Any:
-    """A pipeline without text encoders, which takes prompts as embeddings."""
-    absent = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")[:encoders]]
-    parts = {"transformer": tiny.seeded(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
-    pipe = cls(**dict.fromkeys(absent), **parts, vae=None if cls is WanPipeline else tiny.vae())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def latents(pipe: Any, guidance: float = 5.0, steps: int = STEPS) -> torch.Tensor:
-    if not isinstance(pipe, (StableDiffusion3Pipeline, FluxPipeline, WanPipeline)):
-        return tiny.latents(pipe, guidance=guidance, steps=steps)
-    given: dict[str, Any] = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": steps}
-    given |= {"height": 16, "width": 16, "output_type": "latent", "guidance_scale": guidance}
-    given |= {"prompt_embeds": tiny.text(1)}
-    if isinstance(pipe, WanPipeline):
-        return pipe(**given, negative_prompt_embeds=tiny.text(1, seed=4), num_frames=5).frames
-    given |= {"pooled_prompt_embeds": tiny.text(1)[:, 0]}
-    if isinstance(pipe, StableDiffusion3Pipeline):
-        negative = tiny.text(1, seed=4)
-        given |= {"negative_prompt_embeds": negative, "negative_pooled_prompt_embeds": negative[:, 0]}
-    return pipe(**given).images
+latents = functools.partial(tiny.latents, steps=STEPS)
 
 
 # -- the same by hand ------------------------------------------------------------------------------------------
@@ -164,9 +83,9 @@ def every(interval: int) -> Callable[[int], bool]:
 
 BOTH = "encoder_hidden_states hidden_states"
 ONE = "hidden_states"
-PIXART, DIT, SD3 = ((chain, "transformer_blocks") for chain in (tiny.pixart, tiny.dit, sd3))
-WAN = (wan, "blocks")
-DOUBLE, SINGLE = (flux, "transformer_blocks"), (flux, "single_transformer_blocks")
+PIXART, DIT, SD3 = ((chain, "transformer_blocks") for chain in (tiny.pixart, tiny.dit, tiny.sd3))
+WAN = (tiny.wan, "blocks")
+DOUBLE, SINGLE = (tiny.flux, "transformer_blocks"), (tiny.flux, "single_transformer_blocks")
 NONE = range(1)
 
 CASES = {
@@ -207,7 +126,7 @@ def test_equal_to_the_naive_replay(spec: str, case: tuple[Any, ...]) -> None:
         with cachekit.apply(pipe, spec) as attachment:
             assert torch.equal(latents(pipe), expected)
             report = attachment.report()
-            assert cell_counts(report) == planned(attachment, calls=2 if make is wan else 1)
+            assert cell_counts(report) == planned(attachment, calls=2 if make is tiny.wan else 1)
             assert report.cache_bytes > 0
         assert torch.equal(latents(pipe), plain)
     assert not torch.equal(expected, plain)
@@ -245,7 +164,7 @@ def test_together_with_a_policy_that_drops_a_branch(others: tuple[str, ...], hal
 
 @pytest.mark.parametrize(("m", "full"), [(3, [0, 2, 3, 5]), (4, [0, 2, 4, 6])])
 def test_a_branch_with_calls_of_its_own_is_dropped(m: int, full: list[int]) -> None:
-    pipe = wan()
+    pipe = tiny.wan()
     plain, twin = latents(pipe), copy.deepcopy(pipe)
     whole, calls, last = twin.transformer.forward, itertools.count(), {}
 
@@ -318,7 +237,7 @@ def test_a_span_that_does_not_exist(spec: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("make", [sd3, flux])
+@pytest.mark.parametrize("make", [tiny.sd3, tiny.flux])
 def test_tgate_on_joint_attention_names_what_to_use(make: Any) -> None:
     pipe = make()
     with (

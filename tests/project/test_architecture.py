@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import functools
 import re
 import sys
-from pathlib import Path
 
 import diffusers
 import pytest
+from support.sources import ADAPTERS, CORE, EXAMPLES, PLUGINS, ROOT, SHIPPED, each, short, tree_of
 
 import cachekit
 from cachekit.registry import hookspecs
@@ -19,25 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[2]
-CORE = sorted((ROOT / "cachekit").rglob("*.py"))
-PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
-ADAPTERS = sorted((ROOT / "adapters").rglob("*.py"))
-EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
-SHIPPED = [*CORE, *PLUGINS, *ADAPTERS, *EXAMPLES]
 PACKAGES = {path.name for room in ("plugins", "adapters") for path in (ROOT / room).iterdir() if path.is_dir()}
-
-
-def short(path):
-    return path.relative_to(ROOT).as_posix()
-
-
-each = functools.partial(pytest.mark.parametrize, "path", ids=short)
-
-
-@functools.cache
-def tree_of(path):
-    return ast.parse(path.read_text())
 
 
 def module_of(path):

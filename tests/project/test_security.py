@@ -10,8 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from project.test_architecture import SHIPPED, each, tree_of
 from support import tiny
+from support.sources import SHIPPED, each, tree_of
 
 from cachekit import CachekitError
 from cachekit.errors import SpecError

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from driving.test_toy_policies import Forecast
 from support import tiny
+from support.policies import Forecast
 
 import cachekit
 from cachekit.registry.catalog import installed

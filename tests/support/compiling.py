@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
-from plugins.test_delta_dit import latents, pipeline_of
 
 import cachekit
 from support import tiny
@@ -52,17 +50,12 @@ def unet() -> Any:
     return convolutions(mid_block_type="UNetMidBlock2DCrossAttn")
 
 
-@tiny.reproducible
 def flux() -> Any:
-    sizes = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": [4, 4, 8]}
-    widths = {"joint_attention_dim": tiny.WIDTH, "pooled_projection_dim": tiny.WIDTH}
-    layers = {"num_layers": 1, "num_single_layers": 2}
-    transformer = FluxTransformer2DModel(patch_size=1, in_channels=16, **layers, **sizes, **widths)
-    return pipeline_of(FluxPipeline, transformer, 2)
+    return tiny.flux(layers=(1, 2))
 
 
 def draw(pipe: Any) -> torch.Tensor:
-    return latents(pipe, steps=STEPS)
+    return tiny.latents(pipe, steps=STEPS)
 
 
 # -- ways to compile --------------------------------------------------------------------------------------

@@ -13,14 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from diffusers import (
-    ContextParallelConfig,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import ContextParallelConfig, FluxPipeline, WanPipeline
 from torch import distributed
 
 import cachekit
@@ -37,39 +30,26 @@ PATIENCE, LITTLE_PATIENCE = timedelta(seconds=40), timedelta(seconds=4)
 # -- pipelines whose transformers can be split between processes ---------------------------------------------------
 
 
-@tiny.reproducible
 def flux() -> FluxPipeline:
-    """Return a pipeline with one branch; its inputs are split before the transformer."""
-    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 4, "axes_dims_rope": [4, 4, 8]}
-    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16}
-    return pipeline_of(FluxPipeline, FluxTransformer2DModel(**sizes, **heads), ("", "_2"))
+    """Pipeline with one branch; its inputs are split before the transformer."""
+    return tiny.flux(layers=(1, 4))
 
 
-@tiny.reproducible
 def wan() -> WanPipeline:
-    """Return a pipeline with a call for each branch; its tokens are split before block 0."""
-    sizes = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 4}
-    return pipeline_of(WanPipeline, WanTransformer3DModel(**sizes, text_dim=16, freq_dim=8, ffn_dim=16), ("",))
-
-
-def pipeline_of(cls: type, transformer: torch.nn.Module, encoders: tuple[str, ...]) -> Any:
-    absent = ["vae", *(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in encoders)]
-    parts = {"transformer": tiny.seeded(transformer), "scheduler": FlowMatchEulerDiscreteScheduler()}
-    pipe = cls(**dict.fromkeys(absent), **parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    """Pipeline with a call for each branch; its tokens are split before block 0."""
+    return tiny.wan()
 
 
 def image(pipe: Any, seed: int = 0) -> torch.Tensor:
-    given = {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
-    given |= {"generator": torch.Generator().manual_seed(seed), "prompt_embeds": embedded(3)}
-    if isinstance(pipe, FluxPipeline):
-        return pipe(**given, pooled_prompt_embeds=embedded(3)[:, 0]).images
-    return pipe(**given, negative_prompt_embeds=embedded(4), num_frames=5, guidance_scale=4.0).frames
+    given: dict[str, Any] = {"prompt_embeds": embedded(3)}
+    if isinstance(pipe, WanPipeline):
+        given |= {"negative_prompt_embeds": embedded(4), "height": 64, "width": 64}
+    return tiny.latents(pipe, steps=STEPS, guidance=4.0, seed=seed, **given)
 
 
 def embedded(seed: int) -> torch.Tensor:
-    return torch.randn(1, TOKENS, 16, generator=torch.Generator().manual_seed(seed))
+    """Embeddings of a prompt whose tokens two processes can share."""
+    return torch.randn(1, TOKENS, tiny.WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 # -- policies that decide by what they see -------------------------------------------------------------------------

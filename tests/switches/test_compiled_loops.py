@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from driving import test_controlnets as test_companions
-from driving.test_toy_policies import FirstBlock, Forecast
 from support import tiny
 from support.compiling import Graphs, Way, blocks, counts, draw, eager, graphs, in_place, module, pixart
+from support.policies import FirstBlock, Forecast
 
 import cachekit
 from cachekit.errors import AttachmentError
@@ -201,13 +200,13 @@ def test_two_threads_take_turns(graphs: Graphs) -> None:
 
 @pytest.mark.parametrize("before", [True, False])
 def test_a_compiled_controlnet_runs_in_full(before: bool, graphs: Graphs) -> None:
-    pipe = test_companions.controlled()
+    pipe = tiny.controlled()
     with cachekit.apply(pipe, "deepcache:interval=3"):
-        expected = test_companions.latents(pipe)
+        expected = tiny.latents(pipe)
     if before:
         pipe.controlnet.compile(backend=graphs, fullgraph=True)
     with cachekit.apply(pipe, "deepcache:interval=3"):
         if not before:
             pipe.controlnet.compile(backend=graphs, fullgraph=True)
-        assert torch.equal(test_companions.latents(pipe), expected)
+        assert torch.equal(tiny.latents(pipe), expected)
     assert graphs.count == 1

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from driving.test_toy_policies import FirstBlock, Forecast
 from support import tiny
+from support.policies import FirstBlock, Forecast
 
 import cachekit
 from cachekit import Region

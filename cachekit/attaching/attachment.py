@@ -163,27 +163,24 @@ class Attachment:
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
         modules = dict(denoiser.module.named_modules())
-        switches: dict[str, Switch] = {}
-
-        def at(name: str) -> list[Part]:
-            if name not in modules:
-                raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
-            return switches.setdefault(name, Switch(self.driver.state, modules[name], name)).parts
-
+        parts: dict[str, list[Part]] = {}
         for index, bound in enumerate(self.setup.assignments):
             if bound.target.kind is Kind.GUIDANCE or bound.denoiser != denoiser.name:
                 continue
             if isinstance(bound.target, Region):
                 for name, part in region_parts(index, bound, modules):
-                    at(name).append(part)
+                    parts.setdefault(name, []).append(part)
             else:
-                at(bound.target.name).append(Exit(index, bound))
-        return list(switches.values())
+                parts.setdefault(bound.target.name, []).append(Exit(index, bound))
+        for name in parts:
+            if name not in modules:
+                raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
+        return [Switch(self.driver.state, modules[name], name, found) for name, found in parts.items()]
 
     def _check_switches(self) -> None:
         for name, denoiser in self.setup.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
-            self.driver.prompters[name].look()
+            self.driver.prompters[name].find_compiled()
             refuse_other_caches(denoiser.module, name)
             for switch in self._switches.get(name, []):
                 switch.settle()

@@ -53,9 +53,10 @@ class ControlNetInterceptor:
         self.twins = _twins(driver.assignments, module, denoiser)
         modules = dict(module.named_modules())
         names = {name for twins in self.twins.values() for name in twins}
-        self.switches = [Switch(self.present, modules[name], name, is_told=False) for name in sorted(names)]
-        for switch in self.switches:
-            switch.parts.append(Twin(self.present, switch.name))
+        self.switches = [
+            Switch(self.present, modules[name], name, [Twin(self.present, name)], runs_if_compiled=True)
+            for name in sorted(names)
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ControlNetInterceptor:
         """Return the one of a copied ControlNet, which runs in full where the denoiser is not copied with it."""

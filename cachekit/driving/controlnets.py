@@ -18,9 +18,9 @@ from cachekit.interface.policy import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.parts import Part
-from cachekit.switches.placeholders import Placeholder
+from cachekit.switches.placeholders import Placeholder, zeros_like
 from cachekit.switches.switch import Switch
-from cachekit.tensors import shape_of, tensors, tree_map
+from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class Twin(Part):
     def after(self, call: Any, output: Any) -> None:
         """Record the shapes that a placeholder must have."""
         if self.present.share == 1:
-            self.present.shapes.setdefault(self.name, tree_map(shape_of, output))
+            self.present.shapes.setdefault(self.name, tree_map(zeros_like, output))
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What a switch does in compiled code: an instruction made before a call, and what it leaves behind."""
+"""Instructions for switches in compiled code: made before a call, and read after it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 class RegionInputs:
-    """The tensors that enter a region in one call, from where its entry notes them until its exit uses them."""
+    """The tensors that enter a region in one call: set by its entry, used by its exit."""
 
     def __init__(self) -> None:
-        """Begin without any."""
+        """Start without tensors."""
         self.streams: Streams = ()
 
 
 @dataclass
 class Instruction:
-    """What one switch does in one call, and what it leaves behind.
+    """What one switch does in one call of its module, and the output that it sets aside.
 
-    Compiled code is shared by like modules, and compiled anew for whatever it reads that differs. So it looks up
-    nothing in the call: it follows `order`, and hands out or sets aside tensors.
+    Compiled code is shared by like modules, and compiled anew for whatever it reads that differs. So it reads nothing
+    of the call itself: it follows `order`, and hands out or sets aside tensors.
     """
 
     order: Order
     #: The regions that begin with this module.
     entries: tuple[tuple[Entry, RegionInputs], ...] = ()
-    #: Where the module is skipped: its output, or the `Restoring` that makes it of what enters `region`.
+    #: Where the module is skipped: its output, or the `Restoring` that makes it from what enters `region`.
     stand_in: Any = None
     region: RegionInputs | None = None
-    #: Whether the call came to this module.
+    #: Whether the module was called.
     is_reached: bool = False
     #: The output of the module, or its shapes, as ordered.
     output: Any = None
@@ -69,7 +69,7 @@ class Instruction:
         return self.order in (Order.REUSE, Order.RESTORE)
 
     def report(self, parts: Sequence[AssignedPart], call: Call) -> None:
-        """Count and keep what was done in `call`, if it came to the module."""
+        """Count and keep what was done in `call`, if the module was called."""
         if not self.is_reached:
             return
         # Compiled code may use the memory of its outputs again.
@@ -86,7 +86,7 @@ def instruct(
 ) -> Instruction | None:
     """Decide what a module with these parts does in `call`, or give None where values within the call decide.
 
-    `call` is None where nothing is cached. `regions` makes the inputs of each assignment's region.
+    `call` is None where nothing is cached. `regions` holds the inputs of each assignment's region.
     """
     if call is None:
         return Instruction(Order.RUN)

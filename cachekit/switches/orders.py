@@ -1,4 +1,4 @@
-"""What a switch in compiled code can be ordered to do."""
+"""The orders that a switch in compiled code can follow."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from enum import IntEnum
 
 
 class Order(IntEnum):
-    """What a switch does with one call of its module, decided before it; of two needs the higher one counts."""
+    """What a switch does with one call of its module; of RUN, MEASURE and KEEP it follows the highest that is needed."""
 
     #: Run the module.
     RUN = 0
     #: Run it and record the shapes of its output.
     MEASURE = 1
-    #: Run it and hand over its output, for the cache.
+    #: Run it and hand over its output.
     KEEP = 2
     #: Skip it: the output is known before the call.
     REUSE = 3

@@ -1,4 +1,4 @@
-"""The roles that a switch plays for its module: exit, member, entry or probe of a target."""
+"""The roles of a module in what is cached: exit, member, entry or probe of a target."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cachekit.interface.policy import Action, Moment, Policy
 from cachekit.interface.sites import Region, Target
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.orders import Order
-from cachekit.switches.placeholders import Placeholder
-from cachekit.tensors import shape_of, tensors, tree_map, with_tensors
+from cachekit.switches.placeholders import Placeholder, zeros_like
+from cachekit.tensors import tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
 
 if TYPE_CHECKING:
     from cachekit.interface.policy import Streams
     from cachekit.runs.call import Call
 
-#: Marks that a part has no stand-in for the module's output: the module has to run.
+#: Given in place of a stand-in for the module's output: the module has to run.
 RUN_IT = object()
 
 
@@ -28,27 +28,27 @@ class Part:
     """One role of a module, which may skip the module's calls or use what they return."""
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a stand-in for the output of the module, called with these arguments, or give `RUN_IT`."""
+        """Make a stand-in for the output of the module called with these arguments, or give `RUN_IT`."""
         return RUN_IT
 
     def skipped(self, call: Call) -> None:
-        """Count that the module was skipped, thanks to this part's stand-in or another's."""
+        """Count that the module was skipped, because this part or another gave a stand-in."""
 
     def after(self, call: Call, output: Any) -> None:
         """Use the output of the module, which ran."""
 
 
 class AssignedPart(Part):
-    """One role of a module for one assignment, whose action says what is done.
+    """One role of a module for one assignment.
 
-    Where the action is COMPUTE the module runs and, at most, the call is counted.
+    Where the assignment's action is COMPUTE the module runs and the part does nothing but count.
     """
 
-    #: Whether the calls of the module are those that the report counts.
+    #: Whether this part counts.
     is_counted = False
 
     def __init__(self, index: int, bound: Assignment) -> None:
-        """Play the role for assignment `index`."""
+        """Bind the role to assignment `index`."""
         self.index = index
         self.policy = bound.policy
         self.target = bound.target
@@ -62,7 +62,7 @@ class AssignedPart(Part):
         return self.before(call, (), {})
 
     def needs(self, call: Call) -> Order:
-        """How the module has to run in compiled code, for `after`: RUN, MEASURE or KEEP."""
+        """Choose how the module has to run in compiled code, for `after`: RUN, MEASURE or KEEP."""
         return Order.RUN
 
 
@@ -72,7 +72,7 @@ class Exit(AssignedPart):
     is_counted = True
 
     def __init__(self, index: int, bound: Assignment) -> None:
-        """Play the role for assignment `index`."""
+        """Bind the role to assignment `index`."""
         super().__init__(index, bound)
         self._needs_entry = needs_entry(bound.policy, bound.target)
         self._needs_kept = _overrides(bound.policy, "to_keep")
@@ -95,7 +95,7 @@ class Exit(AssignedPart):
         return found if self._needs_entry else found.output(())
 
     def needs(self, call: Call) -> Order:
-        """KEEP where something is kept, even if a reuse was planned that found nothing."""
+        """Choose KEEP where something is kept, even if a reuse was planned that found nothing."""
         return Order.RUN if computes(call, self.index) else Order.KEEP
 
     def skipped(self, call: Call) -> None:
@@ -133,7 +133,7 @@ class Exit(AssignedPart):
 
 @dataclass
 class Restoring:
-    """Makes an exit's output of what was kept and of the tensors that enter its region; compiled code may run it."""
+    """Makes an exit's output from what was kept and the tensors that enter its region, in compiled code too."""
 
     exit: Exit
     kept: Any
@@ -150,7 +150,7 @@ class Member(AssignedPart):
     """Skips a module inside a region; its stand-in has the right shapes and nothing else."""
 
     def __init__(self, index: int, bound: Assignment, name: str) -> None:
-        """Play the role for assignment `index` at module `name`."""
+        """Bind the role of module `name` to assignment `index`."""
         super().__init__(index, bound)
         self.name = name
 
@@ -162,21 +162,21 @@ class Member(AssignedPart):
         return tree_map(Placeholder(len(call.branches), branches), shapes)
 
     def needs(self, call: Call) -> Order:
-        """MEASURE where a placeholder may be needed later."""
+        """Choose MEASURE where a placeholder may be needed later."""
         return Order.RUN if computes(call, self.index) else Order.MEASURE
 
     def after(self, call: Call, output: Any) -> None:
         """Record, once in a run, the shapes that a placeholder must have."""
         key = (call.slot(self.index), self.name)
         if not computes(call, self.index) and key not in call.run.shapes:
-            call.run.shapes[key] = (tree_map(shape_of, output), len(call.branches))
+            call.run.shapes[key] = (tree_map(zeros_like, output), len(call.branches))
 
 
 class Entry(AssignedPart):
     """Remembers the tensors that enter a region, for policies that keep or restore a residual."""
 
     def __init__(self, index: int, bound: Assignment, module: nn.Module) -> None:
-        """Play the role for assignment `index`, whose region begins with `module`."""
+        """Bind the role to assignment `index`, whose region begins with `module`."""
         super().__init__(index, bound)
         assert isinstance(bound.target, Region)
         self.streams = bound.target.streams

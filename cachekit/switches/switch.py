@@ -28,10 +28,10 @@ class Switch:
     """Wraps one module's calls and skips them where the plan says so.
 
     It lies outside of the module's hooks and of whatever wraps its forward: the module's instance holds the switch,
-    and gets a subclass of its own class whose `__call__` asks it. So wrappers on `forward` come and go in any order,
+    and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` come and go in any order,
     and a module that is skipped does not move its weights either. A deep copy of the model copies its switches.
 
-    In compiled code it follows an `instruction`, which is there for the length of one call.
+    In compiled code it follows an `instruction`, which lasts for one call of the denoiser.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Switch:
 
     def install(self) -> None:
         """Wrap the module's calls."""
-        # Where processes split a module's input between them, what is kept are parts: there it lies within that hook.
+        # Where processes split a module's input between them, each keeps its own part: the switch goes inside that hook.
         self._splitter = splitting_hook(self.module)
         if self._splitter is not None:
             self._inner, self._splitter.forward = self._splitter.forward, self._call_split
@@ -86,7 +86,7 @@ class Switch:
             stop_intercepting(self.module)
 
     def settle(self) -> None:
-        """Move to within what has begun to split the module's input, or to without where that has ended."""
+        """Move inside a hook that has begun to split the module's input, or back out where that has ended."""
         if splitting_hook(self.module) is not self._splitter:
             self.uninstall()
             self.install()
@@ -155,7 +155,7 @@ class Switch:
 def _leave_compiled(
     switch: Switch, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Leave the compiled code where values decide; the module then runs as written."""
+    """Leave the compiled code where values decide; the module then runs uncompiled."""
     return switch.call(forward, module, args, kwargs)
 
 

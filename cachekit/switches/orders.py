@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Order(IntEnum):
-    """What a switch does with one call of its module; of RUN, MEASURE and KEEP it follows the highest that is needed."""
+    """What a switch does with one call of its module; the highest that any part needs applies."""
 
     #: Run the module.
     RUN = 0

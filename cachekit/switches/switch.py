@@ -28,8 +28,8 @@ class Switch:
     """Wraps one module's calls and skips them where the plan says so.
 
     It lies outside of the module's hooks and of whatever wraps its forward: the module's instance holds the switch,
-    and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` come and go in any order,
-    and a module that is skipped does not move its weights either. A deep copy of the model copies its switches.
+    and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` come and go in any
+    order, and a module that is skipped does not move its weights either. A deep copy of the model copies its switches.
 
     In compiled code it follows an `instruction`, which lasts for one call of the denoiser.
     """
@@ -66,7 +66,7 @@ class Switch:
 
     def install(self) -> None:
         """Wrap the module's calls."""
-        # Where processes split a module's input between them, each keeps its own part: the switch goes inside that hook.
+        # Processes that split a module's input keep a part of its output each: the switch goes inside that hook.
         self._splitter = splitting_hook(self.module)
         if self._splitter is not None:
             self._inner, self._splitter.forward = self._splitter.forward, self._call_split

@@ -18,9 +18,9 @@ from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
 from cachekit.switches.parts import Part
-from cachekit.switches.placeholders import Placeholder
+from cachekit.switches.placeholders import Placeholder, zeros_like
 from cachekit.switches.switch import Switch
-from cachekit.tensors import shape_of, tensors, tree_map
+from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 from cachekit.upstream.calls import CALL, class_call
 
@@ -55,9 +55,10 @@ class ControlNetInterceptor:
         self._twins = _twins(fellows.driver.setup.assignments, module, denoiser)
         modules = dict(module.named_modules())
         names = {name for twins in self._twins.values() for name in twins}
-        self._switches = [Switch(self._present, modules[name], name, is_told=False) for name in sorted(names)]
-        for switch in self._switches:
-            switch.parts.append(Twin(self._present, switch.name))
+        self._switches = [
+            Switch(self._present, modules[name], name, [Twin(self._present, name)], runs_if_compiled=True)
+            for name in sorted(names)
+        ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Become a copy, which belongs to the copied attachment, or runs in full where only a ControlNet is copied."""
@@ -164,7 +165,7 @@ class Twin(Part):
     def after(self, call: Any, output: Any) -> None:
         """Record the shapes that a placeholder must have."""
         if self.present.share == 1:
-            self.present.shapes.setdefault(self.name, tree_map(shape_of, output))
+            self.present.shapes.setdefault(self.name, tree_map(zeros_like, output))
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:

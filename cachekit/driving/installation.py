@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import Any
-
-from torch import nn
 
 from cachekit.driving.entrance import Entrance, Leader
 from cachekit.driving.setup import Setup
@@ -57,7 +56,7 @@ class Installation:
         """Raise `AttachmentError` where something else has taken a place, or another cache has been enabled."""
         for name, denoiser in self._setup.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
-            self._prompter(name).look()
+            self._prompter(name).find_compiled()
             refuse_other_caches(denoiser.module, name)
             for switch in self.switches.get(name, []):
                 switch.settle()
@@ -79,21 +78,16 @@ class Installation:
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
         modules = dict(denoiser.module.named_modules())
-        switches: dict[str, Switch] = {}
+        parts: dict[str, list[Part]] = {}
         for index, bound in enumerate(self._setup.assignments):
             if bound.target.kind is Kind.GUIDANCE or bound.denoiser != denoiser.name:
                 continue
-            parts: list[tuple[str, Part]] = [(bound.target.name, Exit(index, bound))]
+            own: Iterable[tuple[str, Part]] = [(bound.target.name, Exit(index, bound))]
             if isinstance(bound.target, Region):
-                parts = list(region_parts(index, bound, modules))
-            for name, part in parts:
-                if name not in switches:
-                    switches[name] = Switch(self._state, _module(denoiser, modules, name), name)
-                switches[name].parts.append(part)
-        return list(switches.values())
-
-
-def _module(denoiser: Denoiser, modules: dict[str, nn.Module], name: str) -> nn.Module:
-    if name not in modules:
-        raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
-    return modules[name]
+                own = region_parts(index, bound, modules)
+            for name, part in own:
+                parts.setdefault(name, []).append(part)
+        for name in parts:
+            if name not in modules:
+                raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
+        return [Switch(self._state, modules[name], name, found) for name, found in parts.items()]

@@ -1,4 +1,4 @@
-"""Stand-ins for the outputs of skipped modules."""
+"""Stand-ins for the outputs of skipped modules: the right shapes, and zeros."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 
-class Placeholder:
-    """Make stand-ins for the outputs of a skipped module, of the recorded shapes.
+def zeros_like(tensor: Tensor) -> Tensor:
+    """Make zeros of the same shape, dtype and device that take the memory of one element only."""
+    return tensor.new_zeros(()).expand(tensor.shape)
 
-    The first tensor of an output flows on and may be edited in place (T2I-Adapter, FreeU), so it is real
-    memory; the others are only added to or joined, so one zero without memory of its own serves.
+
+class Placeholder:
+    """Makes a stand-in for a skipped module's output of the `zeros_like` each of its tensors, in order.
+
+    The first tensor of an output flows on and may be edited in place (T2I-Adapter, FreeU), so it gets memory of its
+    own. The others are only added to or joined: the recorded zeros serve for them.
     """
 
     def __init__(self, branches: int, recorded_branches: int) -> None:
@@ -20,10 +25,11 @@ class Placeholder:
         self.is_first = True
 
     def __call__(self, recorded: Tensor) -> Tensor:
-        """Return zeros in the shape, dtype and device of one recorded tensor."""
+        """Make the stand-in of one recorded tensor."""
         batch = recorded.shape[0] * self.branches // self.recorded_branches
-        device = recorded.device
         if self.is_first:
             self.is_first = False
-            return torch.zeros((batch, *recorded.shape[1:]), dtype=recorded.dtype, device=device)
-        return torch.zeros((), dtype=recorded.dtype, device=device).expand(batch, *recorded.shape[1:])
+            return torch.zeros((batch, *recorded.shape[1:]), dtype=recorded.dtype, device=recorded.device)
+        if batch == recorded.shape[0]:
+            return recorded
+        return recorded[:1].expand(batch, *recorded.shape[1:])

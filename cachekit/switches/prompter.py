@@ -1,38 +1,41 @@
-"""Support torch.compile: set each switch's order before a call, collect outputs after it."""
+"""Support for torch.compile: give each switch its instruction before a call, collect outputs after it."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch._dynamo
+import torch
 from torch import nn
 
-from cachekit.upstream.compiling import graph_limit, graphs_before, holds_compiled
+from cachekit.interface.policy import Action
+from cachekit.switches.instructions import Instruction, RegionInputs, instruct
+from cachekit.upstream.compiling import holds_compiled, keep_graphs
 
 if TYPE_CHECKING:
     from cachekit.runs.call import Call
     from cachekit.switches.switch import Switch
 
-
-_ORDERS: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+#: The combinations of orders that each module was ever called with.
+_MODES: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
 
 
 class Prompter:
-    """Tell the switches of one denoiser what to do in a call, where some of them may lie in compiled code.
+    """Gives the switches of one denoiser their instructions, where some of them lie in compiled code.
 
-    Compiled code can neither count nor look anything up: whatever it looked at, it would be compiled anew for. So
-    each switch there reads one word of its own, and hands out or notes down tensors. As the switches belong to the
+    Compiled code can neither count nor look anything up: it would be compiled anew for whatever it read. So each
+    switch there reads one order of its own, and hands out or sets aside tensors. As the switches belong to the
     denoiser, calls of several threads take turns.
     """
 
     def __init__(self, module: nn.Module, switches: Sequence[Switch]) -> None:
         """Serve the `switches` of `module`."""
         self._module = module
-        # Whatever lies around a switch comes before it.
+        # A module that is skipped skips those within, which then need no instruction: it comes before them.
         self._switches = sorted(switches, key=lambda switch: switch.name.count("."))
         self._around = {
             switch.name: [other for other in switches if switch.name.startswith(other.name + ".")]
@@ -41,47 +44,60 @@ class Prompter:
         self._lock = threading.RLock()
         self._holds_compiled = False
 
-    def look(self) -> None:
-        """Notice what has been compiled in the module since the last time."""
+    def find_compiled(self) -> None:
+        """Find out whether anything in the module was compiled since the last time."""
         self._holds_compiled = any(map(holds_compiled, self._module.modules()))
 
     @contextlib.contextmanager
     def call(self, call: Call | None, enclosed: bool) -> Iterator[None]:
-        """Tell the switches what to do in `call`, None being plain, and take what they noted.
+        """Instruct the switches for `call`, within which nothing is cached if it is None, and collect their outputs.
 
-        `enclosed` says that the whole call is being compiled.
+        `enclosed` means that the whole call is being compiled.
         """
         if not self._holds_compiled and not enclosed:
             yield
             return
         with self._lock:
             try:
-                self._tell(call)
+                regions = self._instruct(call)
                 self._make_room()
                 yield
-                self._ask(call)
+                if call is not None:
+                    self._collect(call, regions)
             finally:
                 for switch in self._switches:
-                    switch.forget()
+                    switch.instruction = None
 
-    def _tell(self, call: Call | None) -> None:
+    def _instruct(self, call: Call | None) -> Mapping[int, RegionInputs]:
+        regions: defaultdict[int, RegionInputs] = defaultdict(RegionInputs)
         skipped = set()
         for switch in self._switches:
-            if any(other.name in skipped for other in self._around[switch.name]) or switch.tell(call):
+            if any(other.name in skipped for other in self._around[switch.name]):
                 skipped.add(switch.name)
+                continue
+            switch.instruction = instruct(switch.assigned, call, regions)
+            if switch.instruction is not None and switch.instruction.skips:
+                skipped.add(switch.name)
+        return regions
 
     def _make_room(self) -> None:
-        """Let torch keep as many graphs as before for each combination of orders that the module has ever seen.
+        """Have torch keep as many graphs as it did without cachekit for each combination of orders ever seen.
 
         The graphs stay when the attachment is removed, and so does the room for them.
         """
-        seen = _ORDERS.setdefault(self._module, {None})
-        seen.add(tuple((switch.name, switch.order) for switch in self._switches))
-        wanted = graphs_before() * len(seen)
-        if getattr(torch._dynamo.config, graph_limit()) < wanted:
-            setattr(torch._dynamo.config, graph_limit(), wanted)
+        modes = _MODES.setdefault(self._module, {None})
+        modes.add(tuple((switch.name, _order_of(switch.instruction)) for switch in self._switches))
+        keep_graphs(len(modes))
 
-    def _ask(self, call: Call | None) -> None:
-        if call is not None:
-            for switch in self._switches:
-                switch.report(call)
+    def _collect(self, call: Call, regions: Mapping[int, RegionInputs]) -> None:
+        for index, region in regions.items():
+            if call.actions[index] is Action.STORE:
+                # Compiled code may use the memory of its own tensors again.
+                call.entries[index] = tuple(map(torch.clone, region.streams))
+        for switch in self._switches:
+            if switch.instruction is not None:
+                switch.instruction.report(switch.assigned, call)
+
+
+def _order_of(instruction: Instruction | None) -> Any:
+    return None if instruction is None else instruction.order

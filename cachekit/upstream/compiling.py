@@ -12,21 +12,21 @@ from torch._dynamo.decorators import skip
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-
-#: What torch tells somebody who wants one graph of a call in which values decide.
+#: The reason that torch gives where one graph was asked of a call in which values decide.
 BY_VALUES = "cachekit decides here by values"
 
-
-#: Where torch keeps what `module.compile()` made.
+#: The attribute in which torch keeps what `module.compile()` made.
 _COMPILED = "_compiled_call_impl"
 
+#: Whether torch is tracing the code that asks, in order to compile it.
+is_traced: Callable[[], bool] = torch.compiler.is_dynamo_compiling
 
-#: Returns what compiles the frames that this thread enters, None or False where nothing does.
+#: What compiles the frames that this thread enters; None or False where nothing does.
 active_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
 
 
 def holds_compiled(module: nn.Module) -> bool:
-    """Tell whether a module's call or forward leads into code that torch compiles."""
+    """Whether a module's call or forward leads into code that torch compiles."""
     held = vars(module)
     places = [held.get(name) for name in (_COMPILED, "forward")]
     beneath = [getattr(getattr(place, "__self__", None), "inner", place) for place in places]
@@ -34,12 +34,21 @@ def holds_compiled(module: nn.Module) -> bool:
 
 
 def leads_to(function: Any, target: Any) -> bool:
-    """Tell whether `function` is what torch has compiled of `target`."""
+    """Whether `function` is what torch has compiled of `target`."""
     return bool(getattr(function, "_torchdynamo_orig_callable", None) == target)
 
 
+def without_compiler(module: nn.Module) -> nn.Module:
+    """Unwrap what `torch.compile(module)` made; any other module is given back itself."""
+    inner: nn.Module | None = vars(module)["_modules"].get("_orig_mod")
+    return module if inner is None else inner
+
+
+# -- what is not compiled ---------------------------------------------------------------------------------
+
+
 def uncompiled(reason: str) -> Callable[[_F], _F]:
-    """Keep torch from compiling a function and whatever it calls; it tells the reason where it wants one graph."""
+    """Keep torch from compiling a function and what it calls; where one graph is wanted, torch gives the reason."""
 
     def disabled(function: _F) -> _F:
         disable: Callable[[_F], Any] = torch._dynamo.disable
@@ -50,16 +59,11 @@ def uncompiled(reason: str) -> Callable[[_F], _F]:
     return disabled
 
 
-def is_refused(error: BaseException) -> bool:
-    """Tell whether torch could not make one graph because values decide."""
-    return isinstance(error, torch._dynamo.exc.Unsupported) and BY_VALUES in str(error)
-
-
 def uncompiled_frame(reason: str) -> Callable[[_F], _F]:
     """Keep torch from compiling a function, but not what it calls."""
 
     def skipped(function: _F) -> _F:
-        # Not `torch.compiler.disable`: torch takes off the wrapper that it makes, where somebody compiles a method.
+        # Not `torch.compiler.disable`: torch takes off the wrapper that it makes, where a method is compiled.
         frame: Any = skip(function)
         frame._torchdynamo_disable_msg = reason
         return function
@@ -67,20 +71,28 @@ def uncompiled_frame(reason: str) -> Callable[[_F], _F]:
     return skipped
 
 
-def without_compiler(module: nn.Module) -> nn.Module:
-    """Return the module that `torch.compile(module)` stands for, or the module itself."""
-    inner: nn.Module | None = vars(module)["_modules"].get("_orig_mod")
-    return module if inner is None else inner
+def is_refused(error: BaseException) -> bool:
+    """Whether torch raised `error` because values decide where it should have made one graph."""
+    return isinstance(error, torch._dynamo.exc.Unsupported) and BY_VALUES in str(error)
+
+
+# -- how many graphs are kept -----------------------------------------------------------------------------
+
+
+def keep_graphs(modes: int) -> None:
+    """Have torch keep at least `modes` times as many graphs of one function as it did at first."""
+    wanted = _graphs_at_first() * modes
+    if getattr(torch._dynamo.config, _graph_limit()) < wanted:
+        setattr(torch._dynamo.config, _graph_limit(), wanted)
 
 
 @functools.cache
-def graphs_before() -> int:
-    """Return how many graphs torch keeps of one function without cachekit."""
-    limit: int = getattr(torch._dynamo.config, graph_limit())
+def _graphs_at_first() -> int:
+    limit: int = getattr(torch._dynamo.config, _graph_limit())
     return limit
 
 
 @functools.cache
-def graph_limit() -> str:
-    """Return what torch calls that number: now, or before."""
+def _graph_limit() -> str:
+    """Name the limit as this version of torch does."""
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -1,4 +1,4 @@
-"""Know the hooks that diffusers hangs on modules, where skipping a module would upset them."""
+"""Facts about the hooks that diffusers puts on modules, where skipping a module would upset them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from cachekit.errors import AttachmentError
 _GROUP, _SPLIT, _CASTING = "group_offloading", "cp_input", "layerwise_casting"
 
 
-def pass_by(module: nn.Module) -> None:
-    """Do for a skipped module what others of its offloading group rely on: the first brings all of their weights.
+def run_group_offloading(module: nn.Module) -> None:
+    """Move weights as if the skipped module ran, where others of its offloading group rely on that.
 
-    A module that shares its group with no other is left where it is, which saves the transfer. With streams each
-    module also fetches the weights of the next, so all of them have to take their turn.
+    The first module of a group loads the weights of all. A module that shares its group with no other stays where it
+    is, which saves the transfer; but with streams each module also fetches the weights of the next, so none is left
+    out.
     """
     hook = _hook(module, _GROUP)
     if hook and (len(hook.group.modules) > 1 or hook.group.stream is not None):
@@ -26,9 +27,9 @@ def pass_by(module: nn.Module) -> None:
 
 
 def splitting_hook(module: nn.Module) -> Any:
-    """Return what the hook holds that splits a module's input between processes, or None.
+    """Find the object in which diffusers keeps the hook that splits a module's input between processes, if any.
 
-    Its `forward` is what the hook goes around.
+    Its `forward` is the function that the hook wraps.
     """
     registry = vars(module).get("_diffusers_hook")
     if registry is None:
@@ -38,22 +39,22 @@ def splitting_hook(module: nn.Module) -> Any:
 
 
 def computing_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype in which a module's floating weights compute where they are stored in another, or None."""
+    """Find the dtype in which a module's floating weights compute, where they are stored in another."""
     dtype: torch.dtype | None = getattr(_hook(module, _CASTING), "compute_dtype", None)
     return dtype
 
 
 def refuse_other_caches(denoiser: nn.Module, name: str) -> None:
-    """Raise `AttachmentError` where hooks of the denoiser called `name` keep what they made in earlier calls.
+    """Refuse a denoiser, the pipeline's component `name`, whose own hooks cache outputs of earlier calls.
 
-    What skips the same modules, or counts their calls, would go wrong unnoticed.
+    Hooks that skip the same modules, or count their calls, would go wrong unnoticed. Raises `AttachmentError`.
     """
     place, title = f"pipe.{name}" if name else "the denoiser", f"{type(denoiser).__name__}: diffusers' own cache"
     if getattr(denoiser, "is_cache_enabled", False):
         kind = type(denoiser._cache_config).__name__.removesuffix("Config")
         raise AttachmentError(f"{title} ({kind}) is enabled; call {place}.disable_cache() first")
     hooks = [pair for module in denoiser.modules() for pair in _hooks(module).items()]
-    # One that holds a state may share it with others of its kind.
+    # A hook with a state may share it with others of its kind.
     kinds = {type(hook).__module__ for _, hook in hooks if hook._is_stateful}
     found = {key for key, hook in hooks if type(hook).__module__ in kinds}
     if found:
@@ -65,7 +66,7 @@ def refuse_other_caches(denoiser: nn.Module, name: str) -> None:
 
 
 def register_alike(base: type[nn.Module], subclass: type[nn.Module]) -> None:
-    """Let diffusers' hooks find for `subclass` what they know of `base`: they look classes up by identity."""
+    """Register `subclass` with diffusers' hooks as `base` is: they look classes up by identity."""
     helpers = sys.modules.get("diffusers.hooks._helpers")  # loaded with whatever could be in there
     if helpers is not None:
         helpers.TransformerBlockRegistry._register()

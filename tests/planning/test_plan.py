@@ -14,7 +14,7 @@ from support.scripted import TOY, Scripted
 from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import OPEN, Action, BranchChange
-from cachekit.interface.sites import Kind, Region, Site, SiteMap
+from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
 from cachekit.planning.plan import make_plan

@@ -13,11 +13,11 @@ from support import tiny
 from support.commands import printed
 
 import cachekit
-from cachekit.costs import budget
+from cachekit.costs import fitting
 from cachekit.errors import BudgetError
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
-from cachekit.runs import store
+from cachekit.runs import limit, store
 from cachekit.runs.store import Store
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -148,12 +148,12 @@ def test_where_the_run_decides_the_worst_is_planned_for(case: str) -> None:
 def test_it_is_planned_once_for_each_kind_of_run(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
 
-    class Counted(budget.Rehearsal):
-        def __init__(self, attachment: Any, opening: Any) -> None:
-            planned.append((opening.steps, opening.batch))
-            super().__init__(attachment, opening)
+    class Counted(fitting.Rehearsal):
+        def __init__(self, setup: Any, start: Any) -> None:
+            planned.append((start.steps, start.batch))
+            super().__init__(setup, start)
 
-    monkeypatch.setattr(budget, "Rehearsal", Counted)
+    monkeypatch.setattr(fitting, "Rehearsal", Counted)
     with cachekit.apply(shared("pixart"), "tgate:m=2", max_cache_bytes=10**6):
         for call in ({"steps": 3}, {"steps": 3}, {"steps": 4}, {"steps": 3, "batch": 2}, {"steps": 3, "seed": 1}):
             tiny.latents(shared("pixart"), **call)
@@ -251,7 +251,7 @@ def test_what_is_kept_elsewhere_comes_back(name: str, monkeypatch: pytest.Monkey
             seen.update(tensor.device.type for entry in self._entries.values() for tensor in entry)
             return kept
 
-    monkeypatch.setattr(budget, "Store", Watched)
+    monkeypatch.setattr(limit, "Store", Watched)
     found, away = cached(name, SPECS[name], cache_device="meta")
     assert torch.equal(found, whole)
     assert seen == {"meta"}

@@ -16,12 +16,12 @@ from cachekit.cli.coverage import SPECS
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
 from cachekit.coverage.building import pipeline_class, pipeline_names
-from cachekit.coverage.facts import entries, known_models, said_of
+from cachekit.coverage.facts import class_notes, entries, known_models
 from cachekit.coverage.page import markdown
 from cachekit.coverage.parts import NotBuiltError, make, seed_weights, tokenizer
-from cachekit.coverage.results import Coverage, read
+from cachekit.coverage.results import FAILS, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
 from cachekit.coverage.survey import survey
-from cachekit.coverage.trial import FAILS, REFUSED, WORKS, Result, Subject, Trial, examine
+from cachekit.coverage.trial import Subject, examine
 from cachekit.errors import CachekitError
 from cachekit.interface.adapter import Layout
 from cachekit.registry.catalog import installed
@@ -44,7 +44,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", known_models())
 def test_every_small_configuration_makes_its_class(name):
-    if "needs" in said_of(name) and find_spec(said_of(name)["needs"]) is None:
+    if "needs" in class_notes(name) and find_spec(class_notes(name)["needs"]) is None:
         with pytest.raises(NotBuiltError, match="needs "):
             make({"use": name})
         return
@@ -240,12 +240,12 @@ def test_the_command_says_which_name_is_wrong():
 
 def small_coverage():
     works = Trial("APipeline", results={"tgate:m=3": Result(WORKS), "deepcache": Result(REFUSED, "no | regions")})
-    works.sites = {"Net": trial.Sites("unet", {"block": 2}, 3, [])}
+    works.sites = {"Net": Sites("unet", {"block": 2}, 3, [])}
     return Coverage(["tgate:m=3", "deepcache"], [Trial("ZPipeline", "needs <x>"), works], {"torch": "1"})
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    (tmp_path / "c.json").write_text(small_coverage().as_text())
+    (tmp_path / "c.json").write_text(small_coverage().to_json())
     again = read(tmp_path / "c.json")
     assert markdown(again) == markdown(small_coverage())
     assert again.counts("tgate:m=3") == {"works": 1, "refused": 0, "idle": 0, "fails": 0}
@@ -256,9 +256,9 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 def test_the_trials_of_other_pipelines_are_kept():
     old = Coverage(["a"], [Trial("A", "old"), Trial("B", "old")])
-    assert Coverage(["a"], [Trial("B", "new")]).taking_over(old).trials == [Trial("B", "new"), Trial("A", "old")]
+    assert Coverage(["a"], [Trial("B", "new")]).updating(old).trials == [Trial("B", "new"), Trial("A", "old")]
     with pytest.raises(CachekitError, match="write to another file"):
-        Coverage(["b"], []).taking_over(old)
+        Coverage(["b"], []).updating(old)
 
 
 def test_the_page_names_states_reasons_sites_and_what_was_not_built():

@@ -36,7 +36,7 @@ def to_tensor(images: scenes.Array) -> Tensor:
 
 
 def labels(chosen: list[scenes.Scene]) -> dict[str, Tensor]:
-    """Number the word of each aspect, n x 2 x 2 by quarter; ABSENT where a quarter is empty."""
+    """Convert scenes to class labels of each aspect, n x 2 x 2 by quarter; ABSENT where a quarter is empty."""
     found = {name: torch.full((len(chosen), 2, 2), ABSENT) for name in ASPECTS}
     found["present"][:] = 0
     for index, scene in enumerate(chosen):

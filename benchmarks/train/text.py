@@ -83,7 +83,7 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
 
 
 def targets(captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Number the words of captions.
+    """Convert captions to class labels.
 
     Returns m x 7 things (index of the caption, position of the phrase's last token, the five aspects) and n
     backgrounds.

@@ -21,32 +21,33 @@ def survey(names: Sequence[str], specs: Sequence[str], workers: int, limit: floa
     A process that takes longer than `limit` seconds is killed.
     """
     context = _context(len(names))
-    waiting, running = list(names), list[_Worker]()
+    waiting, running = list(names), list[TrialProcess]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(_Worker(context, waiting.pop(0), specs, limit))
-            connection.wait([worker.answer for worker in running], timeout=1.0)
-            for worker in list(running):
-                trial = worker.trial()
+                running.append(TrialProcess(context, waiting.pop(0), specs, limit))
+            connection.wait([process.answer for process in running], timeout=1.0)
+            for process in list(running):
+                trial = process.trial()
                 if trial is not None:
-                    running.remove(worker)
+                    running.remove(process)
                     yield trial
     finally:
-        for worker in running:
-            worker.process.kill()
+        for process in running:
+            process.kill()
 
 
-class _Worker:
+class TrialProcess:
     """A process that examines one pipeline class; its memory is freed when it ends."""
 
     def __init__(self, context: Any, name: str, specs: Sequence[str], limit: float) -> None:
+        """Start it; `limit` is in seconds."""
         from cachekit.coverage.worker import work  # loads the libraries
 
         self.name, self.limit = name, limit
         self.answer, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)
-        self.process.start()
+        self._process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)
+        self._process.start()
         theirs.close()
         self.deadline = time.monotonic() + limit
 
@@ -56,15 +57,19 @@ class _Worker:
             try:
                 trial: Trial = self.answer.recv()
             except EOFError:
-                self.process.join()
-                return Trial(self.name, f"the process ended with code {self.process.exitcode}")
-            self.process.join()
+                self._process.join()
+                return Trial(self.name, f"the process ended with code {self._process.exitcode}")
+            self._process.join()
             return trial
         if time.monotonic() < self.deadline:
             return None
-        self.process.kill()
-        self.process.join()
+        self.kill()
         return Trial(self.name, f"took longer than {self.limit:g} seconds")
+
+    def kill(self) -> None:
+        """Kill the process, and wait for its end."""
+        self._process.kill()
+        self._process.join()
 
 
 def _context(count: int) -> Any:

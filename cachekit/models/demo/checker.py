@@ -123,16 +123,6 @@ def _best_template(alpha: Array) -> tuple[tuple[str, str, str], float]:
     return bank.words[best], float(overlap[:, best].max())
 
 
-def _as_array(image: Any) -> Array:
-    """Convert a PIL image or an array to floats in [0, 1]."""
-    array = np.asarray(image)
-    scale = 255 if array.dtype == np.uint8 else 1
-    array = np.asarray(array, dtype=np.float32) / np.float32(scale)
-    if array.shape != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3):
-        raise ValueError(f"the checker reads 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
-    return np.asarray(array)
-
-
 def _background(image: Array) -> tuple[str, bool, Array]:
     """Fit a plane per channel to the pixels near the border's median.
 
@@ -180,7 +170,7 @@ def _read_quarter(image: Array, plane: Array) -> Reading | None:
 
 def read(image: Any) -> tuple[str, dict[str, Reading]]:
     """Read an image: the name of its background, "" if none fits, and what each occupied place shows."""
-    array = _as_array(image)
+    array = scenes.pixels(image)
     name, near, plane = _background(array)
     readings = {
         place: _read_quarter(array[scenes.quarter(place)], plane[scenes.quarter(place)]) for place in scenes.PLACES

@@ -69,16 +69,7 @@ def load_classifier() -> Classifier:
 
 def features(images: Iterable[Any]) -> NDArray[np.float64]:
     """Compute n x 16 features of unit variance of 64 x 64 images, PIL or arrays: means over their quarters."""
-    pixels = torch.from_numpy(np.stack([_pixels(image) for image in images])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([scenes.pixels(image) for image in images])).permute(0, 3, 1, 2)
     classifier = load_classifier()
     found = [classifier.quarters(part).mean((2, 3)) for part in torch.split(pixels, _BATCH)]
     return np.asarray(torch.cat(found).double().numpy())
-
-
-def _pixels(image: Any) -> NDArray[np.float32]:
-    """Convert an image to 64 x 64 x 3 in [0, 1]."""
-    array = np.asarray(image)
-    if array.shape != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3):
-        raise ValueError(f"the classifier reads 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
-    scale = 255 if array.dtype == np.uint8 else 1
-    return np.asarray(array / scale, dtype=np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ __all__ = [
     "is_drawn",
     "is_heldout",
     "parse",
+    "pixels",
     "random_scene",
     "render",
     "render_batch",
@@ -286,6 +288,18 @@ def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Array:
             cell = images[index, rows, columns]
             cell += alpha[..., None] * (colour - cell)
     return np.clip(images, 0, 1)
+
+
+def pixels(image: Any) -> Array:
+    """Convert a PIL image or an array, of bytes or of floats in [0, 1], to 64 x 64 x 3 floats in [0, 1].
+
+    Raises `ValueError` for another size.
+    """
+    array = np.asarray(image)
+    if array.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"scenes are 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
+    scale = 255 if array.dtype == np.uint8 else 1
+    return np.asarray(array.astype(np.float32) / np.float32(scale))
 
 
 def quarter(place: str) -> tuple[slice, slice]:

@@ -13,6 +13,7 @@ from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
+from cachekit.interface.adapter import Layout
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
 from cachekit.planning.plan import Plan
@@ -77,8 +78,8 @@ def estimate(
     `model` is a pipeline, a denoiser, or the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
     pixart-sigma, lcm-pixart). `specs` are as for `apply`. `height` and `width` are in pixels and default to the model's
     own size; a bare denoiser is taken to have 8 pixels per latent. For denoisers other than UNet2DConditionModel and
-    PixArtTransformer2DModel, give the arguments of one forward over all branches as `inputs`. `guided` says whether
-    the run has two branches; by default a named model runs as published, and all else is guided.
+    PixArtTransformer2DModel, give the arguments of one forward over all branches as `inputs`, in place of a size.
+    `guided` is whether the run has two branches; by default a named model runs as published, and all else is guided.
 
     Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
     bad spec, a size that is no multiple of a latent's, or a denoiser that doesn't run on the meta device.
@@ -89,7 +90,9 @@ def estimate(
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
     policies = parse_all(specs, catalog.policies)
     with Attachment(Setup.of({"": denoiser}, policies, catalog)) as attachment:
-        return _measure(attachment, denoiser, attachment.plan(num_inference_steps, guided=guided), arguments, guided)
+        plan = attachment.plan(num_inference_steps, guided=guided)
+        layout = attachment.setup.layout if guided else attachment.setup.layout.alone
+        return _measure(attachment, denoiser, plan, _as_planned(plan, layout, arguments))
 
 
 def _prepare(
@@ -105,31 +108,32 @@ def _prepare(
     return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
 
 
-def _measure(
-    attachment: Attachment, denoiser: nn.Module, plan: Plan, arguments: dict[str, Any], guided: bool
-) -> Estimate:
-    full = count_forward(denoiser, (), arguments)
+def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record:
+    """Record a run of `plan`, one call per step, that keeps whatever it may."""
     rows = [row.decided for row in plan.rows]
-    calls = [CallRecord("", "", 2 if guided else 1, row) for row in rows]
-    inputs = calls[0].inputs
+    calls = [CallRecord("", "", len(layout.order), row) for row in rows]
+    return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
+
+
+def _measure(attachment: Attachment, denoiser: nn.Module, plan: Plan, record: Record) -> Estimate:
+    baselines = {key: count_forward(denoiser, *inputs) for key, inputs in record.inputs.items()}
     attachment.install(denoiser)
-    layout = attachment.setup.layout if guided else attachment.setup.layout.alone
-    record = Record(len(rows), layout, exact=True, calls=calls, inputs={inputs: ((), arguments)})
-    forwards, peak = replay(attachment, record, {inputs: full})
+    forwards, peak = replay(attachment, record, baselines)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
-        for row, forward in zip(rows, forwards)
+        for row, forward in zip(record.rows, forwards)
     )
-    final = forwards[_final_phase(rows) :]
+    (full,) = baselines.values()
+    final = forwards[_final_phase(record.rows) :]
     idle = full.ran - frozenset().union(*(forward.ran for forward in final))
-    weights = sum(parameter.numel() for parameter in denoiser.parameters())
+    params = sum(parameter.numel() for parameter in denoiser.parameters())
     return Estimate(
         macs=sum(step.macs for step in steps),
-        baseline_macs=full.macs * len(calls),
+        baseline_macs=full.macs * len(steps),
         attention_macs=sum(step.attention_macs for step in steps),
-        baseline_attention_macs=full.attention_macs * len(calls),
-        params=weights - _own_parameters(denoiser, idle),
-        baseline_params=weights,
+        baseline_attention_macs=full.attention_macs * len(steps),
+        params=params - _own_parameters(denoiser, idle),
+        baseline_params=params,
         cache_bytes=peak,
         steps=steps,
         plan=plan,
@@ -148,5 +152,6 @@ def _final_phase(rows: list[Row]) -> int:
 
 
 def _own_parameters(model: nn.Module, names: frozenset[str]) -> int:
+    """Count the parameters that belong to these modules themselves."""
     modules = dict(model.named_modules())
     return sum(parameter.numel() for name in names for parameter in modules[name].parameters(recurse=False))

@@ -14,7 +14,15 @@ from cachekit.bench.measuring import Arguments
 from cachekit.errors import nearest
 from cachekit.models.architectures import Architecture, architecture, architecture_of, architectures
 from cachekit.models.demo.pipeline import PIPELINES, folders
-from cachekit.models.loading import DEMOS, call_arguments, move, pipeline, precision, scheduler_for, skeleton
+from cachekit.models.loading import (
+    DEMOS,
+    call_arguments,
+    denoiser_from_config,
+    move,
+    pipeline,
+    precision,
+    scheduler_for,
+)
 from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
@@ -82,7 +90,7 @@ def _absent(model: str) -> dict[str, None]:
 def shape_of_model(model: str) -> nn.Module:
     """Return a model's denoiser without weights; anything near an architecture's name is taken for one."""
     near = model not in DEMOS and not Path(model).exists() and nearest(model, architectures())
-    return architecture(model).build() if model in architectures() or near else skeleton(model)
+    return architecture(model).build() if model in architectures() or near else denoiser_from_config(model)
 
 
 def model_hash(model: str) -> str:

@@ -11,8 +11,7 @@ from cachekit.cli.output import console, say
 from cachekit.errors import CachekitError, nearest
 
 if TYPE_CHECKING:
-    from cachekit.coverage.results import Coverage
-    from cachekit.coverage.trial import Trial
+    from cachekit.coverage.results import Coverage, Trial
 
 #: What is tried: each policy in a form that acts within the few steps of a trial, and compositions.
 SPECS = (
@@ -41,19 +40,18 @@ def coverage(
 ) -> None:
     """Build pipelines small, try policies on them, and report what works, is refused, idle or fails."""
     from cachekit.coverage.page import markdown as page
-    from cachekit.coverage.results import Coverage, read
-    from cachekit.coverage.trial import JOIN
+    from cachekit.coverage.results import JOIN, Coverage, read
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
     policies = installed().policies
     specs = [JOIN.join(map(str, parse_all(text.split(JOIN), policies))) for text in spec or SPECS]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
-    Coverage(specs, []).taking_over(older)
+    Coverage(specs, []).updating(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
     _print(found)
-    found = found.taking_over(older)
-    for path, text in ((json, found.as_text), (markdown, lambda: page(found))):
+    found = found.updating(older)
+    for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
         if path is not None:
             path.write_text(text())
             say(f"wrote {path}")

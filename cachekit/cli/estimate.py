@@ -56,13 +56,13 @@ def _subject(model: str) -> Any:
     """Return a known architecture's name, or a pipeline without weights; anything near a name is taken for one."""
     from cachekit.errors import nearest
     from cachekit.models.architectures import architecture, architectures
-    from cachekit.models.loading import DEMOS, outline
+    from cachekit.models.loading import DEMOS, pipeline_from_config
 
     if model in architectures():
         return model
     if model not in DEMOS and not Path(model).exists() and nearest(model, architectures()):
         return architecture(model).name
-    return outline(model)
+    return pipeline_from_config(model)
 
 
 def _check_size(*sizes: int | None) -> None:

@@ -61,10 +61,10 @@ def sites(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every site, not only their number.")] = False,
 ) -> None:
     """Print the sites, regions and chains that a model's adapter names; no weights are loaded."""
-    from cachekit.models.loading import skeleton
+    from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
-    denoiser = skeleton(model)
+    denoiser = denoiser_from_config(model)
     adapter = installed().adapter_for(denoiser)
     found = adapter.sites(denoiser)
     say(f"{found.model}, adapter {adapter.name}, branches {' then '.join(adapter.layout(denoiser).order)}")
@@ -81,11 +81,11 @@ def plan(
     """Print what each policy would do in each step of a run; no weights are loaded."""
     from cachekit.applying import apply
     from cachekit.interface.specs import parse_all
-    from cachekit.models.loading import skeleton
+    from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
     policies = parse_all(specs, installed().policies)
-    with apply(skeleton(model), policies) as attachment:
+    with apply(denoiser_from_config(model), policies) as attachment:
         made = attachment.plan(steps, guided=not unguided)
     say(made)
     if svg is not None:

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of one forward, without values."""
+"""Count the multiply-accumulates (MACs) of one forward on shapes alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from torch.utils.flop_counter import flop_registry
 from cachekit.errors import CostError
 from cachekit.tensors import tensors, tree_map
 
-#: Operations that multiply activations: where no fused attention exists, as on the meta device, it is two of `bmm`.
+#: Operations that multiply activations with each other. Where there is no fused attention, as on the meta device, it
+#: is two `bmm`.
 _PRODUCTS = ("attention", "bmm")
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Hold what one forward of the denoiser did: multiply-accumulates, and which modules with weights ran.
+    """What one forward of a denoiser did.
 
-    `layers` are the multiply-accumulates of each Linear or convolution layer, by name.
+    `macs` are those of Linear and convolution layers, by name in `layers`; `attention_macs` are those of the products
+    QK and AV. `ran` names the modules with weights of their own that were called.
     """
 
     macs: int
@@ -32,7 +34,10 @@ class Forward:
 
 
 def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Forward:
-    """Return what one forward of `model` does; meant for the meta device, where it takes little time."""
+    """Run `model` once and count what it does; meant for the meta device, where that takes no memory and little time.
+
+    Raises `CostError` where a model on the meta device asks for values.
+    """
     layers: dict[str, int] = {}
     ran, handles = set(), []
 
@@ -64,9 +69,9 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
 
 
 class _Shapes(TorchDispatchMode):
-    """Hand out the shapes that an operation had before, and count the products of attention.
+    """Memoises the shapes that operations return, and counts the MACs of attention's products.
 
-    On the meta device most shapes are found in Python, which takes long, and a denoiser asks for the same ones in
+    On the meta device PyTorch works out most shapes in Python. That is slow, and a denoiser asks for the same ones in
     each of its blocks.
     """
 
@@ -77,12 +82,12 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        key = (func, _described(args), _described(list(kwargs.items())))
+        key = (func, _key(args), _key(list(kwargs.items())))
         if key in self.known:
             output, products = self.known[key]
             self.products += products
-            return tree_map(_anew, output)
-        with self:  # in inference mode, operations come that consist of others
+            return tree_map(_like, output)
+        with self:  # in inference mode, composite operations arrive whole
             output = func.decompose(*args, **kwargs)
         if output is not NotImplemented:
             return output
@@ -91,31 +96,31 @@ class _Shapes(TorchDispatchMode):
         products = count(*args, **kwargs, out_val=output) // 2 if count else 0
         self.products += products
         if _has_only_shapes(func, (args, kwargs), output):
-            self.known[key] = tree_map(_anew, output), products
+            self.known[key] = tree_map(_like, output), products
         return output
 
 
-def _described(value: Any) -> Any:
-    """Return what an operation's shapes depend on; 1, 1.0 and True are equal, and give other dtypes."""
+def _key(value: Any) -> Any:
+    """Build a key of all that an output's shape and dtype depend on; types too, as 1, 1.0 and True are equal."""
     if isinstance(value, Tensor):
         return type(value), value.shape, value.stride(), value.dtype, value.device
-    return tuple(map(_described, value)) if isinstance(value, (tuple, list)) else (type(value), value)
+    return tuple(map(_key, value)) if isinstance(value, (tuple, list)) else (type(value), value)
 
 
 def _has_only_shapes(func: Any, given: Any, output: Any) -> bool:
-    """Tell whether an operation made new plain tensors, no views of what it was `given`, and read no values."""
+    """Whether an operation returned new plain tensors: no views of what it was `given`, nothing read from values."""
     if func._schema.is_mutable or any(value.alias_info for value in func._schema.returns):
         return False
     plain = all(tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) for tensor in tensors((given, output)))
     return plain and next(tensors(output), None) is not None
 
 
-def _anew(tensor: Tensor) -> Tensor:
+def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
-    """Return the multiply-accumulates of one Linear or convolution layer; biases count nothing."""
+    """Count the MACs of one Linear or convolution layer; additions of a bias are none."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.Linear):
         return output.numel() * weight.shape[1]

@@ -1,32 +1,31 @@
-"""Estimate what a set of policies would cost on a model, before anything runs and without weights."""
+"""Estimate what policies save on a model, without running it or loading its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
-from cachekit.costs.replay import ReplayDriver, replay
+from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
 from cachekit.registry.catalog import Catalog, installed
-from cachekit.reports.record import CallRecord
+from cachekit.reports.record import CallRecord, Record
 from cachekit.tensors import tree_map
 from cachekit.upstream.pipelines import denoiser_of
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Hold one step: branches that run, and multiply-accumulates over them."""
+    """Cost of one step (0-based): how many branches run, and the MACs of all of them together."""
 
     step: int
     branches: int
@@ -36,25 +35,26 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold what a run would cost, per image; Linear and convolution layers alone are in `macs`.
+    """Cost of a run, per image, with and without the policies."""
 
-    `attention_macs` are the products QK and AV beside them. `params` still run in the final phase, that is from
-    the last step on which something new happens. `cache_bytes` is the peak of what is kept.
-    """
-
+    #: MACs of Linear and convolution layers.
     macs: int
     baseline_macs: int
+    #: MACs of attention's products QK and AV, which `macs` leaves out.
     attention_macs: int
     baseline_attention_macs: int
+    #: Parameters of the modules that still run in the final phase: from the last step that differs from all before it.
     params: int
     baseline_params: int
+    #: Most bytes kept at once.
     cache_bytes: int
     steps: tuple[StepCost, ...]
+    #: The table of actions that was counted.
     plan: Plan
 
     @property
     def speedup(self) -> float:
-        """Return how many times fewer multiply-accumulates there are than uncached."""
+        """MACs without the policies, over MACs with them."""
         return self.baseline_macs / self.macs
 
 
@@ -69,12 +69,19 @@ def estimate(
     guided: bool | None = None,
     catalog: Catalog | None = None,
 ) -> Estimate:
-    """Return the cost of a run by the real engine over the true denoiser on the meta device.
+    """Estimate the cost of a run: repeat its plan with the real engine on the meta device, in seconds on a CPU.
 
-    `model` is a name (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha, pixart-sigma, lcm-pixart), a pipeline or a
-    denoiser; for the latter two `inputs` may give the arguments of one forward over all branches. `height` and
-    `width` are in pixels and default to the model's own; a pipeline says how many pixels a latent is, a name's are
-    known, and for a bare denoiser it is 8. Cells that a run would decide count as computed.
+        found = cachekit.estimate("sdxl", "tgate:m=10", num_inference_steps=25)
+        print(found.speedup, found.cache_bytes)
+
+    `model` is a pipeline, a denoiser, or the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
+    pixart-sigma, lcm-pixart). `specs` are as for `apply`. `height` and `width` are in pixels and default to the model's
+    own size; a bare denoiser is taken to have 8 pixels per latent. For denoisers other than UNet2DConditionModel and
+    PixArtTransformer2DModel, give the arguments of one forward over all branches as `inputs`, in place of a size.
+    `guided` is whether the run has two branches; by default a named model runs as published, and all else is guided.
+
+    Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
+    bad spec, a size that is no multiple of a latent's, or a denoiser that doesn't run on the meta device.
     """
     catalog = catalog or installed()
     if guided is None:
@@ -82,8 +89,9 @@ def estimate(
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
     policies = parse_all(specs, catalog.policies)
     setup = Setup.of({"": denoiser}, policies, catalog)
+    plan = setup.plan_of(num_inference_steps, guided)
     layout = setup.layout if guided else setup.layout.alone
-    return _measure(setup, setup.plan_of(num_inference_steps, guided), layout, arguments)
+    return _measure(setup, plan, _as_planned(plan, layout, arguments))
 
 
 def _prepare(
@@ -99,41 +107,40 @@ def _prepare(
     return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
 
 
-def _measure(setup: Setup, plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Estimate:
-    denoiser = setup.denoisers[""].module
-    full = count_forward(denoiser, (), arguments)
-    rows = [_decided(row) for row in plan.rows]
+def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record:
+    """Record a run of `plan`, one call per step, that keeps whatever it may."""
+    rows = [row.decided for row in plan.rows]
     calls = [CallRecord("", "", len(layout.order), row) for row in rows]
-    driver = ReplayDriver(setup, layout, len(rows))
-    driver.installation.install()
-    inputs = {calls[0].inputs: ((), arguments)}
-    forwards, peak = replay(driver, calls, inputs, {calls[0].inputs: full})
+    return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
+
+
+def _measure(setup: Setup, plan: Plan, record: Record) -> Estimate:
+    denoiser = setup.denoisers[""].module
+    baselines = {key: count_forward(denoiser, *inputs) for key, inputs in record.inputs.items()}
+    forwards, peak = replay(setup, record, baselines)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
-        for row, forward in zip(rows, forwards)
+        for row, forward in zip(record.rows, forwards)
     )
-    final = forwards[_final_phase(rows) :]
+    (full,) = baselines.values()
+    final = forwards[_final_phase(record.rows) :]
     idle = full.ran - frozenset().union(*(forward.ran for forward in final))
-    weights = sum(parameter.numel() for parameter in denoiser.parameters())
+    params = sum(parameter.numel() for parameter in denoiser.parameters())
     return Estimate(
         macs=sum(step.macs for step in steps),
-        baseline_macs=full.macs * len(calls),
+        baseline_macs=full.macs * len(steps),
         attention_macs=sum(step.attention_macs for step in steps),
-        baseline_attention_macs=full.attention_macs * len(calls),
-        params=weights - _own_parameters(denoiser, idle),
-        baseline_params=weights,
+        baseline_attention_macs=full.attention_macs * len(steps),
+        params=params - _own_parameters(denoiser, idle),
+        baseline_params=params,
         cache_bytes=peak,
         steps=steps,
         plan=plan,
     )
 
 
-def _decided(row: Row) -> Row:
-    return replace(row, actions=[Action.STORE if action is None else action for action in row.actions])
-
-
 def _final_phase(rows: list[Row]) -> int:
-    """Return the last step whose branches and actions were not seen before."""
+    """Find the last step whose branches and actions differ from those of all steps before it."""
     seen = set()
     last = 0
     for place, row in enumerate(rows):
@@ -144,5 +151,6 @@ def _final_phase(rows: list[Row]) -> int:
 
 
 def _own_parameters(model: nn.Module, names: frozenset[str]) -> int:
+    """Count the parameters that belong to these modules themselves."""
     modules = dict(model.named_modules())
     return sum(parameter.numel() for name in names for parameter in modules[name].parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""Copy a denoiser without weights, onto the meta device."""
+"""Copy a denoiser without its weights, onto the meta device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cachekit.attaching.removal import remove
 from cachekit.upstream.compiling import without_compiler
 from cachekit.upstream.hooks import computing_dtype
 
-#: Attributes by which accelerate and diffusers hang hooks that move weights on modules.
+#: Attributes of modules in which accelerate and diffusers keep hooks that move weights.
 _MOVERS = ("_hf_hook", "_diffusers_hook")
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
-    """Return a plain copy with shapes only: LoRA and processors included, no weights, no offload hooks, no switches."""
+    """Copy shapes, LoRA layers and attention processors; leave out weights, offloading hooks and switches."""
     memo: dict[int, Any] = {}
     for module in denoiser.modules():
         dtype = computing_dtype(module)
@@ -25,9 +25,9 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
             memo[id(parameter)] = nn.Parameter(_without_values(parameter, dtype), requires_grad=False)
         for buffer in module.buffers(recurse=False):
             memo[id(buffer)] = _without_values(buffer, dtype)
-        # They hold devices and streams, and would find none here.
+        # Such hooks hold devices and streams that the copy has no use for.
         memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
-    for module in reversed(list(denoiser.modules())):  # those within first
+    for module in reversed(list(denoiser.modules())):  # inner ones first
         inner = without_compiler(module)
         if inner is not module:
             memo[id(module)] = _Uncompiled(copy.deepcopy(inner, memo))
@@ -40,7 +40,7 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
 
 
 class _Uncompiled(nn.Module):
-    """Stand for a module as torch's compiled one does, under the same names, without compiling."""
+    """Wraps a module as torch.compile does, under the same names of submodules, without compiling."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -57,10 +57,10 @@ class _Uncompiled(nn.Module):
 
 
 def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Return a tensor without memory, in `dtype` where one is given and this one holds floating numbers."""
+    """Make a meta tensor with the strides of this one, in `dtype` if given and this one is floating-point."""
     return torch.empty_like(tensor, device="meta", dtype=dtype if dtype and tensor.is_floating_point() else None)
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """Return a tensor of the same shape and dtype without memory."""
+    """Make a contiguous meta tensor of the same shape and dtype."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

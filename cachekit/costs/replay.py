@@ -1,16 +1,15 @@
-"""Count a run's multiply-accumulates by replaying its distinct calls on the meta device."""
+"""Count a run's multiply-accumulates by repeating its distinct calls on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
 
 from cachekit.costs.counting import Forward, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
-from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
 from cachekit.reports.record import CallRecord, Cost, Record
 from cachekit.runs.call import Call
@@ -18,67 +17,77 @@ from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.run import Run
 from cachekit.tensors import tree_map
 
-#: The arguments (args, kwargs) of uncached forwards, by `CallRecord.inputs`.
-Inputs = Mapping[Any, Any]
+#: What an uncached forward does, by `CallRecord.inputs`.
+Baselines = Mapping[tuple[str, str, int], Forward]
 
 
 def cost_of(setup: Setup, record: Record) -> Cost:
-    """Count what the calls of `record` cost, and what they would have cost uncached."""
+    """Count the MACs of a run's calls, and those of the same calls uncached."""
     twins = {name: meta_copy(denoiser.module) for name, denoiser in setup.denoisers.items()}
-    inputs = {key: tree_map(on_meta, arguments) for key, arguments in record.inputs.items()}
-    full = {key: count_forward(twins[key[0]], *arguments) for key, arguments in inputs.items()}
-    driver = ReplayDriver(setup.on(twins), record.layout, record.steps)
-    driver.installation.install()
-    forwards, _ = replay(driver, record.calls, inputs, full)
+    record = replace(record, inputs={key: tree_map(on_meta, inputs) for key, inputs in record.inputs.items()})
+    baselines = {key: count_forward(twins[key[0]], *inputs) for key, inputs in record.inputs.items()}
+    forwards, _ = replay(setup.on(twins), record, baselines)
     per_call = tuple(forward.macs for forward in forwards)
-    return Cost(sum(per_call), sum(full[call.inputs].macs for call in record.calls), per_call)
+    return Cost(sum(per_call), sum(baselines[call.inputs].macs for call in record.calls), per_call)
+
+
+def replay(setup: Setup, record: Record, baselines: Baselines) -> tuple[list[Forward], int]:
+    """Repeat a run; count what each of its calls does, and the peak of bytes kept.
+
+    The denoisers of `setup` are on the meta device and stay intercepted; the arguments in `record.inputs` are there
+    too. Calls with the same shapes and actions cost the same, so each distinct one runs once, in order; it runs again
+    only where it keeps something that was dropped since.
+    """
+    driver = ReplayDriver(setup, record)
+    driver.installation.install()
+    found: dict[tuple[object, ...], Forward] = {}
+    for call in record.calls:
+        if call.signature not in found or driver.lacks(call):
+            found[call.signature] = _count(call, driver, baselines)
+    return [found[call.signature] for call in record.calls], driver.peak_bytes
+
+
+def _count(call: CallRecord, driver: ReplayDriver, baselines: Baselines) -> Forward:
+    if call.dropped:
+        return Forward(0, 0, frozenset())
+    if call.row.narrowed_by is None and set(call.row.actions) <= {Action.COMPUTE}:
+        return baselines[call.inputs]
+    return driver.repeat(call)
 
 
 class ReplayDriver(Driver):
-    """Makes each call do what is recorded of another one."""
+    """Repeats recorded calls within one run, through the same switches as the originals."""
 
-    def __init__(self, setup: Setup, layout: Layout, steps: int) -> None:
-        """Replay a run of `steps` steps whose branches came as `layout` says."""
+    def __init__(self, setup: Setup, record: Record) -> None:
+        """Repeat calls of `record`."""
         super().__init__(setup)
-        self.run = Run(setup.plan(steps, layout), layout, steps, images=1)
-        self.expected: CallRecord | None = None
+        self._record = record
+        plan = setup.plan(record.steps, record.layout)
+        self._run = Run(plan, record.layout, record.steps, images=1)
+        self._next: CallRecord | None = None
 
     def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
-        """Make the call that was recorded; None for any other."""
-        record, self.expected = self.expected, None
+        """Plan the call that is repeated; None for any other."""
+        record, self._next = self._next, None
         if record is None:
             return None
-        self.run.enter(record.row)
+        self._run.enter(record.row)
         caller = (record.denoiser, record.branch)
-        return Call(self.run.keeper, self.run.calls, record.row, caller, inputs.batch)
+        return Call(self._run.keeper, self._run.calls, record.row, caller, inputs.batch)
 
+    def repeat(self, call: CallRecord) -> Forward:
+        """Call the denoiser once, do what was done in `call`, and count it."""
+        self._next = call
+        args, kwargs = self._record.inputs[call.inputs]
+        return count_forward(self.setup.denoisers[call.denoiser].module, args, kwargs)
 
-def replay(
-    driver: ReplayDriver, calls: Sequence[CallRecord], inputs: Inputs, full: Mapping[Any, Forward]
-) -> tuple[list[Forward], int]:
-    """Count what each call does, and the peak of bytes kept.
+    def lacks(self, call: CallRecord) -> bool:
+        """Whether `call` stores something that isn't kept now, so that a later call couldn't reuse it."""
+        kept = self._run.keeper.store.sizes()
+        stored = (index for index, action in enumerate(call.row.actions) if action is Action.STORE)
+        return any(i not in kept and self.setup.assignments[i].denoiser == call.denoiser for i in stored)
 
-    Calls with the same shapes and actions cost the same, so each distinct one runs once, in order, by the same
-    engine that drives a run; again only where it keeps what had been dropped meanwhile. A call that keeps and reuses
-    nothing does what the uncached forward did, which `full` holds by `CallRecord.inputs`.
-    """
-    store = driver.run.keeper.store
-    found: dict[Any, Forward] = {}
-    for call in calls:
-        if call.signature in found and not _keeps_anew(driver, call, store.sizes()):
-            continue
-        if call.dropped:
-            found[call.signature] = Forward(0, 0, frozenset())
-        elif call.row.narrowed_by is None and set(call.row.actions) <= {Action.COMPUTE}:
-            found[call.signature] = full[call.inputs]
-        else:
-            driver.expected = call
-            args, kwargs = inputs[call.inputs]
-            found[call.signature] = count_forward(driver.setup.denoisers[call.denoiser].module, args, kwargs)
-    return [found[call.signature] for call in calls], store.peak_bytes
-
-
-def _keeps_anew(driver: Driver, call: CallRecord, kept: Collection[int]) -> bool:
-    """Whether a call keeps something that is not there, so that a later one could not reuse it."""
-    own = (i for i, action in enumerate(call.row.actions) if action is Action.STORE)
-    return any(i not in kept and driver.setup.assignments[i].denoiser == call.denoiser for i in own)
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes kept at once so far."""
+        return self._run.keeper.store.peak_bytes

@@ -1,4 +1,4 @@
-"""Load every pipeline class once, for all the processes that are made from the one that does."""
+"""Load every pipeline class, for the processes that are forked from the one that imports this."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Denoisers to load or to build: published architectures, folders, and the embedded models."""
+"""Denoisers of published models, loaders, and the embedded models."""

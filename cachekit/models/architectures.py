@@ -1,4 +1,4 @@
-"""Build the denoisers of published models from their true configs, with shapes only."""
+"""Denoisers of published models, built from their configs without weights."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from torch import nn
 
 from cachekit.errors import CachekitError, nearest
 
-#: Pixels per latent where nobody says it: what all autoencoders of Stable Diffusion have.
+#: Default number of pixels per latent along each side, as in the autoencoders of Stable Diffusion.
 PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Describe one published denoiser: diffusers class, config, text, and whether it runs two branches."""
+    """Class, config and inputs of one published denoiser."""
 
     name: str
+    #: Name of the class in diffusers.
     cls: str
     config: dict[str, Any]
+    #: Length and width of the text embeddings: `(batch, tokens, text_width)`.
     tokens: int
     text_width: int
+    #: Height and width of the latents at the model's own size.
     latent: int
+    #: Whether the model is published with classifier-free guidance, that is two branches.
     guided: bool
     pixels_per_latent: int = PIXELS_PER_LATENT
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
-        """Return the denoiser; on the meta device it takes no memory."""
+        """Build the denoiser, with random weights unless it is on the meta device."""
         import diffusers
 
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls).from_config(self.config)
-        # diffusers' own `to` warns of layers to be kept in float32; here nothing has values.
+        # diffusers' own `to` warns about layers that should stay in float32.
         return nn.Module.to(model, dtype).eval()
 
     def inputs(
@@ -47,7 +51,10 @@ class Architecture:
         device: str = "meta",
         dtype: torch.dtype = torch.float16,
     ) -> dict[str, Any]:
-        """Return the arguments of one forward for `batch` samples (branches included) of height x width pixels."""
+        """Make the arguments of one forward for a `batch` over all branches, of height x width pixels.
+
+        Raises `CachekitError` for a size that is no multiple of a latent's.
+        """
         rows, columns = (self._latents(size) for size in (height, width))
 
         def tensor(*shape: int) -> torch.Tensor:
@@ -66,7 +73,7 @@ class Architecture:
         return {"sample": sample, "timestep": 500, "encoder_hidden_states": text, **extras}
 
     def _latents(self, pixels: int | None) -> int:
-        """Return how many latents lie along so many pixels, the model's own number where it is None."""
+        """Convert a size from pixels to latents; None is the model's own size."""
         if pixels is None:
             return self.latent
         if pixels % self.pixels_per_latent:
@@ -87,13 +94,16 @@ class Architecture:
 
 @cache
 def architectures() -> dict[str, Architecture]:
-    """Return the known architectures by name."""
+    """Read the table of known architectures, by name."""
     table = json.loads(resources.files("cachekit.models").joinpath("architectures.json").read_text())
     return {name: Architecture(name, row.pop("class"), **row) for name, row in sorted(table.items())}
 
 
 def architecture(name: str) -> Architecture:
-    """Return one architecture by name; raise `CachekitError` with the nearest match for an unknown one."""
+    """Look up an architecture by name.
+
+    Raises `CachekitError` with the nearest known name.
+    """
     known = architectures()
     if name not in known:
         raise CachekitError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
@@ -101,7 +111,10 @@ def architecture(name: str) -> Architecture:
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:
-    """Return the architecture of a denoiser at hand; raise `CachekitError` where its inputs are not known."""
+    """Describe a loaded denoiser.
+
+    Raises `CachekitError` for a class whose inputs aren't known.
+    """
     name, config = type(denoiser).__name__, dict(getattr(denoiser, "config", {}))
     if name == "UNet2DConditionModel":
         tokens, text_width = 77, config["cross_attention_dim"]

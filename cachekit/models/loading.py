@@ -1,4 +1,4 @@
-"""Load what a command names: a model in a folder, on the hub or embedded, its scheduler, precision and device."""
+"""Load models from a folder, the hub or the package itself, and set their scheduler, precision and device."""
 
 from __future__ import annotations
 
@@ -10,46 +10,56 @@ from cachekit.errors import CachekitError, nearest
 if TYPE_CHECKING:
     from torch import nn
 
-#: The embedded models by the names that commands know them by.
+#: The embedded models, by their names on the command line.
 DEMOS = {"demo": "unet", "demo-dit": "dit"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
 DTYPES = ("float32", "float16", "bfloat16")
-#: What comes of files that cannot be read, or that hold something else than diffusers expects.
+#: Errors that diffusers raises for files that are missing, damaged or not what it expects.
 _DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError)
 
 
 class ModelError(CachekitError):
-    """Report a model that cannot be found or read, or that does not take what it is given."""
+    """A model that can't be found or read, or a setting that it doesn't take."""
 
 
-def skeleton(model: str) -> nn.Module:
-    """Return a pipeline's denoiser, or a denoiser that stands alone, without reading or downloading weights."""
+def denoiser_from_config(model: str) -> nn.Module:
+    """Build the denoiser of a model on the meta device; weights are neither read nor downloaded.
+
+    An embedded model is loaded with its weights. Raises `ModelError` as `pipeline_from_config` does.
+    """
     from cachekit.upstream.pipelines import denoiser_of
 
-    return denoiser_of(outline(model))
+    return denoiser_of(pipeline_from_config(model))
 
 
-def outline(model: str) -> Any:
-    """Return what stands for a pipeline, its parts without weights, or a denoiser that stands alone."""
+def pipeline_from_config(model: str) -> Any:
+    """Make a stand-in for a pipeline whose components are built on the meta device when they are accessed.
+
+    Where `model` is a denoiser without a pipeline, that is built instead; an embedded model is loaded with its weights.
+    Raises `ModelError` where there is no such model or diffusers lacks its class.
+    """
     from diffusers import AutoModel, DiffusionPipeline
 
     if model in DEMOS:
         return pipeline(model)
     try:
         index = DiffusionPipeline.load_config(model)
-        # Its class has the pipeline's name, by which errors call it.
-        stand_in: Any = type(str(index["_class_name"]), (_Parts,), {})
+        # Errors name the class, so the stand-in's has the name of the pipeline's.
+        stand_in: Any = type(str(index["_class_name"]), (_ComponentsFromConfig,), {})
     except _DAMAGED as error:
         try:
             alone = AutoModel.load_config(model)
         except _DAMAGED:
             raise _unreadable(model, error) from error
-        return _empty(model, alone)
+        return _on_meta(model, alone)
     return stand_in(model, index)
 
 
 def pipeline(model: str, **arguments: Any) -> Any:
-    """Return the pipeline in a folder or on the hub, or the embedded one; `arguments` go to its loader."""
+    """Load the pipeline in a folder or on the hub, or an embedded one; `arguments` go to `from_pretrained`.
+
+    Raises `ModelError` where it can't be read.
+    """
     if model in DEMOS:
         from cachekit.models.demo import demo_pipeline
 
@@ -64,7 +74,7 @@ def pipeline(model: str, **arguments: Any) -> Any:
 
 
 def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
-    """Return what the call of a loaded pipeline has to be told: nothing, but for some embedded ones."""
+    """Choose the arguments that every call of a loaded pipeline needs: none, except for some embedded models."""
     if model not in DEMOS:
         return {}
     from cachekit.models.demo import call_arguments as embedded
@@ -73,7 +83,10 @@ def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
 
 
 def precision(name: str | None) -> dict[str, Any]:
-    """Return the loader's arguments for a precision given by name."""
+    """Turn the name of a dtype into arguments for `from_pretrained`.
+
+    Raises `ModelError` for a name other than `DTYPES`.
+    """
     import torch
 
     if name is None:
@@ -84,7 +97,10 @@ def precision(name: str | None) -> dict[str, Any]:
 
 
 def scheduler_for(pipe: Any, name: str) -> Any:
-    """Return the scheduler of that name with the settings of the pipeline's own."""
+    """Make a scheduler with the settings of the pipeline's own; `name` may lack the suffix "Scheduler".
+
+    Raises `ModelError` where the pipeline doesn't take it.
+    """
     known = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
     kind = known.get(name) or known.get(f"{name}Scheduler")
     if kind is None:
@@ -94,7 +110,10 @@ def scheduler_for(pipe: Any, name: str) -> Any:
 
 
 def move(pipe: Any, device: str | None) -> None:
-    """Move a pipeline to a device, or to cuda where present."""
+    """Move a pipeline to `device`, by default to cuda where there is one.
+
+    Raises `ModelError` where the machine lacks the device.
+    """
     import torch
 
     try:
@@ -103,8 +122,8 @@ def move(pipe: Any, device: str | None) -> None:
         raise ModelError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
 
 
-class _Parts:
-    """Stand in for a pipeline: make a part from its configuration alone when it is asked for."""
+class _ComponentsFromConfig:
+    """A stand-in for a pipeline that builds each component from its config when it is accessed."""
 
     def __init__(self, model: str, index: dict[str, Any]) -> None:
         self._model = model
@@ -112,7 +131,7 @@ class _Parts:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Return how many pixels a latent is along each side, as pipelines count them."""
+        """Pixels per latent along each side."""
         channels = self.vae.config.get("block_out_channels")
         if channels is None:
             raise AttributeError("vae_scale_factor")
@@ -128,11 +147,10 @@ class _Parts:
             config = AutoModel.load_config(self._model, subfolder=name)
         except _DAMAGED as error:
             raise _unreadable(self._model, error) from error
-        return _empty(self._model, config)
+        return _on_meta(self._model, config)
 
 
-def _empty(model: str, config: Any) -> nn.Module:
-    """Return a diffusers model with shapes only."""
+def _on_meta(model: str, config: Any) -> nn.Module:
     import diffusers
     import torch
 

@@ -1,102 +1,114 @@
-"""Tell what a run did: computed, stored, reused and missed, and what that saved."""
+"""Report what a run computed, stored, reused and missed, and what that saved."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachekit.errors import CostError
 from cachekit.interface.policy import Action
 from cachekit.planning.assignments import Assignment
-
-if TYPE_CHECKING:
-    from cachekit.reports.record import Cost, Record
+from cachekit.reports.record import Cost, Record
 
 
 @dataclass(frozen=True)
 class Count:
-    """Count what one policy did at one kind of site: calls of modules, or of the denoiser for guidance."""
+    """How often one policy took each action at one kind of site.
+
+    Calls of modules are counted, and calls of the denoiser for guidance. A `missed` reuse found nothing kept; it is
+    counted as `stored` too.
+    """
 
     policy: str
     kind: str
+    #: How many places of this kind the policy acts on.
     targets: int
     computed: int
     stored: int
     reused: int
     missed: int
 
+    def __str__(self) -> str:
+        """Format the counts as a line of a report."""
+        return (
+            f"{self.policy} {self.kind} x {self.targets}: computed {self.computed}, stored {self.stored},"
+            f" reused {self.reused}, missed {self.missed}"
+        )
+
 
 class Report:
-    """Hold the figures of one run; `str(report)` prints them.
+    """Figures of one run; `str(report)` is a summary.
 
-    `earlier` are the reports of runs that ended before it within the same call of a pipeline, such as a prior's.
-    `steps` counts the loop's iterations that were reached, `calls` the denoiser's forwards. Costs are counted
-    on demand, by replaying the run's distinct steps without values.
+    MACs are counted when they are first asked for, by repeating the run's distinct calls on the meta device.
     """
 
     def __init__(self, assignments: Sequence[Assignment], record: Record, cost: Callable[[Record], Cost]) -> None:
-        """Report on `record`; `cost` counts what its calls cost when asked for."""
+        """Report on `record`; `cost` counts its MACs on demand."""
         self.record = record
         self._assignments = assignments
         self._cost = cost
+        #: Reports of runs that ended before this one in the same call of a pipeline, such as a prior's.
         self.earlier: tuple[Report, ...] = ()
 
     @property
     def steps(self) -> int:
-        """Return how many steps were reached."""
+        """Steps that the run reached."""
         return len(self.record.rows)
 
     @property
     def calls(self) -> int:
-        """Return how many times the denoiser ran."""
+        """Calls of the denoiser."""
         return len(self.record.calls)
 
     @property
     def policies(self) -> list[str]:
-        """Return the names of the policies."""
+        """Names of the policies."""
         return list(dict.fromkeys(bound.policy.name for bound in self._assignments))
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Return the plain arguments (numbers, texts) of the pipeline's call; empty for a bare loop."""
+        """Numbers and texts among the arguments of the pipeline's call; empty for a bare loop."""
         return self.record.arguments
 
     @property
     def cache_bytes(self) -> int:
-        """Return the peak of bytes kept."""
+        """Most bytes kept at once."""
         return self.record.peak_bytes
 
     @property
     def deciding_seconds(self) -> float:
-        """Return the time spent in finding steps, composing rows and observing."""
+        """Seconds spent in finding steps, composing rows and observing."""
         return self.record.deciding_seconds
 
     @property
     def traces(self) -> dict[str, list[Any]]:
-        """Return what observing policies wrote down, by policy."""
+        """What observing policies recorded, by name of the policy."""
         return self.record.traces
 
     @cached_property
     def cost(self) -> Cost:
-        """Return the multiply-accumulates run and those of the same calls without any policy."""
+        """MACs of the run, and of the same calls without policies.
+
+        Raises `CostError` where the denoiser doesn't run on the meta device.
+        """
         return self._cost(self.record)
 
     @property
     def macs(self) -> int:
-        """Return the multiply-accumulates of Linear and convolution layers that ran."""
+        """MACs of the Linear and convolution layers that ran."""
         return self.cost.macs
 
     @property
     def baseline_macs(self) -> int:
-        """Return the multiply-accumulates of the same calls uncached."""
+        """MACs of the same calls without policies."""
         return self.cost.baseline_macs
 
     @property
     def counts(self) -> list[Count]:
-        """Return the counts per policy and kind of site."""
+        """Counts of actions by policy and kind of site."""
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for index, bound in enumerate(self._assignments):
             groups[str(bound.policy), str(bound.target.kind)].append(index)
@@ -112,36 +124,35 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Return one line per policy that changed nothing, and per policy that had to throw something away."""
-        fired: dict[str, bool] = {}
+        """A line for each policy that never reused anything, and for each whose outputs could not be kept."""
+        reused: dict[str, int] = defaultdict(int)
         for count in (count for report in (*self.earlier, self) for count in report.counts):
-            fired[count.policy] = fired.get(count.policy, False) or count.reused > 0
-        branches = "guided" if self.record.guided else "unguided"
-        return [
-            f"{policy} never fired in this run of {self.steps} {branches} steps"
-            for policy, did in fired.items()
-            if not did
-        ] + self._discarded()
+            reused[count.policy] += count.reused
+        idle = (policy for policy, total in reused.items() if not total)
+        never = [f"{policy} never fired in this run of {self.steps} {self._guided} steps" for policy in idle]
+        return [*never, *self._discarded()]
 
-    def _discarded(self) -> list[str]:
-        steps: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for policy, step, why in self.record.discarded:
-            steps[policy, why].append(step)
-        return [
-            f"{policy}: {_outputs(len(at))} at {_places(at)} {_were(at)} {why} and {_were(at)} not kept:"
-            " computed instead"
-            for (policy, why), at in steps.items()
-        ]
+    def _discarded(self) -> Iterator[str]:
+        places: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for policy, step, reason in self.record.discarded:
+            places[policy, reason].append(step)
+        for (policy, reason), steps in places.items():
+            outputs, were = ("1 output", "was") if len(steps) == 1 else (f"{len(steps)} outputs", "were")
+            yield f"{policy}: {outputs} at {_range(steps)} {were} {reason} and {were} not kept: computed instead"
+
+    @property
+    def _guided(self) -> str:
+        return "guided" if self.record.guided else "unguided"
 
     @property
     def dropped(self) -> list[tuple[str, str]]:
-        """Return (spec, name of the target) of what was computed throughout, to fit into `max_cache_bytes`."""
+        """Spec and target's name of each place that `max_cache_bytes` left uncached."""
         indices = sorted(self.record.fit.dropped) if self.record.fit else []
         return [(str(self._assignments[i].policy), self._assignments[i].target.name) for i in indices]
 
     @property
     def needed_bytes(self) -> int:
-        """Return the peak of bytes that a run without `max_cache_bytes` would have kept, as planned."""
+        """Most bytes that the run would have kept at once without `max_cache_bytes`, as planned."""
         fit = self.record.fit
         return fit.needed if fit and fit.needed else self.cache_bytes
 
@@ -151,8 +162,8 @@ class Report:
             counts[str(self._assignments[index].policy), str(self._assignments[index].target.kind)] += 1
         if not counts:
             return []
-        given_up = ", ".join(f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items()))
-        return [f"without the limit {self.needed_bytes:,} bytes; computed to save bytes: {given_up}"]
+        dropped = ", ".join(f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items()))
+        return [f"without the limit {self.needed_bytes:,} bytes; computed to save bytes: {dropped}"]
 
     def _cost_line(self) -> str:
         try:
@@ -162,32 +173,20 @@ class Report:
         return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x fewer)"
 
     def __str__(self) -> str:
-        """Return the report as text."""
+        """Summarise the run, with the reports of `earlier` runs first."""
         lines = [line for report in self.earlier for line in (str(report), "")]
         lines += [
-            f"steps {self.steps}, denoiser calls {self.calls}, {'guided' if self.record.guided else 'unguided'}",
+            f"steps {self.steps}, denoiser calls {self.calls}, {self._guided}",
             self._cost_line(),
             f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
         ]
         lines += self._budget_lines()
         if self.record.shortened:
             lines.append(f"ControlNet: {self.record.shortened} calls left out what would have been thrown away")
-        for count in self.counts:
-            lines.append(
-                f"{count.policy} {count.kind} x {count.targets}: computed {count.computed}, stored {count.stored},"
-                f" reused {count.reused}, missed {count.missed}"
-            )
+        lines += map(str, self.counts)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
-def _outputs(count: int) -> str:
-    return "1 output" if count == 1 else f"{count} outputs"
-
-
-def _were(steps: Sequence[int]) -> str:
-    return "was" if len(steps) == 1 else "were"
-
-
-def _places(steps: Sequence[int]) -> str:
+def _range(steps: Sequence[int]) -> str:
     first, last = min(steps), max(steps)
     return f"step {first}" if first == last else f"steps {first} to {last}"

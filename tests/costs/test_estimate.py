@@ -1,4 +1,4 @@
-"""The estimate runs the real engine on shapes alone, and gives the published figures."""
+"""Estimates run the real engine on the meta device, and agree with published figures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _tensors(tree: object) -> list[torch.Tensor]:
     return [tensor for value in values for tensor in _tensors(value)]
 
 
-def test_a_pipeline_at_hand_gives_what_its_run_reports() -> None:
+def test_the_estimate_of_a_pipeline_agrees_with_the_report_of_its_run() -> None:
     pipe = tiny.sd()
     specs = ["tgate:m=3", "deepcache:interval=2"]
     with cachekit.apply(pipe, specs) as attachment:
@@ -90,7 +90,7 @@ def test_a_pipeline_at_hand_gives_what_its_run_reports() -> None:
     assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
 
 
-def test_a_pipeline_says_how_many_pixels_a_latent_is() -> None:
+def test_pixels_per_latent_come_from_the_pipeline() -> None:
     pipe = tiny.sd()
     assert pipe.vae_scale_factor == 2
     own = cachekit.estimate(pipe, num_inference_steps=2)
@@ -122,15 +122,15 @@ def test_costs_are_the_same_in_inference_mode() -> None:
     with cachekit.apply(pipe, "tgate:m=2") as attachment:
         tiny.latents(pipe, steps=3)
         expected = attachment.report().cost
-        told = cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3)
+        estimated = cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3)
         with torch.inference_mode():
             tiny.latents(pipe, steps=3)
             assert attachment.report().cost == expected
-            assert cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3) == told
+            assert cachekit.estimate(pipe, "tgate:m=2", num_inference_steps=3) == estimated
 
 
 class Then(torch.nn.Module):
-    """Do something with what a layer returns."""
+    """Pass the output of a linear layer to a function."""
 
     def __init__(self, then: Any) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_shapes_that_depend_on_values_or_classes_are_not_taken_from_others() -> 
     assert forward.macs == 2 * 4 * 4
 
 
-def test_operations_whose_products_nobody_knows_count_none() -> None:
+def test_attention_without_a_known_formula_counts_nothing() -> None:
     library = torch.library.Library("cachekit_test", "DEF")
     library.define("attention(Tensor query) -> Tensor")
     library.impl("attention", torch.empty_like, "Meta")

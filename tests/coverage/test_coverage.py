@@ -1,10 +1,11 @@
-"""The survey of pipelines: its data fit diffusers, its verdicts are right, and its page says what was found."""
+"""The survey of pipelines: its data fit diffusers, its verdicts are right, and its page shows the results."""
 
 from __future__ import annotations
 
 import inspect
 import re
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,12 @@ from cachekit.cli.coverage import SPECS
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
 from cachekit.coverage.building import pipeline_class, pipeline_names
-from cachekit.coverage.facts import entries, known_models, said_of
+from cachekit.coverage.facts import class_notes, entries, known_models
 from cachekit.coverage.page import markdown
 from cachekit.coverage.parts import NotBuiltError, make, seed_weights, tokenizer
-from cachekit.coverage.results import Coverage, read
-from cachekit.coverage.survey import survey
-from cachekit.coverage.trial import FAILS, REFUSED, WORKS, Result, Subject, Trial, examine
+from cachekit.coverage.results import FAILS, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
+from cachekit.coverage.survey import TrialProcess, survey
+from cachekit.coverage.trial import Subject, examine
 from cachekit.errors import CachekitError
 from cachekit.interface.adapter import Layout
 from cachekit.registry.catalog import installed
@@ -44,7 +45,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("name", known_models())
 def test_every_small_configuration_makes_its_class(name):
-    if "needs" in said_of(name) and find_spec(said_of(name)["needs"]) is None:
+    if "needs" in class_notes(name) and find_spec(class_notes(name)["needs"]) is None:
         with pytest.raises(NotBuiltError, match="needs "):
             make({"use": name})
         return
@@ -117,7 +118,7 @@ def test_layouts_are_those_of_the_pipelines(name):
     assert (layout.order, layout.calls) == LAYOUTS[name]
 
 
-# kinds of attention that structure alone does not tell, or that were told wrong before: cross, self, joint
+# kinds of attention that structure alone does not show, or that were once mistaken: cross, self, joint
 KINDS = {
     "LTXVideoTransformer3DModel": (2, 2, 0),
     "AnyFlowTransformer3DModel": (3, 3, 0),
@@ -178,7 +179,7 @@ def test_an_unknown_class_and_a_missing_package_are_reasons():
 
 
 @pytest.mark.parametrize(
-    ("found", "layout", "told"),
+    ("found", "layout", "fits"),
     [
         ("uc", Layout(), True),
         ("-c", Layout(), True),
@@ -192,8 +193,8 @@ def test_an_unknown_class_and_a_missing_package_are_reasons():
         ("cuu", Layout().alone, True),
     ],
 )
-def test_branches_are_compared_with_the_layout(found, layout, told):
-    assert agrees(found, layout) is told
+def test_branches_are_compared_with_the_layout(found, layout, fits):
+    assert agrees(found, layout) is fits
 
 
 def test_layouts_are_written_as_branches_are():
@@ -222,12 +223,18 @@ def test_a_package_that_is_needed_is_a_reason():
     assert examine("OmniGenPipeline", []).reason == "needs torchvision"
 
 
-def test_what_is_known_of_a_fault_stands_before_the_error():
+def test_the_known_cause_of_an_error_is_part_of_the_reason():
     reason = examine("ChromaInpaintPipeline", []).reason
     assert re.match(r"it reads a setting that no .* has: pipeline_chroma_inpainting\.py:\d+: AttributeError: ", reason)
 
 
-def test_a_process_that_takes_too_long_is_a_line():
+def test_a_killed_process_ends_its_trial_alone():
+    process = TrialProcess(get_context("spawn"), "StableDiffusionPipeline", [], limit=60)
+    process.kill()
+    assert process.trial() == Trial("StableDiffusionPipeline", "the process ended with code -9")
+
+
+def test_a_process_that_takes_too_long_ends_its_trial_alone():
     (found,) = survey(["StableDiffusionPipeline"], SPECS, workers=1, limit=0.01)
     assert found == Trial("StableDiffusionPipeline", "took longer than 0.01 seconds")
 
@@ -240,12 +247,12 @@ def test_the_command_says_which_name_is_wrong():
 
 def small_coverage():
     works = Trial("APipeline", results={"tgate:m=3": Result(WORKS), "deepcache": Result(REFUSED, "no | regions")})
-    works.sites = {"Net": trial.Sites("unet", {"block": 2}, 3, [])}
+    works.sites = {"Net": Sites("unet", {"block": 2}, 3, [])}
     return Coverage(["tgate:m=3", "deepcache"], [Trial("ZPipeline", "needs <x>"), works], {"torch": "1"})
 
 
 def test_what_is_written_is_what_is_read(tmp_path):
-    (tmp_path / "c.json").write_text(small_coverage().as_text())
+    (tmp_path / "c.json").write_text(small_coverage().to_json())
     again = read(tmp_path / "c.json")
     assert markdown(again) == markdown(small_coverage())
     assert again.counts("tgate:m=3") == {"works": 1, "refused": 0, "idle": 0, "fails": 0}
@@ -256,9 +263,9 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 def test_the_trials_of_other_pipelines_are_kept():
     old = Coverage(["a"], [Trial("A", "old"), Trial("B", "old")])
-    assert Coverage(["a"], [Trial("B", "new")]).taking_over(old).trials == [Trial("B", "new"), Trial("A", "old")]
+    assert Coverage(["a"], [Trial("B", "new")]).updating(old).trials == [Trial("B", "new"), Trial("A", "old")]
     with pytest.raises(CachekitError, match="write to another file"):
-        Coverage(["b"], []).taking_over(old)
+        Coverage(["b"], []).updating(old)
 
 
 def test_the_page_names_states_reasons_sites_and_what_was_not_built():

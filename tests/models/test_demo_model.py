@@ -1,4 +1,4 @@
-"""Check that the embedded models load safely, are real pipelines, and draw what captions say."""
+"""The embedded models load safely, are real pipelines, and draw their captions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check that captions, scenes, images and the checker say the same."""
+"""Captions, scenes, images and the checker agree."""
 
 from __future__ import annotations
 

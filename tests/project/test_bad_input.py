@@ -13,7 +13,7 @@ from cachekit.bench.captions import read_captions
 from cachekit.bench.cells import expand
 from cachekit.bench.results import read
 from cachekit.cli.generate import _pairs
-from cachekit.models.loading import skeleton
+from cachekit.models.loading import denoiser_from_config
 from cachekit.registry.catalog import installed
 
 WORDS = ("images", "annotations", "id", "file_name", "image_id", "caption", "format", "cell")
@@ -93,4 +93,4 @@ def test_any_model_folder(tmp_path, index, config):
     for name, text in (("model_index.json", index), ("config.json", config), ("unet/config.json", config)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text, encoding="utf-8", errors="replace")
-    accepts_or_refuses(skeleton, str(tmp_path))
+    accepts_or_refuses(denoiser_from_config, str(tmp_path))

@@ -124,7 +124,7 @@ def test_code_that_comes_with_a_model_runs_only_where_the_user_says_so(folder, m
     )
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": ["own", "Own"]}))
-    assert type(loading.skeleton(str(folder))).__name__ == "UNet2DConditionModel"
+    assert type(loading.denoiser_from_config(str(folder))).__name__ == "UNet2DConditionModel"
     with pytest.raises(CachekitError, match="custom code"):
         loading.pipeline(str(folder))
     assert not ran(folder)
@@ -148,7 +148,7 @@ def test_weights_that_are_a_pickle_are_not_run(folder):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.with_suffix(".bin").write_bytes(pickle.dumps({"conv_in.weight": Payload(folder)}))
     weights.unlink()
-    assert type(loading.skeleton(str(folder))).__name__ == "UNet2DConditionModel"
+    assert type(loading.denoiser_from_config(str(folder))).__name__ == "UNet2DConditionModel"
     with pytest.raises(CachekitError, match="cannot read model"):
         loading.pipeline(str(folder))
     assert not ran(folder)

@@ -1,4 +1,4 @@
-"""The embedded trained models, the scenes that they draw, and what judges an image: checker and classifier."""
+"""The embedded models, the scenes that they draw, and a checker and a classifier for the images."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's module when the name is first asked for."""
+    """Import the module of a public name on first use: importing the package loads no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,8 +1,8 @@
-"""Read a scene back from an image, and tell whether it shows what a caption says.
+"""Read a scene back from an image, and check it against a caption.
 
-Each quarter of the image is explained as background plus coverage times one colour of the palette; the
-coverage is compared with a bank of templates of every shape, fill, radius, tilt and stripe phase. A thing
-counts as shown only if the best template is one of the words in the caption and fits well.
+Each quarter of the image is fitted as background plus coverage times one colour of the palette. The coverage is
+compared with a bank of templates of every shape, fill, radius, tilt and stripe phase. A thing counts as shown only if
+the best template has the words of the caption and fits well.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Reading:
-    """Say what one quarter shows: the nearest words, and how well they fit (1 is perfect)."""
+    """What one quarter of an image shows: the nearest words, and how well they fit (1 is perfect)."""
 
     size: str
     fill: str
@@ -43,7 +43,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Say for each aspect whether the image shows what the caption says; true if all of them do."""
+    """Whether an image agrees with its caption in each aspect; true if it does in all."""
 
     colours: bool
     shapes: bool
@@ -54,13 +54,13 @@ class Verdict:
     fit: bool
 
     def __bool__(self) -> bool:
-        """Return whether the caption is fully shown."""
+        """Whether all aspects agree."""
         return all(vars(self).values())
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """Hold flattened templates, centred on their mass, and the words that each stands for."""
+    """Flattened templates, centred on their mass, and the words for each."""
 
     templates: Array
     energy: Array
@@ -68,7 +68,7 @@ class _Bank:
 
 
 def _parameters(fill: str, size: str) -> tuple[Array, Array, Array]:
-    """Return radii, tilts and stripe phases of the templates for one size and fill."""
+    """Make the radii, tilts and stripe phases of the templates for one size and fill."""
     low, high = scenes.SIZES[size]
     phases = np.arange(8) / 8 if fill == "striped" else np.zeros(1)
     radii = np.linspace(low, high, 4)
@@ -80,7 +80,7 @@ def _parameters(fill: str, size: str) -> tuple[Array, Array, Array]:
 
 @cache
 def _bank() -> _Bank:
-    """Draw the templates once."""
+    """Draw all templates, once."""
     templates, words = [], []
     for shape in scenes.SHAPES:
         for fill in scenes.FILLS:
@@ -95,14 +95,14 @@ def _bank() -> _Bank:
 
 
 def _mass(windows: Array) -> Array:
-    """Return the centre of mass (x, y) of n windows, from their middle."""
+    """Find the centres of mass, n x 2 (x, y) from the middle, of n windows."""
     axis = np.arange(windows.shape[-1], dtype=np.float32) - np.float32((windows.shape[-1] - 1) / 2)
     total = windows.sum((1, 2)) + np.float32(1e-6)
     return np.stack([(windows * axis).sum((1, 2)) / total, (windows * axis[:, None]).sum((1, 2)) / total], 1)
 
 
 def _shifted(alpha: Array, x: float, y: float) -> Array:
-    """Return a quarter moved by (x, y) pixels into a template's window, by linear interpolation."""
+    """Move a quarter by (x, y) pixels into a template's window, by linear interpolation."""
     pad = (_WINDOW - alpha.shape[0]) // 2
     alpha = np.pad(alpha, pad)
     for axis, amount in ((1, x), (0, y)):
@@ -114,7 +114,7 @@ def _shifted(alpha: Array, x: float, y: float) -> Array:
 
 
 def _best_template(alpha: Array) -> tuple[tuple[str, str, str], float]:
-    """Return the words of the template nearest to a quarter's coverage, and their soft overlap (Dice)."""
+    """Find the words of the template nearest to a quarter's coverage, and the soft overlap (Dice) of both."""
     bank = _bank()
     x, y = _mass(alpha[None])[0]
     moved = np.stack([_shifted(alpha, dx - x, dy - y).ravel() for dx in _SHIFTS for dy in _SHIFTS])
@@ -123,20 +123,10 @@ def _best_template(alpha: Array) -> tuple[tuple[str, str, str], float]:
     return bank.words[best], float(overlap[:, best].max())
 
 
-def _as_array(image: Any) -> Array:
-    """Return a PIL image or an array as floats in [0, 1]."""
-    array = np.asarray(image)
-    scale = 255 if array.dtype == np.uint8 else 1
-    array = np.asarray(array, dtype=np.float32) / np.float32(scale)
-    if array.shape != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3):
-        raise ValueError(f"the checker reads 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
-    return np.asarray(array)
-
-
 def _background(image: Array) -> tuple[str, bool, Array]:
     """Fit a plane per channel to the pixels near the border's median.
 
-    Returns the nearest background's name, whether it is near enough, and the plane (64 x 64 x 3).
+    Returns the name of the nearest background, whether it is near enough, and the plane (64 x 64 x 3).
     """
     axis = np.linspace(-1, 1, scenes.IMAGE_SIZE, dtype=np.float32)
     y, x = np.meshgrid(axis, axis, indexing="ij")
@@ -154,7 +144,7 @@ def _background(image: Array) -> tuple[str, bool, Array]:
 
 
 def _explain(difference: Array, plane: Array) -> tuple[str, float, Array]:
-    """Explain a quarter's difference from the background by one colour.
+    """Fit one colour of the palette to a quarter's difference from the background.
 
     Returns the colour's name, the share of the difference that it explains, and the coverage.
     """
@@ -179,8 +169,8 @@ def _read_quarter(image: Array, plane: Array) -> Reading | None:
 
 
 def read(image: Any) -> tuple[str, dict[str, Reading]]:
-    """Read an image: the background's name ("" if none fits) and what each occupied place shows."""
-    array = _as_array(image)
+    """Read an image: the name of its background, "" if none fits, and what each occupied place shows."""
+    array = scenes.pixels(image)
     name, near, plane = _background(array)
     readings = {
         place: _read_quarter(array[scenes.quarter(place)], plane[scenes.quarter(place)]) for place in scenes.PLACES
@@ -189,9 +179,10 @@ def read(image: Any) -> tuple[str, dict[str, Reading]]:
 
 
 def shows(image: Any, caption: str, fit: float = FIT) -> Verdict:
-    """Tell whether an image (PIL, or 64 x 64 x 3 floats in [0, 1]) shows what a caption says.
+    """Check an image (PIL, or 64 x 64 x 3 floats in [0, 1]) against a caption.
 
-    fit: the least overlap with its template (soft Dice) that a thing needs.
+    `fit` is the least overlap (soft Dice) with its template that a thing needs. Raises `ValueError` for an image of
+    another size or a caption that isn't one of `scenes.caption`'s.
     """
     scene = scenes.parse(caption)
     background, readings = read(image)

@@ -1,4 +1,4 @@
-"""Turn images of scenes into a few numbers: the features of a small classifier, trained to name every thing."""
+"""A small classifier of scenes, whose features the Frechet distance compares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cachekit.models.demo.pipeline import WEIGHTS, verify
 __all__ = ["ASPECTS", "FEATURES", "Classifier", "features", "load_classifier"]
 
 FEATURES = 16
-#: What is told of each quarter of an image; all but the first, and the background, only where there is a thing.
+#: Number of words by aspect of a quarter of an image. Where no thing is present, only the background is defined.
 ASPECTS = {
     "present": 2,
     "size": len(scenes.SIZES),
@@ -32,7 +32,7 @@ _BATCH = 100
 
 
 class Classifier(nn.Module):
-    """Name what each quarter of a 64 x 64 image shows, by way of 16 features of the quarter."""
+    """Convolutional classifier of each quarter of a 64 x 64 image, from 16 features of the quarter."""
 
     def __init__(self) -> None:
         """Create four convolutions that halve the image, one that makes features, and one linear head."""
@@ -44,19 +44,19 @@ class Classifier(nn.Module):
         self.head = nn.Conv2d(FEATURES, sum(ASPECTS.values()), 1)
 
     def quarters(self, images: Tensor) -> Tensor:
-        """Return n x 16 x 2 x 2 features of n x 3 x 64 x 64 images in [0, 1]."""
+        """Compute n x 16 x 2 x 2 features of n x 3 x 64 x 64 images in [0, 1]."""
         found: Tensor = self.trunk(2 * images - 1)
         return found
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the scores of each aspect: n x words x 2 x 2."""
+        """Compute the scores of each aspect: n x words x 2 x 2."""
         scores = self.head(self.quarters(images)).split(list(ASPECTS.values()), 1)
         return dict(zip(ASPECTS, scores))
 
 
 @cache
 def load_classifier() -> Classifier:
-    """Check and load the shipped classifier."""
+    """Check the files of the shipped classifier, and load it."""
     from safetensors.torch import load_file
 
     folder = WEIGHTS / "classifier"
@@ -68,17 +68,8 @@ def load_classifier() -> Classifier:
 
 
 def features(images: Iterable[Any]) -> NDArray[np.float64]:
-    """Return n x 16 features of 64 x 64 images, PIL or arrays: the mean over their quarters, of unit variance."""
-    pixels = torch.from_numpy(np.stack([_pixels(image) for image in images])).permute(0, 3, 1, 2)
+    """Compute n x 16 features of unit variance of 64 x 64 images, PIL or arrays: means over their quarters."""
+    pixels = torch.from_numpy(np.stack([scenes.pixels(image) for image in images])).permute(0, 3, 1, 2)
     classifier = load_classifier()
     found = [classifier.quarters(part).mean((2, 3)) for part in torch.split(pixels, _BATCH)]
     return np.asarray(torch.cat(found).double().numpy())
-
-
-def _pixels(image: Any) -> NDArray[np.float32]:
-    """Return an image as 64 x 64 x 3 in [0, 1]."""
-    array = np.asarray(image)
-    if array.shape != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3):
-        raise ValueError(f"the classifier reads 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
-    scale = 255 if array.dtype == np.uint8 else 1
-    return np.asarray(array / scale, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Load the embedded text-to-image pipeline, after checking its files against their manifest."""
+"""The embedded text-to-image pipelines; their files are checked against a manifest when they are loaded."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = [
 WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
 FIGURES = "figures.json"
-#: The classes of the embedded pipelines; the first has the parts that the others share.
+#: Classes of the embedded pipelines by kind; the others share the components of the first.
 PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline"}
 SHARED = WEIGHTS / "unet"
 
 
 class WeightsError(CachekitError):
-    """Say which file of the embedded model is missing or damaged."""
+    """A file of an embedded model that is missing or damaged."""
 
 
 def _digest(path: Path) -> str:
@@ -45,14 +45,17 @@ def _digest(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Write manifest.json: the SHA-256 of every file that makes up the model in `folder`."""
+    """Write manifest.json: the SHA-256 of every file of the model in `folder`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, FIGURES))
     digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
     (folder / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
 
 
 def verify(folder: Path) -> None:
-    """Compare every file of the model with the manifest; raise WeightsError at the first that differs."""
+    """Check every file of the model in `folder` against its manifest.
+
+    Raises `WeightsError` at the first that is missing or differs.
+    """
     try:
         digests = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -73,7 +76,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Load half-precision weights into a module of the wanted precision, ready for inference."""
+    """Load half-precision weights into `module`, converted to `dtype`, and prepare it for inference."""
     from safetensors.torch import load_file
 
     weights = {name: value.to(dtype) for name, value in load_file(path).items()}
@@ -83,7 +86,7 @@ def _fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
 
 @contextmanager
 def _without_hints() -> Iterator[None]:
-    """Keep transformers from telling, on import, that torchvision would be faster at images it never sees."""
+    """Silence the hint of transformers, on import, that torchvision would be faster."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -95,9 +98,10 @@ def _without_hints() -> Iterator[None]:
 
 
 def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: Path = SHARED) -> Any:
-    """Check and load the pipeline in `folder`, in single precision unless told otherwise.
+    """Check and load the pipeline in `folder`, by default in single precision.
 
-    A transformer's folder has the transformer alone; text encoder, autoencoder and scheduler are those in `shared`.
+    A transformer's folder holds the transformer alone: text encoder, autoencoder and scheduler come from `shared`.
+    Raises `WeightsError` for a missing or damaged file.
     """
     import torch
 
@@ -116,7 +120,7 @@ def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     unet = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
     _fill(unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(unet=unet, **_parts(folder, dtype), **checker)
+    return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **checker)
 
 
 def _transformer_pipeline(folder: Path, shared: Path, dtype: torch.dtype) -> Any:
@@ -125,11 +129,11 @@ def _transformer_pipeline(folder: Path, shared: Path, dtype: torch.dtype) -> Any
 
     transformer = PixArtTransformer2DModel.from_config(_config(folder, "transformer/config.json"))
     _fill(transformer, folder / "transformer/diffusion_pytorch_model.safetensors", dtype)
-    return PixArtAlphaPipeline(transformer=transformer, **_parts(shared, dtype))
+    return PixArtAlphaPipeline(transformer=transformer, **_shared_components(shared, dtype))
 
 
-def _parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """Return what the models have in common: all but the denoiser."""
+def _shared_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Load all components but the denoiser."""
     with _without_hints():
         from diffusers import AutoencoderTiny
         from diffusers import DPMSolverMultistepScheduler as Scheduler
@@ -148,23 +152,29 @@ def _parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def folders(kind: str) -> tuple[Path, ...]:
-    """Return where a model's files are: its own folder first, then that of the parts it shares."""
+    """List the folders of a model: its own first, then the one of the components that it shares.
+
+    Raises `WeightsError` for an unknown kind.
+    """
     if kind not in PIPELINES:
         raise WeightsError(f"no demo model {kind!r}, there are: {', '.join(PIPELINES)}")
     return tuple(dict.fromkeys((WEIGHTS / kind, SHARED)))
 
 
 def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) -> Any:
-    """Load a small text-to-image pipeline that comes with cachekit: `unet`, or `dit` for a transformer.
+    """Load one of the small text-to-image pipelines that come with cachekit: "unet", or "dit" for a transformer.
 
-    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. Give its call
-    the `call_arguments` of the pipeline, too.
+        pipe = cachekit.demo_pipeline()
+        image = pipe("a large red circle top left on white").images[0]
+
+    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The transformer's
+    calls need `call_arguments(pipe)`, too. Raises `WeightsError` for an unknown kind or a damaged file.
     """
     return load_pipeline(folders(kind)[0], torch_dtype)
 
 
 def call_arguments(pipe: Any) -> dict[str, Any]:
-    """Return what an embedded pipeline's call has to be told, as its class was written for larger models."""
+    """Choose the arguments that every call of an embedded pipeline needs: PixArt's defaults are for larger images."""
     if "transformer" not in pipe.components:
         return {}
     length = pipe.tokenizer.model_max_length
@@ -172,5 +182,5 @@ def call_arguments(pipe: Any) -> dict[str, Any]:
 
 
 def figures(kind: str = "unet") -> dict[str, Any]:
-    """Return the figures that were measured on the shipped weights."""
+    """Read the figures measured on the shipped weights."""
     return _config(folders(kind)[0], FIGURES)

@@ -1,8 +1,8 @@
-"""Procedural scenes, and the captions that say exactly what they show.
+"""Procedural scenes, and captions that describe them exactly.
 
-A scene has one to three things, each in its own quarter of a 64 x 64 image, on a plain background with a
-slight gradient. What the caption does not say (exact position, radius, rotation, the phase of the stripes,
-tints and the gradient) is drawn at random when the scene is rendered.
+A scene has one to three things, each in its own quarter of a 64 x 64 image, on a plain background with a slight
+gradient. What the caption leaves open (exact position, radius, rotation, phase of the stripes, tints and gradient) is
+drawn at random when the scene is rendered.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,7 @@ __all__ = [
     "is_drawn",
     "is_heldout",
     "parse",
+    "pixels",
     "random_scene",
     "render",
     "render_batch",
@@ -65,7 +67,7 @@ _COUNTS = (0.25, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Thing:
-    """Name one object of a scene by the words that a caption has for it."""
+    """One object of a scene, in the words of its caption."""
 
     size: str
     fill: str
@@ -74,26 +76,29 @@ class Thing:
     place: str
 
     def __str__(self) -> str:
-        """Return the thing's part of a caption; a solid fill goes without saying."""
+        """Write the thing's part of a caption, which leaves out a solid fill."""
         fill = "" if self.fill == "solid" else f"{self.fill} "
         return f"a {self.size} {fill}{self.colour} {self.shape} {self.place}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Hold one to three things, in the order of the caption, and the background's name."""
+    """One to three things in the order of the caption, and the name of the background."""
 
     things: tuple[Thing, ...]
     background: str
 
 
 def caption(scene: Scene) -> str:
-    """Return the caption that says everything a scene fixes."""
+    """Write the caption of a scene."""
     return f"{' and '.join(map(str, scene.things))} on {scene.background}"
 
 
 def parse(text: str) -> Scene:
-    """Return the scene of a caption; raise ValueError where it is none of `caption`'s."""
+    """Parse a caption.
+
+    Raises `ValueError` for a text that `caption` doesn't write.
+    """
     body, _, background = text.strip().rpartition(" on ")
     if background not in BACKGROUNDS:
         raise ValueError(f"no known background at the end of caption {text!r}: {', '.join(BACKGROUNDS)}")
@@ -118,13 +123,13 @@ def _parse_thing(part: str, text: str) -> Thing:
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Return every word that a caption can have, sorted."""
+    """List every word of a caption, sorted."""
     words = {"a", "and", "on", *SIZES, *FILLS, *COLOURS, *SHAPES, *BACKGROUNDS}
     return tuple(sorted(words | {word for place in PLACES for word in place.split()}))
 
 
 def is_drawn(thing: Thing) -> bool:
-    """Tell whether scenes have such a thing: all but small hollow crosses and stars, whose outlines fill them."""
+    """Whether scenes have such a thing: all but small hollow crosses and stars, which their outlines would fill."""
     return thing.size == "large" or thing.fill != "hollow" or thing.shape not in ("cross", "star")
 
 
@@ -138,7 +143,7 @@ def _random_thing(rng: np.random.Generator, place: str) -> Thing:
 
 
 def random_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: one, two or three things in different places, in any order."""
+    """Sample a scene: one, two or three things in different places, in any order."""
     count = 1 + int(rng.choice(len(_COUNTS), p=_COUNTS))
     places = rng.permutation(len(PLACES))[:count]
     things = tuple(_random_thing(rng, PLACES[place]) for place in places)
@@ -146,13 +151,13 @@ def random_scene(rng: np.random.Generator) -> Scene:
 
 
 def is_heldout(scene: Scene) -> bool:
-    """Tell whether a combination of colours, shapes and places is kept out of training: a sixth is."""
+    """Whether a scene's colours, shapes and places are kept out of training: those of a sixth of all scenes are."""
     key = ",".join(sorted(f"{thing.colour} {thing.shape} {thing.place}" for thing in scene.things))
     return zlib.crc32(key.encode()) % _HELDOUT_SHARE == 0
 
 
 def scenes(rng: np.random.Generator, heldout: bool) -> Iterator[Scene]:
-    """Yield scenes without end, of the held-out combinations or of the others."""
+    """Sample scenes without end, either held-out ones or the others."""
     while True:
         scene = random_scene(rng)
         if is_heldout(scene) == heldout:
@@ -160,7 +165,7 @@ def scenes(rng: np.random.Generator, heldout: bool) -> Iterator[Scene]:
 
 
 def heldout_captions(n: int, seed: int = 0) -> list[str]:
-    """Return n different captions of combinations that the model was never trained on."""
+    """Sample n different captions of scenes that the models were never trained on."""
     found: dict[str, None] = {}
     for scene in scenes(np.random.default_rng(seed), heldout=True):
         if len(found) == n:
@@ -170,7 +175,7 @@ def heldout_captions(n: int, seed: int = 0) -> list[str]:
 
 
 def _edge(u: Array, v: Array, radius: Array, angle: float) -> Array:
-    """Return the distance beyond a line at `radius` from the centre, its normal at `angle`."""
+    """Measure the distance beyond a line at `radius` from the centre, whose normal is at `angle`."""
     return np.asarray(np.float32(np.cos(angle)) * u + np.float32(np.sin(angle)) * v - radius)
 
 
@@ -194,7 +199,7 @@ def _cross(u: Array, v: Array, r: Array) -> Array:
 
 
 def _star(u: Array, v: Array, r: Array) -> Array:
-    """Fold the plane into one of ten wedges, from a tip at 1.12 r to a notch at 0.52 r."""
+    """Fold the plane into one of ten wedges, and measure the distance from its line: tip at 1.12 r, notch at 0.52 r."""
     wedge = np.pi / 5
     angle = np.arctan2(u, -v)
     folded = np.abs((angle + wedge) % (2 * wedge) - wedge).astype(np.float32)
@@ -211,13 +216,13 @@ _DISTANCE = {"circle": _circle, "square": _square, "triangle": _triangle, "cross
 
 
 def _grid(size: int) -> tuple[Array, Array]:
-    """Return x and y of a square window's pixel centres, 0 in its middle."""
+    """Make x and y of the pixel centres of a square window, 0 in its middle."""
     axis = np.arange(size, dtype=np.float32) - np.float32((size - 1) / 2)
     return axis[None, None, :], axis[None, :, None]
 
 
 def _fill(distance: Array, u: Array, v: Array, fill: str, phase: Array) -> Array:
-    """Turn signed distances into coverage, with stripes along the diagonal or only the outline."""
+    """Turn signed distances into coverage: solid, striped along the diagonal, or the outline alone."""
     inside = np.clip(0.5 - distance, 0, 1)
     if fill == "hollow":
         inside = inside * (1 - np.clip(0.5 - (distance + LINE_WIDTH), 0, 1))
@@ -229,10 +234,10 @@ def _fill(distance: Array, u: Array, v: Array, fill: str, phase: Array) -> Array
 
 
 def coverage(shape: str, fill: str, centre: Array, radius: Array, tilt: Array, phase: Array, size: int = CELL) -> Array:
-    """Draw n shapes of one kind, one per window.
+    """Draw n shapes of one kind, one per window: n x size x size in [0, 1].
 
-    centre: n x 2 (x, y) from the window's middle, in pixels; radius in pixels; tilt in radians; phase in
-    periods of the stripes. Returns n x size x size in [0, 1].
+    `centre` is n x 2 (x, y) in pixels from the middle of the window, `radius` in pixels, `tilt` in radians and `phase`
+    in periods of the stripes.
     """
     x, y = _grid(size)
     dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]
@@ -247,7 +252,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float, shape: int | tup
 
 
 def _backgrounds(names: Sequence[str], rng: np.random.Generator) -> Array:
-    """Return n x 64 x 64 x 3: the named grey, slightly tinted, with a gradient in any direction."""
+    """Draw n x 64 x 64 x 3: the named grey, slightly tinted, with a gradient in any direction."""
     n = len(names)
     level = np.array([BACKGROUNDS[name] for name in names], dtype=np.float32)[:, None] + _uniform(
         rng, -0.03, 0.03, (n, 3)
@@ -259,7 +264,7 @@ def _backgrounds(names: Sequence[str], rng: np.random.Generator) -> Array:
 
 
 def _draw(shape: str, fill: str, things: Sequence[Thing], rng: np.random.Generator) -> Array:
-    """Draw things of one shape and fill, each in a window as large as a quarter."""
+    """Draw things of one shape and fill, each in a window of the size of a quarter."""
     n = len(things)
     ranges = np.array([SIZES[thing.size] for thing in things], dtype=np.float32)
     radius = ranges[:, 0] + _uniform(rng, 0, 1, n) * (ranges[:, 1] - ranges[:, 0])
@@ -285,8 +290,20 @@ def render_batch(scenes: Sequence[Scene], rng: np.random.Generator) -> Array:
     return np.clip(images, 0, 1)
 
 
+def pixels(image: Any) -> Array:
+    """Convert a PIL image or an array, of bytes or of floats in [0, 1], to 64 x 64 x 3 floats in [0, 1].
+
+    Raises `ValueError` for another size.
+    """
+    array = np.asarray(image)
+    if array.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise ValueError(f"scenes are 64 x 64 x 3 images, not {' x '.join(map(str, array.shape))}")
+    scale = 255 if array.dtype == np.uint8 else 1
+    return np.asarray(array.astype(np.float32) / np.float32(scale))
+
+
 def quarter(place: str) -> tuple[slice, slice]:
-    """Return the rows and columns of a place's quarter of the image."""
+    """Find the rows and columns of a place's quarter of the image."""
     index = PLACES.index(place)
     row, column = divmod(index, 2)
     return slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)

@@ -1,4 +1,4 @@
-"""No run keeps more than it may: what saves least is given up before the run, or the run is refused."""
+"""Limits on bytes: what saves least is dropped before the run, or the run is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.commands import printed
 from support.policies import FirstBlock, Forecast
 
 import cachekit
-from cachekit.costs import budget
+from cachekit.costs import fitting
 from cachekit.errors import BudgetError
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
@@ -50,7 +50,7 @@ def unlimited(name: str) -> tuple[torch.Tensor, Any]:
 
 
 def without(name: str, dropped: list[tuple[str, str]]) -> list[Any]:
-    """Return the policies, each for those places only that are not given up."""
+    """Make policies like those of SPECS that never select the dropped places."""
 
     def select(policy: Any, sites: Any) -> Any:
         return [it for it in type(policy).__base__.select(policy, sites) if (str(policy), it.name) not in dropped]
@@ -70,7 +70,7 @@ def test_what_does_not_fit_is_computed(name: str, share: float) -> None:
     assert sum(count.missed for count in limited.counts) == 0
     assert report.macs < limited.macs < report.baseline_macs
     assert not torch.equal(found, plain(name))
-    # As if the policies had never wanted those places.
+    # As if the policies had never selected those places.
     assert torch.equal(found, cached(name, without(name, limited.dropped))[0])
     assert not torch.equal(found, whole)
     assert torch.equal(tiny.latents(shared(name), steps=STEPS), plain(name))
@@ -97,7 +97,7 @@ def test_what_saves_least_for_its_bytes_goes_first() -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_run_that_nothing_fits_into_is_refused_before_it_begins(name: str) -> None:
+def test_a_run_is_refused_before_it_begins_if_nothing_fits(name: str) -> None:
     pipe, calls = shared(name), []
     _, report = unlimited(name)
 
@@ -148,12 +148,12 @@ def test_where_the_run_decides_the_worst_is_planned_for(case: str) -> None:
 def test_it_is_planned_once_for_each_kind_of_run(monkeypatch: pytest.MonkeyPatch) -> None:
     planned = []
 
-    class Counted(budget.Rehearsal):
-        def __init__(self, attachment: Any, opening: Any) -> None:
-            planned.append((opening.steps, opening.batch))
-            super().__init__(attachment, opening)
+    class Counted(fitting.Rehearsal):
+        def __init__(self, setup: Any, start: Any) -> None:
+            planned.append((start.steps, start.batch))
+            super().__init__(setup, start)
 
-    monkeypatch.setattr(budget, "Rehearsal", Counted)
+    monkeypatch.setattr(fitting, "Rehearsal", Counted)
     with cachekit.apply(shared("pixart"), "tgate:m=2", max_cache_bytes=10**6):
         for call in ({"steps": 3}, {"steps": 3}, {"steps": 4}, {"steps": 3, "batch": 2}, {"steps": 3, "seed": 1}):
             tiny.latents(shared("pixart"), **call)
@@ -161,7 +161,7 @@ def test_it_is_planned_once_for_each_kind_of_run(monkeypatch: pytest.MonkeyPatch
 
 
 @torch.no_grad()
-def test_calls_that_nobody_could_foresee_keep_no_more_either() -> None:
+def test_unforeseen_calls_stay_within_the_limit() -> None:
     """A loop that calls the denoiser three times in each step would keep three times as much."""
     unet, table = MAKERS["sd"]().unet, torch.arange(900, 0, -100)
     text = torch.cat([tiny.text(1, seed=4), tiny.text(1)])
@@ -183,10 +183,10 @@ def test_calls_that_nobody_could_foresee_keep_no_more_either() -> None:
     assert all(torch.equal(found[i], whole[i] if i in firsts else without[i]) for i in range(len(found)))
 
 
-class Curious(Forecast):
-    """Keep more or less by the values, which nobody knows before the run."""
+class ByValue(Forecast):
+    """Keep more or less depending on values, which aren't known before the run."""
 
-    name: ClassVar[str] = "curious"
+    name: ClassVar[str] = "by_value"
 
     def to_keep(self, output: Any, *rest: Any) -> Any:
         return output if output[0].sum().item() > 0 else super().to_keep(output, *rest)
@@ -195,7 +195,7 @@ class Curious(Forecast):
 def test_what_depends_on_values_cannot_be_planned() -> None:
     pipe = shared("pixart")
     with (
-        cachekit.apply(pipe, Curious(), max_cache_bytes=10**9),
+        cachekit.apply(pipe, ByValue(), max_cache_bytes=10**9),
         pytest.raises(BudgetError, match=r"^max_cache_bytes cannot be planned for: .*; leave it out$"),
     ):
         tiny.latents(pipe, steps=STEPS)
@@ -220,7 +220,7 @@ def test_a_device_is_one_of_this_machine(device: Any) -> None:
 
 
 class Elsewhere:
-    """Stand for a second device: what is moved to "meta" is remembered, and comes back from there as it was."""
+    """Stand-in for a second device: tensors moved to "meta" are remembered, and come back from there."""
 
     def __init__(self) -> None:
         self.held: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -274,7 +274,7 @@ def test_on_the_same_device_nothing_moves() -> None:
 @pytest.mark.parametrize(
     "spec", ["tgate:m=3,sp_interval=2", "deepcache:interval=2", "adaptive_guidance:m=2,linear=true"]
 )
-def test_an_accelerators_tensors_wait_in_main_memory(spec: str) -> None:
+def test_tensors_of_an_accelerator_can_be_kept_in_main_memory(spec: str) -> None:
     pipe = MAKERS["sd"]().to("cuda")
     with cachekit.apply(pipe, spec):
         whole = tiny.latents(pipe, steps=STEPS)

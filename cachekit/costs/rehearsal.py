@@ -13,7 +13,6 @@ from cachekit.costs.tracing import trace_forward
 from cachekit.driving.setup import Setup
 from cachekit.interface.policy import Action
 from cachekit.interface.sites import Kind, Region
-from cachekit.planning.assignments import last_module
 from cachekit.planning.plan import Plan
 from cachekit.runs.call import Call
 from cachekit.runs.run import Run
@@ -80,9 +79,9 @@ class Rehearsal:
         exits = [
             Exit(index, bound)
             for index, bound in enumerate(plan.assignments)
-            if bound.target.kind is not Kind.GUIDANCE and last_module(bound.target) in ended
+            if bound.target.kind is not Kind.GUIDANCE and bound.target.exit in ended
         ]
-        return sorted(exits, key=lambda exit_: ended[last_module(exit_.target)])
+        return sorted(exits, key=lambda exit_: ended[exit_.target.exit])
 
     def _calls(self, run: Run, plan: Plan) -> Iterator[Call]:
         branches = self._start.layout.order if self._start.layout.separate else ("",)
@@ -107,7 +106,7 @@ class Rehearsal:
         if isinstance(exit_.target, Region):
             entered = self._forward.entered.get((exit_.target.entry, exit_.target.streams), ())
             call.entries[exit_.index] = tuple(_share(tensor, share) for tensor in entered)
-        output = self._forward.outputs[last_module(exit_.target)]
+        output = self._forward.outputs[exit_.target.exit]
         exit_.after(call, tree_map(lambda tensor: _share(tensor, share), output))
 
     def savings(self, plan: Plan) -> dict[int, float]:

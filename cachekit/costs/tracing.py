@@ -13,7 +13,6 @@ from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.interface.policy import Streams
 from cachekit.interface.sites import Kind, Region, Target
-from cachekit.planning.assignments import last_module
 from cachekit.tensors import tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 
@@ -49,7 +48,7 @@ def trace_forward(denoiser: nn.Module, targets: Sequence[Target], arguments: dic
     Raises `CostError` where the denoiser doesn't run on the meta device.
     """
     trace, twin = ForwardTrace(), meta_copy(denoiser)
-    exits = {last_module(target) for target in targets if target.kind is not Kind.GUIDANCE}
+    exits = {target.exit for target in targets if target.kind is not Kind.GUIDANCE}
     for name in {"", *exits}:
         twin.get_submodule(name).register_forward_hook(functools.partial(trace.add_output, name))
     regions = (target for target in targets if isinstance(target, Region) and target.entry)

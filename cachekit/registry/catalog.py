@@ -151,7 +151,7 @@ class _Registry:
         self.owners: dict[str, str] = {}
 
     def collect(self, manager: pluggy.PluginManager, plugins: dict[str, str]) -> list[Failure]:
-        """Let each plugin register; one that fails is unregistered, and moves from `plugins` to the failures."""
+        """Collect from each plugin; one that fails is unregistered, and moves from `plugins` to the failures."""
         failures = []
         for name, distribution in list(plugins.items()):
             module = manager.get_plugin(name)

@@ -48,7 +48,7 @@ def cachekit_register_adapters(register: Callable[[Adapter], None]) -> None:
 
 @hookspec
 def cachekit_check_plan(plan: Plan) -> list[str]:  # type: ignore[empty-body]
-    """Return a line for each reason why these policies must not run together, or an empty list.
+    """Check a plan: list a line for each reason why its policies must not run together, or nothing.
 
     Called once by `apply`, with the plan of 50 guided steps, before anything is changed. The first reason of all
     plugins, sorted by name, becomes the message of a `ConflictError`: quote the specs and what to do instead.

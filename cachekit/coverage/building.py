@@ -74,11 +74,10 @@ def build(name: str) -> Any:
     return pipe
 
 
-def arguments(pipe: Any, name: str, **changes: Any) -> dict[str, Any]:
-    """Make the arguments of a short call: those of the facts that the pipeline takes, with `changes`."""
+def arguments(pipe: Any, name: str) -> dict[str, Any]:
+    """Make the arguments of a short call: those of the facts that the pipeline takes."""
     taken = inspect.signature(type(pipe).__call__).parameters
-    call = {key: value for key, value in {**facts_of(name).call, **changes}.items() if key in taken}
-    given = _values(call)
+    given = _values({key: value for key, value in facts_of(name).call.items() if key in taken})
     if "generator" in taken and "generator" not in given:
         given["generator"] = torch.Generator().manual_seed(0)
     return given
@@ -98,27 +97,26 @@ def _absent(backends: list[str]) -> list[str]:
 
 
 def _components(cls: Any, facts: Facts) -> dict[str, Any]:
+    """Build the components that the facts describe, and those that the constructor requires."""
     annotated = cls._get_signature_types()
-    parameters = inspect.signature(cls.__init__).parameters
-    made: dict[str, Any] = {}
-    for key, parameter in parameters.items():
+    components: dict[str, Any] = {}
+    for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if key in facts.parts:
-            given = facts.parts[key]
-            types = [one for one in annotated.get(key, ()) if inspect.isclass(one)]
-            made[key] = make(given, types[0] if types else None) if _is_part(given) else given
-        elif parameter.default is parameter.empty and key in _LEFT_OUT:
-            made[key] = None
+            components[key] = _described(facts.parts[key], annotated.get(key, ()))
         elif parameter.default is parameter.empty:
-            made[key] = _annotated(key, annotated.get(key, ()))
+            components[key] = None if key in _LEFT_OUT else _annotated(key, annotated.get(key, ()))
         elif key == "requires_safety_checker":
-            made[key] = False
-    return made
+            components[key] = False
+    return components
 
 
-def _is_part(given: Any) -> bool:
-    return isinstance(given, dict)
+def _described(given: Any, types: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    classes = [one for one in types if inspect.isclass(one)]
+    return make(given, classes[0] if classes else None)
 
 
 def _annotated(key: str, types: Any) -> Any:

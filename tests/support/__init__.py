@@ -1,1 +1,1 @@
-"""Tiny pipelines, commands and networks that several tests use."""
+"""Pipelines, policies, networks and commands that several test files share."""

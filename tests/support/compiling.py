@@ -1,4 +1,4 @@
-"""Tiny pipelines that are quick to compile, the ways to do so, and a backend that counts."""
+"""Tiny pipelines that compile quickly, ways to compile them, and a backend that counts graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS = 5
 
 
 class Graphs:
-    """Count the graphs that torch hands to its backend; they run as they are."""
+    """A backend of torch.compile that counts its graphs and runs them uncompiled."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -40,13 +40,13 @@ def pixart(layers: int = 1) -> Any:
 
 
 def convolutions(**changes: Any) -> Any:
-    """Return SD without attention: of the pipelines with branches to skip, it is the quickest to compile."""
+    """SD without attention: the quickest to compile of the pipelines with regions to skip."""
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "mid_block_type": None}
     return tiny.sd(**{"block_out_channels": (8, 8), "layers_per_block": 1, **blocks, **changes})
 
 
 def unet() -> Any:
-    """Return SD with attention in the middle alone."""
+    """SD with attention in its middle block alone."""
     return convolutions(mid_block_type="UNetMidBlock2DCrossAttn")
 
 
@@ -95,6 +95,6 @@ def counts(attachment: Any) -> list[tuple[int, ...]]:
 
 
 def eager(pipe: Any, specs: Any) -> tuple[torch.Tensor, list[tuple[int, ...]]]:
-    """Return a cached image of a denoiser that nobody compiled, and what was counted."""
+    """Cached image of a denoiser that is not compiled, and its counts."""
     with cachekit.apply(pipe, specs) as attachment:
         return draw(pipe), counts(attachment)

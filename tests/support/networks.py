@@ -1,4 +1,4 @@
-"""Networks with random weights in the files that learned metrics read: right in form, without meaning."""
+"""Networks with random weights, in the file formats that learned metrics read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FEATURES = 5
 
 
 class Network(nn.Module):
-    """Give features or classes of images of bytes, as Inception does for FID."""
+    """Features or classes of 8-bit images, with the interface of the Inception network of FID."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Network(nn.Module):
 
 
 def features(file):
-    """Write a TorchScript network, and return the same network in Python."""
+    """Write a TorchScript network; the same network in Python."""
     torch.manual_seed(0)
     network = Network().eval()
     with warnings.catch_warnings():
@@ -37,7 +37,7 @@ def features(file):
 
 
 def alexnet(file):
-    """Write weights as torchvision names them, the classifier's included; return them."""
+    """Write AlexNet's weights under torchvision's names, with one of its classifier's."""
     torch.manual_seed(0)
     shapes = {0: (64, 3, 11, 11), 3: (192, 64, 5, 5), 6: (384, 192, 3, 3), 8: (256, 384, 3, 3), 10: (256, 256, 3, 3)}
     weights = {}
@@ -50,8 +50,8 @@ def alexnet(file):
 
 
 def clip(folder):
-    """Write a CLIP model with its processor, and return both."""
-    # A seed whose cosines are above 0, where the score ends.
+    """Write a CLIP model and its processor."""
+    # With this seed all cosines are above 0, where the score is cut off.
     torch.manual_seed(5)
     tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "unet" / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}

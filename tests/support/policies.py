@@ -1,4 +1,4 @@
-"""Policies of two kinds that no shipped one is of: residuals with a history, and probes inside a call."""
+"""Policies that use what no shipped one does: a history of residuals, and probes inside a call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cachekit import Action, Kind, Policy
 
 
 class Forecast(Policy):
-    """Skip a span of blocks; its residual is continued on a line through the last two computed ones."""
+    """Skip a span of blocks; its residual is extrapolated on a line through the last two computed ones."""
 
     name: ClassVar[str] = "forecast"
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})

@@ -1,4 +1,4 @@
-"""Sites of a UNet that does not exist, and a policy that acts on them as a string says."""
+"""Sites of a toy UNet, and a policy that takes its actions from a string."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TOY = SiteMap(
 
 
 class Scripted(Policy):
-    """Act on the named sites as a string says: one of `.Sr` per step since the origin, its last one repeated."""
+    """Take actions on named targets from a string: one of `.Sr` a step since the origin, the last one repeated."""
 
     name: ClassVar[str] = "scripted"
     kinds: ClassVar[frozenset[Kind]] = frozenset(Kind)

@@ -1,4 +1,4 @@
-"""What two processes do with one pipeline each, for test_ranks.py: this runs in a process of its own."""
+"""Scenarios that two processes run with one pipeline each, and the process that runs them, for test_ranks.py."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import distributed
 import cachekit
 from cachekit import Action, Kind, Policy
 from cachekit.interface.sites import Region
-from cachekit.runs import voting as ranks
+from cachekit.runs.voting import Vote
 from support import tiny
 
 STEPS, TOKENS = 6, 8
-# A process that waits in vain gives up after this time.
+#: Time after which a process that waits for the other one fails.
 PATIENCE, LITTLE_PATIENCE = timedelta(seconds=40), timedelta(seconds=4)
 
 
@@ -56,18 +56,18 @@ def embedded(seed: int) -> torch.Tensor:
 
 
 def behind_the_first(sites: Any) -> list[Region]:
-    """Return all blocks of the last chain but its first, as one region."""
+    """All blocks of the last chain but its first, as one region."""
     return [sites.span(1, len(sites.chains[-1]), len(sites.chains) - 1)]
 
 
-#: What the policies of this process wanted in the present run, whatever was voted.
+#: Actions that the policies of this process asked for in the current run, before the vote.
 WISHES: list[Action] = []
 
 
 class ByProbe(Policy):
-    """Skip all blocks but the first while that one's output changes little from step to step.
+    """Skip all blocks but the first while the first one's output changes little from step to step.
 
-    `parts` is how many equal parts of the tokens decide alone, as processes do; one that must not skip decides for all.
+    The tokens are split into `parts` equal parts, as processes split them; all are computed if one part has changed.
     """
 
     name: ClassVar[str] = "by_probe"
@@ -98,7 +98,7 @@ def noted(action: Action) -> Action:
 
 
 class Stubborn(ByProbe):
-    """Skip on the first process only, from the second step on: nothing that it sees matters."""
+    """Skip on the first process only, from the second step on, whatever its probe shows."""
 
     name: ClassVar[str] = "stubborn"
 
@@ -107,7 +107,7 @@ class Stubborn(ByProbe):
 
 
 class StubbornAhead(ByProbe):
-    """The same, decided at the beginning of a step."""
+    """Skip as `Stubborn` does, decided at the beginning of a step."""
 
     name: ClassVar[str] = "stubborn_ahead"
 
@@ -119,7 +119,7 @@ class StubbornAhead(ByProbe):
 
 
 class Poisoned(ByProbe):
-    """Compute every second step; what the second process keeps at step 2 is no number."""
+    """Compute every second step; the second process keeps NaN at step 2."""
 
     name: ClassVar[str] = "poisoned"
 
@@ -141,7 +141,7 @@ def wish(step: int) -> Action:
 
 
 def run(pipe: Any, *specs: Any, seed: int = 0) -> dict[str, Any]:
-    """Return the latents of a run, and what was wanted and done in it."""
+    """Run the pipeline under `specs`: latents, actions asked for, actions done, calls, bytes and MACs."""
     if not specs:
         return {"image": image(pipe, seed)}
     WISHES.clear()
@@ -151,7 +151,7 @@ def run(pipe: Any, *specs: Any, seed: int = 0) -> dict[str, Any]:
     done = [[action.value for action in made.row.actions] for made in report.record.calls]
     ran = sum(not made.dropped for made in report.record.calls)
     wishes = [action.value for action in WISHES]
-    # One process alone may ask for costs: counting them is no common matter.
+    # Only the first process asks for costs: counting them needs no vote.
     macs = report.macs if rank() == 0 and specs == (SPAN,) else None
     return {"image": found, "done": done, "wishes": wishes, "ran": ran, "bytes": report.cache_bytes, "macs": macs}
 
@@ -166,7 +166,7 @@ def split(pipe: Any) -> Any:
 
 
 def late(pipe: Any, *specs: Any) -> dict[str, Any]:
-    """Apply first, and split the transformer then."""
+    """Apply, and split the transformer afterwards."""
     with cachekit.apply(pipe, specs):
         split(pipe)
         return {"image": image(pipe)}
@@ -182,13 +182,13 @@ def shared(make: Callable[[], Any], *specs: Any) -> Callable[[], dict[str, Any]]
 
 
 def images_of_its_own(*specs: Any) -> dict[str, Any]:
-    """Draw two images on each process."""
+    """Make two images on each process."""
     with PartialState(cpu=True).split_between_processes([0, 1, 2, 3]) as seeds:
         return {seed: run(wan(), *specs, seed=seed) for seed in seeds}
 
 
 def without_a_vote(store: Path) -> dict[str, Any]:
-    """Share an image although the processes disagree and do not vote."""
+    """Share an image between processes that disagree and do not vote."""
     with joined(LITTLE_PATIENCE, store), unanimous():
         try:
             return run(split(wan()), Stubborn())
@@ -198,16 +198,16 @@ def without_a_vote(store: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def unanimous() -> Iterator[None]:
-    """Make each process do what it wants."""
-    held, ranks.Vote.__call__ = ranks.Vote.__call__, lambda self, action: action
+    """Replace the vote: each process does what its own policies ask for."""
+    held, Vote.__call__ = Vote.__call__, lambda self, action: action
     try:
         yield
     finally:
-        ranks.Vote.__call__ = held
+        Vote.__call__ = held
 
 
 SPAN, OBSERVED = "delta_dit:boundary=3", "adaptive_guidance:threshold=0.925"
-#: One process, with the name of what two are to give.
+#: Runs of one process, by the name of the scenario in `SHARED` that must give the same.
 ALONE = {
     "flux": lambda: run(flux()),
     "flux, delta_dit": lambda: run(flux(), SPAN),
@@ -242,7 +242,7 @@ OWN = {
 
 @contextlib.contextmanager
 def joined(patience: timedelta, store: Path) -> Iterator[None]:
-    """Join the other process; whoever then waits for it longer than `patience` gets an error."""
+    """Join the other process; waiting for it longer than `patience` is an error."""
     rank = int(os.environ["RANK"])
     meeting = distributed.FileStore(str(store), 2)
     distributed.init_process_group("gloo", timeout=patience, world_size=2, rank=rank, store=meeting)
@@ -254,9 +254,9 @@ def joined(patience: timedelta, store: Path) -> Iterator[None]:
 
 
 def work(rank: int, folder: Path) -> None:
-    """Do everything in `SHARED` as process `rank` of two, and write down what comes out."""
+    """Run all scenarios as process `rank` of two, and write the results into `folder`."""
     torch.set_num_threads(1)
-    # diffusers divides the rank by the number of accelerators to name a device, of which there is none.
+    # diffusers names a device by the rank modulo the number of accelerators, which is 0 here.
     torch.accelerator.device_count = lambda: 1
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     os.environ |= dict(zip(names, (str(rank), str(rank), "2", "localhost", "0")))

@@ -9,11 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cachekit.attaching.removal import remove
-from cachekit.upstream.compiling import without_compiler
-from cachekit.upstream.hooks import computing_dtype
-
-#: Attributes of modules in which accelerate and diffusers keep hooks that move weights.
-_MOVERS = ("_hf_hook", "_diffusers_hook")
+from cachekit.upstream.compiling import Uncompiled, without_compiler
+from cachekit.upstream.hooks import WEIGHT_HOOKS, WRAPPED_FORWARDS, computing_dtype
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
@@ -26,34 +23,17 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
         for buffer in module.buffers(recurse=False):
             memo[id(buffer)] = _without_values(buffer, dtype)
         # Such hooks hold devices and streams that the copy has no use for.
-        memo.update({id(vars(module)[name]): None for name in _MOVERS if name in vars(module)})
+        memo.update({id(vars(module)[name]): None for name in WEIGHT_HOOKS if name in vars(module)})
     for module in reversed(list(denoiser.modules())):  # inner ones first
         inner = without_compiler(module)
         if inner is not module:
-            memo[id(module)] = _Uncompiled(copy.deepcopy(inner, memo))
+            memo[id(module)] = Uncompiled(copy.deepcopy(inner, memo))
     twin = copy.deepcopy(denoiser, memo)
     remove(twin)
     for module in twin.modules():
-        for name in (*_MOVERS, "forward", "_old_forward"):
+        for name in (*WEIGHT_HOOKS, *WRAPPED_FORWARDS):
             vars(module).pop(name, None)
     return twin
-
-
-class _Uncompiled(nn.Module):
-    """Wraps a module as torch.compile does, under the same names of submodules, without compiling."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self._orig_mod = inner
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_orig_mod"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._orig_mod(*args, **kwargs)
 
 
 def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

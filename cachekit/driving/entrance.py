@@ -38,19 +38,19 @@ class Entrance:
         """Prepare for `denoiser`; nothing is changed before `install`."""
         self._leader = leader
         self._denoiser = denoiser
-        self._inner: Callable[..., Any] | None = None
+        self.inner: Callable[..., Any] | None = None
         self._installed = False
         self._naming = Naming(leader, denoiser) if hasattr(denoiser.module, NAMING) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave compiled code out of copies, as torch does."""
-        return {**vars(self), "_inner": None}
+        return {**vars(self), "inner": None}
 
     @uncompiled_frame(_OUTSIDE)
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the denoiser as the plan says."""
         module = self._denoiser.module
-        forward = self._inner or class_call(module)
+        forward = self.inner or class_call(module)
         if not self._installed:  # what was compiled meanwhile still leads here
             return forward(*args, **kwargs)
         enclosed = active_compiler() not in (None, False)
@@ -74,7 +74,7 @@ class Entrance:
         held[CALL] = self.lead
         compiled = held.get(COMPILED_CALL)
         if compiled not in (None, self.lead) and not leads_to(compiled, self.lead):
-            self._inner, held[COMPILED_CALL] = compiled, self.lead
+            self.inner, held[COMPILED_CALL] = compiled, self.lead
         if self._naming is not None:
             held[NAMING] = self._naming
 
@@ -85,7 +85,7 @@ class Entrance:
         for name, mine in ((CALL, self.lead), (COMPILED_CALL, self.lead), (NAMING, self._naming)):
             if mine is not None and held.get(name) == mine:
                 del held[name]
-        inner, self._inner = self._inner, None
+        inner, self.inner = self.inner, None
         if inner is not None and COMPILED_CALL not in held:
             held[COMPILED_CALL] = inner
 

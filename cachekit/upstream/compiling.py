@@ -10,13 +10,12 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.decorators import skip
 
+from cachekit.upstream.calls import COMPILED_CALL
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 #: The reason that torch gives where one graph was asked of a call in which values decide.
 BY_VALUES = "cachekit decides here by values"
-
-#: The attribute in which torch keeps what `module.compile()` made.
-_COMPILED = "_compiled_call_impl"
 
 #: Whether torch is tracing the code that asks, in order to compile it.
 is_traced: Callable[[], bool] = torch.compiler.is_dynamo_compiling
@@ -28,7 +27,7 @@ active_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_e
 def holds_compiled(module: nn.Module) -> bool:
     """Whether a module's call or forward leads into code that torch compiles."""
     held = vars(module)
-    places = [held.get(name) for name in (_COMPILED, "forward")]
+    places = [held.get(name) for name in (COMPILED_CALL, "forward")]
     beneath = [getattr(getattr(place, "__self__", None), "inner", place) for place in places]
     return any(hasattr(place, "get_compiler_config") for place in beneath)
 
@@ -42,6 +41,25 @@ def without_compiler(module: nn.Module) -> nn.Module:
     """Unwrap what `torch.compile(module)` made; any other module is given back itself."""
     inner: nn.Module | None = vars(module)["_modules"].get("_orig_mod")
     return module if inner is None else inner
+
+
+class Uncompiled(nn.Module):
+    """Wraps a module as torch.compile does, under the same names of submodules, without compiling."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Wrap `inner`."""
+        super().__init__()
+        self._orig_mod = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("_orig_mod"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module."""
+        return self._orig_mod(*args, **kwargs)
 
 
 # -- what is not compiled ---------------------------------------------------------------------------------

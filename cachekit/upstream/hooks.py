@@ -10,7 +10,12 @@ from torch import nn
 
 from cachekit.errors import AttachmentError
 
+_REGISTRY = "_diffusers_hook"
 _GROUP, _SPLIT, _CASTING = "group_offloading", "cp_input", "layerwise_casting"
+#: Attributes of modules in which accelerate and diffusers keep hooks that move weights.
+WEIGHT_HOOKS = ("_hf_hook", _REGISTRY)
+#: Attributes of module instances through which such hooks wrap the class's forward.
+WRAPPED_FORWARDS = ("forward", "_old_forward")
 
 
 def run_group_offloading(module: nn.Module) -> None:
@@ -31,7 +36,7 @@ def splitting_hook(module: nn.Module) -> Any:
 
     Its `forward` is the function that the hook wraps.
     """
-    registry = vars(module).get("_diffusers_hook")
+    registry = vars(module).get(_REGISTRY)
     if registry is None:
         return None
     found = (held for name, held in zip(registry._hook_order, registry._fn_refs) if name.startswith(_SPLIT))
@@ -75,7 +80,7 @@ def register_alike(base: type[nn.Module], subclass: type[nn.Module]) -> None:
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    registry = vars(module).get("_diffusers_hook")
+    registry = vars(module).get(_REGISTRY)
     return {} if registry is None else registry.hooks
 
 

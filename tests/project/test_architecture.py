@@ -181,7 +181,7 @@ ENGINE = (
     "costs",
 )
 #: Words of our own that diffusers uses too.
-OURS = {"feed_forward", "step_index"}
+OURS = {"_F", "feed_forward", "step_index"}
 
 
 @functools.cache

@@ -59,7 +59,7 @@ def apply(
                 " call cachekit.remove(pipe) first, or give all specs to one apply"
             )
     for name, denoiser in denoisers.items():
-        refuse_other_caches(denoiser, name)
+        refuse_other_caches(denoiser, name, denoiser.modules())
     attachment = Attachment(Setup.of(denoisers, policies, catalog), limit, cost_of, Fitter(limit))
     attachment.install(pipe)
     return attachment

@@ -29,9 +29,8 @@ from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall, RunState
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.arguments import PAIR, SAMPLE, TIMESTEP, find
-from cachekit.upstream.guidance import guidance_state
 from cachekit.upstream.guiders import branch_name, name_by_guider
-from cachekit.upstream.pipelines import call_arguments, controlnets_of
+from cachekit.upstream.pipelines import controlnets_of
 from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
 #: Counts what a run cost.
@@ -100,10 +99,12 @@ class Driver:
 
     def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
         """Find the run, the step and the branches of a call; None where it runs uncached."""
-        inputs.check(type(denoiser.module).__name__)
-        if self._is_of_another_loop(inputs.timestep):
+        inputs.check(denoiser)
+        scheduler = self.pipelines.scheduler_behind(inputs.timestep, self.state.pipeline)
+        mark = mark_of(inputs.timestep, scheduler if self.state.pipeline else None)
+        if self._is_of_another_loop(mark, scheduler):
             return None
-        run = self._run_of_call(denoiser, inputs)
+        run = self._run_of_call(denoiser, inputs, mark, scheduler)
         if not run.serves(inputs.batch):
             return None
         run.follow_batch(denoiser.name, inputs.sample, inputs.cache_mode)
@@ -126,7 +127,7 @@ class Driver:
         """Bound one run by a pipeline's call: what is kept ends with it, by an exception too."""
         self.pipelines.add(pipe)
         self.installation.check()
-        pipeline = PipelineCall(pipe, call_arguments(pipe, args, kwargs))
+        pipeline = PipelineCall.of(pipe, args, kwargs)
         self._starter.refuse(pipeline)
         state = self.state
         if state.pipeline is None:
@@ -144,11 +145,9 @@ class Driver:
         finally:
             state.run, state.call, state.pipeline = outer
 
-    def _run_of_call(self, denoiser: Denoiser, inputs: CallInputs) -> Run:
-        """Find or start the run that a call belongs to, and advance its clock."""
+    def _run_of_call(self, denoiser: Denoiser, inputs: CallInputs, mark: Mark, scheduler: Any) -> Run:
+        """Find or start the run that a call at `mark` belongs to, and advance its clock."""
         state = self.state
-        scheduler = self.pipelines.scheduler_behind(inputs.timestep, state.pipeline)
-        mark = mark_of(inputs.timestep, scheduler if state.pipeline else None)
         if state.run is not None and state.run.clock.starts_anew(mark):
             self.end_run(interrupted=False)
         if state.run is not None:
@@ -194,21 +193,19 @@ class Driver:
     def _context(self, clock: Clock) -> str | None:
         """Find the name of the present call: the pipeline's for it, or that of its guider; None without one."""
         state = self.state
-        if state.context in PAIR or not state.pipeline:
+        if state.context in PAIR or not state.pipeline or not state.pipeline.has_guider:
             return state.context
         return branch_name(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
 
     def _guidance_state(self) -> tuple[Any, ...]:
-        return guidance_state(self.state.pipeline.pipe if self.state.pipeline else None)
+        return self.state.pipeline.guidance_state if self.state.pipeline else ()
 
-    def _is_of_another_loop(self, timestep: Any) -> bool:
+    def _is_of_another_loop(self, mark: Mark, scheduler: Any) -> bool:
         """Whether another pipeline runs with this denoiser in a callback of the running one."""
-        state = self.state
-        if state.run is None or state.pipeline is None:
+        run = self.state.run
+        if run is None or self.state.pipeline is None or mark.kind != "entry" or run.clock.is_in_table(mark):
             return False
-        scheduler = scheduler_of(state.pipeline.pipe)
-        is_in_table = isinstance(timestep, Tensor) and is_entry(timestep)
-        return is_in_table and state.run.clock.goes_through(scheduler) and not shares_table(timestep, scheduler)
+        return run.clock.goes_through(scheduler) and not shares_table(mark.source, scheduler)
 
     # -- ControlNets --------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cachekit.errors import AdapterError
 from cachekit.guidance.slicing import as_batch
+from cachekit.runs.denoiser import Denoiser
 from cachekit.upstream.arguments import CACHE_MODE, SAMPLE, TIMESTEP, WRITTEN, by_name, find
 
 
@@ -29,19 +30,21 @@ class CallInputs:
         self.is_listed = self.sample is not given
         self.timestep = find(self.named, TIMESTEP)
 
-    def check(self, denoiser: str) -> None:
+    def check(self, denoiser: Denoiser) -> None:
         """Raise `AdapterError` where sample or timestep are missing, or the samples differ in size."""
+        if isinstance(self.sample, Tensor) and self.timestep is not None:
+            return
+        name = type(denoiser.module).__name__
         for what, value, names in (("sample", self.sample, SAMPLE), ("timestep", self.timestep, TIMESTEP)):
             if value is None:
                 raise AdapterError(
-                    f"{denoiser} is called without a {what} ({', '.join(names)}): its steps cannot be told; call"
+                    f"{name} is called without a {what} ({', '.join(names)}): its steps cannot be told; call"
                     " cachekit.remove(pipe)"
                 )
-        if not isinstance(self.sample, Tensor):
-            raise AdapterError(
-                f"{denoiser}: samples of several sizes, or lists within lists, are not supported; give images of one"
-                " size, or call cachekit.remove(pipe)"
-            )
+        raise AdapterError(
+            f"{name}: samples of several sizes, or lists within lists, are not supported; give images of one size, or"
+            " call cachekit.remove(pipe)"
+        )
 
     @property
     def batch(self) -> int:

@@ -17,6 +17,9 @@ from cachekit.switches.parts import Exit, Part, region_parts
 from cachekit.switches.prompter import Prompter
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
+from cachekit.upstream.modules import modules_by_name
+
+_IDLE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Installation:
@@ -56,11 +59,12 @@ class Installation:
         """Raise `AttachmentError` where something else has taken a place, or another cache has been enabled."""
         for name, denoiser in self._setup.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
-            self._prompter(name).find_compiled()
-            refuse_other_caches(denoiser.module, name)
+            modules = modules_by_name(denoiser.module)
+            self._prompter(name).find_compiled(modules.values())
+            refuse_other_caches(denoiser.module, name, modules.values())
             for switch in self.switches.get(name, []):
                 switch.settle()
-                if not switch.in_place or denoiser.module.get_submodule(switch.name) is not switch.module:
+                if not switch.in_place or modules.get(switch.name) is not switch.module:
                     raise AttachmentError(
                         f"something replaced {switch.name!r} or its forward since apply;"
                         " call cachekit.remove(pipe) and apply again"
@@ -68,7 +72,8 @@ class Installation:
 
     def prompting(self, name: str, call: Call | None, enclosed: bool) -> contextlib.AbstractContextManager[None]:
         """Set the switches' orders for `call`, None being a plain one, where some of them lie in compiled code."""
-        return self._prompter(name).call(call, enclosed)
+        prompter = self._prompter(name)
+        return _IDLE if prompter.is_idle(enclosed) else prompter.call(call)
 
     def _prompter(self, name: str) -> Prompter:
         if name not in self._prompters:

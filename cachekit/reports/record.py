@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Action
 from cachekit.planning.row import Row
 
 
-@dataclass(frozen=True)
-class CallRecord:
+class CallRecord(NamedTuple):
     """What the cost of one denoiser call depends on."""
 
     #: Name of the denoiser, "" for a bare one.

@@ -36,7 +36,7 @@ class Call:
         self.batch = batch
         self.ordinal = ordinal
         self.actions = list(row.actions)
-        self.row = replace(row, actions=self.actions)
+        self.row = Row(row.step, row.branches, self.actions, row.narrowed_by, row.origins, row.last_branches)
         self.branches: Branches = (self.branch,) if self.branch else row.branches
         self.entries: dict[int, Streams] = {}
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from cachekit.upstream.schedulers import is_entry, shares_table, step_index
 _MOST_CALLS = 8
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(NamedTuple):
     """One timestep: its place in a table of timesteps, a scheduler's step index, or its value.
 
     `place` rises from step to step within one `table`; `source` is held so that the address of the table is not
@@ -24,20 +22,17 @@ class Mark:
     kind: str
     place: float
     table: int = 0
-    index: int | None = None
+    scheduler_step: int | None = None
     source: Any = None
     time: float = 0.0
 
     def same_step(self, other: Mark | None) -> bool:
         """Whether both belong to one iteration of the loop."""
-        return other is not None and self._key() == other._key()
+        return other is not None and self[:4] == other[:4]
 
     def begins_after(self, other: Mark) -> bool:
         """Whether this can only be a new run: other timesteps, or one that lies before the last."""
         return (self.kind, self.table) != (other.kind, other.table) or self.place < other.place
-
-    def _key(self) -> tuple[Any, ...]:
-        return (self.kind, self.table, self.place, self.index)
 
 
 class Clock:
@@ -71,9 +66,9 @@ class Clock:
         """Whether a second loop begins within a pipeline's call."""
         if "entry" in (mark.kind, last.kind):
             return mark.kind == last.kind and mark.begins_after(last)
-        if last.index is not None:  # without one, the scheduler has been given its timesteps anew
-            return mark.index is None or mark.index < last.index
-        return mark.index is None and (mark.time - last.time) * self._trend < 0
+        if last.scheduler_step is not None:  # without one, the scheduler has been given its timesteps anew
+            return mark.scheduler_step is None or mark.scheduler_step < last.scheduler_step
+        return mark.scheduler_step is None and (mark.time - last.time) * self._trend < 0
 
     def note(self, mark: Mark) -> None:
         """Note an uncached call at this mark: a later step's, or one that looks ahead."""
@@ -82,7 +77,7 @@ class Clock:
 
     def left_behind(self, mark: Mark) -> list[Mark]:
         """List, in order, the noted calls that were steps, as a call at this mark shows."""
-        if not self._lies_ahead(mark):
+        if not self._uncached or not self._lies_ahead(mark):
             return []
         reached = sorted(place for place in self._uncached if place <= mark.place)
         noted = [self._uncached.pop(place) for place in reached]
@@ -96,6 +91,10 @@ class Clock:
     def goes_through(self, scheduler: Any) -> bool:
         """Whether the run's timesteps are entries of this scheduler's table."""
         return self._last is not None and shares_table(self._last.source, scheduler)
+
+    def is_in_table(self, mark: Mark) -> bool:
+        """Whether this is an entry of the table that the run's last timestep lies in."""
+        return self._last is not None and (self._last.kind, self._last.table) == (mark.kind, mark.table)
 
     def is_at(self, mark: Mark) -> bool:
         """Whether a call at this mark belongs to the present step."""
@@ -119,13 +118,12 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     `scheduler` is the running pipeline's, or None in a bare loop.
     """
     if not isinstance(timestep, Tensor):
-        return Mark("value", -float(timestep), index=step_index(scheduler), time=float(timestep))
-    storage = timestep.untyped_storage()
+        return Mark("value", -float(timestep), scheduler_step=step_index(scheduler), time=float(timestep))
     if is_entry(timestep):
-        return Mark("entry", int(timestep.storage_offset()), storage.data_ptr(), source=timestep)
+        return Mark("entry", int(timestep.storage_offset()), timestep.untyped_storage().data_ptr(), source=timestep)
     index = step_index(scheduler)
     if index is not None:
-        return Mark("index", index, index=index)
+        return Mark("index", index, scheduler_step=index)
     # In double precision the mean of equal values is exactly that value. One frame's may stand still.
     times = timestep.to("cpu", torch.float64)
     return Mark("value", -float(times.mean()), time=float(times.max()))

@@ -10,14 +10,32 @@ from cachekit.errors import AttachmentError
 from cachekit.reports.report import Report
 from cachekit.runs.call import Call
 from cachekit.runs.run import Run
+from cachekit.upstream.guidance import guidance_properties
+from cachekit.upstream.guiders import has_guider
+from cachekit.upstream.pipelines import call_arguments
 
 
 @dataclass(frozen=True)
 class PipelineCall:
-    """A call of a pipeline that is under way: the pipeline, and its arguments by name, defaults included."""
+    """A call of a pipeline that is under way.
+
+    `arguments` are by name, defaults included; `guidance_properties` are those that show the pipeline's guidance.
+    """
 
     pipe: Any
     arguments: dict[str, Any]
+    has_guider: bool
+    guidance_properties: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineCall:
+        """Read the arguments of a pipeline's call."""
+        return cls(pipe, call_arguments(pipe, args, kwargs), has_guider(pipe), guidance_properties(pipe))
+
+    @property
+    def guidance_state(self) -> tuple[Any, ...]:
+        """What the pipeline shows of its guidance now."""
+        return tuple([getattr(self.pipe, name, None) for name in self.guidance_properties])
 
 
 class RunState(threading.local):

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,19 +44,17 @@ class Prompter:
         self._lock = threading.RLock()
         self._holds_compiled = False
 
-    def find_compiled(self) -> None:
-        """Find out whether anything in the module was compiled since the last time."""
-        self._holds_compiled = any(map(holds_compiled, self._module.modules()))
+    def find_compiled(self, modules: Iterable[nn.Module]) -> None:
+        """Find out whether any of these, the denoiser's modules, was compiled since the last time."""
+        self._holds_compiled = any(map(holds_compiled, modules))
+
+    def is_idle(self, enclosed: bool) -> bool:
+        """Whether no compiled code takes part in a call; `enclosed` means that the whole call is being compiled."""
+        return not self._holds_compiled and not enclosed
 
     @contextlib.contextmanager
-    def call(self, call: Call | None, enclosed: bool) -> Iterator[None]:
-        """Instruct the switches for `call`, within which nothing is cached if it is None, and collect their outputs.
-
-        `enclosed` means that the whole call is being compiled.
-        """
-        if not self._holds_compiled and not enclosed:
-            yield
-            return
+    def call(self, call: Call | None) -> Iterator[None]:
+        """Instruct the switches for `call`, within which nothing is cached if it is None, and collect their outputs."""
         with self._lock:
             try:
                 regions = self._instruct(call)

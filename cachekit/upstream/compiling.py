@@ -27,6 +27,8 @@ active_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_e
 def holds_compiled(module: nn.Module) -> bool:
     """Whether a module's call or forward leads into code that torch compiles."""
     held = vars(module)
+    if COMPILED_CALL not in held and "forward" not in held:
+        return False
     places = [held.get(name) for name in (COMPILED_CALL, "forward")]
     beneath = [getattr(getattr(place, "__self__", None), "inner", place) for place in places]
     return any(hasattr(place, "get_compiler_config") for place in beneath)

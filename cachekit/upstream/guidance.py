@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from cachekit.upstream.arguments import PAIR
+from cachekit.upstream.modules import modules_by_name
 
 #: Pipelines whose own property is False whatever they are given.
 _SILENT = ("StableDiffusionPanoramaPipeline",)
@@ -55,9 +56,9 @@ def has_true_guidance(arguments: Mapping[str, Any]) -> bool:
     return negative and _above(1, arguments, "true_cfg_scale")
 
 
-def guidance_state(pipe: Any) -> tuple[Any, ...]:
-    """Read what a running pipeline shows of its guidance now; a callback may change that."""
-    return tuple(getattr(pipe, name, None) for name in _STATE)
+def guidance_properties(pipe: Any) -> tuple[str, ...]:
+    """List the properties by which a running pipeline shows its guidance; a callback may change their values."""
+    return tuple(name for name in _STATE if hasattr(type(pipe), name) or name in vars(pipe))
 
 
 def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
@@ -65,7 +66,7 @@ def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
     told = getattr(pipe, "do_perturbed_attention_guidance", None)
     if told is not None:
         return bool(told)
-    processors = getattr(denoiser, "attn_processors", {}).values()
+    processors = (vars(module).get("processor") for module in modules_by_name(denoiser).values())
     return any(type(processor).__name__.startswith("PAG") for processor in processors)
 
 

@@ -30,6 +30,11 @@ def name_by_guider(pipe: Any, step: int, call: int) -> str | None:
     return name if name in ("pred_cond", "pred_uncond") else f"{name} {place}"
 
 
+def has_guider(pipe: Any) -> bool:
+    """Whether a pipeline has a guider."""
+    return bool(_guiders(pipe))
+
+
 def has_momentum(pipe: Any) -> bool:
     """Whether a guider accumulates the differences between branches over the steps, and so needs all branches."""
     return any(getattr(guider, "momentum_buffer", None) is not None for guider in _guiders(pipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def computing_dtype(module: nn.Module) -> torch.dtype | None:
     return dtype
 
 
-def refuse_other_caches(denoiser: nn.Module, name: str) -> None:
-    """Refuse a denoiser, the pipeline's component `name`, whose own hooks cache outputs of earlier calls.
+def refuse_other_caches(denoiser: nn.Module, name: str, modules: Iterable[nn.Module]) -> None:
+    """Refuse a denoiser, the pipeline's component `name`, whose hooks, on any of `modules`, cache earlier outputs.
 
     Hooks that skip the same modules, or count their calls, would go wrong unnoticed. Raises `AttachmentError`.
     """
@@ -58,7 +59,7 @@ def refuse_other_caches(denoiser: nn.Module, name: str) -> None:
     if getattr(denoiser, "is_cache_enabled", False):
         kind = type(denoiser._cache_config).__name__.removesuffix("Config")
         raise AttachmentError(f"{title} ({kind}) is enabled; call {place}.disable_cache() first")
-    hooks = [pair for module in denoiser.modules() for pair in _hooks(module).items()]
+    hooks = [pair for module in modules if _REGISTRY in vars(module) for pair in _hooks(module).items()]
     # A hook with a state may share it with others of its kind.
     kinds = {type(hook).__module__ for _, hook in hooks if hook._is_stateful}
     found = {key for key, hook in hooks if type(hook).__module__ in kinds}

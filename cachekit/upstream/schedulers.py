@@ -16,7 +16,8 @@ _UNKNOWN_STEPS = 100
 
 def is_entry(timestep: Tensor) -> bool:
     """Whether a tensor is a view of a single entry of a longer table, expanded over the batch or not."""
-    one_place = all(size == 1 or stride == 0 for size, stride in zip(timestep.shape, timestep.stride()))
+    strides = zip(timestep.shape, timestep.stride())
+    one_place = not timestep.dim() or all(size == 1 or stride == 0 for size, stride in strides)
     return one_place and not timestep.is_meta and _table_length(timestep) > 1
 
 

@@ -1,4 +1,4 @@
-"""Compiled denoisers do what the plan says: the eager images, and no more graphs than the plan has modes."""
+"""Compiled denoisers follow the plan: the eager images, and no more graphs than the plan has modes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ CASES: list[tuple[Callable[[], Any], Way, bool, tuple[str, ...]]] = [
 
 
 def row(make: Callable[[], Any], way: Way, before: bool, specs: tuple[str, ...], modes: int, found: list[int]) -> str:
-    """Return a line of the document's table."""
+    """Format a line of the document's table."""
     order = f"{WAYS[way]}, {'before' if before else 'after'} `apply`"
     name = {unet: "UNet", convolutions: "UNet without attention", pixart: "PixArt", flux: "Flux"}[make]
     policies = " + ".join(f"`{spec}`" for spec in specs)

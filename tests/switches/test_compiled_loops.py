@@ -98,7 +98,7 @@ def test_blocks_that_are_replaced_by_what_torch_makes_of_them(specs: Any, graphs
 
 
 def sample(call: Callable[..., Any]) -> torch.Tensor:
-    """Return what a guided loop makes that calls `call` for PixArt's transformer."""
+    """Run a guided loop that calls `call` for PixArt's transformer; its latents."""
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     text = torch.cat([tiny.text(1, seed=4), tiny.text(1)])
     given = {"encoder_hidden_states": text, "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}

@@ -11,7 +11,7 @@ import torch
 
 from cachekit.costs.tracing import trace_forward
 from cachekit.driving.setup import Setup
-from cachekit.interface.policy import Action
+from cachekit.interface.policy import OPEN, Action
 from cachekit.interface.sites import Kind, Region
 from cachekit.planning.plan import Plan
 from cachekit.runs.call import Call
@@ -113,7 +113,7 @@ class Rehearsal:
         """Count the MACs that each assignment saves in a run of `plan`, as if each open cell were a reuse."""
         savings: dict[int, float] = {}
         for row in plan.rows:
-            reused = [index for index, action in enumerate(row.actions) if action in (Action.REUSE, None)]
+            reused = [index for index, action in enumerate(row.actions) if action in (Action.REUSE, OPEN)]
             for index in reused:
                 if not any(plan.covers(block, index) for block in reused):
                     share = len(row.branches) / len(self._start.layout.order)

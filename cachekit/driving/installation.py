@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from torch import nn
 
 from cachekit.driving.entrance import Entrance, Leader
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
-from cachekit.interface.sites import Kind, Region
+from cachekit.interface.sites import Region, Target
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
@@ -85,14 +87,22 @@ class Installation:
         modules = dict(denoiser.module.named_modules())
         parts: dict[str, list[Part]] = {}
         for index, bound in enumerate(self._setup.assignments):
-            if bound.target.kind is Kind.GUIDANCE or bound.denoiser != denoiser.name:
+            if bound.is_guidance or bound.denoiser != denoiser.name:
                 continue
+            _check_modules(denoiser, bound.target, modules)
             own: Iterable[tuple[str, Part]] = [(bound.target.name, Exit(index, bound))]
             if isinstance(bound.target, Region):
                 own = region_parts(index, bound, modules)
             for name, part in own:
                 parts.setdefault(name, []).append(part)
-        for name in parts:
-            if name not in modules:
-                raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
         return [Switch(self._state, modules[name], name, found) for name, found in parts.items()]
+
+
+def _check_modules(denoiser: Denoiser, target: Target, modules: Mapping[str, nn.Module]) -> None:
+    """Raise `AttachmentError` for a target of which the denoiser lacks a module."""
+    names = [target.exit]
+    if isinstance(target, Region):
+        names += [*target.skipped, *filter(None, (target.entry, target.probe))]
+    for name in names:
+        if name not in modules:
+            raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")

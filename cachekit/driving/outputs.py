@@ -15,7 +15,6 @@ from cachekit.driving.setup import Setup
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Action, Policy
-from cachekit.interface.sites import Kind
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
@@ -29,7 +28,7 @@ class Outputs:
         """Finish calls of `setup`."""
         self._state = state
         self._pipelines = pipelines
-        self._guidance = [i for i, bound in enumerate(setup.assignments) if bound.target.kind is Kind.GUIDANCE]
+        self._guidance = [i for i, bound in enumerate(setup.assignments) if bound.is_guidance]
         self._observers = [policy for policy in setup.policies if type(policy).observe is not Policy.observe]
 
     def narrowed(self, call: Call, denoiser: Denoiser, inputs: CallInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

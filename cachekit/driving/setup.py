@@ -12,7 +12,7 @@ from torch import nn
 from cachekit.errors import CachekitError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Kind, Target
+from cachekit.interface.sites import Target
 from cachekit.planning.assignments import Assignment, assign
 from cachekit.planning.plan import Plan, make_plan
 from cachekit.registry.catalog import Catalog
@@ -56,7 +56,7 @@ class Setup:
     @property
     def narrowing(self) -> list[Policy]:
         """The policies that may drop a guidance branch."""
-        return [bound.policy for bound in self.assignments if bound.target.kind is Kind.GUIDANCE]
+        return [bound.policy for bound in self.assignments if bound.is_guidance]
 
     def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
         """Plan a run as users describe it; raises `CachekitError` for what is no number of steps."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cachekit.interface.policy import Action
+from cachekit.interface.policy import OPEN, Action
 from cachekit.interface.sites import Branches
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.row import Row
@@ -54,7 +54,7 @@ class Keeper:
 
     def skip(self, row: Row, guidance: Sequence[int]) -> None:
         """Drop what an uncached step would have kept anew: later steps compute it."""
-        unkept = {index for index, action in enumerate(row.actions) if action in (Action.STORE, None)}
+        unkept = {index for index, action in enumerate(row.actions) if action in (Action.STORE, OPEN)}
         self.store.drop_all(unkept)
         self._lost |= {(index, 0) for index in unkept.intersection(guidance)}
 

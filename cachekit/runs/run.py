@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import Action, Moment
-from cachekit.interface.sites import Kind, Region
+from cachekit.interface.policy import OPEN, Action, Moment
+from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer
 from cachekit.planning.plan import Plan
-from cachekit.planning.row import Row
+from cachekit.planning.row import Cell, Row
 from cachekit.reports.record import Record
 from cachekit.runs.branches import BranchCalls
 from cachekit.runs.call import Call
@@ -50,10 +50,10 @@ class Run:
         self.record = _record(plan.assignments, layout, steps, self.clock.exact)
         self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record)
         self.calls = BranchCalls(layout, is_named)
-        kinds = [bound.target.kind for bound in plan.assignments]
-        self.guidance = [index for index, kind in enumerate(kinds) if kind is Kind.GUIDANCE]
-        self._blocks = [index for index, kind in enumerate(kinds) if kind is Kind.BLOCK]
-        self._sites = [index for index, kind in enumerate(kinds) if kind is not Kind.GUIDANCE]
+        assignments = list(enumerate(plan.assignments))
+        self.guidance = [index for index, bound in assignments if bound.is_guidance]
+        self._blocks = [index for index, bound in assignments if bound.is_block]
+        self._sites = [index for index, bound in assignments if not bound.is_guidance]
         self._composer = None if plan.is_static else Composer(plan.assignments, steps, layout, plan.dropped)
         self.guidance_state: tuple[Any, ...] = ()
         self._kinds: dict[str, tuple[Any, ...]] = {}
@@ -94,9 +94,9 @@ class Run:
                 self._composer.row(step, self._decide)
         return self._composer
 
-    def _decide(self, bound: Assignment, at: Moment) -> Action | None:
+    def _decide(self, bound: Assignment, at: Moment) -> Cell:
         if isinstance(bound.target, Region) and bound.target.probe:
-            return None
+            return OPEN
         memory = self.keeper.memories.of(bound.policy.name)
         return self.keeper.vote(bound.policy.decide(bound.target, at, memory))
 

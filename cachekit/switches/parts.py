@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cachekit.interface.policy import Action, Moment, Policy
+from cachekit.interface.policy import OPEN, Action, Moment, Policy
 from cachekit.interface.sites import Region, Target
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.orders import Order
@@ -55,7 +55,7 @@ class AssignedPart(Part):
 
     def is_open(self, call: Call) -> bool:
         """Whether what this part does depends on values within the call."""
-        return call.actions[self.index] is None
+        return call.actions[self.index] is OPEN
 
     def before_compiled(self, call: Call) -> Any:
         """Make the stand-in before the call, or a `Restoring` that makes it within, or give `RUN_IT`."""
@@ -80,7 +80,7 @@ class Exit(AssignedPart):
 
     def is_open(self, call: Call) -> bool:
         """Whether values decide, or may decide how the tensors that enter the region are found."""
-        return super().is_open(call) or (self._needs_entry and None in call.actions)
+        return super().is_open(call) or (self._needs_entry and OPEN in call.actions)
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Restore the output where the action is REUSE and something is kept."""
@@ -184,7 +184,7 @@ class Entry(AssignedPart):
 
     def is_open(self, call: Call) -> bool:
         """Whether values may decide how the tensors are found."""
-        return None in call.actions
+        return OPEN in call.actions
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember the tensors, unless the region is only computed."""
@@ -206,7 +206,7 @@ class Probe(AssignedPart):
 
     def after(self, call: Call, output: Any) -> None:
         """Ask the policy where the action is still open."""
-        if call.actions[self.index] is None:
+        if call.actions[self.index] is OPEN:
             call.decide(self.index, tuple(tensors(output)))
 
 

@@ -16,7 +16,7 @@ from cachekit.bench.summary import Group, groups
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = ROOT / "cachekit" / "demo" / "weights" / "unet" / "figures.json"
+FIGURES = ROOT / "cachekit" / "models" / "demo" / "weights" / "unet" / "figures.json"
 
 
 def main() -> None:

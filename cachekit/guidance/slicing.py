@@ -15,7 +15,7 @@ from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED, b
 
 
 def as_batch(sample: Any) -> Any:
-    """Return what a denoiser is given as sample; a list with a tensor for each image, all of one size, is stacked."""
+    """Stack a sample that is a list with a tensor for each image, all of one size; others are given back as they are."""
     if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
         return sample
     return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample
@@ -24,14 +24,14 @@ def as_batch(sample: Any) -> Any:
 def pick_call(
     call: tuple[tuple[Any, ...], dict[str, Any]], parameters: Sequence[str], layout: Layout, branch: str, batch: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments (args, kwargs) of a call, cut down to one branch; `parameters` names the positional ones."""
+    """Cut the arguments (args, kwargs) of a call down to one branch; `parameters` names the positional ones."""
     args, kwargs = call
     picked = pick(by_name(parameters, args, kwargs), layout, branch, batch)
     return tuple(picked.pop(name) for name in parameters[: len(args)]), picked
 
 
 def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
-    """Return the denoiser's arguments with every batched tensor cut down to one branch.
+    """Cut every batched tensor in a denoiser's arguments down to one branch.
 
     `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
     and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
@@ -70,14 +70,14 @@ def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[str], Callab
 
 
 def as_batches(output: Any) -> Any:
-    """Return a denoiser's output, a tree, with each list of tensors stacked."""
+    """Stack each list of tensors in a denoiser's output."""
     if isinstance(output, list):
         return torch.stack(output)
     return _within(as_batches, output)
 
 
 def as_lists(output: Any) -> Any:
-    """Return what `as_batches` gave as a tree of lists again."""
+    """Split what `as_batches` has stacked into lists again."""
     return list(output.unbind()) if isinstance(output, Tensor) else _within(as_lists, output)
 
 
@@ -88,7 +88,7 @@ def _within(change: Callable[[Any], Any], output: Any) -> Any:
 
 
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:
-    """Return a one-branch output as the pair the pipeline expects.
+    """Expand the output of one branch to that of all, as the pipeline expects it.
 
     The dropped branches' outputs come from `restore`; by default that is the same output, and then the
     pipeline's own u + g * (c - u) is exactly it.
@@ -103,7 +103,7 @@ def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor],
 
 
 def by_branch(output: Any, branches: Branches) -> dict[str, tuple[Tensor, ...]]:
-    """Return the part `(batch, ...)` of each branch, of each tensor of a denoiser's output that holds them all."""
+    """Split each tensor of a denoiser's output that holds all branches into their parts `(batch, ...)`."""
     count = len(branches)
     whole = (tensor for tensor in tensors(output) if tensor.dim() and tensor.shape[0] % count == 0)
     return dict(zip(branches, zip(*(tensor.chunk(count) for tensor in whole))))

@@ -40,7 +40,7 @@ class BranchCalls:
         return layout
 
     def expect_guidance(self, context: str | None) -> None:
-        """Return to both branches with the next step, where guidance begins in a run that began unguided."""
+        """Plan both branches again from the next step, where guidance begins in a run that began unguided."""
         apart = self._called_apart
         if apart is not None and context in apart.order[1:] and self.layout.order == apart.order[:1]:
             self._next_layout = apart

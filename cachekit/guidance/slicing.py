@@ -15,7 +15,7 @@ from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED, b
 
 
 def as_batch(sample: Any) -> Any:
-    """Stack a sample that is a list with a tensor for each image, all of one size; others are given back as they are."""
+    """Stack a sample that is a list with a tensor for each image, all of one size; give others back as they are."""
     if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
         return sample
     return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample

@@ -53,7 +53,7 @@ def _plain_steps(group: Group, row: Row, cost: str) -> str:
     if plain is None or plain.psnr is None:
         return str(steps)
     match = FIGURES["caption_match"]
-    shown = "" if plain.caption_match is None else f", {match.format(plain.caption_match)} {match.name}"
+    shown = "" if plain.caption_match is None else f", {match.format(plain.caption_match)} match"
     return f"{steps}: {FIGURES['psnr'].format(plain.psnr)} dB{shown}"
 
 

@@ -62,9 +62,7 @@ _DECLARED = (
     Figure("seconds", "s/image", decimals, "median wall time of one image"),
     Figure("spread", "spread", decimals, "interquartile range of the wall time"),
     Figure("first_seconds", "first", decimals, "wall time of the first run, which counts towards no other figure"),
-    Figure(
-        "speedup", "speedup", _ratio, "median ratio of the uncached wall time to that of the image beside it"
-    ),
+    Figure("speedup", "speedup", _ratio, "median ratio of the uncached wall time to that of the image beside it"),
     Figure(
         "macs",
         "GMACs",

@@ -177,11 +177,13 @@ class Group:
         """The uncached pipeline as it ran beside all contenders."""
         # The images are the same beside every contender; statistics of images must not count one twice.
         largest = max(self.rows, key=lambda row: len(row.samples))
-        runs: dict[tuple[str, float], Sample] = {}
+        runs: dict[tuple[int, str, float], Sample] = {}
         for row in (largest, *self.rows):
-            for sample in row.samples:
-                # One run may be the uncached run of several contenders.
-                runs.setdefault((sample.caption, sample.uncached_seconds), _uncached(sample, row is largest))
+            for result in row.results:
+                for sample in result.samples:
+                    # One run may be the uncached run of several contenders.
+                    run = (result.cell.seed, sample.caption, sample.uncached_seconds)
+                    runs.setdefault(run, _uncached(sample, row is largest))
         cell = self.cell.plain(self.cell.uncached_steps).model_copy(update={"seed": 0})
         first = self.rows[0].results[0]
         own = {"cell": cell, "samples": [*runs.values()], "counts": [], "warnings": [], "first_seconds": None}

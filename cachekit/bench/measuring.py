@@ -1,4 +1,4 @@
-"""Draw one image with one configuration of a pipeline, and measure what it took and how it compares."""
+"""Generate one image with one configuration of a pipeline, and measure its costs and its similarity to another."""
 
 from __future__ import annotations
 
@@ -18,23 +18,32 @@ if TYPE_CHECKING:
 
     from cachekit.reports.report import Count, Report
 
-__all__ = ["Configuration", "ImageRunner", "RunResult", "Stopwatch", "likeness", "silent_log", "steps_at"]
+__all__ = [
+    "Configuration",
+    "ImageRunner",
+    "RunResult",
+    "Stopwatch",
+    "silent_log",
+    "similarity",
+    "steps_at",
+    "timed_call",
+]
 
-#: Return the arguments of the pipeline's call for a prompt.
+#: Maps a prompt to the arguments of the pipeline's call.
 Arguments = Callable[[str], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Say which specs are applied and how many steps are run; without specs it is the plain pipeline."""
+    """The specs that are applied and the number of steps; without specs the plain pipeline."""
 
     steps: int
     specs: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str, steps: int) -> Configuration:
-        """Return the configuration of specs joined by `+`, such as `tgate:m=10+deepcache:interval=3`."""
-        # The sign of an exponent, as in 1e+3, joins nothing: names begin with a letter.
+        """Parse specs joined by `+`, such as `tgate:m=10+deepcache:interval=3`."""
+        # A plus sign before a digit belongs to an exponent, as in 1e+3: names begin with a letter.
         specs = tuple(spec.strip() for spec in re.split(r"\+(?!\d)", text))
         if not all(specs):
             raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
@@ -42,16 +51,16 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """Return what tables and pictures call it."""
+        """The name in tables and pictures."""
         return " + ".join(self.specs) or f"{self.steps} plain step{'s' * (self.steps != 1)}"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Hold one result of a pipeline and what it took, before it is compared.
+    """One result of a pipeline and its costs, before any comparison.
 
-    `image` is None for a result that is no picture; `cache_bytes` is None where nobody counts them, and
-    `peak_memory` where there is no device to ask.
+    `image` is None where the pipeline returned latents, `cache_bytes` where the cached bytes are not counted, and
+    `peak_memory` (bytes) where there is no GPU.
     """
 
     image: Image | None
@@ -65,10 +74,10 @@ class RunResult:
 
 
 class Stopwatch:
-    """Measure the time of a block, by events where the device is a GPU, and the peak of its memory."""
+    """Times a block, by CUDA events where the device is a GPU, and records its peak memory there."""
 
     def __init__(self, device: Any) -> None:
-        """Measure on `device`."""
+        """Time work on `device`; None is the CPU."""
         import torch
 
         self._cuda = torch.cuda if device is not None and torch.device(device).type == "cuda" else None
@@ -77,7 +86,7 @@ class Stopwatch:
         self.peak_memory: int | None = None
 
     def __enter__(self) -> Stopwatch:
-        """Start once all earlier work is done."""
+        """Start the clock after all work queued earlier has finished."""
         if self._cuda is not None:
             self._cuda.synchronize(self._device)
             self._cuda.reset_peak_memory_stats(self._device)
@@ -87,7 +96,7 @@ class Stopwatch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Stop once all work of the block is done."""
+        """Stop the clock after all work of the block has finished."""
         self.seconds = time.perf_counter() - self._start
         if self._cuda is not None:
             self._events[1].record()
@@ -97,36 +106,40 @@ class Stopwatch:
 
 
 class ImageRunner:
-    """Draw with one pipeline, and count costs once for all runs that took the same actions."""
+    """Runs one pipeline, and counts MACs once for all runs that took the same actions."""
 
     def __init__(self, pipe: Any, arguments: Arguments) -> None:
-        """Draw with `pipe`; nothing stays attached to it between images."""
+        """Run `pipe`; nothing stays attached to it between images."""
         self._pipe = pipe
         self._arguments = arguments
-        self._costs: dict[tuple[Any, ...], int] = {}
+        self._macs: dict[tuple[Any, ...], int] = {}
 
-    def draw(self, made: Configuration, prompt: str, seed: int) -> RunResult:
-        """Return the image of `prompt`; only the pipeline's call is timed."""
-        if made.specs or made not in self:
-            return self._attached(made, prompt, seed)
-        image, watch = run(self._pipe, self._call(made, prompt), seed)
-        return RunResult(image, watch.seconds, self._costs[made,], peak_memory=watch.peak_memory)
+    def run(self, configuration: Configuration, prompt: str, seed: int) -> RunResult:
+        """Generate the image of `prompt`; only the pipeline's call is timed."""
+        if configuration.specs or configuration not in self:
+            return self._attached(configuration, prompt, seed)
+        image, watch = timed_call(self._pipe, self._call(configuration, prompt), seed)
+        return RunResult(image, watch.seconds, self.plain_macs(configuration), peak_memory=watch.peak_memory)
 
-    def __contains__(self, made: Configuration) -> bool:
-        """Tell whether a plain configuration has run before, so that its costs are known."""
-        return (made,) in self._costs
+    def __contains__(self, configuration: Configuration) -> bool:
+        """Whether a plain configuration has run before, so that its MACs are known."""
+        return (configuration,) in self._macs
 
-    def _attached(self, made: Configuration, prompt: str, seed: int) -> RunResult:
+    def plain_macs(self, configuration: Configuration) -> int:
+        """MACs of a plain configuration that has run before."""
+        return self._macs[configuration,]
+
+    def _attached(self, configuration: Configuration, prompt: str, seed: int) -> RunResult:
         from cachekit.applying import apply
 
         # Without specs the attachment only counts: that run is the warm-up, and never timed.
-        with apply(self._pipe, made.specs) as attachment:
-            image, watch = run(self._pipe, self._call(made, prompt), seed)
+        with apply(self._pipe, configuration.specs) as attachment:
+            image, watch = timed_call(self._pipe, self._call(configuration, prompt), seed)
             report = attachment.report()
         return RunResult(
             image=image,
             seconds=watch.seconds,
-            macs=self._macs(made, report),
+            macs=self._count(configuration, report),
             cache_bytes=report.cache_bytes,
             deciding_seconds=report.deciding_seconds,
             peak_memory=watch.peak_memory,
@@ -134,19 +147,22 @@ class ImageRunner:
             warnings=tuple(report.warnings),
         )
 
-    def _call(self, made: Configuration, prompt: str) -> dict[str, Any]:
-        return {"num_inference_steps": made.steps, **self._arguments(prompt)}
+    def _call(self, configuration: Configuration, prompt: str) -> dict[str, Any]:
+        return {"num_inference_steps": configuration.steps, **self._arguments(prompt)}
 
-    def _macs(self, made: Configuration, report: Report) -> int:
+    def _count(self, configuration: Configuration, report: Report) -> int:
         actions = [call.signature for call in report.record.calls]
-        key = (made, *actions) if made.specs else (made,)
-        if key not in self._costs:
-            self._costs[key] = report.macs
-        return self._costs[key]
+        key = (configuration, *actions) if configuration.specs else (configuration,)
+        if key not in self._macs:
+            self._macs[key] = report.macs
+        return self._macs[key]
 
 
-def run(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image | None, Stopwatch]:
-    """Return the first image of a pipeline's call, None where it gives latents, and the stopwatch of the call."""
+def timed_call(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image | None, Stopwatch]:
+    """Call a pipeline once with a generator of that seed.
+
+    The image is the first of the output, or None where the output holds latents.
+    """
     import torch
     from PIL.Image import Image
 
@@ -159,12 +175,12 @@ def run(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image | None, 
 
 
 def steps_at(share: float, steps: int) -> int:
-    """Return how many plain steps cost most nearly `share` of what `steps` of them do."""
+    """Find the number of plain steps, at least 1, that cost most nearly `share` of what `steps` of them cost."""
     return max(1, round(share * steps))
 
 
-def likeness(image: Image, reference: Image) -> tuple[float, float]:
-    """Return PSNR and SSIM of 8-bit colour images."""
+def similarity(image: Image, reference: Image) -> tuple[float, float]:
+    """PSNR (dB, infinite for equal images) and SSIM of two 8-bit colour images."""
     import numpy as np
     import skimage.metrics
 
@@ -178,7 +194,7 @@ def likeness(image: Image, reference: Image) -> tuple[float, float]:
 
 @contextmanager
 def silent_log() -> Iterator[None]:
-    """Keep the warnings of runs, which their results hold, from being logged once per image as well."""
+    """Suppress the log of each run's warnings, which results hold anyway."""
     log = logging.getLogger("cachekit")
     before, log.disabled = log.disabled, True
     try:

@@ -1,4 +1,4 @@
-"""Judge images by learned metrics whose weights are at hand."""
+"""Learned image metrics, with weights from local files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Metric", "load_metrics", "parse_metrics"]
 
-#: Judge an image beside the uncached one, with the caption of both.
+#: Scores an image, given the uncached image and the caption of both.
 Metric = Callable[["Image", "Image", str], float]
 
 
 def parse_metrics(texts: Iterable[str], known: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return (name, path) of texts such as `lpips=alexnet.pth`, for metrics of that kind; nothing is loaded."""
+    """Parse texts such as `lpips=alexnet.pth` into sorted (name, path) pairs; no weights are loaded.
+
+    Raises `BenchError` for a name that is not in `known` and for a path that does not exist.
+    """
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
@@ -32,7 +35,7 @@ def parse_metrics(texts: Iterable[str], known: Collection[str]) -> tuple[tuple[s
 
 
 def load_metrics(chosen: Iterable[tuple[str, str]], device: Any) -> dict[str, Metric]:
-    """Return the metrics of (name, path) pairs."""
+    """Load the metrics of (name, path) pairs."""
     return {name: METRICS[name](path, device) for name, path in chosen}
 
 

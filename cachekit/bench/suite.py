@@ -1,4 +1,4 @@
-"""Measure all cells of a suite that are not measured yet, and then the plain pipelines they must beat."""
+"""Measure the cells of a suite that are not measured yet, and then the plain pipelines that they must beat."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Suite", "fitting", "measure_suite"]
 
-#: Called after each cell with the number of cells done and of all cells known by then, and what was wrong, if anything.
+#: Called after each cell with the number of cells done, of all cells known by then, and the reason of a failure.
 Progress = Callable[[int, int, "str | None"], None]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Say what is measured of one model: every composition with every scheduler, number of steps and seed."""
+    """What is measured on one model: every composition with every scheduler, number of steps and seed."""
 
     setting: Setting
     compositions: Sequence[tuple[Policy, ...]]
@@ -44,7 +44,7 @@ class Suite:
     workers: int = 1
 
     def cells(self) -> list[Cell]:
-        """Return all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
+        """List all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
         denoiser, pipeline = self._checked(), class_of_pipeline(self.setting.model)
         shared = self._shared()
         found = []
@@ -87,7 +87,7 @@ class Suite:
 
 
 def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:
-    """Return the compositions that find what they act on in a model; raise `BenchError` where none does."""
+    """Select the compositions that find their sites in a model; raise `BenchError` where none does."""
     denoiser = shape_of_model(model)
     found = [policies for policies in compositions if _fits(denoiser, policies)]
     if not found:
@@ -104,7 +104,7 @@ def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
 
 
 def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:
-    """Measure what is missing in `results`, which holds each cell as soon as it is done; return what failed."""
+    """Measure the cells that `results` lacks, and add each as soon as it is done; return a line for each failure."""
     from cachekit.bench.summary import groups
 
     cells = suite.cells()

@@ -1,4 +1,4 @@
-"""Say whether the installation is sound."""
+"""`cachekit doctor`: checks of the installation."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
 
 
 def doctor() -> None:
-    """Check versions, plugins and the embedded model; exit with 1 when something is wrong."""
+    """Check versions, plugins and the embedded model; exit with code 1 where a check fails."""
     from cachekit import __version__
 
     say(f"ok      python {platform.python_version()}")
     say(f"ok      cachekit {__version__}")
-    # Each check runs, whatever the ones before it found.
+    # A list, so that every check runs even after one has failed.
     sound = [*map(_library, _LIBRARIES), _plugins(), _weights()]
     raise typer.Exit(0 if all(sound) else 1)
 
@@ -40,7 +40,7 @@ def _plugins() -> bool:
 
     try:
         with warnings.catch_warnings():
-            # Each failure is printed below.
+            # The failures are printed below.
             warnings.simplefilter("ignore")
             catalog = installed()
     except CachekitError as error:

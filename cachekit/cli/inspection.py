@@ -1,4 +1,4 @@
-"""Say what is installed, what a model offers, and what a run would do."""
+"""`cachekit list`, `show`, `sites` and `plan`: installed policies, a model's sites, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import say
+from cachekit.cli.output import say, write
 from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 
 def list_installed() -> None:
-    """List the installed policies and adapters, their keys, and who brings them."""
+    """List the installed policies and adapters, their keys, and the packages they come from."""
     from cachekit.registry.catalog import installed
 
     catalog = installed()
@@ -38,7 +38,7 @@ def list_installed() -> None:
 
 
 def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a spec.")]) -> None:
-    """Show one policy: what it does, its keys with types, defaults and bounds, its paper and its kinds."""
+    """Show one policy: its description, its keys with types, defaults and bounds, its kinds and its paper."""
     from cachekit.errors import SpecError, nearest
     from cachekit.registry.catalog import installed
 
@@ -58,9 +58,9 @@ def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a s
 
 def sites(
     model: Model,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every site, not only their number.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every site, not only their number.")] = False,
 ) -> None:
-    """Print the sites, regions and chains that a model's adapter names; no weights are loaded."""
+    """Print the sites, regions and chains of a model; no weights are loaded."""
     from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
@@ -72,13 +72,13 @@ def sites(
 
 
 def plan(
-    specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.", metavar="SPECS...")],
-    steps: Annotated[int, typer.Option(min=1, help="Iterations of the pipeline's loop.")],
+    specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")],
     model: Annotated[str, typer.Option(help=_MODEL)] = "demo",
     unguided: Annotated[bool, typer.Option("--unguided", help="Plan a run without classifier-free guidance.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the plan too, a square for each site and step.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the plan to this SVG file.")] = None,
 ) -> None:
-    """Print what each policy would do in each step of a run; no weights are loaded."""
+    """Print what each policy does in each step of a run; no weights are loaded."""
     from cachekit.applying import apply
     from cachekit.interface.specs import parse_all
     from cachekit.models.loading import denoiser_from_config
@@ -89,17 +89,7 @@ def plan(
         made = attachment.plan(steps, guided=not unguided)
     say(made)
     if svg is not None:
-        _write(svg, made.picture())
-
-
-def _write(path: Path, text: str) -> None:
-    from cachekit.errors import CachekitError
-
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
-    say(f"wrote {path}")
+        write(svg, made.picture())
 
 
 def _origin(catalog: Catalog, what: str, name: str) -> str:
@@ -120,7 +110,7 @@ def _word(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """Return a field's type as a reader of specs needs it: the words allowed, or what kind of number."""
+    """Describe a field's type for specs: the allowed words, or the kind of number."""
     from typing import Literal, get_args, get_origin
 
     if get_origin(annotation) is Literal:

@@ -1,4 +1,4 @@
-"""Caches of diffusers and cache-dit as rows of `cachekit bench`: who has them, and that nothing of them stays."""
+"""Caches of diffusers and cache-dit as rows of `cachekit bench grid`: models they support, and no trace of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support import tiny
 from cachekit.bench.caches import Cache, caches_for
 from cachekit.bench.cells import Method, Setting
 from cachekit.bench.executors import attempt
-from cachekit.bench.measuring import run
+from cachekit.bench.measuring import timed_call
 from cachekit.bench.peers import counting
 from cachekit.bench.suite import Suite
 from cachekit.upstream.pipelines import denoiser_of
@@ -51,28 +51,28 @@ def test_a_cache_acts_on_its_copy_and_leaves_no_trace(model, method, text, capfd
     call, denoiser = type(pipe).__call__, denoiser_of(pipe)
     given = {"num_inference_steps": STEPS, **arguments("a")}
     with counting(denoiser) as uncached:
-        plain, _ = run(pipe, dict(given), 1)
+        plain, _ = timed_call(pipe, dict(given), 1)
     with tiny.leaves_no_trace(pipe):
         cache = Cache(pipe, method, text, arguments)
-        drawn = cache.draw(STEPS, "a", 1)
-    assert drawn.image.tobytes() != plain.tobytes()
-    assert 0 < drawn.macs < uncached.macs
+        result = cache.run(STEPS, "a", 1)
+    assert result.image.tobytes() != plain.tobytes()
+    assert 0 < result.macs < uncached.macs
     for one in (pipe, cache._twin):
-        assert run(one, dict(given), 1)[0].tobytes() == plain.tobytes()
-    again = cache.draw(STEPS, "a", 1)
-    assert (again.image.tobytes(), again.macs) == (drawn.image.tobytes(), drawn.macs)
+        assert timed_call(one, dict(given), 1)[0].tobytes() == plain.tobytes()
+    again = cache.run(STEPS, "a", 1)
+    assert (again.image.tobytes(), again.macs) == (result.image.tobytes(), result.macs)
     assert type(pipe).__call__ is call
     assert "experimental" not in capfd.readouterr().err
 
 
 def test_a_failure_inside_takes_the_cache_off():
     pipe = flux()
-    plain, _ = run(pipe, {"num_inference_steps": STEPS, **flux_arguments("a")}, 1)
+    plain, _ = timed_call(pipe, {"num_inference_steps": STEPS, **flux_arguments("a")}, 1)
     wrong = {"prompt_embeds": tiny.text(1)}
     cache = Cache(pipe, Method.DIFFUSERS, "FirstBlockCache:threshold=1e9", lambda prompt: wrong)
     with pytest.raises(ValueError, match="pooled_prompt_embeds"):
-        cache.draw(STEPS, "a", 1)
-    again, _ = run(cache._twin, {"num_inference_steps": STEPS, **flux_arguments("a")}, 1)
+        cache.run(STEPS, "a", 1)
+    again, _ = timed_call(cache._twin, {"num_inference_steps": STEPS, **flux_arguments("a")}, 1)
     assert again.tobytes() == plain.tobytes()
 
 

@@ -1,4 +1,4 @@
-"""The distance between crowds of images, and the classifier whose features it compares."""
+"""The Frechet distance between sets of images, and the classifier whose features it compares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from scipy import linalg, ndimage
 
 import cachekit
-from cachekit.bench.frechet import crowd, distance, is_enough, rendered
+from cachekit.bench.frechet import distance, gaussian_stats, is_enough, rendered
 from cachekit.models.demo import DEMO_GUIDANCE, classifier, demo_pipeline, features, heldout_captions, scenes
 from cachekit.models.demo.pipeline import WEIGHTS, WeightsError
 
@@ -35,22 +35,22 @@ def images(captions):
 
 @pytest.fixture(scope="module")
 def apart(captions):
-    """Return how far images are from true ones of the same captions."""
-    return lambda images: distance(crowd(features(images)), rendered(captions))
+    """Distance of images to rendered scenes of the same captions."""
+    return lambda images: distance(gaussian_stats(features(images)), rendered(captions))
 
 
 # -- the distance -----------------------------------------------------------------------------------------
 
 
 def test_it_is_zero_to_itself_and_the_same_both_ways(images):
-    one, other = crowd(features(images)), crowd(features(images[::-1] ** 2))
+    one, other = gaussian_stats(features(images)), gaussian_stats(features(images[::-1] ** 2))
     assert distance(one, one) == pytest.approx(0, abs=1e-9)
     assert distance(one, other) == pytest.approx(distance(other, one), rel=1e-9)
 
 
 def test_it_is_the_published_formula():
     rng = np.random.default_rng(0)
-    one, other = (crowd(rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)) + shift) for shift in (0.0, 1.0))
+    one, other = (gaussian_stats(rng.normal(size=(50, 4)) @ rng.normal(size=(4, 4)) + shift) for shift in (0.0, 1.0))
     c, d = np.array(one.covariance), np.array(other.covariance)
     wanted = np.sum(np.subtract(one.mean, other.mean) ** 2) + np.trace(c + d - 2 * linalg.sqrtm(c @ d).real)
     assert distance(one, other) == pytest.approx(wanted, rel=1e-9)
@@ -58,7 +58,10 @@ def test_it_is_the_published_formula():
 
 def test_normal_distributions_of_one_dimension_have_a_closed_form():
     values = np.random.default_rng(1).normal(size=(200, 1))
-    one, other = crowd(np.hstack([values, 0 * values])), crowd(np.hstack([3 * values + 2, 0 * values]))
+    one, other = (
+        gaussian_stats(np.hstack([values, 0 * values])),
+        gaussian_stats(np.hstack([3 * values + 2, 0 * values])),
+    )
     spread = values.std(ddof=1)
     shift = 3 * values.mean() + 2 - values.mean()
     assert distance(one, other) == pytest.approx(shift**2 + (2 * spread) ** 2, rel=1e-9)
@@ -73,7 +76,7 @@ def test_few_images_are_too_few():
     assert is_enough(32, classifier.FEATURES)
 
 
-# -- what it tells ----------------------------------------------------------------------------------------
+# -- what it measures -------------------------------------------------------------------------------------
 
 
 def test_it_grows_with_noise(images, apart):
@@ -107,9 +110,9 @@ def test_a_cache_that_loses_the_text_is_further_away_than_the_plain_pipeline():
         settings = {"num_inference_steps": 6, "guidance_scale": DEMO_GUIDANCE, "output_type": "np"}
         return pipe(list(captions), generator=generators, **settings).images
 
-    plain = distance(crowd(features(drawn())), rendered(captions))
+    plain = distance(gaussian_stats(features(drawn())), rendered(captions))
     with cachekit.apply(pipe, "tgate:m=1"):
-        cached = distance(crowd(features(drawn())), rendered(captions))
+        cached = distance(gaussian_stats(features(drawn())), rendered(captions))
     assert cached > 2 * plain
 
 

@@ -1,4 +1,4 @@
-"""Grids, resumed and merged results, baselines, peers and executors of `cachekit bench`, on real tiny pipelines."""
+"""`cachekit bench grid`: grids, resumed and merged results, baselines, peers and executors, on tiny pipelines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -17,13 +18,15 @@ from support import commands, tiny
 import cachekit
 from cachekit.bench.cells import BenchError, Method, Setting, expand
 from cachekit.bench.executors import executor
-from cachekit.bench.frechet import crowd, distance
-from cachekit.bench.page import columns
+from cachekit.bench.figures import FIGURES
+from cachekit.bench.frechet import distance, gaussian_stats
 from cachekit.bench.results import Results, read
 from cachekit.bench.suite import Suite, fitting
 from cachekit.bench.summary import groups
+from cachekit.bench.tables import texts
 from cachekit.bench.workbench import measure
 
+STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
 SMALL = ["--steps", "4", "--threads", "1"]
 
@@ -51,7 +54,7 @@ def measured(folder, captions, tmp_path_factory):
     return file
 
 
-run, printed = (functools.partial(command, "bench") for command in (commands.run, commands.printed))
+run, printed = (functools.partial(command, "bench", "grid") for command in (commands.run, commands.printed))
 
 
 def refused(*arguments):
@@ -183,7 +186,8 @@ def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(t
     file = tmp_path / "r.jsonl"
     text = printed("demo", "--spec", "tgate:m=1", "--steps", 2, "--no-peers", "--captions", 2, "--output", file)
     assert "Frechet" in text
-    assert "n=" not in text
+    (measured,) = groups(read(file)[0])
+    assert {texts(measured, row)["Frechet"] for row in (measured.uncached, *measured.rows)} == {"-"}
     result = next(result for result in read(file)[0] if result.cell.specs)
 
     def shifted(seed, specs=("tgate:m=1",)):
@@ -197,14 +201,14 @@ def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(t
         return result.model_copy(update={"cell": cell, "samples": samples})
 
     (few,) = groups(map(shifted, range(15)))
-    assert (few.rows[0].images, few.rows[0].frechet) == (30, None)
+    assert (few.rows[0].frechet_images, few.rows[0].frechet) == (30, None)
     other = [shifted(seed, ("tgate:m=9",)) for seed in range(16)]
     (group,) = groups([*map(shifted, range(16)), *other])
-    assert [columns(group, row)["first"] == "-" for row in (group.uncached, *group.rows)] == [True, False, False]
-    assert [row.images for row in (group.uncached, *group.rows)] == [32, 32, 32]
-    assert columns(group, group.uncached)["Frechet"].endswith(" (n=32)")
+    assert [texts(group, row)["first"] == "-" for row in (group.uncached, *group.rows)] == [True, False, False]
+    assert [row.frechet_images for row in (group.uncached, *group.rows)] == [32, 32, 32]
+    assert texts(group, group.uncached)["Frechet"].endswith(" (n=32)")
     found = [sample.features for sample in group.rows[0].samples]
-    assert group.rows[0].frechet == distance(crowd(found), result.reference)
+    assert group.rows[0].frechet == distance(gaussian_stats(found), result.reference)
     assert group.rows[0].frechet > group.uncached.frechet > 0
 
 
@@ -271,6 +275,18 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
     for name, _ in cell:
         other = cell.model_copy(update={name: others.get(name, 99 if name in numbers else "x")})
         assert other.id != cell.id, name
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-dit", "sd15", "pixart"])
+def test_the_stored_results_can_be_read(name):
+    results, problems = read(STORED / f"{name}.jsonl")
+    assert problems == []
+    for group in groups(results):
+        for row in (group.uncached, *group.rows):
+            shown = texts(group, row)
+            assert all(shown[figure.name] for figure in FIGURES.values())
+            assert min(row.seconds, row.speedup, row.macs, row.mac_reduction) > 0
+        assert group.uncached.checked_images in (0, len(group.uncached.samples) // len(group.rows))
 
 
 # -- refusals ---------------------------------------------------------------------------------------------
@@ -366,7 +382,7 @@ def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
 
 
 def test_workers_end_with_a_command_that_is_killed(folder, tmp_path):
-    words = ["bench", folder, "--spec", "tgate:m=2|3", "--steps", "4", "--limit", "1", "--no-peers"]
+    words = ["bench", "grid", folder, "--spec", "tgate:m=2|3", "--steps", "4", "--limit", "1", "--no-peers"]
     words += ["--executor", "process", "--threads", "1", "--output", str(tmp_path / "results.jsonl")]
     command = psutil.Popen(
         [sys.executable, "-c", "from cachekit.cli import app; app()", *words], stdout=subprocess.DEVNULL

@@ -134,7 +134,7 @@ def test_a_grid_reports_both_for_the_contender_and_the_uncached_image(folder, al
     tiny.sd().save_pretrained(tmp_path / "model")
     metrics = ["--metric", f"lpips={folder / 'alexnet.pth'}", "--metric", f"clip={folder / 'clip'}"]
     given = ["--spec", "tgate:m=2", "--steps", 4, "--captions", 1, "--no-peers", "--threads", 1]
-    text = commands.printed("bench", tmp_path / "model", *given, *metrics, "--output", file)
+    text = commands.printed("bench", "grid", tmp_path / "model", *given, *metrics, "--output", file)
     assert "lpips" in text
     (sample,) = json.loads(file.read_text().splitlines()[0])["samples"]
     assert sample["uncached_metrics"]["lpips"] == 0

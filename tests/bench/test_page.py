@@ -1,4 +1,4 @@
-"""The report of `cachekit bench` as one page: complete, escaped, and without anything from outside."""
+"""The report of `cachekit bench grid` as one page: complete, escaped, and without anything from outside."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_everything_is_there(page, file):
         assert word in text
     plots = [one["aria-label"] for one in page.of("svg")]
     assert plots == [
-        "PSNR to uncached (dB) over times faster (wall time)",
-        "PSNR to uncached (dB) over times fewer MACs",
+        "PSNR to uncached (dB) over speedup (wall time)",
+        "PSNR to uncached (dB) over MAC reduction",
         "steps across, sites down",
     ]
     assert len(page.of("img")) == 2 * len([one for one in page.of("input") if one["type"] == "range"])

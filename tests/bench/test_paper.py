@@ -1,4 +1,4 @@
-"""`cachekit bench --suite paper`: every published figure is rebuilt, or comes with the command that measures it."""
+"""`cachekit bench paper`: every published figure is rebuilt, or comes with the command that measures it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_each_kept_figure_is_that_of_the_paper(row):
 
 
 def test_the_command_rebuilds_what_is_kept_and_prints_how_fids_are_measured():
-    text = commands.printed("bench", "lcm-pixart", "--suite", "paper")
+    text = commands.printed("bench", "paper", "lcm-pixart")
     kept = [row for row in KEPT if row["name"].startswith("lcm-pixart")]
     assert len(kept) == 3
     for row in kept:
@@ -58,10 +58,9 @@ def test_the_command_rebuilds_what_is_kept_and_prints_how_fids_are_measured():
 
 
 def test_a_model_without_tables_is_refused():
-    result = commands.run("bench", "sdlx", "--suite", "paper")
+    result = commands.run("bench", "paper", "sdlx")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "did you mean 'sdxl'?" in result.stderr
-    assert "--spec means nothing to --suite paper" in commands.run("bench", "--suite", "paper", "--spec", "x").stderr
 
 
 # -- the commands for FIDs --------------------------------------------------------------------------------
@@ -76,7 +75,7 @@ def test_every_published_fid_has_its_command():
 def test_every_command_is_one_that_bench_takes():
     for found in measurable():
         name, given = commands.parsed(found.commands[-1])
-        assert (name, given["suite"]) == ("bench", "coco")
+        assert name == "bench coco"
         assert len(given["models"]) == 1
         expand(given["spec"] or [], cachekit.policies())
         for name in given["scheduler"] or []:
@@ -109,10 +108,10 @@ def test_a_command_measures_what_it_says_on_data_that_is_at_hand(tmp_path, monke
         Image.fromarray((rendered * 255).astype(np.uint8)).save(f"val2014/{place}.jpg")
     networks.features("inception-2015-12-05.pt")
     (row,) = (found for found in measurable(["sd15"]) if found.table == "5" and found.name.endswith("tgate:m=5"))
-    words = shlex.split(row.commands[-1])[3:]
+    words = shlex.split(row.commands[-1])[4:]
     for name, value in {"--dtype": "float32", "--steps": "6"}.items():
         words[words.index(name) + 1] = value
-    text = commands.printed("bench", "demo", *words)
+    text = commands.printed("bench", "coco", "demo", *words)
     assert "tgate:m=5" in text
     lines = [json.loads(line) for line in Path("bench-coco/scores.jsonl").read_text().splitlines()]
     assert {tuple(line["drawing"]["specs"]) for line in lines} == {(), ("tgate:m=5",)}

@@ -1,4 +1,4 @@
-"""The Ray executor of `cachekit bench`, on a cluster of this machine with two actors."""
+"""The Ray executor of `cachekit bench grid`, on a cluster of this machine with two actors."""
 
 from __future__ import annotations
 
@@ -83,6 +83,6 @@ def test_no_cluster_and_no_ray_are_one_line_each(setting, tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, "ray", package)
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
-    result = commands.run("bench", setting.model, "--executor", "ray", "--output", tmp_path / "r.jsonl")
+    result = commands.run("bench", "grid", setting.model, "--executor", "ray", "--output", tmp_path / "r.jsonl")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert said in result.stderr

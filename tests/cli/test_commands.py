@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 from support import tiny
-from support.commands import printed, run
+from support.commands import printed, run, save_without_weights
 
 import cachekit
 from cachekit.models.demo import pipeline as demo_files
 from cachekit.registry import catalog as catalogs
 
-SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "doctor"]
+SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "coverage", "doctor"]
+BENCHES = ["grid", "coco", "paper"]
 
 
 def refused(*arguments):
@@ -32,12 +33,7 @@ def refused(*arguments):
 
 @pytest.fixture(scope="module")
 def sd(tmp_path_factory):
-    """Save a pipeline without its weights: what these commands read are configurations."""
-    folder = tmp_path_factory.mktemp("sd")
-    tiny.sd().save_pretrained(folder)
-    for weights in folder.rglob("*.safetensors"):
-        weights.unlink()
-    return folder
+    return save_without_weights(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +63,9 @@ def with_plugins(monkeypatch):
 # -- help ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUBCOMMANDS)])
-def test_help_is_given_for_every_command(arguments):
-    assert "Usage" in printed(*arguments)
+@pytest.mark.parametrize("command", [[], *([name] for name in SUBCOMMANDS), *(["bench", name] for name in BENCHES)])
+def test_help_is_given_for_every_command(command):
+    assert "Usage" in printed(*command, "--help")
 
 
 def test_help_names_every_command():
@@ -77,7 +73,7 @@ def test_help_names_every_command():
     assert all(name in text for name in SUBCOMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["bench", "grid", "--help"]])
 def test_help_loads_neither_torch_nor_diffusers(arguments):
     code = (
         "import sys; from cachekit.cli import app\n"

@@ -18,12 +18,7 @@ run = functools.partial(commands.run, "estimate")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Save a pipeline without its weights: an estimate reads configurations."""
-    folder = tmp_path_factory.mktemp("sd")
-    tiny.sd().save_pretrained(folder)
-    for weights in folder.rglob("*.safetensors"):
-        weights.unlink()
-    return folder
+    return commands.save_without_weights(tmp_path_factory.mktemp("sd"))
 
 
 def lines(text, *words):

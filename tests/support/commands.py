@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import typer
 from typer.testing import CliRunner
 
 from cachekit.cli import app
+from support import tiny
 
 
 def run(*arguments):
@@ -20,8 +22,20 @@ def printed(*arguments):
     return result.stdout
 
 
+def save_without_weights(folder: Path):
+    """Save the tiny pipeline as configurations alone, which is all that some commands read."""
+    tiny.sd().save_pretrained(folder)
+    for weights in folder.rglob("*.safetensors"):
+        weights.unlink()
+    return folder
+
+
 def parsed(line):
-    """Return the parameters of a line such as `cachekit bench demo`; what the command does not know is an error."""
-    program, name, *words = shlex.split(line)
+    """Parse a line such as `cachekit bench grid demo` into command and parameters; unknown options are errors."""
+    program, *words = shlex.split(line)
     assert program == "cachekit"
-    return name, typer.main.get_command(app).commands[name].make_context(name, words).params
+    command, names = typer.main.get_command(app), []
+    while hasattr(command, "commands"):
+        names.append(words.pop(0))
+        command = command.commands[names[-1]]
+    return " ".join(names), command.make_context(names[-1], words).params

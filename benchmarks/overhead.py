@@ -24,7 +24,7 @@ from cachekit.bench.peers import twin
 from cachekit.bench.subjects import load
 from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
 
-STEPS = {"demo": 25, "sd15": 6}
+STEPS = {"demo": 25, "sd15": 10}
 PIXELS = {"sd15": 256}
 Run = Callable[[], Any]
 
@@ -44,10 +44,12 @@ def main() -> None:
     results = measure(options.model, rounds)
     for name, result in results.items():
         print(f"{options.model}: {name}: {result['ratio']:.4f}")
-    append(options.output, options.model, results, options.threads)
+    deciding = deciding_ms(options.model, rounds)
+    print(f"{options.model}: deciding, ms per step: {deciding:.3f}")
+    append(options.output, options.model, {"comparisons": results, "deciding_ms": deciding}, options.threads)
 
 
-def append(output: Path, model: str, results: dict[str, Any], threads: int) -> None:
+def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> None:
     """Write the figures of a model into the file, which keeps those of other models."""
     held = json.loads(output.read_text()) if output.exists() else {}
     environment = {
@@ -56,7 +58,7 @@ def append(output: Path, model: str, results: dict[str, Any], threads: int) -> N
         "processors": os.cpu_count(),
         "threads": threads,
     }
-    held[model] = {"steps": STEPS[model], "environment": environment, "comparisons": results}
+    held[model] = {"steps": STEPS[model], "environment": environment, **measured}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(held, indent=1) + "\n")
 
@@ -67,7 +69,21 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     found = {
         "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
         "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
-        "cachekit deepcache / published DeepCache": compare(*deepcache(pipe, arguments), rounds),
+        **{
+            f"cachekit deepcache / published DeepCache, branch {branch}": compare(
+                *deepcache(pipe, arguments, branch), rounds
+            )
+            for branch in (0, 1)
+        },
+    }
+    if model == "demo":  # on a true size the loops by hand take long and say the same
+        found |= measure_by_hand(pipe, arguments, rounds)
+    return found
+
+
+def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Compare the speedup of TGATE with that of a minimal loop by hand."""
+    found = {
         "cachekit tgate / plain": compare(*cached_and_plain(pipe, arguments), rounds),
         "tgate by hand / plain loop by hand": compare(*by_hand(pipe, arguments), rounds),
     }
@@ -123,6 +139,18 @@ def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     published = TgateSDLoader(theirs)
     schedule = {"gate_step": gate, "sp_interval": 1, "fi_interval": 1, "warm_up": 0}
     return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
+
+
+def deciding_ms(model: str, rounds: int) -> float:
+    """Measure the time per step that goes into locating calls and deciding, with two policies: the median, in ms."""
+    pipe, arguments = prepare(model)
+    steps = arguments["num_inference_steps"]
+    with cachekit.apply(pipe, [f"tgate:m={gate_of(arguments)}", "deepcache:interval=3"]) as attachment:
+        seconds = []
+        for _ in range(rounds):
+            pipe(**arguments)
+            seconds.append(attachment.report().deciding_seconds)
+    return float(median(seconds) / steps * 1e3)
 
 
 def gate_of(arguments: dict[str, Any]) -> int:
@@ -185,14 +213,14 @@ def hold(module: Any, args: Any, output: torch.Tensor) -> None:
     module.forward = lambda *args, **kwargs: constant
 
 
-def deepcache(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
+def deepcache(pipe: Any, arguments: dict[str, Any], branch: int) -> tuple[Run, Run]:
     """Make runs with DeepCache by cachekit and by the published package, on the same weights."""
     from DeepCache import DeepCacheSDHelper
 
     ours, theirs = twins(pipe)
-    cachekit.apply(ours, "deepcache:interval=3,branch=0")
+    cachekit.apply(ours, f"deepcache:interval=3,branch={branch}")
     helper = DeepCacheSDHelper(pipe=theirs)
-    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.set_params(cache_interval=3, cache_branch_id=branch)
 
     def published() -> None:
         helper.enable()

@@ -88,16 +88,14 @@ def demo_table() -> str:
 
 def overhead_table() -> str:
     """Overhead comparisons of every model measured."""
-    rows = [
-        [
-            f"{model}, {held['steps']} steps",
-            name,
-            " / ".join(f"{value:.3f}" for value in result["seconds"]) or "-",
-            f"{result['ratio']:.3f}",
-        ]
-        for model, held in (stored("overhead.json") or {}).items()
-        for name, result in held["comparisons"].items()
-    ]
+    rows = []
+    for model, held in (stored("overhead.json") or {}).items():
+        title = f"{model}, {held['steps']} steps"
+        for name, result in held["comparisons"].items():
+            seconds = " / ".join(f"{value:.3f}" for value in result["seconds"]) or "-"
+            rows.append([title, name, seconds, f"{result['ratio']:.3f}"])
+        if "deciding_ms" in held:
+            rows.append([title, "deciding per step, tgate + deepcache", f"{held['deciding_ms'] / 1e3:.6f}", "-"])
     return markdown(["model", "comparison", "seconds", "ratio of wall times"], rows, left=2) if rows else ""
 
 

@@ -80,7 +80,8 @@ def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region | None:
     if not skipped:
         return None
     name = f"region {_number(denoiser, depth, layer)}"
-    return Region(name, skipped[-1], skipped[:-1], edited=True, encoder=encoder)
+    # FreeU edits what enters the layers of the first two up blocks, T2I-Adapter what leaves the middle, in place.
+    return Region(name, skipped[-1], skipped[:-1], edited=up < 2, encoder=encoder)
 
 
 def _number(denoiser: Any, depth: int, layer: int) -> int:

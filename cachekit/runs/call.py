@@ -21,10 +21,13 @@ class Call:
     """The actions of one forward of a denoiser.
 
     `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `entries` are
-    the tensors that entered regions, by assignment.
+    the tensors that entered regions, by assignment; `scratch` is memory for the outputs of skipped modules.
     """
 
-    __slots__ = ("actions", "batch", "branch", "branches", "calls", "denoiser", "entries", "keeper", "ordinal", "row")
+    __slots__ = (
+        "actions", "batch", "branch", "branches", "calls", "counts", "denoiser", "entries", "keeper", "ordinal", "row",
+        "scratch",
+    )  # fmt: skip
 
     def __init__(
         self, keeper: Keeper, calls: BranchCalls, row: Row, caller: Caller, batch: int, ordinal: int = 0
@@ -39,6 +42,8 @@ class Call:
         self.row = Row(row.step, row.branches, self.actions, row.narrowed_by, row.origins, row.last_branches)
         self.branches: Branches = (self.branch,) if self.branch else row.branches
         self.entries: dict[int, Streams] = {}
+        self.counts = keeper.record.counts
+        self.scratch: Any = None
 
     @property
     def narrowed_by(self) -> int | None:
@@ -125,7 +130,7 @@ class Call:
 
     def count(self, index: int, action: Action) -> None:
         """Count what has happened."""
-        self.keeper.record.counts[index][action] += 1
+        self.counts[index][action] += 1
 
     def miss(self, index: int) -> None:
         """Count a reuse that found nothing kept."""

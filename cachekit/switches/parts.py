@@ -12,7 +12,7 @@ from cachekit.interface.policy import OPEN, Action, Moment, Policy
 from cachekit.interface.sites import Region, Target
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.orders import Order
-from cachekit.switches.placeholders import Placeholder, zeros_like
+from cachekit.switches.placeholders import Memory, Placeholder, Scratch, zeros, zeros_like
 from cachekit.tensors import tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
 
@@ -158,8 +158,17 @@ class Member(AssignedPart):
         """Make a placeholder where the region is reused."""
         if call.actions[self.index] is not Action.REUSE:
             return RUN_IT
+        if call.scratch is None:
+            call.scratch = Scratch()
+        return self._placeholder(call, call.scratch)
+
+    def before_compiled(self, call: Call) -> Any:
+        """Make a placeholder with memory of its own: compiled code assumes that its inputs do not overlap."""
+        return self._placeholder(call, zeros) if call.actions[self.index] is Action.REUSE else RUN_IT
+
+    def _placeholder(self, call: Call, memory: Memory) -> Any:
         shapes, branches = call.keeper.shapes[call.slot(self.index), self.name]
-        return tree_map(Placeholder(len(call.branches), branches), shapes)
+        return tree_map(Placeholder(len(call.branches), branches, memory), shapes)
 
     def needs(self, call: Call) -> Order:
         """Choose MEASURE where a placeholder may be needed later."""

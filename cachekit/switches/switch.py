@@ -117,7 +117,7 @@ class Switch:
                 return self._ask_parts(call, forward, module, args, kwargs)
         output = forward(module, *args, **kwargs)
         for index in self._counted:
-            call.count(index, _COMPUTE)
+            call.counts[index][_COMPUTE] += 1
         return output
 
     def _ask_parts(

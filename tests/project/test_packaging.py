@@ -64,7 +64,7 @@ def test_the_wheel_has_nothing_else(wheel):
 
 
 def test_the_wheel_has_the_weights_that_the_manifests_name(wheel):
-    manifests = [name for name in wheel if re.fullmatch(r"cachekit/demo/weights/\w+/manifest\.json", name)]
+    manifests = [name for name in wheel if re.fullmatch(r"cachekit/models/demo/weights/\w+/manifest\.json", name)]
     assert manifests
     for manifest in manifests:
         for name in json.loads(wheel[manifest]):

@@ -16,44 +16,14 @@ from diffusers.guiders import (
     SmoothedEnergyGuidance,
 )
 from diffusers.hooks import LayerSkipConfig, SmoothedEnergyGuidanceConfig
-from diffusers.modular_pipelines.modular_pipeline import SequentialPipelineBlocks
-from diffusers.modular_pipelines.stable_diffusion_xl import before_denoise, denoise
 from support import tiny
+from support.modular import STEPS, draw, modular
 
 import cachekit
 from cachekit.errors import GuidanceError
 
-STEPS, SCALE = 5, 5.0
+SCALE = 5.0
 MIDDLE = "mid_block.attentions.0.transformer_blocks"
-
-
-class Blocks(SequentialPipelineBlocks):
-    """The part of SDXL's modular pipeline from embeddings to latents."""
-
-    model_name = "stable-diffusion-xl"
-    block_classes = [
-        before_denoise.StableDiffusionXLInputStep,
-        before_denoise.StableDiffusionXLSetTimestepsStep,
-        before_denoise.StableDiffusionXLPrepareLatentsStep,
-        before_denoise.StableDiffusionXLPrepareAdditionalConditioningStep,
-        denoise.StableDiffusionXLDenoiseStep,
-    ]
-    block_names = ["input", "timesteps", "latents", "conditions", "denoise"]
-
-
-def modular(guider: Any) -> Any:
-    source = tiny.sdxl()
-    pipe = Blocks().init_pipeline()
-    pipe.update_components(unet=source.unet, vae=source.vae, scheduler=source.scheduler, guider=guider)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def draw(pipe: Any) -> torch.Tensor:
-    given = tiny.arguments(tiny.sdxl(), steps=STEPS)
-    for unknown in ("guidance_scale", "output_type"):
-        del given[unknown]
-    return pipe(**given, height=32, width=32, output="latents")
 
 
 def without_feed_forward(**windows: float) -> SkipLayerGuidance:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import PixArtSigmaPAGPipeline, StableDiffusionPAGPipeline, StableDiffusionSAGPipeline
 from diffusers.modular_pipelines import ModularPipeline
-from guidance.test_modular import draw, modular
 from support import tiny
+from support.modular import draw, modular
 
 import cachekit
 from cachekit import GuidanceError

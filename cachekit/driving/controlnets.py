@@ -91,7 +91,8 @@ class ControlNetInterceptor:
             if call.narrowed_by is None:
                 return forward(*args, **kwargs)
             stays = call.branches[0]
-            args, kwargs = pick_call((args, kwargs), self._parameters, layout, stays, call.batch)
+            arguments = by_name(self._parameters, args, kwargs)
+            args, kwargs = pick_call(arguments, self._parameters[: len(args)], layout, stays, call.batch)
             return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
 
     def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cachekit.driving.entrance import CallSteps
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.installation import Installation
-from cachekit.driving.outputs import Outputs
+from cachekit.driving.outputs import OutputFinisher
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import FitFunction, RunStarter
@@ -63,7 +63,7 @@ class Driver:
         self.last_report: Report | None = None
         self._cost = cost
         self._starter = RunStarter(setup, limit, fit)
-        self._outputs = Outputs(setup, self.state, self.pipelines)
+        self._finisher = OutputFinisher(setup, self.state, self.pipelines)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last report out of copies: they have not run yet."""
@@ -85,15 +85,15 @@ class Driver:
         if call is None:
             with self.installation.prompting(denoiser.name, None, enclosed):
                 return (yield args, kwargs)
-        given = self._outputs.narrowed(call, denoiser, inputs)
+        given = self._finisher.narrowed(call, denoiser, inputs)
         _record(call, inputs, time.perf_counter() - start)
         if call.is_dropped:
-            return self._outputs.replaced(call)
+            return self._finisher.replaced(call)
         self.state.call = call
         try:
             with self.installation.prompting(denoiser.name, call, enclosed):
                 output = yield given
-            return self._outputs.finish(call, inputs, output)
+            return self._finisher.finish(call, inputs, output)
         finally:
             self.state.call = None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from cachekit.interface.adapter import Layout
 from cachekit.interface.sites import Branches
 from cachekit.tensors import tensors, tree_map
-from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED, by_name
+from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED
 
 
 def as_batch(sample: Any) -> Any:
@@ -22,12 +22,11 @@ def as_batch(sample: Any) -> Any:
 
 
 def pick_call(
-    call: tuple[tuple[Any, ...], dict[str, Any]], parameters: Sequence[str], layout: Layout, branch: str, batch: int
+    arguments: Mapping[str, Any], positional: Sequence[str], layout: Layout, branch: str, batch: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cut the arguments (args, kwargs) of a call down to one branch; `parameters` names the positional ones."""
-    args, kwargs = call
-    picked = pick(by_name(parameters, args, kwargs), layout, branch, batch)
-    return tuple(picked.pop(name) for name in parameters[: len(args)]), picked
+    """Cut a call's `arguments`, by name, down to one branch; get (args, kwargs), of which args are the `positional`."""
+    picked = pick(arguments, layout, branch, batch)
+    return tuple(picked.pop(name) for name in positional), picked
 
 
 def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
@@ -37,36 +36,43 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
     and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
     sample is a list with a tensor for each image, so is every other list of that length.
     """
-    place, count = layout.order.index(branch), len(layout.order)
-
-    def cut(name: str) -> Callable[[Tensor], Tensor]:
-        dim = 1 if name in layout.layered | LAYERED else 0
-        multiples = dim == 0 and any(part in name for part in PER_FRAME)
-
-        def one(tensor: Tensor) -> Tensor:
-            size = tensor.shape[dim] if tensor.dim() > dim else 0
-            batched = size == batch or (multiples and size > 0 and size % batch == 0)
-            return tensor.chunk(count, dim)[place] if batched else tensor
-
-        return one
-
+    knife = _Knife(layout, layout.order.index(branch), batch)
     listed = any(isinstance(arguments.get(name), list) for name in SAMPLE)
-    items = slice(place * batch // count, (place + 1) * batch // count)
     return {
-        name: (value[items] if len(value) == batch else value)
-        if listed and isinstance(value, list)
-        else _pick_one(name, value, layout, cut)
+        name: knife.cut_list(value) if listed and isinstance(value, list) else knife.cut(name, value)
         for name, value in arguments.items()
     }
 
 
-def _pick_one(name: str, value: Any, layout: Layout, cut: Callable[[str], Callable[[Tensor], Tensor]]) -> Any:
-    if name in layout.unbatched | UNBATCHED:
-        return value
-    if isinstance(value, dict):
-        named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
-        return {key: _pick_one(own, item, layout, cut) for key, own, item in named}
-    return tree_map(cut(name), value)
+class _Knife:
+    """Cuts arguments down to the branch at `place` in the order of a layout."""
+
+    def __init__(self, layout: Layout, place: int, batch: int) -> None:
+        self._layout, self._place, self._batch = layout, place, batch
+        self._count = len(layout.order)
+
+    def cut(self, name: str, value: Any) -> Any:
+        """Cut an argument, or what a nested dict has under this name."""
+        if value is None or name in UNBATCHED or name in self._layout.unbatched:
+            return value
+        if isinstance(value, dict):
+            named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
+            return {key: self.cut(own, item) for key, own, item in named}
+        is_layered = name in LAYERED or name in self._layout.layered
+        multiples = not is_layered and any(part in name for part in PER_FRAME)
+        return tree_map(lambda tensor: self._cut_tensor(tensor, int(is_layered), multiples), value)
+
+    def _cut_tensor(self, tensor: Tensor, dim: int, multiples: bool) -> Tensor:
+        size = tensor.shape[dim] if tensor.dim() > dim else 0
+        if size != self._batch and not (multiples and size and size % self._batch == 0):
+            return tensor
+        part = size // self._count
+        return tensor.narrow(dim, self._place * part, part)
+
+    def cut_list(self, value: list[Any]) -> list[Any]:
+        """Cut a list with an entry for each image."""
+        first, stop = (place * self._batch // self._count for place in (self._place, self._place + 1))
+        return value[first:stop] if len(value) == self._batch else value
 
 
 def as_batches(output: Any) -> Any:

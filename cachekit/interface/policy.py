@@ -138,6 +138,11 @@ class Policy(BaseModel):
         """
         return Action.STORE
 
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is called; a policy whose fields make it needless may say so."""
+        return type(self).observe is not Policy.observe
+
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
         """Look at the outputs of the branches after a guided call, for later steps' `decide`."""
 

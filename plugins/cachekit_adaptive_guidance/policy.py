@@ -60,6 +60,11 @@ class AdaptiveGuidance(Policy):
             return Action.REUSE
         return Action.STORE if self.linear else Action.COMPUTE
 
+    @property
+    def observes(self) -> bool:
+        """Whether the branches decide."""
+        return self.threshold is not None
+
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
         """Record gamma (section 4), and whether it has reached the threshold."""
         if self.threshold is None or seen.step % self.every:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,14 +54,15 @@ class _Knife:
 
     def cut(self, name: str, value: Any) -> Any:
         """Cut an argument, or what a nested dict has under this name."""
-        if value is None or name in UNBATCHED or name in self._layout.unbatched:
+        if value is None or isinstance(value, bool) or name in UNBATCHED or name in self._layout.unbatched:
             return value
         if isinstance(value, dict):
             named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
             return {key: self.cut(own, item) for key, own, item in named}
         is_layered = name in LAYERED or name in self._layout.layered
         multiples = not is_layered and any(part in name for part in PER_FRAME)
-        return tree_map(lambda tensor: self._cut_tensor(tensor, int(is_layered), multiples), value)
+        cut_tensor = functools.partial(self._cut_tensor, dim=int(is_layered), multiples=multiples)
+        return cut_tensor(value) if isinstance(value, Tensor) else tree_map(cut_tensor, value)
 
     def _cut_tensor(self, tensor: Tensor, dim: int, multiples: bool) -> Tensor:
         size = tensor.shape[dim] if tensor.dim() > dim else 0

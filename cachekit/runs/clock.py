@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cachekit.upstream.schedulers import is_entry, shares_table, step_index
+from cachekit.upstream.schedulers import entry_of, shares_table, step_index
 
 _MOST_CALLS = 8
 
@@ -119,8 +119,9 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     """
     if not isinstance(timestep, Tensor):
         return Mark("value", -float(timestep), scheduler_step=step_index(scheduler), time=float(timestep))
-    if is_entry(timestep):
-        return Mark("entry", int(timestep.storage_offset()), timestep.untyped_storage().data_ptr(), source=timestep)
+    entry = entry_of(timestep)
+    if entry is not None:
+        return Mark("entry", *entry, source=timestep)
     index = step_index(scheduler)
     if index is not None:
         return Mark("index", index, scheduler_step=index)

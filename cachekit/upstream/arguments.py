@@ -44,4 +44,8 @@ def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str,
 
 def find(arguments: Mapping[str, Any], names: Sequence[str]) -> Any:
     """Find the first of these arguments that is not None; None where there is none."""
-    return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+    for name in names:
+        value = arguments.get(name)
+        if value is not None:
+            return value
+    return None

@@ -63,9 +63,8 @@ def guidance_properties(pipe: Any) -> tuple[str, ...]:
 
 def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
     """Whether attention is perturbed for a branch: by the running pipeline, or by processors in a bare loop."""
-    told = getattr(pipe, "do_perturbed_attention_guidance", None)
-    if told is not None:
-        return bool(told)
+    if pipe is not None:
+        return bool(getattr(pipe, "do_perturbed_attention_guidance", False))
     processors = (vars(module).get("processor") for module in modules_by_name(denoiser).values())
     return any(type(processor).__name__.startswith("PAG") for processor in processors)
 

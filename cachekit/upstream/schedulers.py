@@ -16,9 +16,17 @@ _UNKNOWN_STEPS = 100
 
 def is_entry(timestep: Tensor) -> bool:
     """Whether a tensor is a view of a single entry of a longer table, expanded over the batch or not."""
-    strides = zip(timestep.shape, timestep.stride())
-    one_place = not timestep.dim() or all(size == 1 or stride == 0 for size, stride in strides)
-    return one_place and not timestep.is_meta and _table_length(timestep) > 1
+    return entry_of(timestep) is not None
+
+
+def entry_of(timestep: Tensor) -> tuple[int, int] | None:
+    """Find the place of an entry in its table, and the table's address; None for what is no entry of a longer one."""
+    if timestep.dim() and any(size != 1 and stride for size, stride in zip(timestep.shape, timestep.stride())):
+        return None
+    storage = timestep.untyped_storage()
+    if timestep.is_meta or storage.nbytes() < 2 * timestep.element_size():
+        return None
+    return int(timestep.storage_offset()), storage.data_ptr()
 
 
 def shares_table(timestep: Any, scheduler: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -41,10 +42,11 @@ class FakeCall:
 
     def __init__(self, *actions: Any) -> None:
         self.actions = list(actions)
-        self.counted: list[tuple[int, Action]] = []
+        self.counts = [Counter() for _ in actions]
 
-    def count(self, index: int, action: Action) -> None:
-        self.counted.append((index, action))
+    @property
+    def counted(self) -> list[tuple[int, Action]]:
+        return [(index, action) for index, counts in enumerate(self.counts) for action in counts.elements()]
 
 
 class Noting(Part):

@@ -67,6 +67,7 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
     """Measure the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
     found = {
+        "plain / its copy: the noise": compare(*plain(pipe, arguments), rounds),
         "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
         "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
         **{
@@ -119,6 +120,12 @@ def prepare(model: str) -> tuple[Any, dict[str, Any]]:
         pipe, given = subject.pipe, dict(subject.arguments(""))
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
+
+
+def plain(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
+    """Make the plain run twice: how far their ratio is from 1 is what the machine adds to every other."""
+    one, other = twins(pipe)
+    return lambda: one(**arguments), lambda: other(**arguments)
 
 
 def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:

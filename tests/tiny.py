@@ -266,7 +266,8 @@ def latents(pipe: Any, **changes: Any) -> torch.Tensor:
     """Return what the pipeline gives for `arguments(pipe, ...)`, as a tensor."""
     known = {key: changes.pop(key) for key in ("steps", "batch", "guidance", "seed") if key in changes}
     output = pipe(**{**arguments(pipe, **known), **changes})
-    return output.frames if hasattr(output, "frames") else output.images
+    # The DiTPipeline of older releases of diffusers gives an array, whatever is asked for.
+    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
 
 
 class TgateByHand:

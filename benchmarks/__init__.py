@@ -1,1 +1,1 @@
-"""Measure what cachekit claims; every command writes its figures as data."""
+"""Measurements behind the figures in the documents; every command writes its figures as data."""

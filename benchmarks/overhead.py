@@ -1,4 +1,4 @@
-"""Measure what attached policies cost beyond the work they plan, beside published packages and loops by hand.
+"""Measure the overhead of attached policies, beside published packages and hand-written loops.
 
 `python -m benchmarks.overhead --model demo|sd15 --output FILE` alternates the contenders within one process and
 writes every time and the median ratios as JSON.
@@ -7,7 +7,6 @@ writes every time and the median ratios as JSON.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -18,22 +17,25 @@ from statistics import median
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 
 import cachekit
-from cachekit.architectures import architecture
-from cachekit.demo import DEMO_GUIDANCE, heldout_captions
+from cachekit.bench.cells import Setting
+from cachekit.bench.peers import twin
+from cachekit.bench.subjects import load
+from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
 
-STEPS = {"demo": 25, "sd15": 6}
+STEPS = {"demo": 25, "sd15": 10}
 PIXELS = {"sd15": 256}
 Run = Callable[[], Any]
 
 
 def main() -> None:
-    """Read the command line, measure, print and write."""
+    """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(STEPS), default="demo")
-    parser.add_argument("--rounds", type=int, default=0, help="pairs of runs per comparison; 0 chooses by model")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="pairs of runs per comparison; default: 25 for demo, 5 for sd15"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
     options = parser.parse_args()
@@ -42,11 +44,13 @@ def main() -> None:
     results = measure(options.model, rounds)
     for name, result in results.items():
         print(f"{options.model}: {name}: {result['ratio']:.4f}")
-    append(options.output, options.model, results, options.threads)
+    deciding = deciding_ms(options.model, rounds)
+    print(f"{options.model}: deciding, ms per step: {deciding:.3f}")
+    append(options.output, options.model, {"comparisons": results, "deciding_ms": deciding}, options.threads)
 
 
-def append(output: Path, model: str, results: dict[str, Any], threads: int) -> None:
-    """Put this model's figures into the file, beside those of others."""
+def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> None:
+    """Write the figures of a model into the file, which keeps those of other models."""
     held = json.loads(output.read_text()) if output.exists() else {}
     environment = {
         "torch": torch.__version__,
@@ -54,18 +58,32 @@ def append(output: Path, model: str, results: dict[str, Any], threads: int) -> N
         "processors": os.cpu_count(),
         "threads": threads,
     }
-    held[model] = {"steps": STEPS[model], "environment": environment, "comparisons": results}
+    held[model] = {"steps": STEPS[model], "environment": environment, **measured}
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(held, indent=1) + "\n")
 
 
 def measure(model: str, rounds: int) -> dict[str, Any]:
-    """Return the times and ratios of each comparison on one model."""
+    """Measure the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
     found = {
         "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
         "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
-        "cachekit deepcache / published DeepCache": compare(*deepcache(pipe, arguments), rounds),
+        **{
+            f"cachekit deepcache / published DeepCache, branch {branch}": compare(
+                *deepcache(pipe, arguments, branch), rounds
+            )
+            for branch in (0, 1)
+        },
+    }
+    if model == "demo":  # on a true size the loops by hand take long and say the same
+        found |= measure_by_hand(pipe, arguments, rounds)
+    return found
+
+
+def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Compare the speedup of TGATE with that of a minimal loop by hand."""
+    found = {
         "cachekit tgate / plain": compare(*cached_and_plain(pipe, arguments), rounds),
         "tgate by hand / plain loop by hand": compare(*by_hand(pipe, arguments), rounds),
     }
@@ -75,11 +93,11 @@ def measure(model: str, rounds: int) -> dict[str, Any]:
 
 
 def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
-    """Return seconds of both in turn, after one warm-up each, and the median of the pairs' ratios."""
+    """Time both in turn, after one warm-up each: median seconds, and the median of the ratios of pairs."""
     one(), other()
     times: tuple[list[float], list[float]] = ([], [])
     for round_ in range(rounds):
-        # Who goes first changes, so that a drift of the machine favours nobody.
+        # They take turns to go first, so that a machine that slows down favours neither.
         order = (0, 1) if round_ % 2 else (1, 0)
         for place in order:
             start = time.perf_counter()
@@ -90,44 +108,21 @@ def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
 
 
 def prepare(model: str) -> tuple[Any, dict[str, Any]]:
-    """Return a pipeline and the arguments of a run that ends with latents."""
+    """Load a pipeline, and the arguments of a run that returns latents."""
     if model == "demo":
         pipe = cachekit.demo_pipeline("unet")
         given = {"prompt": heldout_captions(1, seed=0)[0], "guidance_scale": DEMO_GUIDANCE}
     else:
-        pipe, given = true_size(model)
+        # An architecture gets random weights: right for times.
+        side = PIXELS[model]
+        subject = load(Setting(model=model, captions=(), device="cpu", height=side, width=side))
+        pipe, given = subject.pipe, dict(subject.arguments(""))
     pipe.set_progress_bar_config(disable=True)
     return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
 
 
-def true_size(model: str) -> tuple[Any, dict[str, Any]]:
-    """Return a pipeline around the true architecture with random weights: right for times, not for images."""
-    known = architecture(model)
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        block_out_channels=[8, 8, 8, 8],
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-    )
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=None,
-        tokenizer=None,
-        unet=known.build("cpu", torch.float32),
-        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    text = torch.randn(1, known.tokens, known.text_width)
-    side = PIXELS[model]
-    given = {"prompt_embeds": text, "negative_prompt_embeds": text.flip(1), "height": side, "width": side}
-    return pipe, given
-
-
 def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Return a run with all switches in place that change nothing, and the plain run."""
+    """Make a run with all switches installed that change nothing, and the plain run."""
     steps = arguments["num_inference_steps"]
     attached, plain = twins(pipe)
     cachekit.apply(attached, [f"tgate:m={steps}", "deepcache:interval=1", f"adaptive_guidance:m={steps}"])
@@ -135,7 +130,7 @@ def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
 
 
 def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Return cachekit's TGATE and the published one on the same weights."""
+    """Make runs with TGATE by cachekit and by the published package, on the same weights."""
     from tgate import TgateSDLoader
 
     gate = gate_of(arguments)
@@ -146,23 +141,35 @@ def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
     return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
 
 
+def deciding_ms(model: str, rounds: int) -> float:
+    """Measure the time per step that goes into locating calls and deciding, with two policies: the median, in ms."""
+    pipe, arguments = prepare(model)
+    steps = arguments["num_inference_steps"]
+    with cachekit.apply(pipe, [f"tgate:m={gate_of(arguments)}", "deepcache:interval=3"]) as attachment:
+        seconds = []
+        for _ in range(rounds):
+            pipe(**arguments)
+            seconds.append(attachment.report().deciding_seconds)
+    return float(median(seconds) / steps * 1e3)
+
+
 def gate_of(arguments: dict[str, Any]) -> int:
-    """Return the number of guided steps: two fifths."""
+    """Choose the gate step: two fifths of the steps are guided."""
     return max(1, int(arguments["num_inference_steps"]) * 2 // 5)
 
 
 def cached_and_plain(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Return a run with TGATE and the plain run."""
+    """Make a run with TGATE, and the plain run."""
     cached, plain = twins(pipe)
     cachekit.apply(cached, f"tgate:m={gate_of(arguments)}")
     return lambda: cached(**arguments), lambda: plain(**arguments)
 
 
 def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Return TGATE's schedule in the shortest loop there is, and that loop without it.
+    """Make a minimal sampling loop with TGATE's schedule, and the same loop without it.
 
-    From the gate on each cross-attention returns a constant and half of the batch runs: nothing is decided,
-    counted or checked.
+    From the gate on each cross-attention returns a constant and half of the batch runs; nothing is decided, counted or
+    checked.
     """
     unet, scheduler = twins(pipe)[1].unet, pipe.scheduler
     attentions = [module for name, module in unet.named_modules() if name.endswith("attn2")]
@@ -200,20 +207,20 @@ def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
 
 
 def hold(module: Any, args: Any, output: torch.Tensor) -> None:
-    """Make an attention return the mean of this output's halves from now on."""
+    """Make an attention return the mean of the two halves of this output from now on."""
     u, c = output.chunk(2)
     constant = (u + c) / 2
     module.forward = lambda *args, **kwargs: constant
 
 
-def deepcache(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Return cachekit's DeepCache and the published helper on the same weights."""
+def deepcache(pipe: Any, arguments: dict[str, Any], branch: int) -> tuple[Run, Run]:
+    """Make runs with DeepCache by cachekit and by the published package, on the same weights."""
     from DeepCache import DeepCacheSDHelper
 
     ours, theirs = twins(pipe)
-    cachekit.apply(ours, "deepcache:interval=3,branch=0")
+    cachekit.apply(ours, f"deepcache:interval=3,branch={branch}")
     helper = DeepCacheSDHelper(pipe=theirs)
-    helper.set_params(cache_interval=3, cache_branch_id=0)
+    helper.set_params(cache_interval=3, cache_branch_id=branch)
 
     def published() -> None:
         helper.enable()
@@ -224,10 +231,9 @@ def deepcache(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
 
 
 def twins(pipe: Any) -> tuple[Any, Any]:
-    """Return two pipelines over equal modules that share every weight, so that both fit into memory."""
+    """Remove all policies from a pipeline, and copy it with shared weights."""
     cachekit.remove(pipe)
-    memo = {id(weight): weight for part in (pipe.unet, pipe.vae) for weight in (*part.parameters(), *part.buffers())}
-    return pipe, copy.deepcopy(pipe, memo)
+    return pipe, twin(pipe)
 
 
 if __name__ == "__main__":

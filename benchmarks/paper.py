@@ -1,6 +1,6 @@
-"""Keep what `cachekit bench --suite paper` rebuilds: `python -m benchmarks.paper`.
+"""Store the costs that `cachekit bench paper` prints: `python -m benchmarks.paper`.
 
-Writes benchmarks/results/paper.json; `python -m benchmarks.readme` puts the table into the documents.
+Writes benchmarks/results/paper.json; `python -m benchmarks.readme` writes the table into the documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RESULT = Path(__file__).resolve().parent / "results" / "paper.json"
 
 
 def main() -> None:
-    """Estimate every row and write all."""
+    """Count every row and write all."""
     found = [{**asdict(row), "ratio": row.ratio} for row in rebuilt()]
     RESULT.parent.mkdir(parents=True, exist_ok=True)
     RESULT.write_text(json.dumps(found, indent=1) + "\n")

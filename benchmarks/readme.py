@@ -1,6 +1,6 @@
-"""Put measured figures into the documents, between their markers: `python -m benchmarks.readme`.
+"""Write measured figures into the documents, between their markers: `python -m benchmarks.readme`.
 
-Run after `cachekit demo` and `python -m benchmarks.overhead`; a test checks that no document is stale.
+Run it after `cachekit demo` and `python -m benchmarks.overhead`; a test checks that no document is stale.
 """
 
 from __future__ import annotations
@@ -9,24 +9,27 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from cachekit.bench.page import against, columns, title
+from cachekit.bench import demo
+from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, groups
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-FIGURES = ROOT / "cachekit" / "demo" / "weights" / "unet" / "figures.json"
+MODEL_FIGURES = ROOT / "cachekit" / "models" / "demo" / "weights" / "unet" / "figures.json"
 
 
 def main() -> None:
-    """Keep the demo's files with the results, then fill every marker."""
+    """Store the demo's files with the results, then fill every marker."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--demo", type=Path, help="folder written by `cachekit demo`; without it the kept one is used")
-    parser.add_argument("--check", action="store_true", help="write nothing; fail when a document is stale")
+    parser.add_argument("--demo", type=Path, help="folder written by `cachekit demo`; default: the stored results")
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a document is stale")
     options = parser.parse_args()
     if options.demo:
-        keep_demo(options.demo)
+        store_demo(options.demo)
     stale = {document: text for document, text in filled().items() if document.read_text() != text}
     if options.check and stale:
         raise SystemExit("stale: " + ", ".join(str(document.relative_to(ROOT)) for document in stale))
@@ -35,16 +38,15 @@ def main() -> None:
         print(f"wrote {document.relative_to(ROOT)}")
 
 
-def keep_demo(folder: Path) -> None:
-    """Copy the demo's table and pictures to where the documents find them."""
+def store_demo(folder: Path) -> None:
+    """Copy the demo's figures and pictures to the repository."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in ("table.md", "table.json"):
-        shutil.copy(folder / name, RESULTS / f"demo-{name}")
+    shutil.copy(folder / "table.json", RESULTS / "demo-table.json")
     shutil.copy(folder / "pictures.png", ROOT / "docs" / "demo.png")
 
 
 def filled() -> dict[Path, str]:
-    """Return each document with markers as it should read."""
+    """Each document with markers, and the text it should have."""
     parts = {
         "demo table": demo_table(),
         "overhead table": overhead_table(),
@@ -63,7 +65,7 @@ def filled() -> dict[Path, str]:
 
 
 def fill(text: str, parts: dict[str, str]) -> str:
-    """Return `text` with what stands between `<!-- name: begin -->` and `<!-- name: end -->` replaced."""
+    """Replace the text between each pair of `<!-- name: begin -->` and `<!-- name: end -->`."""
     for name, part in parts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         if begin in text and part:
@@ -72,105 +74,108 @@ def fill(text: str, parts: dict[str, str]) -> str:
     return text
 
 
+def stored(name: str) -> Any:
+    """Read stored results; None where nothing was measured."""
+    source = RESULTS / name
+    return json.loads(source.read_text()) if source.exists() else None
+
+
 def demo_table() -> str:
-    """Return the demo's table."""
-    table = RESULTS / "demo-table.md"
-    return table.read_text() if table.exists() else ""
+    """Table of the demo."""
+    data = stored("demo-table.json")
+    return demo.page(demo.from_json(data)) if data else ""
 
 
 def overhead_table() -> str:
-    """Return the overhead comparisons of every model measured."""
-    source = RESULTS / "overhead.json"
-    if not source.exists():
-        return ""
-    lines = ["| model | comparison | seconds | ratio of wall times |", "| --- | --- | ---: | ---: |"]
-    for model, held in json.loads(source.read_text()).items():
+    """Overhead comparisons of every model measured."""
+    rows = []
+    for model, held in (stored("overhead.json") or {}).items():
+        title = f"{model}, {held['steps']} steps"
         for name, result in held["comparisons"].items():
             seconds = " / ".join(f"{value:.3f}" for value in result["seconds"]) or "-"
-            lines.append(f"| {model}, {held['steps']} steps | {name} | {seconds} | {result['ratio']:.3f} |")
-    return "\n".join(lines)
+            rows.append([title, name, seconds, f"{result['ratio']:.3f}"])
+        if "deciding_ms" in held:
+            rows.append([title, "deciding per step, tgate + deepcache", f"{held['deciding_ms'] / 1e3:.6f}", "-"])
+    return markdown(["model", "comparison", "seconds", "ratio of wall times"], rows, left=2) if rows else ""
 
 
 def grid_table(name: str) -> str:
-    """Return what `python -m benchmarks.ship` measured of one model, a table for each scheduler."""
-    names = ["configuration", "s/image", "faster", "fewer", "PSNR", "shown", "Frechet", "kept"]
+    """Results of `python -m benchmarks.ship` on one model, a table for each scheduler."""
+    keys = ("seconds", "speedup", "mac_reduction", "psnr", "caption_match", "frechet", "cache_bytes")
+    equal_time = next(name for name, cost in EQUAL_COST.items() if cost == "wall time")
     parts = []
     for group in grid(name):
-        rows = [group.uncached, *group.rows]
-        texts = [columns(group, row) | {"plain at equal time": against(group, row, "wall time")} for row in rows]
-        shown = [n for n in [*names, "plain at equal time"] if any(text.get(n, "-") != "-" for text in texts)]
-        lines = [f"**{title(group)}**", "", f"| {' | '.join(shown)} |", "|" + " --- |" + " ---: |" * (len(shown) - 1)]
-        lines += [f"| {' | '.join(text.get(n, '-') for n in shown)} |" for text in texts]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+        rows = [texts(group, row) for row in (group.uncached, *group.rows)]
+        names = [CONFIGURATION, *headings(keys), equal_time]
+        shown = [name for name in names if any(row[name] != "-" for row in rows)]
+        parts.append(f"**{title(group)}**\n\n{markdown(shown, [[row[name] for name in shown] for row in rows])}")
+    return "\n".join(parts)
 
 
 def verdict() -> str:
-    """Return which compositions show more captions than plain steps that take as long, and which do not."""
-    lines = ["| scheduler | composition | faster | shown | plain steps as fast | shown |", "|" + " --- |" * 6]
+    """Compare the captions that compositions match with those that plain steps of the same wall time match."""
+    match, rows = FIGURES["caption_match"], []
     for group in grid("demo"):
         for row in group.rows:
             plain = group.plain(row.plain_steps()["wall time"])
-            if len(row.cell.specs) < 2 or plain is None or row.shown is None or plain.shown is None:
+            if len(row.cell.specs) < 2 or plain is None or row.caption_match is None or plain.caption_match is None:
                 continue
-            figures = f"{row.faster:.2f}x | {row.shown:.0%} | {plain.cell.steps} | {plain.shown:.0%}"
-            lines.append(f"| {group.cell.scheduler} | {row.label} | {figures} |")
-    return "\n".join(lines) if len(lines) > 2 else ""
+            compared = [FIGURES["speedup"].text(row), match.text(row), str(plain.cell.steps), match.text(plain)]
+            rows.append([group.cell.scheduler, row.label, *compared])
+    header = ["scheduler", "composition", FIGURES["speedup"].name, match.name, "plain steps as fast", match.name]
+    return markdown(header, rows, left=len(header)) if rows else ""
 
 
 def grid(name: str) -> list[Group]:
-    """Return the shipped results of one model, or none where nothing was measured."""
+    """Read the stored results of one model, none where nothing was measured."""
     source = RESULTS / f"{name}.jsonl"
     return groups(read(source)[0]) if source.exists() else []
 
 
 def soak_table() -> str:
-    """Return what many changing runs lost and left behind."""
-    source = RESULTS / "soak.json"
-    if not source.exists():
+    """Memory before and after many changing runs, and the images lost."""
+    found = stored("soak.json")
+    if not found:
         return ""
-    soak, threads = (json.loads(source.read_text())[part] for part in ("soak", "threads"))
-    lines = ["| what | at the start | at the end |", "| --- | ---: | ---: |"]
-    for name, scale, unit in (("bytes", 2**20, "MiB of the process"), ("tensors", 1, "tensors alive")):
-        start, end = (f"{soak[f'{name}_{when}'] / scale:,.0f}" for when in ("start", "end"))
-        lines.append(f"| {unit} | {start} | {end} |")
-    lines += [
-        "",
+    soak, threads = found["soak"], found["threads"]
+    rows = [
+        [unit, *(f"{soak[f'{name}_{when}'] / scale:,.0f}" for when in ("start", "end"))]
+        for name, scale, unit in (("bytes", 2**20, "MiB of the process"), ("tensors", 1, "tensors alive"))
+    ]
+    return (
+        f"{markdown(['what', 'at the start', 'at the end'], rows)}\n"
         f"{soak['runs']} runs in {soak['ways']} ways, {soak['faults']} broken by an exception,"
         f" {soak['paused']} paused: {soak['lost']} images lost."
         f" {threads['threads']} threads with a pipeline each over one denoiser, {threads['runs_each']} runs each:"
-        f" {threads['lost']} images lost.",
-    ]
-    return "\n".join(lines)
+        f" {threads['lost']} images lost."
+    )
 
 
 def paper_table() -> str:
-    """Return the published multiply-accumulates beside ours."""
-    source = RESULTS / "paper.json"
-    if not source.exists():
-        return ""
-    lines = ["| table | row | paper (T) | cachekit (T) | ratio |", "| --- | --- | ---: | ---: | ---: |"]
-    for row in json.loads(source.read_text()):
-        figures = f"{row['paper']:.3f} | {row['ours']:.3f} | {row['ratio']:.5f}"
-        lines.append(f"| {row['table']} | {row['name']} | {figures} |")
-    return "\n".join(lines)
+    """Table of the published costs beside the counted ones."""
+    rows = [
+        [row["table"], row["name"], f"{row['paper']:.3f}", f"{row['ours']:.3f}", f"{row['ratio']:.5f}"]
+        for row in stored("paper.json") or ()
+    ]
+    return markdown(["table", "row", "paper (T)", "cachekit (T)", "ratio"], rows, left=2) if rows else ""
 
 
 def model_figures() -> str:
-    """Return what the embedded model reaches on held-out captions."""
-    if not FIGURES.exists():
-        return ""
-    lines = [
-        "| sampler | steps | guidance | text | captions shown | with stricter outlines | images |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
+    """Share of held-out captions that the embedded model matches."""
+    rows = [
+        [
+            row["sampler"],
+            f"{row['steps']}",
+            f"{row['guidance']:g}",
+            "caption" if row["text"] else "empty",
+            f"{100 * row['shown']:.1f} ± {100 * row['error']:.1f} %",
+            f"{100 * row['shown_strict']:.1f} %",
+            f"{row['n']}",
+        ]
+        for row in json.loads(MODEL_FIGURES.read_text())["rows"]
     ]
-    for row in json.loads(FIGURES.read_text())["rows"]:
-        shown = f"{100 * row['shown']:.1f} ± {100 * row['error']:.1f} %"
-        text, strict = ("caption" if row["text"] else "empty"), f"{100 * row['shown_strict']:.1f} %"
-        lines.append(
-            f"| {row['sampler']} | {row['steps']} | {row['guidance']:g} | {text} | {shown} | {strict} | {row['n']} |"
-        )
-    return "\n".join(lines)
+    match = FIGURES["caption_match"].name
+    return markdown(["sampler", "steps", "guidance", "text", match, "with stricter outlines", "images"], rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the grids that come with the repository: `python -m benchmarks.ship [demo|demo-dit|sd15|pixart ...]`.
 
-Each is one `cachekit bench` command, which goes on where an interrupted one was. Nothing else should run meanwhile.
+Each is a `cachekit bench grid` command, so an interrupted one is resumed. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ GRIDS = {
 
 
 def main() -> None:
-    """Read the command line and run the commands."""
+    """Parse the command line and run the commands."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("grids", nargs="*", choices=[*GRIDS, []], help="which; all of them if none is named")
+    parser.add_argument("grids", nargs="*", choices=[*GRIDS, []], help="grids to measure; default: all")
     for name in parser.parse_args().grids or GRIDS:
         for command in GRIDS[name]:
-            print(f"cachekit bench {command}", flush=True)
+            print(f"cachekit bench grid {command}", flush=True)
             output = ["--output", str(RESULTS / f"{name}.jsonl")]
-            app(["bench", *shlex.split(command), *output], standalone_mode=False)
+            app(["bench", "grid", *shlex.split(command), *output], standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Name every way in which cachekit refuses, so that a caller can catch one or all."""
+"""The errors of cachekit: catch `CachekitError` for all of them, or one class for one cause."""
 
 from __future__ import annotations
 
@@ -7,54 +7,61 @@ from collections.abc import Iterable
 
 
 class CachekitError(Exception):
-    """Base of all errors of cachekit and its plugins; each is one line, whatever it quotes."""
+    """Base of all errors of cachekit and its plugins.
+
+    The text is a single line that names what was given, what is wrong with it and what to do.
+    """
 
     def __str__(self) -> str:
-        """Return the message on one line: a file's or a user's text within it may hold line breaks."""
+        """Join the message's lines: text quoted from a file or a user may hold line breaks."""
         return " ".join(super().__str__().splitlines())
 
 
 class SpecError(CachekitError):
-    """Report a spec that cannot be read: unknown policy, unknown key or bad value."""
+    """A spec that cannot be parsed: an unknown policy, an unknown key or a bad value."""
 
 
 class ConflictError(CachekitError):
-    """Report policies that cannot work together."""
+    """Policies that cannot be combined: two that write the same target, or that a plugin refuses together."""
 
 
 class SiteError(CachekitError):
-    """Report a policy that finds nothing to act on in this model."""
+    """A policy without a target in this model, or with one whose tensors it cannot use."""
 
 
 class AdapterError(CachekitError):
-    """Report a pipeline without a denoiser, or a denoiser that no adapter (or more than one) knows."""
+    """A pipeline without a denoiser, or a denoiser that no adapter or more than one matches."""
 
 
 class AttachmentError(CachekitError):
-    """Report an attachment that is already there, or that something else has broken."""
+    """An attachment that exists already, or that other code has broken."""
 
 
 class BudgetError(CachekitError):
-    """Report a number of bytes into which nothing fits, or a place where nothing can be kept."""
+    """A limit on cached bytes that no target fits into, or a device that cannot hold cached tensors."""
 
 
 class CostError(CachekitError):
-    """Report costs that cannot be counted."""
+    """Costs that cannot be counted."""
 
 
 class GuidanceError(CachekitError):
-    """Report branches that reach the denoiser in a way that cannot be told apart safely."""
+    """Guidance branches that cannot be told apart safely within the denoiser's calls."""
 
 
 class PluginError(CachekitError):
-    """Report a plugin that failed to load or registered something unusable."""
+    """A plugin that raised within a hook, or that registered a name already taken."""
 
 
 class PluginWarning(UserWarning):
-    """Warn of a plugin that failed to load while the others go on."""
+    """A plugin that failed while the others go on: it was left out, or its hook was."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the allowed word nearest to `word`, or nothing."""
+    """Suggest the allowed word closest to an unknown one, as the tail of an error; empty where none is close.
+
+    >>> nearest("intervall", ["interval", "branch"])
+    " (did you mean 'interval'?)"
+    """
     found = difflib.get_close_matches(word, sorted(allowed), n=1)
     return f" (did you mean {found[0]!r}?)" if found else ""

@@ -1,11 +1,10 @@
-"""Adapt diffusion transformers: PixArt, DiT and any other whose blocks hold diffusers' attention."""
+"""The adapter `dit`, for diffusion transformers: PixArt, DiT and any other with blocks around attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.adapter import Adapter
-from cachekit.hookspecs import hookimpl
+from cachekit import Adapter, hookimpl
 
 
 @hookimpl

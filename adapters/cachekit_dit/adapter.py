@@ -1,19 +1,16 @@
-"""Name a transformer's sites and its chains of blocks, by structure alone."""
+"""Find a transformer's sites and its chains of blocks, by structure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from cachekit.adapter import Layout
-from cachekit.modules import attends, module_sites
-from cachekit.sites import Kind, Site, SiteMap
+from cachekit import Kind, Layout, Site, SiteMap, attends, module_sites
 
 from .streams import streams_of_all, takes_skips
 
 if TYPE_CHECKING:
     from torch import nn
-
 
 #: Classes whose pipelines put the conditional half of the batch first.
 _CONDITIONAL_FIRST = frozenset(
@@ -26,8 +23,8 @@ _CONDITIONAL_FIRST = frozenset(
         "ZImageTransformer2DModel",
     }
 )
-#: Classes whose pipelines call each branch on its own, and some of them without a name for the call: structure
-#: cannot tell. All of them call the conditional branch first.
+#: Classes whose pipelines call each branch on its own, some of them without naming the call, which structure doesn't
+#: show. All of them call the conditional branch first.
 _CALLED_APART = frozenset(
     {
         "BriaFibo2Transformer2DModel",
@@ -47,7 +44,7 @@ _CALLED_APART = frozenset(
         "WanTransformer3DModel",
     }
 )
-#: Classes whose pipelines turn the sign of what they return: structure cannot tell.
+#: Classes whose pipelines negate the output before the scheduler gets it, which structure doesn't show either.
 _NEGATED = frozenset(
     {
         "HiDreamImageTransformer2DModel",
@@ -60,34 +57,31 @@ _NEGATED = frozenset(
 
 
 class DiTAdapter:
-    """Know every denoiser with a list of blocks that hold attention, and no up and down blocks."""
+    """Denoisers with a list of blocks that contain attention, and without up and down blocks."""
 
     name = "dit"
     summary = "transformers whose blocks hold attention (PixArt, DiT, SD3, Flux and others)"
 
     def matches(self, denoiser: Any) -> bool:
-        """Tell whether there is a chain of blocks."""
+        """Whether there is a chain of blocks, and no UNet around it."""
         is_unet = hasattr(denoiser, "down_blocks") and hasattr(denoiser, "up_blocks")
         return hasattr(denoiser, "named_children") and not is_unet and any(True for _ in _chains(denoiser))
 
     def sites(self, denoiser: Any) -> SiteMap:
-        """Return attention and feed-forward sites, and each block as a site and in its chain."""
-        from cachekit.compiled import without_compiler
+        """Find attention and feed-forward sites, and the blocks, each of them as a site and in its chain."""
+        from cachekit import without_compiler
 
         lists = {
             tuple(Site(f"{name}.{index}", Kind.BLOCK) for index in range(len(blocks))): [*map(without_compiler, blocks)]
             for name, blocks in _chains(denoiser)
         }
         sites = (*module_sites(denoiser), *(site for chain in lists for site in chain))
-        # Where a later block reads what an earlier one gave out, none can be left out alone.
+        # Where a later block reads the output of an earlier one, a span between them cannot be skipped.
         chains = {chain: streams_of_all(blocks) for chain, blocks in lists.items() if not any(map(takes_skips, blocks))}
         return SiteMap(type(denoiser).__name__, sites, chains=tuple(chains), streams=tuple(chains.values()))
 
     def layout(self, denoiser: Any) -> Layout:
-        """Return how the pipelines of the denoiser's class bring its branches.
-
-        The unconditional half of the batch comes first, except for a few classes.
-        """
+        """Look up how pipelines call the denoiser's class: the unconditional half first, but for a few classes."""
         name, conditional_first = type(denoiser).__name__, ("cond", "uncond")
         return Layout(
             order=conditional_first if name in _CONDITIONAL_FIRST else Layout.order,
@@ -96,7 +90,7 @@ class DiTAdapter:
         )
 
 
-def _chains(denoiser: nn.Module) -> Iterator[tuple[str, Any]]:
+def _chains(denoiser: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     from torch import nn
 
     for name, child in denoiser.named_children():

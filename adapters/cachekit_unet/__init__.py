@@ -1,11 +1,10 @@
-"""Adapt diffusers' UNets: SD, SDXL, SVD and every other with paired down and up blocks."""
+"""The adapter `unet`, for diffusers' UNets: SD, SDXL, SVD and any other with down and up blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.adapter import Adapter
-from cachekit.hookspecs import hookimpl
+from cachekit import Adapter, hookimpl
 
 
 @hookimpl

@@ -1,41 +1,41 @@
-"""Name a UNet's sites, and the nested regions that deep-feature caching can skip."""
+"""Find a UNet's sites, and the nested regions that deep-feature caching can skip."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from cachekit.adapter import Layout
-from cachekit.modules import module_sites
-from cachekit.sites import Kind, Region, Site, SiteMap
+from cachekit import Kind, Layout, Region, Site, SiteMap, module_sites
 
-# A layer of a block runs these in this order; the last one present gives the layer's output.
+#: The modules of a layer of a block, in the order in which they run; the last one present gives its output.
 _LAYER_PARTS = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
-
 #: Classes whose pipelines put the conditional half of the batch first.
 _CONDITIONAL_FIRST = frozenset({"StableCascadeUNet", "WuerstchenDiffNeXt"})
 
 
 class UNetAdapter:
-    """Know every denoiser that is built of `down_blocks`, `mid_block` and `up_blocks`."""
+    """Denoisers that are built of `down_blocks`, `mid_block` and `up_blocks`."""
 
     name = "unet"
     summary = "UNets with paired down and up blocks (SD, SDXL, SVD, AnimateDiff)"
 
     def matches(self, denoiser: Any) -> bool:
-        """Tell whether the paired block lists are there."""
+        """Whether both lists of blocks are there."""
         from torch import nn
 
         return all(isinstance(getattr(denoiser, name, None), nn.ModuleList) for name in ("down_blocks", "up_blocks"))
 
     def sites(self, denoiser: Any) -> SiteMap:
-        """Return attention and feed-forward sites, blocks, and regions in order of depth."""
+        """Find attention and feed-forward sites, blocks, and the regions from the shallowest to the deepest."""
         blocks = tuple(Site(name, Kind.BLOCK) for name in _block_names(denoiser))
         regions = tuple(nested_regions(denoiser))
         return SiteMap(type(denoiser).__name__, (*module_sites(denoiser), *blocks), regions)
 
     def layout(self, denoiser: Any) -> Layout:
-        """Return the unconditional half first, but for few; image-to-video UNets have the condition in their sample."""
+        """Look up how pipelines call the denoiser's class: the unconditional half first, but for a few classes.
+
+        Image-to-video UNets have the condition in their sample.
+        """
         name = type(denoiser).__name__
         if name in _CONDITIONAL_FIRST:
             return Layout(("cond", "uncond"))
@@ -43,7 +43,7 @@ class UNetAdapter:
 
 
 def nested_regions(denoiser: Any) -> Iterator[Region]:
-    """Yield region 0, 1, 2 ...: everything deeper than one skip connection, from the shallowest on.
+    """Yield regions 0, 1, 2 ...: each is everything deeper than one skip connection, from the shallowest on.
 
     Region `B * layers + L` begins after layer L of down block B and ends where up block `-1 - B` takes the skip
     connection of that place: its exit is the input of that up layer. This is the branch numbering of DeepCache
@@ -64,14 +64,14 @@ def nested_regions(denoiser: Any) -> Iterator[Region]:
 
 
 def _is_plain(block: Any) -> bool:
-    """Tell whether a block's layers are all that carries features: skip convolutions are a second stream."""
+    """Whether a block's layers alone carry features: skip convolutions would be a second stream."""
     layers = len(getattr(block, "resnets", None) or ())
     parts = [getattr(block, part) for part in _LAYER_PARTS if getattr(block, part, None) is not None]
     return layers > 0 and not hasattr(block, "skip_conv") and all(len(part) % layers == 0 for part in parts)
 
 
 def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region | None:
-    """Return one region, or None where nothing lies deeper (a UNet without a middle)."""
+    """Make one region, or None where nothing lies deeper (in a UNet without a middle)."""
     boundary = len(denoiser.up_blocks[up].resnets) - 1 - layer
     deeper_ups = [f"up_blocks.{index}" for index in range(up)]
     inner = _layers(denoiser.up_blocks[up], f"up_blocks.{up}", range(boundary))
@@ -80,7 +80,8 @@ def _region(denoiser: Any, depth: int, layer: int, up: int) -> Region | None:
     if not skipped:
         return None
     name = f"region {_number(denoiser, depth, layer)}"
-    return Region(name, skipped[-1], skipped[:-1], edited=True, encoder=encoder)
+    # FreeU edits what enters the layers of the first two up blocks, T2I-Adapter what leaves the middle, in place.
+    return Region(name, skipped[-1], skipped[:-1], edited=up < 2, encoder=encoder)
 
 
 def _number(denoiser: Any, depth: int, layer: int) -> int:
@@ -99,7 +100,7 @@ def _skipped_downs(denoiser: Any, depth: int, layer: int) -> list[str]:
 
 
 def _layers(block: Any, name: str, layers: range) -> list[str]:
-    """Return the modules of these layers in the order they run; a layer may have several attentions."""
+    """List the modules of these layers in the order in which they run; a layer may have several attentions."""
     present = {part: getattr(block, part) for part in _LAYER_PARTS if getattr(block, part, None) is not None}
     each = {part: len(modules) // len(block.resnets) for part, modules in present.items()}
     return [

@@ -1,1 +1,1 @@
-"""Train, export and measure the embedded model."""
+"""Training, export and evaluation of the embedded models."""

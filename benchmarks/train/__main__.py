@@ -1,7 +1,7 @@
-"""Train the embedded model from nothing: `python -m benchmarks.train --work DIR`.
+"""Train the embedded UNet from scratch: `python -m benchmarks.train --work DIR`.
 
-Stages already done in DIR are skipped, and a UNet run that was stopped goes on from its last snapshot, so
-the same command resumes. Two processes with one thread each; about an hour and a half on two cores.
+The same command resumes: stages that DIR has already are skipped, and an interrupted UNet continues from its last
+snapshot. Two processes with one thread each take about an hour and a half on two cores.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffusers import AutoencoderTiny
 
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from . import autoencoder, data, export, text, unet
 
@@ -31,7 +31,7 @@ def _train_autoencoder(work: Path, processes: int, scale: float) -> None:
 
 
 def run(work: Path, target: Path, processes: int, scale: float) -> None:
-    """Do every stage that is not done yet, and export."""
+    """Run every stage that isn't done yet, and export the model to `target`."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "captions.json").exists():
         data.render_all(work, IMAGES, processes)
@@ -47,7 +47,7 @@ def run(work: Path, target: Path, processes: int, scale: float) -> None:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for data and snapshots (about 2 GB)")
     parser.add_argument("--target", type=Path, default=WEIGHTS / "unet", help="folder of the finished model")

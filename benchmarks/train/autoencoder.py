@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cachekit.demo import scenes
-from cachekit.demo.checker import shows
+from cachekit.models.demo import scenes
+from cachekit.models.demo.checker import shows
 
 from .data import load_captions, load_images
 from .parallel import agree, average_gradients, launch
@@ -24,7 +24,7 @@ LATENT_STD = 0.5
 
 
 def build() -> AutoencoderTiny:
-    """Return the untrained autoencoder."""
+    """Build the untrained autoencoder."""
     return AutoencoderTiny(
         encoder_block_out_channels=(32, 32, 32),
         decoder_block_out_channels=(32, 32, 32),
@@ -36,12 +36,12 @@ def build() -> AutoencoderTiny:
 
 
 def to_tensor(images: NDArray[np.uint8]) -> Tensor:
-    """Turn n x h x w x 3 bytes into n x 3 x h x w in [-1, 1]."""
+    """Convert n x h x w x 3 bytes to n x 3 x h x w in [-1, 1]."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def crops(images: NDArray[np.uint8], captions: list[str], batch: int, rng: np.random.Generator) -> Tensor:
-    """Return windows around things: whole quarters, moved by up to 8 pixels."""
+    """Cut out windows around things: whole quarters, shifted by up to 8 pixels."""
     found = []
     for index in rng.integers(len(images), size=batch):
         thing = rng.choice(np.array([thing.place for thing in scenes.parse(captions[index]).things]))
@@ -53,21 +53,21 @@ def crops(images: NDArray[np.uint8], captions: list[str], batch: int, rng: np.ra
 
 
 class Normaliser(nn.Module):
-    """Bring latents to zero mean and unit variance per channel, and remember the mean statistics."""
+    """Normalises latents to zero mean and unit variance per channel, and averages the statistics."""
 
     def __init__(self, channels: int) -> None:
-        """Start from no statistics."""
+        """Start without statistics."""
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, eps=1e-6, affine=False, momentum=0.02)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Normalise n x c x h x w latents by the batch (training) or by the mean statistics."""
+        """Normalise n x c x h x w latents by the batch (in training) or by the averaged statistics."""
         normal: Tensor = self.norm(latents.float())
         return normal
 
     @torch.no_grad()
     def fold_into(self, convolution: nn.Conv2d) -> None:
-        """Make the encoder's last convolution do the normalisation itself."""
+        """Fold the normalisation into the encoder's last convolution."""
         mean, variance = self.norm.running_mean, self.norm.running_var
         assert mean is not None
         assert variance is not None
@@ -85,7 +85,7 @@ def _loss(model: AutoencoderTiny, normaliser: Normaliser, pixels: Tensor) -> Ten
 
 
 def _begin(work: Path) -> AutoencoderTiny:
-    """Return the autoencoder of an earlier round, whose latents are normal already, or a new one."""
+    """Load the autoencoder of an earlier round, whose latents are normalised already, or build a new one."""
     if (work / "autoencoder").exists():
         model: AutoencoderTiny = AutoencoderTiny.from_pretrained(work / "autoencoder")
         return model.train()
@@ -93,7 +93,7 @@ def _begin(work: Path) -> AutoencoderTiny:
 
 
 def _train(rank: int, world: int, work: Path, seconds: float, rate: float, batch: int) -> None:
-    """Train for a fixed time; the first process writes the result."""
+    """Train for `seconds`; the first process writes the result."""
     torch.manual_seed(1)
     model, normaliser = _begin(work), Normaliser(8)
     both = nn.ModuleList([model, normaliser])
@@ -130,13 +130,13 @@ def _save(model: AutoencoderTiny, normaliser: Normaliser, folder: Path) -> None:
 
 
 def train(work: Path, seconds: float, rate: float, processes: int, batch: int = 48) -> None:
-    """Train one round of `seconds`, on from work/autoencoder where that exists, and write it there."""
+    """Train one round of `seconds`, from work/autoencoder where that exists, and write it there."""
     launch(processes, _train, work, seconds, rate, batch)
 
 
 @torch.no_grad()
 def reconstruction(model: AutoencoderTiny, count: int = 300) -> dict[str, float]:
-    """Return how many held-out scenes pass the checker after encoding and decoding, and the PSNR (dB)."""
+    """Measure the share of held-out scenes that pass the checker after encoding and decoding, and the PSNR (dB)."""
     rng = np.random.default_rng(5)
     captions = scenes.heldout_captions(count, seed=5)
     images = scenes.render_batch([scenes.parse(text) for text in captions], rng)

@@ -1,4 +1,4 @@
-"""Measure guidance scales and timestep spacings on captions apart from the published ones.
+"""Compare guidance scales and timestep spacings on captions other than the published ones.
 
 `python -m benchmarks.train.choose` writes choice.json.
 """
@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from .evaluate import Row, measure, prepare, table
 
@@ -20,7 +20,7 @@ CHOICE = Path(__file__).parent / "choice.json"
 
 
 def choose(folder: Path, n: int, guidances: list[float], spacings: list[str]) -> None:
-    """Measure 25 and 8 steps for each guidance and spacing."""
+    """Measure 25 and 8 steps for each guidance scale and spacing."""
     measured: list[dict[str, Any]] = []
     for spacing in spacings:
         for guidance in guidances:
@@ -34,7 +34,7 @@ def choose(folder: Path, n: int, guidances: list[float], spacings: list[str]) ->
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS / "unet")
     parser.add_argument("--n", type=int, default=60)

@@ -1,6 +1,6 @@
 """Train the classifier whose features the Frechet distance compares: `python -m benchmarks.train.classifier`.
 
-Scenes are drawn while it trains, so nothing is read; a few minutes on one core.
+Scenes are rendered on the fly, so it needs no data; a few minutes on one core.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
-from cachekit.demo import scenes
-from cachekit.demo.classifier import ASPECTS, Classifier
-from cachekit.demo.pipeline import FIGURES, WEIGHTS, write_manifest
+from cachekit.models.demo import scenes
+from cachekit.models.demo.classifier import ASPECTS, Classifier
+from cachekit.models.demo.pipeline import FIGURES, WEIGHTS, write_manifest
 
 STEPS, BATCH, RATE = 2000, 64, 3e-3
 MEASURED = 2000
@@ -31,12 +31,12 @@ _WORDS: dict[str, tuple[str, ...]] = {
 
 
 def to_tensor(images: scenes.Array) -> Tensor:
-    """Turn n x 64 x 64 x 3 into n x 3 x 64 x 64."""
+    """Convert n x 64 x 64 x 3 to n x 3 x 64 x 64."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 def labels(chosen: list[scenes.Scene]) -> dict[str, Tensor]:
-    """Return n x 2 x 2 numbers of each aspect's word; ABSENT where a quarter is empty."""
+    """Convert scenes to class labels of each aspect, n x 2 x 2 by quarter; ABSENT where a quarter is empty."""
     found = {name: torch.full((len(chosen), 2, 2), ABSENT) for name in ASPECTS}
     found["present"][:] = 0
     for index, scene in enumerate(chosen):
@@ -50,7 +50,7 @@ def labels(chosen: list[scenes.Scene]) -> dict[str, Tensor]:
 
 
 def train(steps: int) -> Classifier:
-    """Return a classifier trained on scenes drawn on the way."""
+    """Train a classifier on scenes that are rendered on the fly."""
     torch.manual_seed(4)
     rng = np.random.default_rng(4)
     source = scenes.scenes(rng, heldout=False)
@@ -66,19 +66,19 @@ def train(steps: int) -> Classifier:
         optimiser.step()
         schedule.step()
         if step % 100 == 0:
-            told = " ".join(f"{name} {loss.item():.3f}" for name, loss in zip(ASPECTS, losses))
-            print(f"classifier step {step}: {told}", flush=True)
+            summary = " ".join(f"{name} {loss.item():.3f}" for name, loss in zip(ASPECTS, losses))
+            print(f"classifier step {step}: {summary}", flush=True)
     return classifier.eval().requires_grad_(False)
 
 
 def heldout(count: int, seed: int) -> tuple[list[scenes.Scene], Tensor]:
-    """Return held-out scenes and their images."""
+    """Sample held-out scenes, and render them."""
     chosen = [scenes.parse(text) for text in scenes.heldout_captions(count, seed)]
     return chosen, to_tensor(scenes.render_batch(chosen, np.random.default_rng(seed)))
 
 
 def normalise(classifier: Classifier) -> None:
-    """Scale the features to no mean and unit variance over scenes, and let the head take that back."""
+    """Scale the features to zero mean and unit variance over scenes, and the head to undo that."""
     last, head = classifier.trunk[-1], classifier.head
     assert isinstance(last, torch.nn.Conv2d)
     assert last.bias is not None
@@ -92,7 +92,7 @@ def normalise(classifier: Classifier) -> None:
 
 
 def accuracies(classifier: Classifier) -> dict[str, float]:
-    """Return the share of quarters of held-out scenes whose words are right, for each aspect."""
+    """Measure the accuracy of each aspect over the quarters of held-out scenes."""
     chosen, images = heldout(MEASURED, seed=7)
     scores, wanted = classifier(images), labels(chosen)
     judged = {name: wanted[name] != ABSENT for name in ASPECTS}

@@ -1,4 +1,4 @@
-"""Draw what the denoisers learn from: cached latents, the tokens of their captions, timesteps and noise."""
+"""Training data of the denoisers: cached latents, tokens of their captions, timesteps and noise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 from .autoencoder import LATENT_STD
 from .data import load_captions
@@ -28,16 +28,16 @@ THINGS_WEIGHT = (1.0, 1.5, 3.0)
 
 
 def _weight(text: str) -> float:
-    """Return how often a caption is drawn: more often for more things, never if scenes no longer have one."""
+    """Weigh a caption: more for more things, 0 where scenes no longer have one of them."""
     things = scenes.parse(text).things
     return THINGS_WEIGHT[len(things) - 1] if all(map(scenes.is_drawn, things)) else 0.0
 
 
 class Corpus:
-    """Draw batches of latents, tokens and what the captions say."""
+    """Source of random batches of latents, tokens and captions."""
 
     def __init__(self, work: Path, seed: list[int]) -> None:
-        """Map the latents and tokenize every caption once."""
+        """Memory-map the latents, and tokenize all captions once."""
         tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
         self.latents = np.load(work / "latents.npy", mmap_mode="r")
         self.captions = load_captions(work)
@@ -48,7 +48,7 @@ class Corpus:
         self.chances = np.cumsum(weights / weights.sum())
 
     def batch(self, n: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Return n x 8 x 16 x 16 latents, n x 28 tokens and the captions."""
+        """Sample n x 8 x 16 x 16 latents, n x 28 tokens and the captions."""
         drawn = np.searchsorted(self.chances, self.rng.random(n))
         chosen = np.minimum(np.sort(drawn), len(self.captions) - 1)
         latents = torch.from_numpy(self.latents[chosen].astype(np.float32)) * LATENT_STD
@@ -56,7 +56,7 @@ class Corpus:
 
 
 def draw_timesteps(n: int) -> Tensor:
-    """Draw n timesteps: two thirds around 450, where shapes and places are decided, the rest anywhere."""
+    """Sample n timesteps: two thirds around 450, where shapes and places are decided, the rest uniformly."""
     middle = (450 + 190 * torch.randn(n)).round().long()
     anywhere = torch.randint(0, 1000, (n,))
     outside = (middle < 0) | (middle > 999) | (torch.rand(n) < 1 / 3)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 CHUNK = 2000
 
@@ -39,12 +39,12 @@ def render_all(work: Path, count: int, processes: int) -> None:
 
 
 def load_images(work: Path) -> NDArray[np.uint8]:
-    """Return the rendered images, mapped: n x 64 x 64 x 3 bytes."""
+    """Memory-map the rendered images: n x 64 x 64 x 3 bytes."""
     images: NDArray[np.uint8] = np.load(work / "images.npy", mmap_mode="r")
     return images
 
 
 def load_captions(work: Path) -> list[str]:
-    """Return the captions of the rendered images."""
+    """Load the captions of the rendered images."""
     captions: Any = json.loads((work / "captions.json").read_text())
     return list(captions)

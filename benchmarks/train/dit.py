@@ -1,4 +1,4 @@
-"""Train a transformer beside the UNet: the same latents, text encoder and noise, taught by the trained UNet.
+"""Train the embedded transformer by distillation: the trained UNet is its teacher, with the same data and text encoder.
 
 `python -m benchmarks.train.dit --work DIR`, after `python -m benchmarks.train --work DIR`.
 """
@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cachekit.demo.pipeline import WEIGHTS, load_pipeline
+from cachekit.models.demo.pipeline import WEIGHTS, load_pipeline
 
 from . import export, loop
 from .corpus import CAPTION_DROPOUT, NOISE_SCHEDULE, Corpus, draw_timesteps
@@ -26,7 +26,7 @@ HEADS, HEAD_WIDTH, BLOCKS = 6, 32, 8
 
 
 def build() -> PixArtTransformer2DModel:
-    """Return the untrained transformer; every block starts as the identity, and the output as zero."""
+    """Build the untrained transformer; every block starts as the identity, and the output as zero."""
     width = HEADS * HEAD_WIDTH
     model = PixArtTransformer2DModel(
         num_attention_heads=HEADS,
@@ -50,13 +50,13 @@ def build() -> PixArtTransformer2DModel:
 
 
 def attended(tokens: Tensor, end: int) -> Tensor:
-    """Return the mask of n x 28 tokens up to each first end, as the tokenizer gives it to the pipeline."""
+    """Mask n x 28 tokens up to the first end token of each text, as the tokenizer does for the pipeline."""
     first = (tokens == end).int().argmax(1, keepdim=True)
     return (torch.arange(tokens.shape[1]) <= first).float()
 
 
 class Teacher:
-    """Hold the trained UNet and text encoder, both frozen."""
+    """The trained UNet and text encoder, both frozen."""
 
     def __init__(self, folder: Path) -> None:
         """Load the finished model in `folder`."""
@@ -66,18 +66,18 @@ class Teacher:
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return n x 28 x 96 states of the text encoder, and the mask of those that are attended to."""
+        """Compute n x 28 x 96 states of the text encoder, and the attention mask."""
         return self.text(tokens).last_hidden_state, attended(tokens, self.end)
 
     @torch.no_grad()
     def velocity(self, noisy: Tensor, timesteps: Tensor, hidden: Tensor) -> Tensor:
-        """Return what the UNet predicts."""
+        """Predict the velocity with the UNet."""
         predicted: Tensor = self.unet(noisy, timesteps, encoder_hidden_states=hidden).sample
         return predicted.float()
 
 
 class Learner(loop.Learner):
-    """Train the transformer to predict what the UNet does, which is the truth without its noise."""
+    """Learner of the transformer: its target is the UNet's prediction, which has less noise than the true velocity."""
 
     def __init__(self, work: Path, folder: Path = WEIGHTS / "unet") -> None:
         """Build the transformer, and load its teacher."""
@@ -88,7 +88,7 @@ class Learner(loop.Learner):
         self.noise = DDPMScheduler(**NOISE_SCHEDULE)
 
     def losses(self, corpus: Corpus, n: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the distance to the teacher's velocity; beside it, that to the true one."""
+        """Compute the squared error against the teacher's velocity; the one against the true velocity is a figure."""
         latents, tokens, _ = corpus.batch(n)
         tokens = torch.where(torch.rand(n, 1) < CAPTION_DROPOUT, corpus.empty[None], tokens)
         hidden, mask = self.teacher.read(tokens)
@@ -109,7 +109,7 @@ def train(work: Path, seconds: float, processes: int) -> None:
 
 
 def averaged(work: Path) -> PixArtTransformer2DModel:
-    """Return the transformer with the averaged weights of the last snapshot."""
+    """Load the transformer with the averaged weights of the last snapshot."""
     learner = Learner(work)
     loop.load_averaged(work, SNAPSHOT, learner)
     learner.dit.set_default_attn_processor()
@@ -117,7 +117,7 @@ def averaged(work: Path) -> PixArtTransformer2DModel:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder of the UNet's training")
     parser.add_argument("--target", type=Path, default=WEIGHTS / "dit", help="folder of the finished model")

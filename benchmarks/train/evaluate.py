@@ -1,8 +1,8 @@
-"""Measure how often a shipped model shows what held-out captions say, and write figures.json.
+"""Measure how often an embedded model's images match held-out captions, and write figures.json.
 
-Every row: a sampler, a number of steps and a guidance scale; the share of captions fully shown with its
-standard error, and the share of each aspect. `python -m benchmarks.train.evaluate` runs all rows;
-`--table` prints those already measured as Markdown.
+A row is a sampler, a number of steps and a guidance scale, with the share of captions that are matched in full, its
+standard error, and the share of each aspect. `python -m benchmarks.train.evaluate` measures all rows; `--table` prints
+those measured before as Markdown.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from cachekit.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
-from cachekit.demo.checker import Verdict, shows
-from cachekit.demo.pipeline import WEIGHTS, call_arguments, load_pipeline
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
+from cachekit.models.demo.checker import Verdict, shows
+from cachekit.models.demo.pipeline import WEIGHTS, call_arguments, load_pipeline
 
 from .autoencoder import reconstruction
 
@@ -34,7 +34,7 @@ SCHEDULERS = {"DDIM": DDIMScheduler, "Euler": EulerDiscreteScheduler}
 
 @dataclass(frozen=True)
 class Row:
-    """Name one setting to measure."""
+    """One setting to measure on `n` captions; without `text` the captions are replaced by empty ones."""
 
     sampler: str
     steps: int
@@ -44,7 +44,7 @@ class Row:
 
 
 def rows(headline: int, others: int) -> list[Row]:
-    """Return the settings of the published table."""
+    """List the settings of the published table; the first ones are measured on more captions."""
     main = [Row("DPM++", steps, DEMO_GUIDANCE, True, headline) for steps in (DEMO_STEPS, 8)]
     plain = [
         Row("DPM++", DEMO_STEPS, 1.0, True, headline),
@@ -56,7 +56,7 @@ def rows(headline: int, others: int) -> list[Row]:
 
 
 def sample(pipe: Any, captions: list[str], steps: int, guidance: float, seed: int) -> Iterator[Any]:
-    """Yield one 64 x 64 x 3 image in [0, 1] per caption, made in batches, each from its own seed."""
+    """Generate a 64 x 64 x 3 image in [0, 1] per caption, in batches, each image from its own seed."""
     for start in range(0, len(captions), BATCH):
         chunk = captions[start : start + BATCH]
         generators = [torch.Generator().manual_seed(1000 * seed + start + index) for index in range(len(chunk))]
@@ -74,7 +74,7 @@ def _aspects(verdicts: list[Verdict]) -> dict[str, float]:
 
 
 def measure(pipe: Any, row: Row, seed: int = SEED) -> dict[str, Any]:
-    """Return a row's settings and what was measured, CPU seconds per image included."""
+    """Measure one row: its settings, shares of captions and aspects, and CPU seconds per image."""
     captions = heldout_captions(row.n, seed)
     began = time.process_time()
     prompts = captions if row.text else [""] * row.n
@@ -95,7 +95,7 @@ def measure(pipe: Any, row: Row, seed: int = SEED) -> dict[str, Any]:
 
 
 def prepare(folder: Path, sampler: str) -> Any:
-    """Load the model in `folder` with the scheduler of that name, DPM++ being its own."""
+    """Load the model in `folder` with a scheduler of `SCHEDULERS`, or its own for "DPM++"."""
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     if sampler in SCHEDULERS:
@@ -104,9 +104,9 @@ def prepare(folder: Path, sampler: str) -> Any:
 
 
 def table(measured: list[dict[str, Any]]) -> str:
-    """Return the measured rows as a Markdown table."""
+    """Format measured rows as a Markdown table."""
     lines = [
-        f"| sampler | steps | guidance | text | n | captions shown | with fit {STRICT_FIT} | CPU-s |",
+        f"| sampler | steps | guidance | text | n | caption match | with fit {STRICT_FIT} | CPU-s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in measured:
@@ -127,20 +127,20 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 
 def measure_row(task: tuple[Path, Row]) -> dict[str, Any]:
-    """Load the model in a folder and measure one row."""
+    """Load the model in a folder, and measure one row."""
     folder, row = task
     return measure(prepare(folder, row.sampler), row)
 
 
 def kept(folder: Path, samplers: list[str]) -> list[dict[str, Any]]:
-    """Return the rows measured before with samplers that are not measured now."""
+    """Read the rows measured before with samplers that are not measured now."""
     path = folder / "figures.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     return [row for row in before if row["sampler"] not in samplers]
 
 
 def evaluate(folder: Path, headline: int, others: int, processes: int, samplers: list[str]) -> None:
-    """Measure every row; figures.json is written after each, so that nothing is lost."""
+    """Measure every row, and write figures.json after each one."""
     measured = kept(folder, samplers)
     figures: dict[str, Any] = {"seed": SEED, "rows": measured}
     if (folder / "vae").is_dir():
@@ -154,7 +154,7 @@ def evaluate(folder: Path, headline: int, others: int, processes: int, samplers:
 
 
 def main() -> None:
-    """Read the command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=WEIGHTS / "unet")
     parser.add_argument("--headline", type=int, default=1000, help="captions for the first rows")

@@ -1,4 +1,4 @@
-"""Write the trained parts as a diffusers pipeline in half precision, with a manifest."""
+"""Export the trained models as a diffusers pipeline in half precision, with a manifest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cachekit.demo.pipeline import write_manifest
+from cachekit.models.demo.pipeline import write_manifest
 
 from . import unet
 from .corpus import NOISE_SCHEDULE
 
-# What other schedulers need to know when they are made from this one's configuration goes with it.
+# Includes settings that only other schedulers read, when they are made from this one's configuration.
 SCHEDULER = NOISE_SCHEDULE | {
     "timestep_spacing": "trailing",
     "steps_offset": 1,
@@ -28,7 +28,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def _clean(config: str) -> str:
-    """Return a configuration without the folder it came from and the one key that the autoencoder warns about."""
+    """Remove the folder that a configuration came from, and the one key that the autoencoder warns about."""
     loaded = json.loads(config)
     foreign = ["_name_or_path"] + ["block_out_channels"] * (loaded.get("_class_name") == "AutoencoderTiny")
     kept = {name: value for name, value in loaded.items() if name not in foreign}
@@ -43,7 +43,7 @@ def _write(module: nn.Module, config: str, folder: Path, weights: str) -> None:
 
 
 def export(work: Path, target: Path) -> None:
-    """Replace the model in `target` by the averaged weights of the UNet's last snapshot in `work`."""
+    """Replace the model in `target` with the averaged weights of the UNet's last snapshot in `work`."""
     shutil.rmtree(target, ignore_errors=True)
     denoiser, text_encoder = unet.averaged(work)
     autoencoder = AutoencoderTiny.from_pretrained(work / "autoencoder")
@@ -61,7 +61,7 @@ def export(work: Path, target: Path) -> None:
 
 
 def export_transformer(transformer: PixArtTransformer2DModel, target: Path) -> None:
-    """Replace the transformer in `target`; all else of its pipeline is the UNet's."""
+    """Replace the transformer in `target`; its pipeline shares all other components with the UNet's."""
     shutil.rmtree(target, ignore_errors=True)
     _write(transformer, transformer.to_json_string(), target / "transformer", WEIGHTS_FILE)
     write_manifest(target)

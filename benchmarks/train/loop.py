@@ -1,6 +1,6 @@
-"""Train a denoiser for a fixed time: one cosine schedule, an average of the weights, snapshots to go on from.
+"""Train a denoiser for a fixed time: one cosine schedule, averaged weights, snapshots to resume from.
 
-The time is what each process ran, so work beside it, or a halt, delays the training and takes nothing from it.
+Time is CPU time of each process, so that other work on the machine delays the training without shortening it.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ EMA_DECAY = 0.997
 
 
 class Learner(nn.Module):
-    """Hold what is trained, and compute its loss; what is frozen is no submodule, so that snapshots stay small."""
+    """The modules to train and their loss. Frozen modules aren't registered, so that snapshots stay small."""
 
     @abstractmethod
     def losses(self, corpus: Corpus, n: int) -> tuple[Tensor, dict[str, float]]:
-        """Return what is minimised over a batch of n, and the figures to print."""
+        """Compute the loss over a batch of n, and the figures to print."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Say what to build, under which name its snapshot is kept, and how long (CPU seconds) and how fast to train."""
+    """What to train, the name of its snapshot, how long (in CPU seconds) and at which rate."""
 
     name: str
     learner: Callable[[Path], Learner]
@@ -46,10 +46,10 @@ class Settings:
 
 
 class Average:
-    """Keep an exponential moving average of the weights."""
+    """Exponential moving average of a module's weights."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        """Start from the weights as they are."""
+        """Start from the present weights."""
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in module.named_parameters()}
 
@@ -62,24 +62,24 @@ class Average:
 
 
 def save(work: Path, name: str, state: dict[str, Any]) -> None:
-    """Write a checkpoint in one move, so that a reader never sees half of one."""
+    """Write a checkpoint and move it into place, so that no reader ever sees half of one."""
     part = work / f"{name}.part"
     torch.save(state, part)
     part.replace(work / f"{name}.pt")
 
 
 def load_averaged(work: Path, snapshot: str, learner: Learner) -> None:
-    """Give a learner the averaged weights of its last snapshot."""
+    """Load the averaged weights of the last snapshot into a learner."""
     state = torch.load(work / f"{snapshot}.pt", weights_only=True)
     learner.load_state_dict(state["learner"])
     learner.load_state_dict(state["average"], strict=False)
 
 
 class Run:
-    """Train for a fixed time, one cosine schedule; what was stopped goes on from its last snapshot."""
+    """One training run, in one of its processes; it resumes from its last snapshot."""
 
     def __init__(self, rank: int, work: Path, settings: Settings) -> None:
-        """Build the learner and resume where there is a snapshot."""
+        """Build the learner, and resume where there is a snapshot."""
         torch.manual_seed(3)
         self.rank, self.work, self.settings = rank, work, settings
         self.learner = settings.learner(work)
@@ -123,14 +123,14 @@ class Run:
         self.step += 1
         return figures
 
-    def _tell(self, done: float, figures: list[dict[str, float]], speed: float) -> None:
+    def _print(self, done: float, figures: list[dict[str, float]], speed: float) -> None:
         means = " ".join(f"{name} {np.mean([one[name] for one in figures]):.4f}" for name in figures[0])
         share = f"{100 * done:.1f} %"
         print(f"{self.settings.name} step {self.step} at {share}: {means} {speed:.0f}/s", flush=True)
 
     def train(self, world: int) -> None:
-        """Step until the time is up; snapshots on the way."""
-        told = saved = self.elapsed
+        """Train until the time is up, with snapshots on the way."""
+        printed = saved = self.elapsed
         start = time.process_time() - self.elapsed
         figures: list[dict[str, float]] = []
         while (done := agree(self.elapsed / self.settings.seconds)) < 1:
@@ -139,8 +139,8 @@ class Run:
             if self.rank > 0:
                 continue
             if self.step % 100 == 0:
-                self._tell(done, figures, world * self.settings.batch * len(figures) / (self.elapsed - told))
-                told = self.elapsed
+                self._print(done, figures, world * self.settings.batch * len(figures) / (self.elapsed - printed))
+                printed = self.elapsed
             if self.elapsed - saved > self.settings.snapshot_seconds:
                 self._snapshot()
                 saved = self.elapsed
@@ -153,5 +153,5 @@ def _train(rank: int, world: int, work: Path, settings: Settings) -> None:
 
 
 def train(work: Path, settings: Settings, processes: int) -> None:
-    """Train as the settings say; the averaged weights are in the snapshot."""
+    """Train in several processes; the averaged weights are in the snapshot."""
     launch(processes, _train, work, settings)

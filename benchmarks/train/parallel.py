@@ -24,7 +24,7 @@ def _worker(rank: int, world: int, store: str, stage: Callable[..., None], argum
 
 
 def launch(world: int, stage: Callable[..., None], *arguments: Any) -> None:
-    """Call `stage(rank, world, *arguments)` in `world` processes and wait for all."""
+    """Call `stage(rank, world, *arguments)` in `world` processes, and wait for all of them."""
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["OMP_WAIT_POLICY"] = "passive"
     with tempfile.TemporaryDirectory() as folder:
@@ -33,7 +33,7 @@ def launch(world: int, stage: Callable[..., None], *arguments: Any) -> None:
 
 
 def average_gradients(module: nn.Module, world: int) -> None:
-    """Replace every gradient by its mean over the processes, in one message."""
+    """Replace all gradients with their means over the processes, in one message."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
@@ -44,7 +44,7 @@ def average_gradients(module: nn.Module, world: int) -> None:
 
 
 def agree(value: float) -> float:
-    """Return the first process's value in all of them."""
+    """Broadcast the first process's value to all."""
     shared = torch.tensor([value], dtype=torch.float64)
     dist.broadcast(shared, 0)
     return float(shared)

@@ -1,4 +1,4 @@
-"""Copy the measured figures into README.md, each table between its two markers."""
+"""Write the measured figures into README.md, each table between its two markers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cachekit.demo.pipeline import WEIGHTS
+from cachekit.models.demo.pipeline import WEIGHTS
 
 from .choose import CHOICE
 from .evaluate import table
@@ -20,7 +20,7 @@ SOURCES = {
 
 
 def insert(text: str, name: str, content: str) -> str:
-    """Return the text with `content` between a name's markers."""
+    """Replace what is between a name's two markers with `content`."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
@@ -28,14 +28,14 @@ def insert(text: str, name: str, content: str) -> str:
 
 
 def _classifier() -> str:
-    """Return how often the classifier is right."""
+    """Write a sentence on the accuracy of the classifier."""
     found = json.loads((WEIGHTS / "classifier" / "figures.json").read_text())
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in found["accuracies"].items())
     return f"Right on {found['n']} held-out scenes, of what there is in their quarters: {shares}."
 
 
 def _autoencoder(found: dict[str, Any]) -> list[str]:
-    """Return a sentence on the autoencoder alone, where it was measured."""
+    """Write a sentence on the autoencoder alone, where it was measured."""
     if "reconstruction" not in found:
         return []
     measured = found["reconstruction"]
@@ -44,7 +44,7 @@ def _autoencoder(found: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Replace what is between the markers."""
+    """Update README.md."""
     text = README.read_text()
     for name, path in SOURCES.items():
         found = json.loads(path.read_text())

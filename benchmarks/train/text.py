@@ -1,4 +1,4 @@
-"""Build the tokenizer, and teach the text encoder what each phrase says before the UNet needs it."""
+"""Build the tokenizer, and pretrain the text encoder to classify each phrase before the UNet needs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from cachekit.demo import scenes
+from cachekit.models.demo import scenes
 
 MAX_TOKENS = 28
 WIDTH = 96
@@ -27,7 +27,7 @@ ASPECTS: dict[str, tuple[str, ...]] = {
 
 
 def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Return byte-pair merges that build each word from its left, earlier words first."""
+    """List byte-pair merges that build each word from its left, earlier words first."""
     merges: dict[tuple[str, str], None] = {}
     for word in words:
         symbols = [*word[:-1], word[-1] + "</w>"]
@@ -44,9 +44,9 @@ def _tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Return a tokenizer that has one token for each word of a caption.
+    """Build a tokenizer with one token for each word of a caption.
 
-    A word whose letters another word's merges join in the wrong way moves to the front, until none does.
+    A word that the merges of others split wrongly moves to the front, until there is none.
     """
     words = list(scenes.vocabulary())
     for _ in range(200):
@@ -59,7 +59,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder."""
+    """Build the untrained text encoder."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -76,17 +76,17 @@ def build_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Return n x 28 token numbers, padded as the pipeline pads them."""
+    """Convert captions to n x 28 tokens, padded as the pipeline pads them."""
     encoded = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 
 
 def targets(captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Return what the captions say, as numbers.
+    """Convert captions to class labels.
 
-    Things: m x 7, the caption's index, the position of the phrase's last token and the five aspects.
-    Backgrounds: n.
+    Returns m x 7 things (index of the caption, position of the phrase's last token, the five aspects) and n
+    backgrounds.
     """
     rows, backgrounds = [], []
     for index, text in enumerate(captions):
@@ -101,10 +101,10 @@ def targets(captions: list[str]) -> tuple[Tensor, Tensor]:
 
 
 class Heads(nn.Module):
-    """Read every aspect from a phrase's last token, and everything by place from the caption's last."""
+    """Classifiers of every aspect from a phrase's last token, and of everything by place from the caption's last."""
 
     def __init__(self) -> None:
-        """Create linear heads only, so that the encoder has to do the work."""
+        """Create linear heads, so that the encoder has to do the work."""
         super().__init__()
         self.counts = [len(options) for options in ASPECTS.values()]
         self.phrase = nn.Linear(WIDTH, sum(self.counts))
@@ -112,7 +112,7 @@ class Heads(nn.Module):
         self.background = nn.Linear(WIDTH, len(scenes.BACKGROUNDS))
 
     def forward(self, hidden: Tensor, things: Tensor, backgrounds: Tensor) -> Tensor:
-        """Return the mean cross entropy. hidden: n x 28 x 96; things and backgrounds as from `targets`."""
+        """Compute the mean cross entropy of n x 28 x 96 `hidden` states against `targets`."""
         rows, positions, aspects = things[:, 0], things[:, 1], things[:, 2:]
         phrase = self.phrase(hidden[rows, positions])
         places = self.whole(hidden[:, -1]).view(len(hidden), len(scenes.PLACES), -1)
@@ -126,7 +126,7 @@ class Heads(nn.Module):
 
 
 def pretrain(work: Path, seconds: float, batch: int = 64) -> None:
-    """Train the text encoder alone for `seconds`; write it, the heads and the tokenizer to work/."""
+    """Train the text encoder alone for `seconds`, and write it, its heads and the tokenizer to `work`."""
     torch.manual_seed(2)
     tokenizer = build_tokenizer()
     encoder, heads = build_encoder(tokenizer), Heads()

@@ -20,7 +20,7 @@ SNAPSHOT = "snapshot"
 
 
 def build() -> UNet2DConditionModel:
-    """Return the untrained UNet: 16 x 16, 8 x 8 and 4 x 4, cross-attention at the two lower resolutions."""
+    """Build the untrained UNet: 16 x 16, 8 x 8 and 4 x 4, cross-attention at the two lower resolutions."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=8,
@@ -36,7 +36,7 @@ def build() -> UNet2DConditionModel:
 
 
 class Learner(loop.Learner):
-    """Train the UNet and the text encoder together."""
+    """Learner of the UNet and the text encoder together."""
 
     def __init__(self, work: Path) -> None:
         """Build the UNet, and load the text encoder and its heads from their own training."""
@@ -49,7 +49,7 @@ class Learner(loop.Learner):
         self.noise = DDPMScheduler(**NOISE_SCHEDULE)
 
     def losses(self, corpus: Corpus, n: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the error of the predicted velocity with a little of that of the text heads, and both apart."""
+        """Compute the squared error of the velocity plus a small share of the text heads' loss, and each alone."""
         latents, tokens, captions = corpus.batch(n)
         hidden = self.text(tokens).last_hidden_state
         aside = self.heads(hidden, *targets(captions))
@@ -69,7 +69,7 @@ def train(work: Path, seconds: float, processes: int) -> None:
 
 
 def averaged(work: Path) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Return the UNet and the text encoder with the averaged weights of the last snapshot."""
+    """Load the UNet and the text encoder with the averaged weights of the last snapshot."""
     learner = Learner(work)
     loop.load_averaged(work, SNAPSHOT, learner)
     learner.unet.set_default_attn_processor()

@@ -1,4 +1,4 @@
-"""Run the caches of others that no spec of ours stands for: those of diffusers, and cache-dit."""
+"""Run caches of diffusers and of cache-dit, which no spec of cachekit corresponds to."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ..measuring import Arguments, Drawn, run
-from ..pipelines import denoiser_of
-from .cells import Method
-from .peers import counting, twin
+from cachekit.bench.cells import Method
+from cachekit.bench.measuring import Arguments, RunResult, timed_call
+from cachekit.bench.peers import counting, twin
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Cache", "caches_for"]
 
-#: With their own defaults, or where there is none, what their documents show. FasterCache leaves the branches alone,
-#: since most pipelines no longer batch them; only Flux has magnitudes for MagCache; F1 is what any depth allows.
+#: Each with its own defaults, or where there are none, the values of its documentation. FasterCache leaves the guidance
+#: branches alone, because most pipelines no longer batch them; diffusers has magnitudes for MagCache for Flux only;
+#: one block computed first (F1) is possible at any depth.
 _CACHES = (
     (Method.DIFFUSERS, "FirstBlockCache:threshold=0.05"),
     (Method.DIFFUSERS, "TaylorSeerCache:cache_interval=5,disable_cache_before_step=3,max_order=1"),
@@ -29,11 +30,11 @@ _CACHES = (
     (Method.DIFFUSERS, "MagCache:threshold=0.06,max_skip_steps=3"),
     (Method.CACHE_DIT, "DBCache:Fn_compute_blocks=1,residual_diff_threshold=0.08,max_warmup_steps=8"),
 )
-_ASKS_FOR_TIMESTEP = ("PyramidAttentionBroadcast", "FasterCache")
+_NEEDS_TIMESTEP = ("PyramidAttentionBroadcast", "FasterCache")
 
 
 def caches_for(denoiser: nn.Module, pipeline: str) -> list[tuple[Method, str]]:
-    """Return the caches that say they support a denoiser in a pipeline of that class."""
+    """Find the caches that declare support for a denoiser in a pipeline of that class."""
     fits = {Method.DIFFUSERS: _fits_diffusers, Method.CACHE_DIT: _fits_cache_dit}
     return [(method, text) for method, text in _CACHES if fits[method](denoiser, pipeline, text.partition(":")[0])]
 
@@ -43,13 +44,13 @@ def _fits_diffusers(denoiser: nn.Module, pipeline: str, name: str) -> bool:
 
     if not hasattr(denoiser, "enable_cache") or not hasattr(diffusers, f"{name}Config"):
         return False
-    if name in _ASKS_FOR_TIMESTEP:
+    if name in _NEEDS_TIMESTEP:
         return hasattr(getattr(diffusers, pipeline), "current_timestep")
     return name != "MagCache" or type(denoiser).__name__ == "FluxTransformer2DModel"
 
 
 def _fits_cache_dit(denoiser: nn.Module, pipeline: str, name: str) -> bool:
-    # It knows no UNet, and takes seconds to import.
+    # cache-dit supports no UNet, and takes seconds to import.
     if hasattr(denoiser, "up_blocks") or not find_spec("cache_dit"):
         return False
     with _quiet():
@@ -58,12 +59,12 @@ def _fits_cache_dit(denoiser: nn.Module, pipeline: str, name: str) -> bool:
 
 
 class Cache:
-    """Draw with one of these caches; the pipeline itself stays as it is."""
+    """Runs a pipeline with one of these caches, on a copy; the pipeline itself is not changed."""
 
     def __init__(self, pipe: Any, method: Method, text: str, arguments: Arguments) -> None:
-        """Prepare a copy of `pipe` that shares its weights, for a cache such as `FirstBlockCache:threshold=0.05`."""
+        """Copy `pipe`, with shared weights, for a cache such as `FirstBlockCache:threshold=0.05`."""
         self._twin = twin(pipe)
-        # cache-dit changes the class of a pipeline, which here is nobody else's.
+        # cache-dit patches the class of a pipeline, so the copy gets a class of its own.
         cls = type(self._twin)
         self._twin.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
         self._enabled = {Method.DIFFUSERS: _diffusers, Method.CACHE_DIT: _cache_dit}[method]
@@ -73,14 +74,14 @@ class Cache:
         }
         self._arguments = arguments
 
-    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
-        """Return the image of `prompt`; what a run costs depends on what it draws, so each is counted before."""
+    def run(self, steps: int, prompt: str, seed: int) -> RunResult:
+        """Generate the image of `prompt`, after an untimed run that counts its MACs: they depend on the image."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt)}
         with self._enabled(self._twin, self._name, self._values, steps), counting(denoiser_of(self._twin)) as count:
-            run(self._twin, arguments, seed)
+            timed_call(self._twin, arguments, seed)
         with self._enabled(self._twin, self._name, self._values, steps):
-            image, watch = run(self._twin, arguments, seed)
-        return Drawn(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
+            image, watch = timed_call(self._twin, arguments, seed)
+        return RunResult(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def _diffusers(pipe: Any, name: str, values: dict[str, Any], steps: int) -> Iter
 
     denoiser: Any = denoiser_of(pipe)
     more: dict[str, Any] = {}
-    if name in _ASKS_FOR_TIMESTEP:
+    if name in _NEEDS_TIMESTEP:
         more["current_timestep_callback"] = lambda: pipe.current_timestep
     if name == "MagCache":
         from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
@@ -118,7 +119,7 @@ def _cache_dit(pipe: Any, name: str, values: dict[str, Any], steps: int) -> Iter
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep back what they log each time that they are put on and taken off."""
+    """Suppress what these packages log each time a cache is enabled or disabled."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""Read the captions to draw, and find the true images that belong to them."""
+"""Read captions, and find the reference images that belong to them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
 
 __all__ = ["Captions", "read_captions"]
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Hold captions, and the names of their images where the file of captions says them."""
+    """Captions, and the file names of their images where the captions file gives them."""
 
     source: str
     texts: tuple[str, ...]
     names: tuple[str, ...] = ()
 
     def references(self, folder: Path) -> list[Path]:
-        """Return the true image of each caption; raise `BenchError` where there is not exactly one.
+        """Find the reference image of each caption in `folder`.
 
-        Images without names in the file of captions are taken in the order of their own names.
+        Without file names in the captions file, images are matched in the order of their names. Raises `BenchError`
+        where the folder or an image is missing, or the numbers of captions and images differ.
         """
         if not folder.is_dir():
             raise BenchError(f"cannot read references {str(folder)!r}: there is no such folder")
@@ -45,13 +46,13 @@ class Captions:
 
 
 def read_captions(source: str, limit: int | None = None) -> Captions:
-    """Return the first `limit` captions of a source, all without a limit.
+    """Read the first `limit` captions of a source, or all of them.
 
-    It is a number of held-out captions of our own, a file with a caption per line, or annotations of MS-COCO (JSON), of
-    which each image's first caption is taken, images in the order of their ids.
+    `source` is a number of held-out captions of the embedded model, a file with a caption per line, or MS-COCO
+    annotations (`.json`), of which the first caption of each image is taken, images in the order of their ids.
     """
     if re.fullmatch(r"0*[1-9][0-9]{0,8}", source):
-        from ..demo import heldout_captions
+        from cachekit.models.demo import heldout_captions
 
         return Captions(source, tuple(heldout_captions(min(int(source), limit or int(source)), 0)))
     text = _text(source)
@@ -70,12 +71,12 @@ def _text(source: str) -> str:
 
 
 def _lines(text: str) -> list[tuple[str, str]]:
-    # Only the end of a line ends a caption, not whatever else Unicode takes for one.
+    # str.splitlines would also split at other Unicode line boundaries, which may stand inside a caption.
     return [("", line.strip()) for line in text.split("\n") if line.strip()]
 
 
 def _annotated(source: str, text: str) -> list[tuple[str, str]]:
-    """Return (name of the image, caption) of each image in annotations of MS-COCO."""
+    """(file name, caption) of each image in MS-COCO annotations."""
     try:
         data: Any = json.loads(text)
         names = {int(image["id"]): str(image["file_name"]) for image in data["images"]}

@@ -1,4 +1,4 @@
-"""Name what is measured: cells, each one contender beside the uncached pipeline, and grids of specs."""
+"""Cells: measurements of one contender beside the uncached pipeline, and the grids of specs they come from."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..errors import CachekitError
-from ..measuring import Configuration
-from ..policy import Policy
-from ..spec import parse_all
+from cachekit.bench.measuring import Configuration
+from cachekit.errors import CachekitError
+from cachekit.interface.policy import Policy
+from cachekit.interface.specs import parse_all
 
 __all__ = ["BenchError", "Cell", "Method", "Setting", "digest", "expand"]
 
 
 class BenchError(CachekitError):
-    """Report a measurement that cannot be made, or results that cannot be read or written."""
+    """A measurement that cannot be made, or results that cannot be read or written."""
 
 
 class Method(str, Enum):
-    """Say who draws: cachekit, the plain pipeline, the published package of a policy, or a cache of others."""
+    """What generates the images: cachekit, the plain pipeline, a policy's published package, or another cache."""
 
     CACHEKIT = "cachekit"
     PLAIN = "plain"
@@ -38,7 +38,7 @@ class _Frozen(BaseModel):
 
 
 class Setting(_Frozen):
-    """Hold what a worker must know before it can measure any cell: the model, how to load and how to call it."""
+    """All that a worker needs besides a cell: the model, how to load it and how to call it."""
 
     model: str
     captions: tuple[str, ...]
@@ -54,10 +54,10 @@ class Setting(_Frozen):
 
 
 class Cell(_Frozen):
-    """Name one measurement: everything that its figures depend on, and so the key of its result.
+    """One measurement: everything that its figures depend on, and so the key of its result.
 
-    `steps` are the contender's, `uncached_steps` those of the pipeline beside it; `model_hash`, `captions` and
-    `environment` are digests.
+    `steps` are those of the contender, `uncached_steps` those of the uncached pipeline beside it; `model_hash`,
+    `captions` and `environment` are digests.
     """
 
     model: str
@@ -80,36 +80,40 @@ class Cell(_Frozen):
 
     @property
     def id(self) -> str:
-        """Return the digest of all fields."""
+        """A digest of all fields."""
         return digest(self.model_dump(mode="json"))
 
     @property
     def row(self) -> tuple[Any, ...]:
-        """Return what cells share that differ in their seeds alone."""
+        """All fields but the seed: cells that differ in nothing else share a row."""
         return tuple(value for name, value in self if name != "seed")
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Return what cells share that are compared with each other."""
+        """The fields that cells compared with each other share."""
         return tuple(value for name, value in self if name not in ("seed", "method", "specs", "steps"))
 
     @property
     def label(self) -> str:
-        """Return what tables call the contender."""
+        """The name of the contender in tables."""
         name = Configuration(self.steps, self.specs).label
         if self.method in (Method.DIFFUSERS, Method.CACHE_DIT):
             return f"{self.method.value}: {name}"
         return f"{name} (published)" if self.method is Method.PUBLISHED else name
 
+    def plain(self, steps: int) -> Cell:
+        """Cell of that many plain steps, with all else the same."""
+        return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps})
+
 
 def digest(data: Any) -> str:
-    """Return a short digest of plain data."""
+    """Short digest of plain data."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[tuple[Policy, ...]]:
-    """Return the compositions that a grid stands for, each once, such as `tgate:m=3|5+deepcache:interval=2|3`."""
+    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once."""
     found: dict[tuple[str, ...], tuple[Policy, ...]] = {}
     for text in texts:
         for specs in product(*map(_choices, Configuration.parse(text, 1).specs)):
@@ -119,7 +123,7 @@ def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[t
 
 
 def _choices(spec: str) -> Iterator[str]:
-    """Yield the specs that one spec with alternatives stands for."""
+    """Expand one spec with alternatives, such as `tgate:m=3|5`."""
     name, colon, text = spec.partition(":")
     keys, values = [], []
     for pair in text.split(","):

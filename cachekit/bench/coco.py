@@ -1,6 +1,6 @@
-"""Draw an image for each caption into files, and score each contender's images as a whole: FID and CLIP score.
+"""Generate an image for each caption into files, and score all images of a contender together: FID and CLIP score.
 
-This is how papers judge policies on MS-COCO. Images are files, so that a run that was interrupted goes on where it was.
+This is how papers evaluate policies on MS-COCO. Images are files, so that an interrupted run can be resumed.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ..architectures import architectures
-from ..engine import apply
-from ..loading import scheduler_for
-from ..measuring import Configuration, Drawer, Drawn, silent_log
-from ..policy import Policy
-from .captions import Captions
-from .cells import BenchError, Setting, digest
-from .learned import Features, clip_score, pixels, torchmetrics
-from .subjects import Subject, load, model_hash, set_scheduler
-from .workbench import environment
+from cachekit.applying import apply
+from cachekit.bench.captions import Captions
+from cachekit.bench.cells import BenchError, Setting, digest
+from cachekit.bench.learned import Features, clip_score, pixels, torchmetrics
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log
+from cachekit.bench.subjects import Subject, load, model_hash, set_scheduler
+from cachekit.bench.workbench import environment
+from cachekit.interface.policy import Policy
+from cachekit.models.architectures import architectures
+from cachekit.models.loading import scheduler_for
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
 
-#: Called after each image with the number of images there and of all, and a warning, if there is one.
+#: Called after each image with the number of images that exist and of all, and a warning or None.
 Progress = Callable[[int, int, "str | None"], None]
-#: Score files of images as a whole, with the caption of each.
+#: Scores image files together, given the caption of each.
 Scorer = Callable[[Sequence[Path], Sequence[str]], float]
 
 _KEY = "cachekit"
 
 
 class Drawing(BaseModel):
-    """Name all that an image depends on besides its caption, and so the folder that it lies in."""
+    """All that an image depends on besides its caption, and so the name of its folder."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,20 +60,20 @@ class Drawing(BaseModel):
     guidance: float | None
 
     @property
-    def made(self) -> Configuration:
-        """Return the specs and steps."""
+    def configuration(self) -> Configuration:
+        """The specs and steps."""
         return Configuration(self.steps, self.specs)
 
     @property
     def folder(self) -> str:
-        """Return the name of the folder; where the model lies does not matter, what it is does."""
-        readable = re.sub(r"[^\w.=]+", "-", self.made.label)[:60]
+        """The name of the folder, which depends on the files of the model and not on its path."""
+        readable = re.sub(r"[^\w.=]+", "-", self.configuration.label)[:60]
         return f"{readable}-{digest(self.model_dump(mode='json', exclude={'model'}))}"
 
 
 @dataclass(frozen=True)
 class Coco:
-    """Say what is scored of one model: no policy and every composition, each with every scheduler, steps and seed."""
+    """What is scored on one model: the plain pipeline and each composition, with each scheduler, steps and seed."""
 
     setting: Setting
     captions: Captions
@@ -86,7 +86,7 @@ class Coco:
 
 
 class Scored(BaseModel):
-    """Hold what the images of one drawing cost, the median time and mean multiply-accumulates, and their scores."""
+    """The costs of the images of one drawing, median seconds and mean MACs, and their scores."""
 
     drawing: Drawing
     images: int
@@ -100,9 +100,9 @@ class Scored(BaseModel):
 
 
 def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
-    """Draw what is missing and yield the scores of each drawing, which are added to `scores.jsonl` beside the images.
+    """Generate missing images, and yield the scores of each drawing, which `scores.jsonl` beside the images keeps too.
 
-    All that can be refused is refused before anything is drawn.
+    Raises a `CachekitError` for wrong settings before the first image.
     """
     _check(coco)
     subject = load(coco.setting)
@@ -111,7 +111,7 @@ def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
     texts = coco.captions.texts
     for place, drawing in enumerate(drawings):
         gallery = _Gallery(coco.images / drawing.folder, drawing, texts)
-        for done in gallery.draw(subject):
+        for done in gallery.fill(subject):
             progress(place * len(texts) + done, len(drawings) * len(texts), None)
         scored = Scored(
             drawing=drawing,
@@ -128,7 +128,7 @@ def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
 
 
 def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
-    """Return all drawings, the uncached one first; raise where a scheduler or a policy does not fit the pipeline."""
+    """List all drawings, the uncached one first; raise where a scheduler or a policy does not fit the pipeline."""
     found = [type(scheduler_for(pipe, name)).__name__ for name in coco.schedulers]
     schedulers = list(dict.fromkeys(found)) or [type(pipe.scheduler).__name__]
     compositions = [(), *(policies for policies in coco.compositions if policies)]
@@ -144,7 +144,7 @@ def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
 
 
 def _check(coco: Coco) -> None:
-    """Refuse what can be told before anything is loaded."""
+    """Refuse wrong settings that can be found before anything is loaded."""
     folder, model, metrics = coco.images, coco.setting.model, dict(coco.setting.metrics)
     if model in architectures():
         raise BenchError(f"{model} has random weights: images can only be scored of a trained model")
@@ -170,7 +170,7 @@ def _append(file: Path, scored: Scored) -> None:
 
 
 class _Gallery:
-    """Keep the images of one drawing as files, named by place, caption and seed; each holds what it cost."""
+    """The images of one drawing as files, named by position, caption and seed; each file holds its costs."""
 
     def __init__(self, folder: Path, drawing: Drawing, captions: Sequence[str]) -> None:
         self._folder = folder
@@ -179,60 +179,60 @@ class _Gallery:
 
     @cached_property
     def files(self) -> list[Path]:
-        """Return the file of each caption's image."""
+        """The file of each caption's image."""
         names = ((place, digest([text, self._seed(place)])) for place, text in enumerate(self._captions))
         return [self._folder / f"{place:06}-{name}.png" for place, name in names]
 
     def _seed(self, place: int) -> int:
         return self._drawing.seed + place
 
-    def draw(self, subject: Subject) -> Iterator[int]:
-        """Draw what is missing; yield the number of images that are there."""
+    def fill(self, subject: Subject) -> Iterator[int]:
+        """Generate the missing images; yield the number of images that exist."""
         missing = [place for place, file in enumerate(self.files) if not file.exists()]
         yield len(self.files) - len(missing)
         set_scheduler(subject.pipe, self._drawing.scheduler)
-        drawer = Drawer(subject.pipe, subject.arguments)
+        runner = ImageRunner(subject.pipe, subject.arguments)
         self._folder.mkdir(exist_ok=True)
         for count, place in enumerate(missing, len(self.files) - len(missing) + 1):
             with silent_log():
-                drawn = drawer.draw(self._drawing.made, self._captions[place], self._seed(place))
-            self._save(place, drawn)
+                result = runner.run(self._drawing.configuration, self._captions[place], self._seed(place))
+            self._save(place, result)
             yield count
 
-    def _save(self, place: int, drawn: Drawn) -> None:
-        """Write an image under another name first, so that a file of that name is always whole."""
+    def _save(self, place: int, result: RunResult) -> None:
+        """Write an image under a temporary name first, so that no half-written file has the final name."""
         from PIL.PngImagePlugin import PngInfo
 
-        assert drawn.image is not None
+        assert result.image is not None
         info, file = PngInfo(), self.files[place]
-        info.add_text(_KEY, json.dumps({"seconds": drawn.seconds, "macs": drawn.macs, **self._named(place)}))
+        info.add_text(_KEY, json.dumps({"seconds": result.seconds, "macs": result.macs, **self._identity(place)}))
         part = file.with_suffix(".part")
         try:
-            drawn.image.save(part, format="PNG", pnginfo=info)
+            result.image.save(part, format="PNG", pnginfo=info)
             os.replace(part, file)
         except OSError as error:
             raise BenchError(f"cannot write {str(file)!r}: {error.strerror}") from error
 
-    def _named(self, place: int) -> dict[str, Any]:
+    def _identity(self, place: int) -> dict[str, Any]:
         return {"caption": self._captions[place], "seed": self._seed(place), "specs": self._drawing.specs}
 
     def costs(self) -> dict[str, float]:
-        """Return the median wall time and the mean multiply-accumulates of an image."""
-        told = [_told(file) for file in self.files]
-        return {"seconds": median(one["seconds"] for one in told), "macs": fmean(one["macs"] for one in told)}
+        """Median seconds and mean MACs of an image."""
+        costs = [_costs(file) for file in self.files]
+        return {"seconds": median(cost["seconds"] for cost in costs), "macs": fmean(cost["macs"] for cost in costs)}
 
 
-def _told(path: Path) -> dict[str, Any]:
-    """Return what an image of a gallery says of itself."""
+def _costs(path: Path) -> dict[str, Any]:
+    """Read the costs that an image file of a gallery holds."""
     try:
-        told: dict[str, Any] = json.loads(_opened(path).info[_KEY])
+        costs: dict[str, Any] = json.loads(_opened(path).info[_KEY])
     except (KeyError, ValueError) as error:
-        raise BenchError(f"image {str(path)!r} does not say what it cost; remove it to have it drawn") from error
-    return told
+        raise BenchError(f"image {str(path)!r} does not hold its costs; remove it to generate it again") from error
+    return costs
 
 
 def _opened(path: Path) -> Image:
-    """Return an image with its colours read."""
+    """Open an image and read all of it."""
     from PIL import Image
 
     try:
@@ -255,7 +255,7 @@ def _scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
 
 
 def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
-    """Return the Frechet inception distance to the references, which are read here and once."""
+    """Load the Frechet inception distance to the references, which are read once."""
     torchmetrics()
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -271,12 +271,12 @@ def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
         return float(metric.compute())
 
     count = len(coco.captions.texts)
-    few = f"fid of {count} images over {features.num_features} features says little: it falls as images are added"
+    few = f"fid of {count} images over {features.num_features} features is unreliable: it falls as images are added"
     return distance, few if count <= features.num_features else None
 
 
 def _clip(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
-    """Return the mean CLIP score of images and their captions."""
+    """Load the mean CLIP score of images with their captions."""
     judge = clip_score(path, device)
     return lambda files, captions: fmean(judge(_opened(file), text) for file, text in zip(files, captions)), None
 

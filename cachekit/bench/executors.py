@@ -1,4 +1,4 @@
-"""Spread cells over this process, a pool of processes or the actors of a Ray cluster, each with one pipeline."""
+"""Measure cells in this process, in a pool of processes or in the actors of a Ray cluster, each with one pipeline."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from multiprocessing import get_context, parent_process
 from textwrap import shorten
 from typing import Any
 
-from ..errors import nearest
-from .cells import BenchError, Cell, Setting
-from .results import Result
-from .workbench import measure
+from cachekit.bench.cells import BenchError, Cell, Setting
+from cachekit.bench.results import Result
+from cachekit.bench.workbench import measure
+from cachekit.errors import nearest
 
 __all__ = ["EXECUTORS", "Outcome", "executor"]
 
-#: What came of a cell: its result, or why there is none.
+#: A cell, and its result or the reason why there is none.
 Outcome = tuple[Cell, "Result | str"]
 Executor = Callable[[Setting, Sequence[Cell], int], Iterator[Outcome]]
 
-#: What a single cell may raise without an end to all others: memory, shapes, a published package that is too old.
+#: Exceptions that fail a single cell and not the others: memory, shapes, a published package that is too old.
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
 
 
 def executor(name: str) -> Executor:
-    """Return an executor by name."""
+    """Find an executor by name."""
     if name not in EXECUTORS:
         raise BenchError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {', '.join(EXECUTORS)}")
     return EXECUTORS[name]
 
 
 def attempt(setting: Setting, cell: Cell) -> Result | str:
-    """Return a cell's result, or one line about why it failed."""
+    """Measure a cell; return its result, or one line with the reason of its failure."""
     try:
         return measure(setting, cell)
     except _FAILURES as error:
@@ -74,13 +74,13 @@ def _result(future: Future[Result | str], cell: Cell) -> Result | str:
 
 
 def _start_worker(places: Any, device: str | None) -> None:
-    """Tie a worker's life to that of the process that measures, and give it a GPU of its own if there are enough."""
+    """Make a worker end with its parent, and choose its GPU; workers share GPUs where there are too few."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _choose_gpu(places.get(), device)
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent does: one that is killed tells its workers nothing."""
+    """End this process when its parent ends: a parent that is killed cannot shut down its workers."""
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -115,14 +115,14 @@ def _ray(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[Outc
 
 
 class _Actor:
-    """Measure cells in a process of Ray's, on any machine."""
+    """Measures cells in a process of Ray, on any machine of the cluster."""
 
     def __init__(self, setting: Setting) -> None:
-        """Take the setting; the pipeline is loaded with the first cell."""
+        """Store the setting; the pipeline is loaded with the first cell."""
         self._setting = setting
 
     def attempt(self, cell: Cell) -> Result | str:
-        """Return a cell's result, or one line about why it failed."""
+        """Measure a cell; return its result, or one line with the reason of its failure."""
         return attempt(self._setting, cell)
 
 
@@ -136,10 +136,10 @@ def _imported() -> Any:
 
 @contextmanager
 def _cluster(ray: Any, workers: int, threads: int) -> Iterator[None]:
-    """Use the cluster that is there or named, else one of our own on this machine; end only what was begun here."""
+    """Use the running or named cluster, or else start one on this machine; shut down only what was started here."""
     begun = not ray.is_initialized()
     if begun:
-        # Ray gives way to all else on a machine, so a busy one would starve the very times that are measured.
+        # Ray runs its workers at low priority, so on a busy machine their times would grow.
         first = {"worker_niceness": 0}
         own = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False, "_system_config": first}
         _begin(ray, {} if os.environ.get("RAY_ADDRESS") else own)
@@ -160,7 +160,7 @@ def _begin(ray: Any, given: dict[str, Any]) -> None:
 
 
 def _share(ray: Any, setting: Setting, workers: int) -> dict[str, Any]:
-    """Return what each actor gets of the cluster; one that could never start would be waited for without end."""
+    """Resources of each actor; raise `BenchError` where they could never be had, which Ray would wait for."""
     there = ray.cluster_resources()
     threads, processors, gpus = setting.threads or 1, int(there.get("CPU", 0)), int(there.get("GPU", 0))
     if processors < workers * threads:
@@ -171,19 +171,19 @@ def _share(ray: Any, setting: Setting, workers: int) -> dict[str, Any]:
 
 
 def _taken(ray: Any, done: Any, cell: Cell) -> tuple[Result | str, bool]:
-    """Return what came of a cell, and whether its actor lives."""
+    """Outcome of a cell, and whether its actor is still alive."""
     try:
         return ray.get(done), True
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:
-        # The story has many lines, and only the last says what happened.
+        # The message has many lines, and the last one has the reason.
         *_, reason = str(error).strip().splitlines()
         return f"{cell.label}: {shorten(reason, 200, placeholder=' ...')}", False
 
 
 def default_workers(name: str) -> int:
-    """Return as many workers as there are GPUs, or two; a serial run has one."""
+    """As many workers as there are GPUs, or two without a GPU; one for serial runs."""
     import torch
 
     if name == "serial":

@@ -1,4 +1,4 @@
-"""Measure how far generated images are, as a crowd, from scenes drawn from the same captions."""
+"""The Frechet distance of generated images to scenes rendered from the same captions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Crowd", "crowd", "distance", "is_enough", "rendered"]
+__all__ = ["GaussianStats", "distance", "gaussian_stats", "is_enough", "rendered"]
 
+#: Scenes rendered as the reference, at least.
 RENDERED = 2000
 
 
-class Crowd(BaseModel):
-    """Hold what the distance needs to know of many feature vectors: their number, mean and covariance."""
+class GaussianStats(BaseModel):
+    """Number, mean and covariance of feature vectors: a normal distribution fitted to them."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -25,22 +26,22 @@ class Crowd(BaseModel):
 
 
 def is_enough(images: int, features: int) -> bool:
-    """Tell whether so many images make a covariance of so many features that is worth comparing."""
+    """Whether that many images determine the covariance of that many features well enough to compare it."""
     return images >= 2 * features
 
 
-def crowd(features: ArrayLike) -> Crowd:
-    """Return number, mean and covariance of n x d features; n is at least 2."""
+def gaussian_stats(features: ArrayLike) -> GaussianStats:
+    """Fit a normal distribution to features (images, features) of at least 2 images."""
     values = np.asarray(features, dtype=np.float64)
     mean, covariance = values.mean(0), np.cov(values, rowvar=False)
-    return Crowd(n=len(values), mean=tuple(mean.tolist()), covariance=tuple(map(tuple, covariance.tolist())))
+    return GaussianStats(n=len(values), mean=tuple(mean.tolist()), covariance=tuple(map(tuple, covariance.tolist())))
 
 
-def distance(one: Crowd, other: Crowd) -> float:
-    """Return the squared Frechet distance between two normal distributions.
+def distance(one: GaussianStats, other: GaussianStats) -> float:
+    """Squared Frechet distance between two normal distributions.
 
     |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2)), as in the Frechet inception distance (Heusel et al. 2017, eq. 6). It is
-    biased: the fewer images there are, the larger it is, so only crowds of equal numbers can be compared.
+    biased, larger for fewer images, so only distances of equally many images can be compared.
     """
     from scipy.linalg import svdvals
 
@@ -52,18 +53,18 @@ def distance(one: Crowd, other: Crowd) -> float:
 
 
 @lru_cache(maxsize=8)
-def rendered(captions: tuple[str, ...]) -> Crowd:
-    """Return the crowd of scenes drawn from captions, each caption equally often, some thousands in all."""
-    from ..demo import features, scenes
+def rendered(captions: tuple[str, ...]) -> GaussianStats:
+    """Statistics of at least `RENDERED` scenes rendered from captions, each caption equally often."""
+    from cachekit.models.demo import features, scenes
 
     chosen = [scenes.parse(text) for text in captions]
     rng = np.random.default_rng(0)
     rounds = math.ceil(RENDERED / len(captions))
-    return crowd(np.concatenate([features(scenes.render_batch(chosen, rng)) for _ in range(rounds)]))
+    return gaussian_stats(np.concatenate([features(scenes.render_batch(chosen, rng)) for _ in range(rounds)]))
 
 
 def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return R with R R^T equal to a positive semidefinite matrix, in spite of rounding."""
+    """R with R R^T equal to a positive semidefinite matrix; eigenvalues that rounding made negative count as 0."""
     from scipy.linalg import eigh
 
     values, vectors = eigh(covariance)

@@ -1,4 +1,4 @@
-"""Load trained networks that judge images from files at hand: LPIPS, the CLIP score, and features for an FID."""
+"""Trained networks that score images, loaded from local files: LPIPS, CLIP score and features for FID."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["Features", "clip_score", "lpips", "pixels"]
 
-#: What reading a file that holds something else may raise.
+#: Exceptions raised by reading a file of another kind.
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, AttributeError, TypeError, pickle.PickleError)
-#: Mean and deviation of the colours that AlexNet was trained on.
+#: Mean and standard deviation of the colours that AlexNet was trained on.
 _COLOURS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def pixels(image: Image, device: Any) -> torch.Tensor:
-    """Return an image's colours as bytes (1, 3, height, width)."""
+    """Image as a uint8 tensor (1, 3, height, width)."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].to(device)
 
 
 @contextmanager
 def _reading(metric: str, path: str, wanted: str) -> Iterator[None]:
-    """Turn whatever a wrong file raises into one line that says what the metric reads."""
+    """Turn an exception from a wrong file into one line that names the file and what the metric expects."""
     try:
         yield
     except _UNREADABLE as error:
@@ -45,9 +45,9 @@ def _reading(metric: str, path: str, wanted: str) -> Iterator[None]:
 
 
 class _Lpips(nn.Module):
-    """Compare features of AlexNet layer by layer (arXiv 1801.03924, equation 1)."""
+    """LPIPS: a weighted distance of AlexNet features, layer by layer (arXiv 1801.03924, equation 1)."""
 
-    #: The layers after which features are compared: the five rectifiers.
+    #: The layers whose outputs are compared: the five ReLUs.
     _TAPS = (1, 4, 7, 9, 11)
 
     def __init__(self) -> None:
@@ -59,16 +59,16 @@ class _Lpips(nn.Module):
             *(nn.Conv2d(384, 256, 3, padding=1), nn.ReLU()),
             *(nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()),
         )
-        # w of the equation: how much each channel counts.
+        # w of the equation: the weight of each channel.
         self.weights = nn.ParameterList(torch.zeros(1, size, 1, 1) for size in (64, 192, 384, 256, 256))
 
     def forward(self, image: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """Return the distance of two images (1, 3, height, width) of bytes."""
+        """Distance of two uint8 images (1, 3, height, width)."""
         pairs = zip(self.weights, self._unit(image), self._unit(reference))
         return torch.stack([(weight * (one - other) ** 2).sum(1).mean() for weight, one, other in pairs]).sum()
 
     def _unit(self, image: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yield the features of each layer, scaled to unit length at every place."""
+        """Yield the features of each compared layer, scaled to unit length at every position."""
         mean, deviation = (torch.tensor(values, device=image.device).view(1, 3, 1, 1) for values in _COLOURS)
         found = (image.float() / 255 - mean) / deviation
         for place, layer in enumerate(self.features):
@@ -78,7 +78,7 @@ class _Lpips(nn.Module):
 
 
 def lpips(path: str, device: Any) -> Callable[[Image, Image], float]:
-    """Return LPIPS over AlexNet; `path` holds torchvision's weights, the layers' weights come with torchmetrics."""
+    """Load LPIPS over AlexNet: torchvision's weights from `path`, the channel weights from torchmetrics."""
     net = _Lpips()
     with _reading("lpips", path, "torchvision's weights of AlexNet"):
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -92,7 +92,7 @@ def lpips(path: str, device: Any) -> Callable[[Image, Image], float]:
 
 
 def _linear_layers() -> list[torch.Tensor]:
-    """Return the published weights of the five layers, which are small enough to come with torchmetrics."""
+    """Load the published channel weights of the five layers, which torchmetrics ships."""
     torchmetrics()
     source = resources.files("torchmetrics.functional.image").joinpath("lpips_models/alex.pth")
     with resources.as_file(source) as file:
@@ -101,7 +101,7 @@ def _linear_layers() -> list[torch.Tensor]:
 
 
 def torchmetrics() -> Any:
-    """Return the package, or say how to get it."""
+    """Import torchmetrics, or raise `BenchError` with the command that installs it."""
     try:
         import torchmetrics
     except ImportError as error:
@@ -115,7 +115,7 @@ def torchmetrics() -> Any:
 
 
 def clip_score(path: str, device: Any) -> Callable[[Image, str], float]:
-    """Return the CLIP score by the model in the folder `path`: 100 times the cosine, and never below 0."""
+    """Load a CLIP model from the folder `path`; the score is 100 times the cosine, and at least 0."""
     from transformers import CLIPModel, CLIPProcessor
     from transformers.utils.logging import disable_progress_bar
 
@@ -140,17 +140,17 @@ def clip_score(path: str, device: Any) -> Callable[[Image, str], float]:
 
 
 class Features(nn.Module):
-    """Give features of images by a TorchScript network, which brings its own structure.
+    """Features of images from a TorchScript network, which contains its own architecture.
 
-    It takes bytes (batch, 3, height, width) and returns (batch, features), when it is asked for `return_features` if
-    it knows that argument: so does the Inception network that StyleGAN and clean-fid publish for FID.
+    It maps uint8 images (batch, 3, height, width) to (batch, features), called with `return_features=True` where it
+    has that parameter, as the Inception network that StyleGAN and clean-fid publish for FID does.
     """
 
     def __init__(self, path: str, device: Any) -> None:
-        """Read the network and try it."""
+        """Load the network and run it once."""
         super().__init__()
         with _reading("fid", path, "a TorchScript network that takes images"), warnings.catch_warnings():
-            # torch would rather have networks exported anew; those that FID is defined by are published like this.
+            # torch deprecates TorchScript, but the networks that define FID are published in it.
             warnings.simplefilter("ignore", DeprecationWarning)
             self.net = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
             known = {argument.name for argument in self.net.forward.schema.arguments}
@@ -162,6 +162,6 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the features (batch, features) of images (batch, 3, height, width)."""
+        """Features (batch, features) of uint8 images (batch, 3, height, width)."""
         found: torch.Tensor = self.net(images, **self._options)
         return found

@@ -1,55 +1,25 @@
-"""Show results: as the texts of a table, and as one page of HTML that needs nothing from outside."""
+"""Write a report of results as one HTML page that loads nothing from outside."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..picture import draw
-from .cells import BenchError, Method
-from .plots import plots
-from .summary import Group, Row
+from cachekit.bench.cells import BenchError, Method
+from cachekit.bench.figures import FIGURES
+from cachekit.bench.plots import plots
+from cachekit.bench.summary import Group, Row
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, learned, legend, texts, title
+from cachekit.planning.drawing import draw
 
-__all__ = ["against", "columns", "title", "write_page"]
-
-_AGAINST = {"plain steps at equal MACs": "MACs", "plain steps at equal wall time": "wall time"}
-
-
-def title(group: Group) -> str:
-    """Return what all rows of a group share."""
-    cell = group.cell
-    size = f"{cell.width or 'own'} x {cell.height or 'own'} pixels" if cell.width or cell.height else ""
-    parts = [cell.model, cell.scheduler, f"{cell.uncached_steps} steps", cell.dtype or "", cell.device or "", size]
-    return ", ".join(part for part in (*parts, f"compiled by {cell.compiled}" if cell.compiled else "") if part)
-
-
-def columns(group: Group, row: Row) -> dict[str, str]:
-    """Return the texts of one row by name of column; what is not known is a dash."""
-    uncached = row.cell.method is Method.PLAIN and row.cell.steps == group.cell.uncached_steps
-    return {
-        "configuration": f"uncached, {row.cell.steps} steps" if uncached else row.label,
-        **{name: _text(figure(row)) for name, (figure, _text) in _FIGURES.items()},
-        **({} if row.frechet is None else {"Frechet": f"{row.frechet:.2f} (n={row.images})"}),
-        **{name: f"{value:.3f}" for name, value in row.metrics.items()},
-    }
-
-
-def against(group: Group, row: Row, cost: str) -> str:
-    """Return the plain steps that cost as much as a row, with what they reach."""
-    if row.cell.method is Method.PLAIN:
-        return "-"
-    steps = row.plain_steps()[cost]
-    plain = group.plain(steps)
-    shown = "" if plain is None or plain.shown is None else f", {plain.shown:.0%} shown"
-    reached = "" if plain is None or plain.psnr is None else f": {_decibel(plain.psnr)} dB{shown}"
-    return f"{steps}{reached}"
+__all__ = ["write_page"]
 
 
 def write_page(groups: Sequence[Group], path: Path) -> None:
-    """Write a report; everything it shows is inside, and every text from outside is escaped."""
+    """Write a report, with all that it shows inside and every text escaped."""
     try:
         import jinja2
     except ImportError as error:
@@ -63,89 +33,52 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
         raise BenchError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
-# -- texts ------------------------------------------------------------------------------------------------
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _times(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def _decibel(value: float) -> str:
-    return f"{value:.1f}" if math.isfinite(value) else "identical"
-
-
-def _mebibytes(value: float) -> str:
-    return f"{value / (1 << 20):.2f} MiB"
-
-
-def _known(text: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda value: "-" if value is None else text(value)
-
-
-#: Each column after the first: its figure and how it is written.
-_FIGURES: dict[str, tuple[Callable[[Row], float | None], Callable[[float | None], str]]] = {
-    "s/image": (lambda row: row.seconds, _known(_seconds)),
-    "spread": (lambda row: row.spread, _known(_seconds)),
-    "first": (lambda row: row.first_seconds, _known(_seconds)),
-    "faster": (lambda row: row.faster, _known(_times)),
-    "GMACs": (lambda row: row.macs / 1e9, _known(_seconds)),
-    "fewer": (lambda row: row.fewer, _known(_times)),
-    "PSNR": (lambda row: row.psnr, _known(_decibel)),
-    "SSIM": (lambda row: row.ssim, _known(_seconds)),
-    "shown": (lambda row: row.shown, _known("{:.0%}".format)),
-    "Frechet": (lambda row: row.frechet, _known("{:.2f}".format)),
-    "kept": (lambda row: row.cache_bytes, _known(_mebibytes)),
-    "deciding": (lambda row: row.deciding_seconds * 1e3, _known("{:.1f} ms".format)),
-    "reused": (lambda row: row.reused, _known("{:.0f}".format)),
-    "peak memory": (lambda row: row.peak_memory, _known(_mebibytes)),
-}
-
-
 # -- what the template shows ------------------------------------------------------------------------------
 
 
 def _section(group: Group) -> dict[str, Any]:
     rows = [group.uncached, *group.rows]
-    learned = dict.fromkeys(name for row in rows for name in row.metrics)
-    names = [name for name in (*_FIGURES, *learned) if any(columns(group, row).get(name, "-") != "-" for row in rows)]
+    values = {row.cell.id: _values(row) for row in rows}
+    names = [*(figure.name for figure in FIGURES.values()), *learned(rows)]
+    names = [name for name in names if any(found.get(name) is not None for found in values.values())]
     tags = _tags(group)
     return {
         "title": title(group),
-        "columns": ["", "configuration", *names, *_AGAINST],
-        "rows": [[*_table_cells(group, row, names, tags)] for row in rows],
+        "columns": ["", CONFIGURATION, *names, *EQUAL_COST],
+        "rows": [[*_table_cells(group, row, names, tags[row.cell.id])] for row in rows],
+        "legend": legend(names),
         "plots": [*plots(rows, tags)],
-        "plans": [_drawn(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
+        "plans": [_plan(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
         "pictures": [_pictures(row) for row in group.rows if row.results[0].pictures],
         "environment": {name: value for name, value in group.environment.items() if value is not None},
-        "warnings": list(dict.fromkeys(warning for row in rows for warning in row.warnings)),
+        "warnings": group.warnings,
     }
 
 
-def _table_cells(group: Group, row: Row, names: Sequence[str], tags: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield (text, what it is sorted by)."""
-    texts, tag = columns(group, row), tags[row.cell.id]
+def _values(row: Row) -> dict[str, float | None]:
+    """Values of a row by heading."""
+    return {**{figure.name: figure.value(row) for figure in FIGURES.values()}, **row.metrics}
+
+
+def _table_cells(group: Group, row: Row, names: Sequence[str], tag: str) -> Iterator[tuple[str, str]]:
+    """Yield the text of each cell, and the text that it is sorted by."""
+    shown, values = texts(group, row), _values(row)
     yield (tag, tag) if tag.isdigit() else ("", "")
-    yield texts["configuration"], texts["configuration"]
+    yield shown[CONFIGURATION], shown[CONFIGURATION]
     for name in names:
-        value = _FIGURES[name][0](row) if name in _FIGURES else row.metrics.get(name)
-        yield texts.get(name, "-"), _sortable(value)
-    for cost in _AGAINST.values():
-        text = against(group, row, cost)
-        yield text, text.partition(":")[0].strip("-")
+        yield shown.get(name, "-"), _sort_key(values.get(name))
+    for name in EQUAL_COST:
+        yield shown[name], shown[name].partition(":")[0].strip("-")
 
 
-def _sortable(value: float | None) -> str:
+def _sort_key(value: float | None) -> str:
     if value is None:
         return ""
     return repr(float(value)) if math.isfinite(value) else "1e99"
 
 
 def _tags(group: Group) -> dict[str, str]:
-    """Return what plots call each row: the number of its specs, whoever drew them, or how many plain steps it took."""
+    """Short name of each row in plots: the number of its specs, for every method the same, or its plain steps."""
     numbers: dict[tuple[str, ...], int] = {}
     for row in group.rows:
         if row.cell.method is not Method.PLAIN:
@@ -156,7 +89,7 @@ def _tags(group: Group) -> dict[str, str]:
     }
 
 
-def _drawn(row: Row) -> dict[str, Any]:
+def _plan(row: Row) -> dict[str, Any]:
     plan: dict[str, Any] = row.results[0].plan or {}
     return {"label": row.label, "picture": draw(plan["branches"], plan["columns"])}
 

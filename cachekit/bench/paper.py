@@ -1,4 +1,4 @@
-"""Rebuild the papers' tables: costs from architectures alone, and for each FID the command that measures it."""
+"""The papers' tables: costs counted from architectures alone, and for each FID the command that measures it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from ..architectures import architecture
-from ..estimating import estimate
+from cachekit.costs.estimate import estimate
+from cachekit.models.architectures import architecture
 
 __all__ = ["Measurable", "Rebuilt", "measurable", "rebuilt", "tables"]
 
@@ -20,7 +20,7 @@ _CAPTIONS, _REFERENCES, _INCEPTION = "captions_val2014.json", "val2014", "incept
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Hold a published cost beside ours, in 10^12 multiply-accumulates, and parameters of the final phase."""
+    """A published cost and the counted one, in 10^12 MACs, and parameters of the final phase."""
 
     table: str
     name: str
@@ -31,13 +31,13 @@ class Rebuilt:
 
     @property
     def ratio(self) -> float:
-        """Return ours over the paper's."""
+        """The counted cost over the published one."""
         return self.ours / self.paper
 
 
 @dataclass(frozen=True)
 class Measurable:
-    """Hold a published FID, and the commands that measure it where data and weights are; nothing here can."""
+    """A published FID, and the commands that measure it where the data set and the weights are available."""
 
     table: str
     name: str
@@ -47,13 +47,13 @@ class Measurable:
 
 @cache
 def tables() -> dict[str, Any]:
-    """Return the published figures."""
-    data: dict[str, Any] = json.loads(resources.files("cachekit.data").joinpath("paper_tables.json").read_text())
+    """Load the published figures."""
+    data: dict[str, Any] = json.loads(resources.files("cachekit.bench").joinpath("paper_tables.json").read_text())
     return data
 
 
 def rebuilt(models: Collection[str] = ()) -> Iterator[Rebuilt]:
-    """Yield each published cost beside ours, of all models or of some."""
+    """Count each published cost, of all models or of those named."""
     for row in _of(models, (*tables()["rows"], *tables()["cair"])):
         found = estimate(row["model"], row["specs"], num_inference_steps=row["steps"])
         params = {} if row["params_M"] is None else {"paper_params": row["params_M"], "params": found.params}
@@ -63,7 +63,7 @@ def rebuilt(models: Collection[str] = ()) -> Iterator[Rebuilt]:
 
 
 def measurable(models: Collection[str] = ()) -> Iterator[Measurable]:
-    """Yield each published FID with its commands, of all models or of some."""
+    """Find each published FID and its commands, of all models or of those named."""
     for row in _of(models, (*tables()["quality"], *tables()["rows"], *tables()["cair"])):
         yield Measurable(str(row["table"]), _name(row), row["fid"], _commands(row))
 
@@ -88,7 +88,7 @@ def _scaling_name(row: dict[str, Any]) -> str:
 
 
 def _scaling_macs(row: dict[str, Any]) -> int:
-    """Return one step of one branch at a row's image size and number of text tokens (table 10)."""
+    """MACs of one step of one branch at a row's image size and number of text tokens (table 10)."""
     known = architecture(row["model"])
     wider = replace(known, tokens=known.tokens * row["token_factor"])
     inputs = wider.inputs(1, row["height"], row["width"])
@@ -96,11 +96,10 @@ def _scaling_macs(row: dict[str, Any]) -> int:
 
 
 def _commands(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the command that draws a row's images and scores them, after the one that it may need first."""
+    """Command that scores a row's images, after the one that prepares its model where that is needed."""
     how = tables()["reproduction"]
     model = how["models"][row["model"]]
     options = {
-        "suite": "coco",
         "captions": _CAPTIONS,
         "references": _REFERENCES,
         "limit": how["captions"],
@@ -112,5 +111,5 @@ def _commands(row: dict[str, Any]) -> tuple[str, ...]:
         "spec": "+".join(row["specs"]) or None,
     }
     words = (word for name, value in options.items() if value is not None for word in (f"--{name}", str(value)))
-    command = shlex.join(["cachekit", "bench", model["model"], *words])
+    command = shlex.join(["cachekit", "bench", "coco", model["model"], *words])
     return (*([model["prepare"]] if "prepare" in model else []), command)

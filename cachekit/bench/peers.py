@@ -1,4 +1,4 @@
-"""Run the published packages on a copy of the pipeline, where they are installed and can do what a spec says."""
+"""Run the published packages of policies, where they are installed and support the options of a spec."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from ..macs import macs_of_layer
-from ..measuring import Arguments, Drawn, run
-from ..pipelines import denoiser_of
-from ..policy import Policy
+from cachekit.bench.measuring import Arguments, RunResult, timed_call
+from cachekit.costs.counting import macs_of_layer
+from cachekit.interface.policy import Policy
+from cachekit.upstream.pipelines import denoiser_of
 
 __all__ = ["Peer", "counting", "peer_exists", "twin"]
 
-#: The options of each policy that the published package has too.
+#: The options that a policy and its published package share.
 _SHARED = {
     "tgate": {"m", "sp_interval", "fi_interval", "warm_up"},
     "deepcache": {"interval", "branch"},
@@ -35,7 +35,7 @@ _LOADERS = {
 
 
 def peer_exists(policies: Sequence[Policy], pipeline: str) -> bool:
-    """Tell whether installed published packages do what these policies say on a pipeline of that class."""
+    """Whether installed published packages support these policies on a pipeline of that class."""
     if (pipeline, _names(policies)) not in _LOADERS:
         return False
     packages = {_PACKAGES[policy.name] for policy in policies}
@@ -44,25 +44,25 @@ def peer_exists(policies: Sequence[Policy], pipeline: str) -> bool:
 
 
 class Peer:
-    """Draw with the published packages; the pipeline itself stays as it is."""
+    """Runs a pipeline with the published packages, on a copy; the pipeline itself is not changed."""
 
     def __init__(self, pipe: Any, policies: Sequence[Policy], arguments: Arguments) -> None:
-        """Prepare a copy of `pipe` that shares its weights."""
+        """Copy `pipe`, with shared weights, and load the package of `policies` into the copy."""
         self._twin = twin(pipe)
         self._arguments = arguments
         self._call, self._extra = _prepared(self._twin, policies)
         self._macs: int | None = None
 
-    def draw(self, steps: int, prompt: str, seed: int) -> Drawn:
-        """Return the image of `prompt`; the first run counts what every later one costs too."""
+    def run(self, steps: int, prompt: str, seed: int) -> RunResult:
+        """Generate the image of `prompt`; the first run counts the MACs, which are the same for every later one."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt), **self._extra}
         if self._macs is None:
             with counting(denoiser_of(self._twin)) as count:
-                image, watch = run(self._call, arguments, seed)
+                image, watch = timed_call(self._call, arguments, seed)
             self._macs = count.macs
         else:
-            image, watch = run(self._call, arguments, seed)
-        return Drawn(image, watch.seconds, self._macs, cache_bytes=None, peak_memory=watch.peak_memory)
+            image, watch = timed_call(self._call, arguments, seed)
+        return RunResult(image, watch.seconds, self._macs, cache_bytes=None, peak_memory=watch.peak_memory)
 
 
 def _names(policies: Sequence[Policy]) -> str:
@@ -70,7 +70,7 @@ def _names(policies: Sequence[Policy]) -> str:
 
 
 def _prepared(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return what is called instead of the pipeline, and the arguments that only it takes."""
+    """Callable that replaces the pipeline's call, and the extra arguments it takes."""
     fields = {policy.name: policy.model_dump() for policy in policies}
     gate, cache = fields.get("tgate", {}), fields.get("deepcache", {})
     extra = {name: gate[name] for name in ("sp_interval", "fi_interval", "warm_up") if gate}
@@ -90,7 +90,7 @@ def _prepared(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any]
 
 
 def twin(pipe: Any) -> Any:
-    """Return a copy of the pipeline over equal modules that share every weight."""
+    """Copy a pipeline and its modules; every weight is shared with the original."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     weights = (weight for part in parts for weight in (*part.parameters(), *part.buffers()))
     return copy.deepcopy(pipe, {id(weight): weight for weight in weights})
@@ -103,7 +103,7 @@ class _Count:
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[_Count]:
-    """Count the multiply-accumulates of all Linear and convolution layers that run."""
+    """Count the MACs of all Linear and convolution layers that run."""
     count = _Count()
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

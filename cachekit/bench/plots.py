@@ -1,4 +1,4 @@
-"""Place rows in plots of quality over speed, with round numbers on the axes and labels that do not overlap."""
+"""Lay out plots of quality over speed, with round numbers on the axes and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .cells import Method
-from .summary import Row
+from cachekit.bench.cells import Method
+from cachekit.bench.summary import Row
 
 __all__ = ["plots"]
 
 _WIDTH, _HEIGHT = 420, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 28, 40, 44
-_SPEEDS = {"times faster (wall time)": "faster", "times fewer MACs": "fewer"}
-_QUALITIES = {"PSNR to uncached (dB)": "psnr", "share of images that show their caption": "shown"}
-#: Where a label may stand beside its point, best first.
+_SPEEDS = {"speedup (wall time)": "speedup", "MAC reduction": "mac_reduction"}
+_QUALITIES = {"PSNR to uncached (dB)": "psnr", "caption match (share of images)": "caption_match"}
+#: Offsets of a label from its point in pixels, best first.
 _AROUND = [(0, -10), (0, 20), (14, 4), (-14, 4), (28, 4), (-28, 4), (0, -22), (0, 32)]
 _CHARACTER = 7.0
 
 
 @dataclass(frozen=True)
 class _Point:
-    """Hold what a row reaches, who drew it, and what the plot calls it."""
+    """A row in a plot: its position, what generated its images, its short name and its label."""
 
     x: float
     y: float
-    who: str
+    source: str
     tag: str
     label: str
 
@@ -38,7 +38,7 @@ def plots(rows: Sequence[Row], tags: Mapping[str, str]) -> Iterator[dict[str, An
         for speed, across in _SPEEDS.items():
             values = [(getattr(row, across), getattr(row, up), row) for row in rows]
             points = [
-                _Point(x, y, _who(row.cell.method), tags[row.cell.id], row.label)
+                _Point(x, y, _source(row.cell.method), tags[row.cell.id], row.label)
                 for x, y, row in values
                 if y is not None and math.isfinite(y)
             ]
@@ -46,7 +46,7 @@ def plots(rows: Sequence[Row], tags: Mapping[str, str]) -> Iterator[dict[str, An
                 yield _plot(speed, quality, points)
 
 
-def _who(method: Method) -> str:
+def _source(method: Method) -> str:
     return method.value if method in (Method.CACHEKIT, Method.PLAIN) else "peer"
 
 
@@ -55,8 +55,8 @@ def _plot(speed: str, quality: str, points: Sequence[_Point]) -> dict[str, Any]:
     up = _Axis.over(quality, [point.y for point in points], _HEIGHT - _BOTTOM, _TOP)
     front = [one for one in points if not any(_beats(other, one) for other in points)]
     places = [(across.at(point.x), up.at(point.y)) for point in points]
-    # What is drawn last lies on top.
-    order = sorted(range(len(points)), key=lambda index: ["plain", "cachekit", "peer"].index(points[index].who))
+    # Points drawn last lie on top.
+    order = sorted(range(len(points)), key=lambda index: ["plain", "cachekit", "peer"].index(points[index].source))
     return {
         "width": _WIDTH,
         "height": _HEIGHT,
@@ -73,7 +73,7 @@ def _beats(one: _Point, other: _Point) -> bool:
 
 
 def _labels(points: Sequence[_Point], places: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float, _Point]]:
-    """Yield (x, y, point) of labels; one that finds no room, or is there already, is left to the point's title."""
+    """Place labels as (x, y, point); one without room, or equal to one nearby, is left to the point's title."""
     taken: list[tuple[float, float, str]] = []
     for point, (x, y) in zip(points, places):
         if any(tag == point.tag and math.dist((x, y), (u, v)) < 24 for u, v, tag in taken):
@@ -89,7 +89,7 @@ def _labels(points: Sequence[_Point], places: Sequence[tuple[float, float]]) -> 
 def _free(
     spot: tuple[float, float], tag: str, taken: Sequence[tuple[float, float, str]], places: Sequence[Any]
 ) -> bool:
-    """Tell whether a text of that many characters, in the middle of which `spot` lies, covers nothing."""
+    """Whether a text centred at `spot` covers no other label and no point."""
     half, (x, y) = _CHARACTER * len(tag) / 2, spot
     if not (x - half > _LEFT and x + half < _WIDTH and _TOP - 16 < y < _HEIGHT - _BOTTOM):
         return False
@@ -99,7 +99,7 @@ def _free(
 
 @dataclass(frozen=True)
 class _Axis:
-    """Place values between two ends of a line of pixels."""
+    """Maps values to pixels between `start` and `stop`, the pixels of the first and last mark."""
 
     name: str
     marks: tuple[float, ...]
@@ -108,7 +108,7 @@ class _Axis:
 
     @classmethod
     def over(cls, name: str, values: Sequence[float], start: float, stop: float) -> _Axis:
-        """Return an axis whose round marks enclose all values."""
+        """Choose round marks that enclose all values."""
         low, high = min(values), max(values)
         width = (high - low) or abs(high) or 1.0
         rough = width / 4
@@ -119,10 +119,10 @@ class _Axis:
         return cls(name, tuple(step * number for number in range(first, last + 1)), start, stop)
 
     def at(self, value: float) -> float:
-        """Return the pixel of a value."""
+        """Pixel of a value."""
         share = (value - self.marks[0]) / (self.marks[-1] - self.marks[0])
         return round(self.start + share * (self.stop - self.start), 1)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Return pixels and texts of the marks."""
+        """Pixels and texts of the marks."""
         return [(self.at(value), f"{value:.4g}") for value in self.marks]

@@ -1,4 +1,4 @@
-"""Judge images by learned metrics whose weights are at hand."""
+"""Learned image metrics, with weights from local files."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import nearest
-from .cells import BenchError
+from cachekit.bench.cells import BenchError
+from cachekit.errors import nearest
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["METRICS", "Metric", "load_metrics", "parse_metrics"]
 
-#: Judge an image beside the uncached one, with the caption of both.
+#: Scores an image, given the uncached image and the caption of both.
 Metric = Callable[["Image", "Image", str], float]
 
 
 def parse_metrics(texts: Iterable[str], known: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """Return (name, path) of texts such as `lpips=alexnet.pth`, for metrics of that kind; nothing is loaded."""
+    """Parse texts such as `lpips=alexnet.pth` into sorted (name, path) pairs; no weights are loaded.
+
+    Raises `BenchError` for a name that is not in `known` and for a path that does not exist.
+    """
     found = {}
     for text in texts:
         name, equals, path = text.partition("=")
@@ -32,19 +35,19 @@ def parse_metrics(texts: Iterable[str], known: Collection[str]) -> tuple[tuple[s
 
 
 def load_metrics(chosen: Iterable[tuple[str, str]], device: Any) -> dict[str, Metric]:
-    """Return the metrics of (name, path) pairs."""
+    """Load the metrics of (name, path) pairs."""
     return {name: METRICS[name](path, device) for name, path in chosen}
 
 
 def _lpips(path: str, device: Any) -> Metric:
-    from .learned import lpips
+    from cachekit.bench.learned import lpips
 
     judge = lpips(path, device)
     return lambda image, reference, caption: judge(image, reference)
 
 
 def _clip(path: str, device: Any) -> Metric:
-    from .learned import clip_score
+    from cachekit.bench.learned import clip_score
 
     judge = clip_score(path, device)
     return lambda image, reference, caption: judge(image, caption)

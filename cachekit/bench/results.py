@@ -1,4 +1,4 @@
-"""Keep results as lines of JSON: appended one by one, read back, merged, and never lost."""
+"""Results as lines of JSON: appended one by one, read back and merged."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .cells import BenchError, Cell
-from .frechet import Crowd
+from cachekit.bench.cells import BenchError, Cell
+from cachekit.bench.frechet import GaussianStats
 
 __all__ = ["FORMAT", "Result", "Results", "Sample", "read"]
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 class Sample(BaseModel):
-    """Hold the figures of one caption, and those of the uncached pipeline beside it; None is not known."""
+    """The figures of one caption, and those of the uncached pipeline beside it; None where not measured."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
@@ -43,10 +43,11 @@ class Sample(BaseModel):
 
 
 class Result(BaseModel):
-    """Hold all that was measured of one cell; pictures are data URIs of the contender and the uncached image.
+    """The measurements of one cell.
 
-    `reference` is the crowd of true images that the samples' features are compared with. `first_seconds` is None of
-    the uncached pipeline that ran beside others.
+    `pictures` are (caption, contender's image, uncached image), as data URIs. `reference` are the statistics of the
+    reference images whose features those of the samples are compared with. `first_seconds` is None for the uncached
+    pipeline that ran beside others.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -60,15 +61,15 @@ class Result(BaseModel):
     counts: list[dict[str, Any]] = []
     plan: dict[str, Any] | None = None
     pictures: list[tuple[str, str, str]] = []
-    reference: Crowd | None = None
+    reference: GaussianStats | None = None
     warnings: list[str] = []
 
 
 class Results:
-    """Append results to a file, and know which cells it holds."""
+    """A file of results, which holds each cell once."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; raise `BenchError` where `path` is no results file or cannot be written."""
+        """Read the file if it exists; raise `BenchError` where it is no results file or cannot be written."""
         self.path = path
         found, self.problems = read(path) if path.exists() else ([], [])
         self._held = {result.id: result for result in found}
@@ -80,16 +81,16 @@ class Results:
         self._mend()
 
     def __contains__(self, cell: Cell) -> bool:
-        """Tell whether a cell has been measured."""
+        """Whether a cell has been measured."""
         return cell.id in self._held
 
     @property
     def all(self) -> list[Result]:
-        """Return the results in the order in which they came."""
+        """The results in the order of the file."""
         return list(self._held.values())
 
     def add(self, results: Iterable[Result]) -> int:
-        """Append the results whose cells are not held yet, each safe on disk before the next; return their number."""
+        """Append the results of cells that the file lacks, and count them; each is on disk before the next."""
         before = len(self._held)
         for result in results:
             if result.id not in self._held:
@@ -107,7 +108,7 @@ class Results:
         self._held[result.id] = result
 
     def _mend(self) -> None:
-        """End the file with a whole line: a half-written one is cut off, a whole one gets its end."""
+        """Repair the end of the file: cut off a half-written last line, or add the newline to a whole one."""
         data = self.path.read_bytes()
         if not data or data.endswith(b"\n"):
             return
@@ -121,9 +122,9 @@ class Results:
 
 
 def read(path: Path) -> tuple[list[Result], list[str]]:
-    """Return the results in a file, each cell once, and what was wrong with a half-written last line.
+    """Read the results in a file, each cell once, and the problems found: a half-written last line.
 
-    Raise `BenchError` for a file that cannot be read, is of another format version, or is damaged elsewhere.
+    Raises `BenchError` for a file that cannot be read, is of another format version, or is damaged elsewhere.
     """
     try:
         data = path.read_bytes()
@@ -144,7 +145,7 @@ def read(path: Path) -> tuple[list[Result], list[str]]:
 
 
 def _is_cut_off(line: bytes, follows: bool) -> bool:
-    """Tell whether a last line without an end is the beginning of a result."""
+    """Whether a last line without a newline is the beginning of a result."""
     begin = b'{"format":'
     try:
         json.loads(line)

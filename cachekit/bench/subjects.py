@@ -1,4 +1,4 @@
-"""Load what is measured: the embedded model, any pipeline with a prompt, or a bare architecture for its times."""
+"""Load what is measured: the embedded model, a pipeline that takes a prompt, or an architecture, for times alone."""
 
 from __future__ import annotations
 
@@ -9,13 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..architectures import Architecture, architecture, architecture_of, architectures
-from ..demo.pipeline import PIPELINES, folders
-from ..errors import nearest
-from ..loading import DEMOS, call_arguments, move, pipeline, precision, scheduler_for, skeleton
-from ..measuring import Arguments
-from ..pipelines import denoiser_of
-from .cells import BenchError, Setting, digest
+from cachekit.bench.cells import BenchError, Setting, digest
+from cachekit.bench.measuring import Arguments
+from cachekit.errors import nearest
+from cachekit.models.architectures import Architecture, architecture, architecture_of, architectures
+from cachekit.models.demo.pipeline import PIPELINES, folders
+from cachekit.models.loading import (
+    DEMOS,
+    call_arguments,
+    denoiser_from_config,
+    move,
+    pipeline,
+    precision,
+    scheduler_for,
+)
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Subject:
-    """Hold a loaded pipeline, how it is called for a caption, and whether it draws scenes, which can be judged."""
+    """A loaded pipeline, its arguments for a caption, and whether it draws scenes, whose captions can be checked."""
 
     pipe: Any
     arguments: Arguments
@@ -41,7 +49,7 @@ class Subject:
 
 
 def load(setting: Setting) -> Subject:
-    """Return the model of a setting, on its device and in its precision."""
+    """Load the model of a setting onto its device and in its precision."""
     from diffusers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -58,7 +66,7 @@ def load(setting: Setting) -> Subject:
 
 
 def _compile(denoiser: Any, backend: str) -> None:
-    """Compile the blocks that repeat: policies act around and inside them, so the whole changes with each plan."""
+    """Compile the repeated blocks alone: policies act around and inside them, so the whole changes with each plan."""
     import torch
 
     if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -70,7 +78,7 @@ def _compile(denoiser: Any, backend: str) -> None:
 
 
 def _absent(model: str) -> dict[str, None]:
-    """Return the parts that a saved pipeline does without, which its loader wants to be told."""
+    """Components a saved pipeline was saved without, as arguments that its loader requires."""
     from diffusers import DiffusionPipeline
 
     if model in DEMOS or not Path(model).is_dir():
@@ -80,13 +88,13 @@ def _absent(model: str) -> dict[str, None]:
 
 
 def shape_of_model(model: str) -> nn.Module:
-    """Return a model's denoiser without weights; anything near an architecture's name is taken for one."""
+    """Build a model's denoiser without weights; a name close to an architecture's is refused as a misspelling."""
     near = model not in DEMOS and not Path(model).exists() and nearest(model, architectures())
-    return architecture(model).build() if model in architectures() or near else skeleton(model)
+    return architecture(model).build() if model in architectures() or near else denoiser_from_config(model)
 
 
 def model_hash(model: str) -> str:
-    """Return a digest of all that makes up a model: of its files, or of its configuration where it has none."""
+    """Digest of a model's files, or of its configuration where it is an architecture without files."""
     if model in architectures():
         return digest(asdict(architecture(model)))
     found = hashlib.sha256()
@@ -100,7 +108,7 @@ def model_hash(model: str) -> str:
 
 
 def own_scheduler(model: str) -> Any:
-    """Return a model's own scheduler, without its weights."""
+    """Load a model's own scheduler, without its weights."""
     import diffusers
 
     if model in architectures():
@@ -111,7 +119,7 @@ def own_scheduler(model: str) -> Any:
 
 
 def class_of_pipeline(model: str) -> str:
-    """Return the name of a model's pipeline class, without its weights."""
+    """Name of a model's pipeline class, found without loading weights."""
     if model in DEMOS:
         return PIPELINES[DEMOS[model]]
     if model in architectures():
@@ -122,12 +130,12 @@ def class_of_pipeline(model: str) -> str:
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline the scheduler of that name, anew even where it has it: nothing of earlier runs stays."""
+    """Replace a pipeline's scheduler by a new one of that class, which carries no state of earlier runs."""
     pipe.scheduler = scheduler_for(pipe, name)
 
 
 def _folders(model: str) -> tuple[Path, ...]:
-    """Return where a model's files are; the last folder has its scheduler."""
+    """Folders of a model's files; the last one holds its scheduler."""
     if model in DEMOS:
         return folders(DEMOS[model])
     if Path(model).is_dir():
@@ -144,7 +152,7 @@ def _folders(model: str) -> tuple[Path, ...]:
 
 
 def _arguments(pipe: Any, setting: Setting) -> Arguments:
-    from ..demo import DEMO_GUIDANCE
+    from cachekit.models.demo import DEMO_GUIDANCE
 
     known = inspect.signature(type(pipe).__call__).parameters
     if "prompt" not in known:
@@ -164,7 +172,7 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
 
 
 def _random_text(pipe: Any, prompt: str) -> dict[str, Any]:
-    """Return embeddings for a pipeline without text encoder: the same for the same prompt, right for times."""
+    """Random embeddings for a pipeline without text encoder, the same for the same prompt: right for times alone."""
     import torch
 
     denoiser = denoiser_of(pipe)
@@ -191,7 +199,7 @@ def _random_text(pipe: Any, prompt: str) -> dict[str, Any]:
 
 
 def _random_pipeline(known: Architecture) -> Any:
-    """Return a pipeline around a true architecture with random weights: right for times, not for images."""
+    """Build a pipeline around an architecture with random weights: right for times, not for images."""
     import diffusers
     import torch
 

@@ -1,4 +1,4 @@
-"""Measure all cells of a suite that are not measured yet, and then the plain pipelines they must beat."""
+"""Measure the cells of a suite that are not measured yet, and then the plain pipelines that they must beat."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ..catalog import installed
-from ..engine import Attachment
-from ..errors import CachekitError
-from ..loading import precision, scheduler_for
-from ..policy import Policy
-from .caches import caches_for
-from .cells import BenchError, Cell, Method, Setting, digest
-from .executors import executor
-from .peers import peer_exists
-from .results import Result, Results
-from .subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
-from .workbench import environment
+from cachekit.bench.caches import caches_for
+from cachekit.bench.cells import BenchError, Cell, Method, Setting, digest
+from cachekit.bench.executors import executor
+from cachekit.bench.peers import peer_exists
+from cachekit.bench.results import Result, Results
+from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
+from cachekit.bench.workbench import environment
+from cachekit.driving.setup import Setup
+from cachekit.errors import CachekitError
+from cachekit.interface.policy import Policy
+from cachekit.models.loading import precision, scheduler_for
+from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["Suite", "fitting", "measure_suite"]
 
-#: Called after each cell with the number of cells done and of all cells known by then, and what was wrong, if anything.
+#: Called after each cell with the number of cells done, of all cells known by then, and the reason of a failure.
 Progress = Callable[[int, int, "str | None"], None]
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Say what is measured of one model: every composition with every scheduler, number of steps and seed."""
+    """What is measured on one model: every composition with every scheduler, number of steps and seed."""
 
     setting: Setting
     compositions: Sequence[tuple[Policy, ...]]
@@ -44,7 +44,7 @@ class Suite:
     workers: int = 1
 
     def cells(self) -> list[Cell]:
-        """Return all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
+        """List all cells; raise a `CachekitError` where a policy or scheduler does not fit the model."""
         denoiser, pipeline = self._checked(), class_of_pipeline(self.setting.model)
         shared = self._shared()
         found = []
@@ -63,7 +63,7 @@ class Suite:
         precision(self.setting.dtype)
         denoiser, catalog = shape_of_model(self.setting.model), installed()
         for policies in self.compositions:
-            Attachment({"": denoiser}, policies, catalog)
+            Setup.of({"": denoiser}, policies, catalog)
         return denoiser
 
     def _schedulers(self) -> list[str]:
@@ -87,7 +87,7 @@ class Suite:
 
 
 def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:
-    """Return the compositions that find what they act on in a model; raise `BenchError` where none does."""
+    """Select the compositions that find their sites in a model; raise `BenchError` where none does."""
     denoiser = shape_of_model(model)
     found = [policies for policies in compositions if _fits(denoiser, policies)]
     if not found:
@@ -97,15 +97,15 @@ def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tupl
 
 def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
     try:
-        Attachment({"": denoiser}, policies, installed())
+        Setup.of({"": denoiser}, policies, installed())
     except CachekitError:
         return False
     return True
 
 
 def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:
-    """Measure what is missing in `results`, which holds each cell as soon as it is done; return what failed."""
-    from .summary import groups
+    """Measure the cells that `results` lacks, and add each as soon as it is done; return a line for each failure."""
+    from cachekit.bench.summary import groups
 
     cells = suite.cells()
     chosen = {cell.id for cell in cells}

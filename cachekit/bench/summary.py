@@ -1,213 +1,216 @@
-"""Put results of several seeds together, and say which plain pipelines a cached one must beat."""
+"""Summarize results over captions and seeds, and find the plain pipelines that a cached one must beat."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import fmean, median, quantiles
 from typing import Any
 
-from ..measuring import steps_at
-from .cells import Cell, Method
-from .frechet import crowd, distance, is_enough
-from .results import Result, Sample
+from cachekit.bench.cells import Cell, Method
+from cachekit.bench.frechet import distance, gaussian_stats, is_enough
+from cachekit.bench.measuring import steps_at
+from cachekit.bench.results import Result, Sample
 
 __all__ = ["Group", "Row", "groups"]
 
 
 @dataclass
 class Row:
-    """Hold the samples of one contender over all captions and seeds."""
+    """The results of one contender over all captions and seeds, and its figures.
+
+    A figure is None where it was not measured.
+    """
 
     cell: Cell
     results: list[Result] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Sample]:
-        """Return the samples of all seeds."""
+        """The samples of all seeds."""
         return [sample for result in self.results for sample in result.samples]
 
     @property
+    def is_uncached(self) -> bool:
+        """Whether this is the uncached pipeline with all steps."""
+        return self.cell.method is Method.PLAIN and self.cell.steps == self.cell.uncached_steps
+
+    @property
     def label(self) -> str:
-        """Return what tables call it."""
-        return self.cell.label
+        """The name in tables."""
+        return f"uncached, {self.cell.steps} steps" if self.is_uncached else self.cell.label
 
     @property
     def seconds(self) -> float:
-        """Return the median wall time of an image."""
+        """Median wall time of an image."""
         return median(sample.seconds for sample in self.samples)
 
     @property
     def spread(self) -> float | None:
-        """Return the distance between the quartiles of the wall time, which one image does not have."""
-        return _spread([sample.seconds for sample in self.samples])
+        """Interquartile range of the wall time, in seconds; None for a single image."""
+        return _interquartile_range([sample.seconds for sample in self.samples])
 
     @property
     def first_seconds(self) -> float | None:
-        """Return the median wall time of the first run, which no other figure holds, or None where none was timed."""
-        timed = [result.first_seconds for result in self.results if result.first_seconds is not None]
-        return median(timed) if timed else None
+        """Median wall time of the first run, which counts towards no other figure."""
+        return _median(result.first_seconds for result in self.results)
 
     @property
-    def faster(self) -> float:
-        """Return the median of how many times less an image took than the uncached one beside it."""
+    def speedup(self) -> float:
+        """Median of the ratios of the uncached wall time to that of the image beside it."""
         return median(sample.uncached_seconds / sample.seconds for sample in self.samples)
 
     @property
     def macs(self) -> float:
-        """Return the mean multiply-accumulates of an image."""
+        """Mean MACs of an image: they differ between images only where a policy decides during the run."""
         return fmean(sample.macs for sample in self.samples)
 
     @property
-    def fewer(self) -> float:
-        """Return how many times fewer multiply-accumulates there were than uncached."""
+    def mac_reduction(self) -> float:
+        """Ratio of the uncached MACs to those of the row."""
         return fmean(sample.uncached_macs for sample in self.samples) / self.macs
 
     @property
     def deciding_seconds(self) -> float:
-        """Return the median time spent in deciding what to reuse."""
+        """Median time spent in decisions of policies during a run."""
         return median(sample.deciding_seconds for sample in self.samples)
 
     @property
     def cache_bytes(self) -> int | None:
-        """Return the peak of bytes kept, or None where nobody counted."""
+        """Peak bytes of cached tensors."""
         return _maximum(sample.cache_bytes for sample in self.samples)
 
     @property
     def peak_memory(self) -> int | None:
-        """Return the peak of memory on the device, or None without one."""
+        """Peak bytes allocated on the GPU."""
         return _maximum(sample.peak_memory for sample in self.samples)
 
     @property
     def psnr(self) -> float | None:
-        """Return the median PSNR to the uncached image, infinite where most are identical."""
-        return self._median(lambda sample: sample.psnr)
+        """Median PSNR to the uncached image in dB, infinite where most images are identical."""
+        return _median(sample.psnr for sample in self.samples)
 
     @property
     def ssim(self) -> float | None:
-        """Return the median SSIM to the uncached image."""
-        return self._median(lambda sample: sample.ssim)
+        """Median SSIM to the uncached image."""
+        return _median(sample.ssim for sample in self.samples)
 
     @property
-    def shown(self) -> float | None:
-        """Return the share of images that show what their caption says."""
-        verdicts = [sample.shown for sample in self.samples if sample.shown is not None]
-        return fmean(verdicts) if verdicts else None
+    def caption_match(self) -> float | None:
+        """Share of images that show all that their caption says."""
+        return fmean(self._verdicts) if self._verdicts else None
 
     @property
-    def images(self) -> int:
-        """Return how many images the Frechet distance is of."""
-        return len(self._features)
+    def checked_images(self) -> int:
+        """Number of images behind `caption_match`."""
+        return len(self._verdicts)
 
     @property
     def frechet(self) -> float | None:
-        """Return the Frechet distance of the images to true ones, or None where there are none or too few."""
+        """Frechet distance of the images to scenes rendered from their captions; None for too few images."""
         found, reference = self._features, self.results[0].reference
         if reference is None or not is_enough(len(found), len(reference.mean)):
             return None
-        return distance(crowd(found), reference)
+        return distance(gaussian_stats(found), reference)
 
     @property
-    def _features(self) -> list[list[float]]:
-        return [sample.features for sample in self.samples if sample.features is not None]
+    def frechet_images(self) -> int:
+        """Number of images behind `frechet`."""
+        return len(self._features)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the mean of each learned metric."""
+        """Mean of each learned metric."""
         names = dict.fromkeys(name for sample in self.samples for name in sample.metrics)
         return {name: fmean(sample.metrics[name] for sample in self.samples) for name in names}
 
     @property
     def reused(self) -> int | None:
-        """Return how many times something was reused in the first image, or None where nobody counted."""
+        """Number of reuses in the first image."""
         counts = self.results[0].counts
         return sum(count["reused"] for count in counts) if self.cell.method is Method.CACHEKIT else None
 
     @property
     def warnings(self) -> list[str]:
-        """Return each warning once."""
+        """The distinct warnings."""
         return list(dict.fromkeys(warning for result in self.results for warning in result.warnings))
 
     def plain_steps(self) -> dict[str, int]:
-        """Return the numbers of plain steps that cost as many MACs, and as much wall time."""
+        """Numbers of plain steps that cost as many MACs, and as much wall time."""
         whole = self.cell.uncached_steps
-        return {"MACs": steps_at(1 / self.fewer, whole), "wall time": steps_at(1 / self.faster, whole)}
+        return {"MACs": steps_at(1 / self.mac_reduction, whole), "wall time": steps_at(1 / self.speedup, whole)}
 
-    def _median(self, figure: Callable[[Sample], float | None]) -> float | None:
-        values = [value for value in map(figure, self.samples) if value is not None]
-        return median(values) if values else None
+    @property
+    def _verdicts(self) -> list[bool]:
+        return [sample.shown for sample in self.samples if sample.shown is not None]
+
+    @property
+    def _features(self) -> list[list[float]]:
+        return [sample.features for sample in self.samples if sample.features is not None]
 
 
 @dataclass
 class Group:
-    """Hold the rows that are compared with each other: one model, scheduler, number of steps and environment."""
+    """Rows that are compared with each other: one model, scheduler, number of steps and environment."""
 
     rows: list[Row]
 
     @property
     def cell(self) -> Cell:
-        """Return a cell that stands for the group."""
+        """A cell with the fields that all rows share."""
         return self.rows[0].cell
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Return the environment of the measurements."""
+        """The environment of the measurements."""
         return self.rows[0].results[0].environment
 
     @property
+    def warnings(self) -> list[str]:
+        """The distinct warnings of all rows."""
+        return list(dict.fromkeys(warning for row in self.rows for warning in row.warnings))
+
+    @property
     def uncached(self) -> Row:
-        """Return the uncached pipeline as it ran beside all contenders."""
-        # The images are the same beside every contender, and a crowd must not count one twice.
+        """The uncached pipeline as it ran beside all contenders."""
+        # The images are the same beside every contender; statistics of images must not count one twice.
         largest = max(self.rows, key=lambda row: len(row.samples))
-        plain = [
-            Sample(
-                caption=sample.caption,
-                seconds=sample.uncached_seconds,
-                uncached_seconds=sample.uncached_seconds,
-                macs=sample.uncached_macs,
-                uncached_macs=sample.uncached_macs,
-                peak_memory=sample.uncached_peak_memory,
-                psnr=None if sample.psnr is None else math.inf,
-                ssim=None if sample.ssim is None else 1.0,
-                shown=sample.uncached_shown,
-                features=sample.uncached_features if row is largest else None,
-                metrics=sample.uncached_metrics,
-            )
-            for row in self.rows
-            for sample in row.samples
-        ]
-        cell = self.cell.model_copy(
-            update={"method": Method.PLAIN, "specs": (), "steps": self.cell.uncached_steps, "seed": 0}
-        )
+        runs: dict[tuple[int, str, float], Sample] = {}
+        for row in (largest, *self.rows):
+            for result in row.results:
+                for sample in result.samples:
+                    # One run may be the uncached run of several contenders.
+                    run = (result.cell.seed, sample.caption, sample.uncached_seconds)
+                    runs.setdefault(run, _uncached(sample, row is largest))
+        cell = self.cell.plain(self.cell.uncached_steps).model_copy(update={"seed": 0})
         first = self.rows[0].results[0]
-        own = {"cell": cell, "samples": plain, "counts": [], "warnings": [], "first_seconds": None}
+        own = {"cell": cell, "samples": [*runs.values()], "counts": [], "warnings": [], "first_seconds": None}
         return Row(cell, [first.model_copy(update=own)])
 
     def plain(self, steps: int) -> Row | None:
-        """Return the row of that many plain steps, if it was measured."""
+        """Row of that many plain steps, if it was measured."""
         if steps == self.cell.uncached_steps:
             return self.uncached
         found = [row for row in self.rows if row.cell.method is Method.PLAIN and row.cell.steps == steps]
         return found[0] if found else None
 
     def baselines(self) -> list[Cell]:
-        """Return the cells of plain steps that the group's contenders must be compared with, for their seeds."""
+        """Cells of plain steps that the contenders must be compared with, for each of their seeds."""
         wanted: dict[str, Cell] = {}
         for row in self.rows:
             if row.cell.method is Method.PLAIN:
                 continue
             for steps in row.plain_steps().values():
                 for result in row.results:
-                    made = {"method": Method.PLAIN, "specs": (), "steps": steps}
-                    cell = result.cell.model_copy(update=made)
+                    cell = result.cell.plain(steps)
                     wanted.setdefault(cell.id, cell)
         return [cell for cell in wanted.values() if cell.steps < cell.uncached_steps]
 
 
 def groups(results: Iterable[Result]) -> list[Group]:
-    """Return the results row by row, in groups that can be compared."""
+    """Sort results into rows, and rows into groups that can be compared."""
     rows: dict[tuple[Any, ...], Row] = {}
     for result in results:
         rows.setdefault(result.cell.row, Row(result.cell)).results.append(result)
@@ -220,11 +223,33 @@ def groups(results: Iterable[Result]) -> list[Group]:
 _METHODS = [Method.CACHEKIT, Method.PUBLISHED, Method.DIFFUSERS, Method.CACHE_DIT, Method.PLAIN]
 
 
-def _spread(values: list[float]) -> float | None:
+def _uncached(sample: Sample, with_images: bool) -> Sample:
+    """Uncached half of a sample, with its features and its verdict only where its image is to be counted."""
+    return Sample(
+        caption=sample.caption,
+        seconds=sample.uncached_seconds,
+        uncached_seconds=sample.uncached_seconds,
+        macs=sample.uncached_macs,
+        uncached_macs=sample.uncached_macs,
+        peak_memory=sample.uncached_peak_memory,
+        psnr=None if sample.psnr is None else math.inf,
+        ssim=None if sample.ssim is None else 1.0,
+        shown=sample.uncached_shown if with_images else None,
+        features=sample.uncached_features if with_images else None,
+        metrics=sample.uncached_metrics,
+    )
+
+
+def _interquartile_range(values: list[float]) -> float | None:
     if len(values) < 2:
         return None
     low, _, high = quantiles(values, n=4, method="inclusive")
     return high - low
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
 def _maximum(values: Iterable[int | None]) -> int | None:

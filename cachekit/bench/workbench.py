@@ -1,42 +1,44 @@
-"""Measure cells on one loaded pipeline: contender and uncached pipeline by turns, caption by caption."""
+"""Measure cells on one loaded pipeline: contenders and uncached pipeline in turns, caption by caption."""
 
 from __future__ import annotations
 
 import base64
 import io
 import platform
-from collections.abc import Callable
-from dataclasses import asdict
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from ..catalog import installed
-from ..engine import apply
-from ..measuring import Configuration, Drawer, Drawn, likeness, silent_log
-from ..pipelines import denoiser_of
-from ..spec import parse_all
-from .caches import Cache
-from .cells import Cell, Method, Setting
-from .frechet import rendered
-from .peers import Peer
-from .quality import Metric, load_metrics
-from .results import Result, Sample
-from .subjects import Subject, load, set_scheduler
+from cachekit.applying import apply
+from cachekit.bench.caches import Cache
+from cachekit.bench.cells import Cell, Method, Setting
+from cachekit.bench.frechet import rendered
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log, similarity
+from cachekit.bench.peers import Peer
+from cachekit.bench.quality import Metric, load_metrics
+from cachekit.bench.results import Result, Sample
+from cachekit.bench.subjects import Subject, load, set_scheduler
+from cachekit.interface.specs import parse_all
+from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Workbench", "environment", "measure"]
+__all__ = ["Contender", "Workbench", "environment", "measure"]
 
-#: Draw a caption with a seed.
-Contender = Callable[[str, int], Drawn]
+#: Generates the image of a caption with a seed.
+Run = Callable[[str, int], RunResult]
 
 _PICTURE_SIDE = 256
 
 
 def measure(setting: Setting, cell: Cell) -> Result:
     """Measure a cell in this process, which keeps the pipeline for the next one."""
-    return _workbench(setting).measure(cell)
+    bench = _workbench(setting)
+    (result,) = bench.measure([bench.prepare(cell)])
+    return result
 
 
 @lru_cache(maxsize=1)
@@ -44,93 +46,135 @@ def _workbench(setting: Setting) -> Workbench:
     return Workbench(setting)
 
 
-class Workbench:
-    """Hold one loaded pipeline and measure cells on it."""
+@dataclass(frozen=True)
+class Contender:
+    """A contender that has run once, and that first run, which counts towards no other figure."""
 
-    def __init__(self, setting: Setting) -> None:
-        """Load what the setting says."""
+    cell: Cell
+    run: Run
+    first: RunResult
+
+
+class Workbench:
+    """Measures cells on one loaded pipeline."""
+
+    def __init__(
+        self, setting: Setting, subject: Subject | None = None, ran: Callable[[], None] = lambda: None
+    ) -> None:
+        """Load what the setting names, where no `subject` is given; `ran` is called after each run."""
         import torch
 
         if setting.threads:
             torch.set_num_threads(setting.threads)
         self._setting = setting
-        self._subject: Subject = load(setting)
-        self._drawers: dict[str, Drawer] = {}
+        self._subject = subject or load(setting)
+        self._ran = ran
+        self._runners: dict[str, ImageRunner] = {}
 
     @cached_property
     def _metrics(self) -> dict[str, Metric]:
         return load_metrics(self._setting.metrics, self._subject.pipe.device)
 
-    def measure(self, cell: Cell) -> Result:
-        """Return the figures of a cell; the first run of its contender is timed apart."""
+    def prepare(self, cell: Cell) -> Contender:
+        """Run the uncached pipeline, where it has not run yet, and the contender of a cell, to warm both up."""
         set_scheduler(self._subject.pipe, cell.scheduler)
         with silent_log():
-            uncached = self._plain(cell, cell.uncached_steps)
-            contender = self._contender(cell)
-            first = contender(self._setting.captions[0], cell.seed)
-            pairs = [self._pair(uncached, contender, index, cell.seed) for index in range(len(self._setting.captions))]
-        captions = self._setting.captions
+            self._plain(cell, cell.uncached_steps)
+            run = self._contender(cell)
+            return Contender(cell, run, run(self._setting.captions[0], cell.seed))
+
+    def uncached_macs(self, cell: Cell) -> int:
+        """MACs of an image of the uncached pipeline beside a cell that is prepared."""
+        return self._runners[cell.scheduler].plain_macs(Configuration(cell.uncached_steps))
+
+    def measure(self, contenders: Sequence[Contender]) -> list[Result]:
+        """Measure contenders of one scheduler, number of uncached steps and seed beside the uncached pipeline.
+
+        All take turns, caption by caption, and each caption begins with another of them, so that a machine that slows
+        down favours none.
+        """
+        cell = contenders[0].cell
+        with silent_log():
+            runs = [self._plain(cell, cell.uncached_steps), *(contender.run for contender in contenders)]
+            rounds = [self._round(runs, index, cell.seed) for index in range(len(self._setting.captions))]
+        return [
+            self._result(contender, [(results[place], results[0]) for results in rounds])
+            for place, contender in enumerate(contenders, 1)
+        ]
+
+    def _round(self, runs: Sequence[Run], index: int, seed: int) -> list[RunResult]:
+        """Generate one caption's image with each of `runs`."""
+        first = index % len(runs)
+        turns = [*range(first, len(runs)), *range(first)]
+        results = {turn: runs[turn](self._setting.captions[index], seed + index) for turn in turns}
+        return [results[place] for place in range(len(runs))]
+
+    def _result(self, contender: Contender, pairs: Sequence[tuple[RunResult, RunResult]]) -> Result:
+        """Put together a result; each pair is the contender's image of a caption and the uncached one."""
+        cell, captions = contender.cell, self._setting.captions
+        pictures = [_pictures(caption, *pair) for caption, pair in zip(captions, pairs) if pair[0].image]
         return Result(
             id=cell.id,
             cell=cell,
             environment=environment(self._setting),
-            first_seconds=first.seconds,
+            first_seconds=contender.first.seconds,
             samples=[self._sample(caption, *pair) for caption, pair in zip(captions, pairs)],
             counts=[asdict(count) for count in pairs[0][0].counts],
             plan=self._plan(cell) if cell.method is Method.CACHEKIT else None,
-            pictures=[_pictures(caption, *pair) for caption, pair in zip(captions, pairs) if pair[0].image][
-                : self._setting.pictures
-            ],
+            pictures=pictures[: self._setting.pictures],
             reference=rendered(captions) if self._subject.draws_scenes else None,
-            warnings=list(dict.fromkeys(warning for drawn, _ in pairs for warning in drawn.warnings)),
+            warnings=list(dict.fromkeys(warning for result, _ in pairs for warning in result.warnings)),
         )
 
-    def _pair(self, uncached: Contender, contender: Contender, index: int, seed: int) -> tuple[Drawn, Drawn]:
-        """Return both results of one caption; who goes first changes, so that a drift favours nobody."""
-        caption = self._setting.captions[index]
-        if index % 2:
-            drawn = contender(caption, seed + index)
-            return drawn, uncached(caption, seed + index)
-        plain = uncached(caption, seed + index)
-        return contender(caption, seed + index), plain
+    def _plain(self, cell: Cell, steps: int) -> Run:
+        """Plain pipeline, which runs once to be warmed up and counted before it is timed."""
+        runner = self._runners.setdefault(cell.scheduler, ImageRunner(self._subject.pipe, self._subject.arguments))
+        configuration = Configuration(steps)
+        run = self._counted(partial(runner.run, configuration))
+        if configuration not in runner:
+            run(self._setting.captions[0], cell.seed)
+        return run
 
-    def _plain(self, cell: Cell, steps: int) -> Contender:
-        """Return the plain pipeline, warmed up and counted before it is timed."""
-        drawer = self._drawers.setdefault(cell.scheduler, Drawer(self._subject.pipe, self._subject.arguments))
-        made = Configuration(steps)
-        if made not in drawer:
-            drawer.draw(made, self._setting.captions[0], cell.seed)
-        return lambda caption, seed: drawer.draw(made, caption, seed)
-
-    def _contender(self, cell: Cell) -> Contender:
+    def _contender(self, cell: Cell) -> Run:
         if cell.method is Method.PLAIN:
             return self._plain(cell, cell.steps)
         if cell.method is Method.CACHEKIT:
-            drawer, made = self._drawers[cell.scheduler], Configuration(cell.steps, cell.specs)
-            return lambda caption, seed: drawer.draw(made, caption, seed)
-        if cell.method is not Method.PUBLISHED:
-            cache = Cache(self._subject.pipe, cell.method, cell.specs[0], self._subject.arguments)
-            return lambda caption, seed: cache.draw(cell.steps, caption, seed)
-        peer = Peer(self._subject.pipe, parse_all(cell.specs, installed().policies), self._subject.arguments)
-        return lambda caption, seed: peer.draw(cell.steps, caption, seed)
+            return self._counted(partial(self._runners[cell.scheduler].run, Configuration(cell.steps, cell.specs)))
+        return self._counted(partial(self._other(cell).run, cell.steps))
 
-    def _sample(self, caption: str, drawn: Drawn, plain: Drawn) -> Sample:
+    def _other(self, cell: Cell) -> Peer | Cache:
+        pipe, arguments = self._subject.pipe, self._subject.arguments
+        if cell.method is Method.PUBLISHED:
+            return Peer(pipe, parse_all(cell.specs, installed().policies), arguments)
+        return Cache(pipe, cell.method, cell.specs[0], arguments)
+
+    def _counted(self, run: Run) -> Run:
+        """Call `ran` after each run."""
+
+        def counted(caption: str, seed: int) -> RunResult:
+            result = run(caption, seed)
+            self._ran()
+            return result
+
+        return counted
+
+    def _sample(self, caption: str, result: RunResult, plain: RunResult) -> Sample:
         costs: dict[str, Any] = {
-            "seconds": drawn.seconds,
+            "seconds": result.seconds,
             "uncached_seconds": plain.seconds,
-            "macs": drawn.macs,
+            "macs": result.macs,
             "uncached_macs": plain.macs,
-            "cache_bytes": drawn.cache_bytes,
-            "deciding_seconds": drawn.deciding_seconds,
-            "peak_memory": drawn.peak_memory,
+            "cache_bytes": result.cache_bytes,
+            "deciding_seconds": result.deciding_seconds,
+            "peak_memory": result.peak_memory,
             "uncached_peak_memory": plain.peak_memory,
         }
-        if drawn.image is None or plain.image is None:
+        if result.image is None or plain.image is None:
             return Sample(caption=caption, **costs)
-        return Sample(caption=caption, **costs, **self._quality(caption, drawn.image, plain.image))
+        return Sample(caption=caption, **costs, **self._quality(caption, result.image, plain.image))
 
     def _quality(self, caption: str, image: Image, plain: Image) -> dict[str, Any]:
-        psnr, ssim = likeness(image, plain)
+        psnr, ssim = similarity(image, plain)
         return {
             "psnr": psnr,
             "ssim": ssim,
@@ -140,15 +184,15 @@ class Workbench:
         }
 
     def _plan(self, cell: Cell) -> dict[str, Any]:
-        """Return the table of actions as marks."""
+        """Plan of a cell as marks: the number of branches of each row, and the columns."""
         with apply(denoiser_of(self._subject.pipe), cell.specs) as attachment:
             plan = attachment.plan(cell.steps)
         return {"branches": [len(row.branches) for row in plan.rows], "columns": plan.columns()}
 
 
 def _judged(caption: str, image: Image, plain: Image) -> dict[str, Any]:
-    """Return whether two images show their caption, and the features by which crowds of them are compared."""
-    from ..demo import features, shows
+    """Whether each image shows its caption, and its features for the Frechet distance."""
+    from cachekit.models.demo import features, shows
 
     found = [[round(value, 6) for value in one] for one in features([image, plain]).tolist()]
     return {
@@ -160,11 +204,11 @@ def _judged(caption: str, image: Image, plain: Image) -> dict[str, Any]:
 
 
 def environment(setting: Setting) -> dict[str, Any]:
-    """Return what besides the cell may move its figures: versions, processor and threads."""
+    """Collect what figures depend on besides the cell: versions, machine and threads."""
     import diffusers
     import torch
 
-    from .. import __version__
+    from cachekit import __version__
 
     on_gpu = torch.cuda.is_available() and setting.device != "cpu"
     return {
@@ -179,10 +223,10 @@ def environment(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _pictures(caption: str, drawn: Drawn, plain: Drawn) -> tuple[str, str, str]:
-    assert drawn.image is not None
+def _pictures(caption: str, result: RunResult, plain: RunResult) -> tuple[str, str, str]:
+    assert result.image is not None
     assert plain.image is not None
-    return caption, _data_uri(drawn.image), _data_uri(plain.image)
+    return caption, _data_uri(result.image), _data_uri(plain.image)
 
 
 def _data_uri(image: Image) -> str:

@@ -1,11 +1,11 @@
-"""Offer cachekit on the command line; torch and diffusers are loaded only by the commands that need them."""
+"""The command line; torch and diffusers are imported only by the commands that need them."""
 
 from __future__ import annotations
 
 import typer
 
-from . import bench, coverage, demo, doctor, estimate, generate, inspection
-from .output import Group
+from cachekit.cli import bench, coverage, demo, doctor, estimate, generate, inspection
+from cachekit.cli.output import Group
 
 __all__ = ["app"]
 
@@ -17,11 +17,11 @@ app.command()(inspection.plan)
 app.command()(estimate.estimate)
 app.command()(generate.generate)
 app.command()(demo.demo)
-app.command()(bench.bench)
+app.add_typer(bench.app, name="bench")
 app.command()(coverage.coverage)
 app.command()(doctor.doctor)
 
 
 @app.callback()
 def _cachekit() -> None:
-    """Apply composable, undoable and measurable caching policies to diffusion pipelines."""
+    """Apply, combine and measure caching policies on diffusion pipelines."""

@@ -1,4 +1,4 @@
-"""Try policies on every diffusers pipeline that can be built small from configuration alone."""
+"""`cachekit coverage`: policies tried on every diffusers pipeline that can be built small from configuration alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import CachekitError, nearest
-from .output import console, say
+from cachekit.cli.output import console, progress_bar, say, write
+from cachekit.errors import CachekitError, nearest
 
 if TYPE_CHECKING:
-    from ..coverage.results import Coverage
-    from ..coverage.trial import Trial
+    from cachekit.coverage.results import Coverage, Trial
 
-#: What is tried: each policy in a form that acts within the few steps of a trial, and compositions.
+#: Specs tried by default: each policy with options that act within the few steps of a trial, and compositions.
 SPECS = (
     "tgate:m=3",
     "deepcache:interval=2",
@@ -26,44 +25,42 @@ SPECS = (
     "adaptive_guidance:m=3,linear=true+delta_dit",
 )
 
-_NAMES = "Parts of pipeline names, such as Flux or SD3; all pipelines if none is given."
+_NAMES = "Parts of pipeline names, such as Flux or SD3; default: all pipelines."
 
 
 def coverage(
-    names: Annotated[list[str] | None, typer.Argument(help=_NAMES, metavar="[NAMES]...")] = None,
-    spec: Annotated[list[str] | None, typer.Option(help="Try these instead, a+b for both; may be repeated.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
-    limit: Annotated[float, typer.Option(min=1, help="Seconds for each pipeline.")] = 300,
+    names: Annotated[list[str] | None, typer.Argument(help=_NAMES)] = None,
+    spec: Annotated[list[str] | None, typer.Option(help="Specs to try instead, joined by +; may be repeated.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
+    limit: Annotated[float, typer.Option(min=1, help="Time limit of each pipeline in seconds.")] = 300,
     json: Annotated[
-        Path | None, typer.Option(help="Write the results as data; what it holds of other pipelines is kept.")
+        Path | None, typer.Option(help="Write the results as JSON; results of other pipelines in the file are kept.")
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the results as a page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the results as a Markdown page.")] = None,
 ) -> None:
-    """Build pipelines small, try policies on them, and report what works, is refused, idle or fails."""
-    from ..catalog import installed
-    from ..coverage.page import markdown as page
-    from ..coverage.results import Coverage, read
-    from ..coverage.trial import JOIN
-    from ..spec import parse_all
+    """Build small pipelines, try policies on them, and report which work, are refused, stay idle or fail."""
+    from cachekit.coverage.page import markdown as page
+    from cachekit.coverage.results import JOIN, Coverage, read
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = installed().policies
     specs = [JOIN.join(map(str, parse_all(text.split(JOIN), policies))) for text in spec or SPECS]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
-    Coverage(specs, []).taking_over(older)
+    Coverage(specs, []).updating(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
     _print(found)
-    found = found.taking_over(older)
-    for path, text in ((json, found.as_text), (markdown, lambda: page(found))):
+    found = found.updating(older)
+    for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
         if path is not None:
-            path.write_text(text())
-            say(f"wrote {path}")
+            write(path, text())
     if any(found.results("fails")):
         raise typer.Exit(1)
 
 
 def _chosen(wanted: list[str]) -> list[str]:
-    """Return the names of the pipelines whose name contains one of these words; SD stands for StableDiffusion."""
-    from ..coverage.building import pipeline_names
+    """Find the pipelines whose name contains one of these words; SD stands for StableDiffusion."""
+    from cachekit.coverage.building import pipeline_names
 
     names = pipeline_names()
     words = [word.replace("SD", "StableDiffusion").lower() for word in wanted]
@@ -74,24 +71,21 @@ def _chosen(wanted: list[str]) -> list[str]:
 
 
 def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> list[Trial]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from cachekit.coverage.survey import survey
 
-    from ..coverage.survey import survey
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    trials = []
-    with Progress(*columns, console=console()) as bar:
-        task = bar.add_task("trying", total=len(names))
+    trials: list[Trial] = []
+    with progress_bar("trying") as show:
+        show(0, len(names))
         for trial in survey(names, specs, workers, limit):
             trials.append(trial)
-            bar.update(task, advance=1, description=trial.pipeline)
+            show(len(trials), len(names), name=trial.pipeline)
     return trials
 
 
 def _print(found: Coverage) -> None:
     from rich.table import Table
 
-    from ..coverage.page import summary
+    from cachekit.coverage.page import summary
 
     table = Table("pipeline", *found.specs)
     for row in summary(found):

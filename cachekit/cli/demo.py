@@ -1,4 +1,4 @@
-"""Compare policies on the embedded model: cost, likeness, and whether the captions are shown."""
+"""`cachekit demo`: policies compared on the embedded model."""
 
 from __future__ import annotations
 
@@ -9,116 +9,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import console, say
+from cachekit.cli.output import print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from cachekit.bench.summary import Group
 
-    from ..comparison import Comparison, Configuration
-
-#: What is compared with the uncached pipeline, besides the user's own specs.
+#: Specs compared by default, besides those of the user.
 SPECS = ("tgate:m=10", "deepcache:interval=3", "adaptive_guidance:m=10", "tgate:m=10+deepcache:interval=3")
 
 
 def demo(
-    captions: Annotated[int, typer.Option(min=1, help="Held-out captions to draw.")] = 12,
+    captions: Annotated[int, typer.Option(min=1, help="Number of held-out captions.")] = 12,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached pipeline.")] = 25,
-    seed: Annotated[int, typer.Option(help="Seed of captions and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the captions and the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the table.")] = Path("cachekit-demo"),
-    spec: Annotated[list[str] | None, typer.Option(help="Compare these too; join several specs by '+'.")] = None,
+    spec: Annotated[
+        list[str] | None, typer.Option(help="Specs to compare as well, joined by +; may be repeated.")
+    ] = None,
 ) -> None:
-    """Compare policies on the embedded model, which needs no download, and write table and pictures."""
-    import torch
+    """Compare policies on the embedded model, which needs no download, and write a table and pictures."""
+    from cachekit.bench.demo import HEADER, LEGEND, cells, measure, table
+    from cachekit.bench.measuring import Configuration
+    from cachekit.models.demo import heldout_captions
 
-    from ..demo import demo_pipeline, heldout_captions
-
-    configurations = _configurations(steps, spec or [])
-    # On a busy machine threads wait for each other, and that would be measured instead of the policies.
-    torch.set_num_threads(1)
-    pipe: Any = demo_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    _check(pipe, configurations)
-    screen = console()
-    comparison = _compare(pipe, configurations, heldout_captions(captions, seed), seed, screen)
-    _print(comparison, screen)
-    settings = {"captions": captions, "steps": steps, "seed": seed, **_machine()}
-    for path in _write(comparison, settings, output):
+    configurations = [Configuration.parse(text, steps) for text in (*SPECS, *(spec or []))]
+    setting, chosen = cells(configurations, heldout_captions(captions, seed), seed)
+    with progress_bar("generating") as progress:
+        group = measure(setting, chosen, progress)
+    print_table(HEADER, table(group), LEGEND)
+    for warning in group.warnings:
+        say(f"warning: {warning}")
+    for path in _write(group, {"captions": captions, "steps": steps, "seed": seed, **_machine()}, output):
         say(f"wrote {path}")
 
 
-def _configurations(steps: int, extra: list[str]) -> list[Configuration]:
-    from ..catalog import installed
-    from ..comparison import Configuration
-    from ..spec import parse_all
-
-    cached = [Configuration.parse(text, steps) for text in (*SPECS, *extra)]
-    for configuration in cached:
-        parse_all(configuration.specs, installed().policies)
-    return [Configuration(steps), *cached]
-
-
-def _check(pipe: Any, configurations: list[Configuration]) -> None:
-    """Refuse a spec that does not fit before anything is drawn."""
-    from ..engine import apply
-
-    for configuration in configurations:
-        apply(pipe, configuration.specs).remove()
-
-
-def _compare(
-    pipe: Any, configurations: list[Configuration], prompts: list[str], seed: int, screen: Console
-) -> Comparison:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from ..comparison import compare
-    from ..demo import DEMO_GUIDANCE
-    from ..demo.checker import shows
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=screen) as bar:
-        task = bar.add_task("drawing", total=None)
-        return compare(
-            pipe,
-            configurations,
-            prompts,
-            seed=seed,
-            arguments={"guidance_scale": DEMO_GUIDANCE},
-            judge=lambda image, caption: bool(shows(image, caption)),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-
-
-def _print(comparison: Comparison, screen: Console) -> None:
-    from rich.table import Table
-
-    from ..comparison import HEADER
-
-    table = Table(caption=_LEGEND, caption_justify="left")
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == HEADER[0] else "right", overflow="fold")
-    for row in comparison.rows:
-        table.add_row(*comparison.cells(row))
-    screen.print(table)
-    for warning in comparison.warnings:
-        say(f"warning: {warning}")
-
-
-_LEGEND = (
-    "s/image: median wall time of one image; GMACs: multiply-accumulates of the denoiser's Linear and convolution"
-    " layers, in thousand millions; PSNR (dB) and SSIM: median likeness to the uncached image; shown: images that show"
-    " all that their caption says; kept: peak of cached tensors. The last row spends on plain steps what the cheapest"
-    " composed row costs."
-)
-
-
-def _write(comparison: Comparison, settings: dict[str, Any], folder: Path) -> list[Path]:
-    from ..grid import picture_grid
+def _write(group: Group, settings: dict[str, Any], folder: Path) -> list[Path]:
+    from cachekit.bench.demo import page, to_json
+    from cachekit.bench.grid import picture_grid
 
     folder.mkdir(parents=True, exist_ok=True)
     picture, table, data = folder / "pictures.png", folder / "table.md", folder / "table.json"
-    picture_grid(comparison).save(picture)
-    table.write_text(f"{comparison.markdown()}\n{_LEGEND}\n")
-    data.write_text(json.dumps({**settings, **comparison.as_dict()}, indent=1, allow_nan=False) + "\n")
+    picture_grid(group).save(picture)
+    table.write_text(page(group))
+    data.write_text(json.dumps({**settings, **to_json(group)}, indent=1, allow_nan=False) + "\n")
     return [picture, table, data]
 
 

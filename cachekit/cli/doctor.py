@@ -1,4 +1,4 @@
-"""Say whether the installation is sound."""
+"""`cachekit doctor`: checks of the installation."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
-from ..errors import CachekitError
-from .output import say
+from cachekit.cli.output import say
+from cachekit.errors import CachekitError
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
 
 
 def doctor() -> None:
-    """Check versions, plugins and the embedded model; exit with 1 when something is wrong."""
-    from .. import __version__
+    """Check versions, plugins and the embedded model; exit with code 1 where a check fails."""
+    from cachekit import __version__
 
     say(f"ok      python {platform.python_version()}")
     say(f"ok      cachekit {__version__}")
-    # Each check runs, whatever the ones before it found.
+    # A list, so that every check runs even after one has failed.
     sound = [*map(_library, _LIBRARIES), _plugins(), _weights()]
     raise typer.Exit(0 if all(sound) else 1)
 
@@ -36,11 +36,11 @@ def _library(name: str) -> bool:
 
 
 def _plugins() -> bool:
-    from ..catalog import installed
+    from cachekit.registry.catalog import installed
 
     try:
         with warnings.catch_warnings():
-            # Each failure is printed below.
+            # The failures are printed below.
             warnings.simplefilter("ignore")
             catalog = installed()
     except CachekitError as error:
@@ -54,7 +54,7 @@ def _plugins() -> bool:
 
 
 def _weights() -> bool:
-    from ..demo.pipeline import WEIGHTS, WeightsError, verify
+    from cachekit.models.demo.pipeline import WEIGHTS, WeightsError, verify
 
     folders = sorted(path for path in WEIGHTS.glob("*") if path.is_dir())
     if not folders:

@@ -1,4 +1,4 @@
-"""Say what policies would cost on a model, before anything runs and without weights."""
+"""`cachekit estimate`: costs of policies on a model, counted without weights."""
 
 from __future__ import annotations
 
@@ -10,36 +10,34 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import CachekitError
-from ..loading import EMBEDDED
-from .output import console, say
+from cachekit.cli.output import print_table, say, write
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from ..estimating import Estimate, StepCost
+    from cachekit.costs.estimate import Estimate, StepCost
 
 _MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
-#: Pixels per side of the cell that every known model can halve as often as it has to.
+#: Sizes are multiples of this many pixels, which every known model can halve as often as it must.
 _STRIDE = 16
 
 
 class EstimateError(CachekitError):
-    """Report a size or a file that an estimate cannot use."""
+    """A size or a file that an estimate cannot use."""
 
 
 def estimate(
     model: Annotated[str, typer.Argument(help=_MODEL)],
-    specs: Annotated[list[str] | None, typer.Argument(help="Specs such as tgate:m=10.", metavar="SPECS...")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Iterations of the pipeline's loop.")] = 25,
-    height: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels, if not the model's own.")] = None,
-    width: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels, if not the model's own.")] = None,
-    file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    specs: Annotated[list[str] | None, typer.Argument(help="Specs such as tgate:m=10.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")] = 25,
+    height: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
+    width: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
+    file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this JSON file.")] = None,
 ) -> None:
-    """Estimate cost, parameters and memory of policies on a model; no weights are loaded."""
-    from .. import estimate as estimate_cost
-    from ..catalog import installed
-    from ..spec import parse_all
+    """Estimate MACs, parameters and cache size of policies on a model; no weights are loaded."""
+    from cachekit.costs.estimate import estimate as estimate_cost
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(specs or [], installed().policies)
     _check_size(height, width)
@@ -49,20 +47,21 @@ def estimate(
     _print_totals(found)
     _print_steps(found.steps)
     if file:
-        _write(file, {"model": model, "specs": [str(policy) for policy in policies], **_data(found)})
+        data = {"model": model, "specs": [str(policy) for policy in policies], **_data(found)}
+        write(file, json.dumps(data, indent=1) + "\n")
 
 
 def _subject(model: str) -> Any:
-    """Return a known architecture's name, or a pipeline without weights; anything near a name is taken for one."""
-    from ..architectures import architecture, architectures
-    from ..errors import nearest
-    from ..loading import DEMOS, outline
+    """Find a known architecture by name, or build a pipeline without weights; a near miss of a name is refused."""
+    from cachekit.errors import nearest
+    from cachekit.models.architectures import architecture, architectures
+    from cachekit.models.loading import DEMOS, pipeline_from_config
 
     if model in architectures():
         return model
     if model not in DEMOS and not Path(model).exists() and nearest(model, architectures()):
         return architecture(model).name
-    return outline(model)
+    return pipeline_from_config(model)
 
 
 def _check_size(*sizes: int | None) -> None:
@@ -72,7 +71,7 @@ def _check_size(*sizes: int | None) -> None:
 
 
 def _check_file(file: Path | None) -> None:
-    """Refuse a file that cannot be written before anything is counted."""
+    """Refuse a file that cannot be written, before anything is counted."""
     if file is None:
         return
     try:
@@ -86,39 +85,27 @@ def _title(model: str, specs: list[str], steps: int) -> str:
 
 
 def _print_totals(found: Estimate) -> None:
-    table = _table("per image", "uncached", "cached")
-    table.add_row("MACs of Linear and convolution layers", f"{found.baseline_macs:,}", f"{found.macs:,}")
-    table.add_row("MACs of attention products", f"{found.baseline_attention_macs:,}", f"{found.attention_macs:,}")
-    table.add_row("parameters in the final phase", f"{found.baseline_params:,}", f"{found.params:,}")
-    table.add_row("bytes kept at peak", "0", f"{found.cache_bytes:,}")
-    console().print(table)
-    say(f"{found.speedup:.2f}x fewer MACs; every cell that a run would decide counts as computed")
-
-
-def _table(first: str, *figures: str) -> Table:
-    from rich.table import Table
-
-    table = Table(first)
-    for name in figures:
-        table.add_column(name, justify="right")
-    return table
+    figures = (
+        ("MACs of Linear and convolution layers", found.baseline_macs, found.macs),
+        ("MACs of attention products", found.baseline_attention_macs, found.attention_macs),
+        ("parameters in the final phase", found.baseline_params, found.params),
+        ("peak bytes of cached tensors", 0, found.cache_bytes),
+    )
+    rows = [(name, f"{uncached:,}", f"{cached:,}") for name, uncached, cached in figures]
+    print_table(("per image", "uncached", "cached"), rows)
+    say(f"{found.speedup:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
 
 
 def _print_steps(steps: tuple[StepCost, ...]) -> None:
-    table = _table("steps", "branches", "MACs", "attention products")
+    rows = []
     for cost, group in groupby(steps, key=lambda step: (step.branches, step.macs, step.attention_macs)):
         numbers = [step.step for step in group]
         label = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        table.add_row(label, *(f"{figure:,}" for figure in cost))
-    console().print(table)
+        rows.append([label, *(f"{figure:,}" for figure in cost)])
+    print_table(("steps", "branches", "MACs", "attention products"), rows)
 
 
 def _data(found: Estimate) -> dict[str, Any]:
     names = ("macs", "baseline_macs", "attention_macs", "baseline_attention_macs", "params", "baseline_params")
     figures = {name: getattr(found, name) for name in (*names, "cache_bytes", "speedup")}
     return {**figures, "steps": [asdict(step) for step in found.steps]}
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=1) + "\n")
-    say(f"wrote {file}")

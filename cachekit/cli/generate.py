@@ -1,4 +1,4 @@
-"""Draw images with any diffusers pipeline and any policies."""
+"""`cachekit generate`: images from any diffusers pipeline with policies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import loading
-from ..errors import CachekitError, nearest
-from .output import say
+from cachekit.cli.output import say
+from cachekit.errors import CachekitError, nearest
+from cachekit.models import loading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,29 +24,33 @@ _PAIR = "KEY=VALUE"
 
 
 class ArgumentError(CachekitError):
-    """Report an argument of the command line that cannot be used."""
+    """An argument of the command line that cannot be used."""
 
 
 def generate(
     pipeline: Annotated[str, typer.Argument(help=_MODEL)],
-    prompt: Annotated[str | None, typer.Argument(help="What to draw, where the pipeline reads text.")] = None,
-    spec: Annotated[list[str] | None, typer.Option(help="Policy such as tgate:m=10; may be repeated.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, if not the pipeline's own default.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale, if not the pipeline's own.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt, where the pipeline takes one.")] = None,
+    spec: Annotated[list[str] | None, typer.Option(help="Spec such as tgate:m=10; may be repeated.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; default: the pipeline's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    output: Annotated[Path, typer.Option(help="File to write; several images are numbered.")] = Path("out.png"),
+    output: Annotated[Path, typer.Option(help="Image file; several images get numbered files.")] = Path("out.png"),
     scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers, such as DDIMScheduler.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device, if not cuda where present, else cpu.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Precision: {', '.join(loading.DTYPES)}.")] = None,
-    max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Most bytes that may be kept at once.")] = None,
-    cache_device: Annotated[str | None, typer.Option(help="Device on which kept tensors lie, such as cpu.")] = None,
-    load: Annotated[list[str] | None, typer.Option(metavar=_PAIR, help="Argument of from_pretrained.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the call.")] = None,
+    max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Limit of cached tensors in bytes.")] = None,
+    cache_device: Annotated[str | None, typer.Option(help="Device that stores cached tensors, such as cpu.")] = None,
+    load: Annotated[
+        list[str] | None, typer.Option(metavar=_PAIR, help="Argument of from_pretrained; may be repeated.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the pipeline's call; may be repeated.")
+    ] = None,
 ) -> None:
-    """Draw with any pipeline and policies, print what was saved, and write the images."""
-    from ..catalog import installed
-    from ..engine import apply
-    from ..spec import parse_all
+    """Generate images with any pipeline and policies, print the report, and write the images."""
+    from cachekit.applying import apply
+    from cachekit.interface.specs import parse_all
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(spec or [], installed().policies)
     given = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance}
@@ -107,7 +111,7 @@ def _write(pictures: list[Image], output: Path) -> list[Path]:
 
 
 def _check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
-    """Refuse names that the call does not know; one that takes any name may know it, unless it looks mistyped."""
+    """Refuse arguments that the call lacks; where it takes **kwargs, only names that look mistyped."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in arguments:
@@ -117,7 +121,7 @@ def _check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
 
 
 def _pairs(texts: list[str] | None) -> dict[str, Any]:
-    """Return KEY=VALUE texts as a dict; values are read as JSON where they are JSON, else as text."""
+    """Parse KEY=VALUE texts; a value is JSON where it parses as such, else text."""
     pairs: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")

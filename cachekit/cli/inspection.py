@@ -1,4 +1,4 @@
-"""Say what is installed, what a model offers, and what a run would do."""
+"""`cachekit list`, `show`, `sites` and `plan`: installed policies, a model's sites, and the plan of a run."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..loading import EMBEDDED
-from .output import say
+from cachekit.cli.output import say, write
+from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
-    from ..catalog import Catalog
-    from ..policy import Policy
-    from ..sites import SiteMap
+    from cachekit.interface.policy import Policy
+    from cachekit.interface.sites import SiteMap
+    from cachekit.registry.catalog import Catalog
 
 _MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 
 def list_installed() -> None:
-    """List the installed policies and adapters, their keys, and who brings them."""
-    from ..catalog import installed
+    """List the installed policies and adapters, their keys, and the packages they come from."""
+    from cachekit.registry.catalog import installed
 
     catalog = installed()
     say("policies")
@@ -38,9 +38,9 @@ def list_installed() -> None:
 
 
 def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a spec.")]) -> None:
-    """Show one policy: what it does, its keys with types, defaults and bounds, its paper and its kinds."""
-    from ..catalog import installed
-    from ..errors import SpecError, nearest
+    """Show one policy: its description, its keys with types, defaults and bounds, its kinds and its paper."""
+    from cachekit.errors import SpecError, nearest
+    from cachekit.registry.catalog import installed
 
     catalog = installed()
     if policy not in catalog.policies:
@@ -58,13 +58,13 @@ def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a s
 
 def sites(
     model: Model,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Name every site, not only their number.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every site, not only their number.")] = False,
 ) -> None:
-    """Print the sites, regions and chains that a model's adapter names; no weights are loaded."""
-    from ..catalog import installed
-    from ..loading import skeleton
+    """Print the sites, regions and chains of a model; no weights are loaded."""
+    from cachekit.models.loading import denoiser_from_config
+    from cachekit.registry.catalog import installed
 
-    denoiser = skeleton(model)
+    denoiser = denoiser_from_config(model)
     adapter = installed().adapter_for(denoiser)
     found = adapter.sites(denoiser)
     say(f"{found.model}, adapter {adapter.name}, branches {' then '.join(adapter.layout(denoiser).order)}")
@@ -72,34 +72,24 @@ def sites(
 
 
 def plan(
-    specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.", metavar="SPECS...")],
-    steps: Annotated[int, typer.Option(min=1, help="Iterations of the pipeline's loop.")],
+    specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.")],
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")],
     model: Annotated[str, typer.Option(help=_MODEL)] = "demo",
     unguided: Annotated[bool, typer.Option("--unguided", help="Plan a run without classifier-free guidance.")] = False,
-    svg: Annotated[Path | None, typer.Option(help="Draw the plan too, a square for each site and step.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Also write the plan to this SVG file.")] = None,
 ) -> None:
-    """Print what each policy would do in each step of a run; no weights are loaded."""
-    from ..catalog import installed
-    from ..engine import apply
-    from ..loading import skeleton
-    from ..spec import parse_all
+    """Print what each policy does in each step of a run; no weights are loaded."""
+    from cachekit.applying import apply
+    from cachekit.interface.specs import parse_all
+    from cachekit.models.loading import denoiser_from_config
+    from cachekit.registry.catalog import installed
 
     policies = parse_all(specs, installed().policies)
-    with apply(skeleton(model), policies) as attachment:
+    with apply(denoiser_from_config(model), policies) as attachment:
         made = attachment.plan(steps, guided=not unguided)
     say(made)
     if svg is not None:
-        _write(svg, made.picture())
-
-
-def _write(path: Path, text: str) -> None:
-    from ..errors import CachekitError
-
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
-    say(f"wrote {path}")
+        write(svg, made.picture())
 
 
 def _origin(catalog: Catalog, what: str, name: str) -> str:
@@ -120,7 +110,7 @@ def _word(value: Any) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """Return a field's type as a reader of specs needs it: the words allowed, or what kind of number."""
+    """Describe a field's type for specs: the allowed words, or the kind of number."""
     from typing import Literal, get_args, get_origin
 
     if get_origin(annotation) is Literal:

@@ -1,4 +1,4 @@
-"""See from outside which branches a pipeline's calls are for: change the prompt, and look at what the denoiser gets."""
+"""Find the guidance branches of a pipeline's calls: change its prompts, and compare what the denoiser receives."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapter import Layout
+from cachekit.interface.adapter import Layout
 
-#: What carries the condition, the first that a call has; what carries its opposite begins with `negative_`.
+#: Arguments that carry the condition, the first that a call has; those of its opposite begin with `negative_`.
 _CONDITIONS = (
     *("prompt", "prompt_embeds", "prompt_embeds_qwen", "image_embeds", "class_labels", "image_embeddings"),
     *("example_image", "image", "content_prompt", "editing_prompt"),
 )
 _MOST_CALLS = 6
 
+#: Tensors of a denoiser call, by argument.
 Call = dict[str, Any]
 
 
 def branches_of(modules: list[nn.Module], run: Callable[[dict[str, Any]], Any], given: dict[str, Any]) -> str:
-    """Return the branches of the first step's calls, such as `uc` for one batch of two, or `c|u` for two calls.
+    """Find the branches of the first step's calls, such as `uc` for one batch of two, or `c|u` for two calls.
 
     Each letter is a row of the batch: `c` changes with the prompt, `u` with the negative one, `b` with both and `-`
-    with neither. `run` makes one uncached run with some arguments changed, beginning with the same noise.
+    with neither. `run` makes one uncached run from the same noise with some of the arguments `given` changed.
     """
     condition = next((name for name in _CONDITIONS if given.get(name) is not None), None)
     positive = [condition] if condition else []
@@ -35,20 +36,20 @@ def branches_of(modules: list[nn.Module], run: Callable[[dict[str, Any]], Any], 
 
 
 def expected(layout: Layout) -> str:
-    """Return what `branches_of` should find where the branches of a run come as `layout` says."""
+    """Write a layout as `branches_of` should find it."""
     letters = [branch[0] for branch in layout.order]
     return "|".join(letters) if layout.separate else "".join(letters)
 
 
 def agrees(found: str, layout: Layout) -> bool:
-    """Tell whether a layout contradicts nothing that was found; a row that nothing changes may be any branch."""
+    """Whether a layout fits what was found; a row that changes with no prompt may be any branch."""
     if len(layout.order) == 1 or not found:
         return True
     return all(_row_agrees(rows, letters) for rows, letters in zip(found.split("|"), expected(layout).split("|")))
 
 
 def _row_agrees(rows: str, letters: str) -> bool:
-    """Compare a batch with its branches; each may have several rows, one for each frame or image."""
+    """Whether a batch fits its branches; each may have several rows, one for each frame or image."""
     each, rest = divmod(len(rows), len(letters))
     parts = {letter: rows[place * each : (place + 1) * each] for place, letter in enumerate(letters)}
     return not rest and "c" not in parts.get("u", "") and ("c" in parts.get("c", "c") or "c" not in rows)
@@ -69,7 +70,7 @@ def _watched(modules: list[nn.Module], seen: list[Call]) -> Iterator[None]:
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**{str(place): value for place, value in enumerate(args)}, **kwargs}
         if len(seen) < _MOST_CALLS:
-            seen.append({name: list(_parts(value)) for name, value in given.items()})
+            seen.append({name: list(_tensors(value)) for name, value in given.items()})
 
     handles = [module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]
     try:
@@ -79,18 +80,18 @@ def _watched(modules: list[nn.Module], seen: list[Call]) -> Iterator[None]:
             handle.remove()
 
 
-def _parts(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of an argument, copied; numbers too, since a timestep may be one."""
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Find the tensors of an argument, copied, and its numbers, as a timestep may be one."""
     if isinstance(value, torch.Tensor):
         yield value.detach().clone()
     elif isinstance(value, (int, float)):
         yield torch.tensor(float(value))
     elif isinstance(value, dict):
         for one in value.values():
-            yield from _parts(one)
+            yield from _tensors(one)
     elif isinstance(value, (list, tuple)):
         for one in value:
-            yield from _parts(one)
+            yield from _tensors(one)
 
 
 def _time(call: Call) -> float | None:
@@ -120,7 +121,7 @@ def _batch(call: Call) -> int:
 
 
 def _different(one: Call, other: Call) -> set[int]:
-    """Return the rows of the batch in which two calls differ; a batch may be a list with a tensor for each row."""
+    """Find the rows of the batch in which two calls differ; a batch may be a list with a tensor for each row."""
     count = _batch(one)
     listed = len(_sample(one)) == count > 1
     found: set[int] = set()
@@ -134,7 +135,7 @@ def _different(one: Call, other: Call) -> set[int]:
 
 
 def _row(tensor: torch.Tensor, row: int, count: int) -> torch.Tensor:
-    """Return a row of the batch; text may have one entry for each frame, and a tensor without rows is in all."""
+    """Cut out a row of the batch, which for text may be one for each frame; what has no batch is in every row."""
     size = tensor.shape[0] if tensor.dim() else 0
     return tensor.chunk(count)[row] if size and size % count == 0 else tensor
 
@@ -144,7 +145,7 @@ def _same(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _changed(value: Any) -> Any:
-    """Return another value of the same kind and size."""
+    """Make another value of the same kind and size."""
     if isinstance(value, str):
         return value[::-1]
     if isinstance(value, (list, tuple)):

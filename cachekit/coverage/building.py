@@ -1,4 +1,4 @@
-"""Build a pipeline class small, and the arguments of a short call of it."""
+"""Build a small pipeline of a class, and the arguments of a short call."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from .facts import Facts, facts_of
-from .parts import NotBuiltError, make, make_one, seed_weights
+from cachekit.coverage.facts import Facts, facts_of
+from cachekit.coverage.parts import NotBuiltError, make, make_one, seed_weights
 
-#: Parts that are left out unless facts ask for them.
+#: Components that are left out unless facts ask for them.
 _LEFT_OUT = {"safety_checker", "watermarker"}
-#: Parts whose weights are drawn anew: the denoisers, and what adds to them.
-_DRAWN = (
+#: Components whose weights are initialised at random: the denoisers, and what adds to their features.
+_SEEDED = (
     *("unet", "transformer", "transformer_2", "prior", "decoder", "prior_prior", "unconditional_transformer"),
     *("image_unet", "text_unet", "controlnet", "adapter", "motion_adapter"),
 )
@@ -26,7 +26,7 @@ _ANY_SCHEDULER = "KarrasDiffusionSchedulers"
 
 
 def pipeline_names() -> list[str]:
-    """Return the names of all pipelines of diffusers, without loading them; modular ones are none of these."""
+    """List the pipeline classes of diffusers without loading them; modular pipelines are left out."""
     import diffusers
 
     other = ("Output", "Blocks", "QuantizationConfig", "ModularPipeline")
@@ -35,7 +35,10 @@ def pipeline_names() -> list[str]:
 
 
 def pipeline_class(name: str) -> Any:
-    """Return the class of that name; raise `NotBuiltError` where packages are missing or it is no torch pipeline."""
+    """Load a pipeline class.
+
+    Raises `NotBuiltError` where it needs packages that aren't installed or isn't a PyTorch pipeline.
+    """
     import diffusers
 
     cls = getattr(diffusers, name)
@@ -46,7 +49,10 @@ def pipeline_class(name: str) -> Any:
 
 
 def build(name: str) -> Any:
-    """Return a small pipeline of the class `name` with seeded weights; raise `NotBuiltError` with a reason."""
+    """Build a small pipeline of the class `name`, with seeded weights.
+
+    Raises `NotBuiltError` with the reason where that isn't possible.
+    """
     facts = facts_of(name)
     if facts.skip:
         raise NotBuiltError(facts.skip)
@@ -55,9 +61,9 @@ def build(name: str) -> Any:
     cls = pipeline_class(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipe = cls(**_parts(cls, facts))
+        pipe = cls(**_components(cls, facts))
     pipe.set_progress_bar_config(disable=True)
-    for key in _DRAWN:
+    for key in _SEEDED:
         module = getattr(pipe, key, None)
         if isinstance(module, nn.Module):
             seed_weights(module)
@@ -68,11 +74,10 @@ def build(name: str) -> Any:
     return pipe
 
 
-def arguments(pipe: Any, name: str, **changes: Any) -> dict[str, Any]:
-    """Return the arguments of a short call: what facts say of it, as far as the pipeline takes them."""
+def arguments(pipe: Any, name: str) -> dict[str, Any]:
+    """Make the arguments of a short call: those of the facts that the pipeline takes."""
     taken = inspect.signature(type(pipe).__call__).parameters
-    call = {key: value for key, value in {**facts_of(name).call, **changes}.items() if key in taken}
-    given = _values(call)
+    given = _values({key: value for key, value in facts_of(name).call.items() if key in taken})
     if "generator" in taken and "generator" not in given:
         given["generator"] = torch.Generator().manual_seed(0)
     return given
@@ -91,28 +96,27 @@ def _absent(backends: list[str]) -> list[str]:
     return [name for name in backends if name not in checks or not checks[name]()]
 
 
-def _parts(cls: Any, facts: Facts) -> dict[str, Any]:
+def _components(cls: Any, facts: Facts) -> dict[str, Any]:
+    """Build the components that the facts describe, and those that the constructor requires."""
     annotated = cls._get_signature_types()
-    parameters = inspect.signature(cls.__init__).parameters
-    made: dict[str, Any] = {}
-    for key, parameter in parameters.items():
+    components: dict[str, Any] = {}
+    for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
         if key in facts.parts:
-            given = facts.parts[key]
-            types = [one for one in annotated.get(key, ()) if inspect.isclass(one)]
-            made[key] = make(given, types[0] if types else None) if _is_part(given) else given
-        elif parameter.default is parameter.empty and key in _LEFT_OUT:
-            made[key] = None
+            components[key] = _described(facts.parts[key], annotated.get(key, ()))
         elif parameter.default is parameter.empty:
-            made[key] = _annotated(key, annotated.get(key, ()))
+            components[key] = None if key in _LEFT_OUT else _annotated(key, annotated.get(key, ()))
         elif key == "requires_safety_checker":
-            made[key] = False
-    return made
+            components[key] = False
+    return components
 
 
-def _is_part(given: Any) -> bool:
-    return isinstance(given, dict)
+def _described(given: Any, types: Any) -> Any:
+    if not isinstance(given, dict):
+        return given
+    classes = [one for one in types if inspect.isclass(one)]
+    return make(given, classes[0] if classes else None)
 
 
 def _annotated(key: str, types: Any) -> Any:
@@ -129,7 +133,7 @@ def _values(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """Return an argument: facts write images, videos and tensors as {"$kind": size}."""
+    """Make an argument; facts describe images, videos and tensors as {"$kind": size}."""
     if isinstance(value, list):
         return [_value(one) for one in value]
     if not isinstance(value, dict) or not any(key.startswith("$") for key in value):

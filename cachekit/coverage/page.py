@@ -1,39 +1,38 @@
-"""Write what a survey found as a page of markdown."""
+"""Write the results of a survey as a page of Markdown."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from .results import Coverage
-from .trial import JOIN, STATES, Result, Sites, Trial
+from cachekit.coverage.results import JOIN, STATES, Coverage, Result, Sites, Trial
 
 _INTRODUCTION = """\
 # Coverage
 
-Every pipeline class of diffusers that can be built small from configuration alone, run uncached, with each policy, and
-with compositions. `make coverage` writes this page, with a few packages that some pipelines need.
+Every pipeline class of diffusers that can be built small from its configuration alone, run uncached, under each policy,
+and under compositions. `make coverage` writes this page; it installs a few packages that some pipelines need.
 
-- **works**: the policy acts, or of a composition at least one, the output is what it was once it is removed, and the
-  same again once it is applied again, both to the bit.
-- **refused**: an error in one line, at `apply` or at the beginning of the run, and the pipeline is as it was.
-- **idle**: accepted, and then never acts.
+- **works**: the policy (of a composition, at least one) reuses something. Removing it restores the uncached output, and
+  applying it again repeats the cached output, both to the bit.
+- **refused**: a one-line error at `apply` or at the beginning of the run, which leaves the pipeline as it was.
+- **idle**: accepted, but never reuses anything.
 - **fails**: anything else.
 
-The branches are those of the first step's calls, seen from outside by changing the prompts: `uc` is one batch with the
-unconditional half first, `c, u` are two calls; `c` changes with the prompt, `u` with the negative prompt, `b` with both
-and `-` with neither. A policy that takes one for the other fails.
+The guidance branches are found by changing the prompts and comparing what the denoiser receives in the first step: `uc`
+is one batch with the unconditional half first, and `c, u` are two calls. A `c` changes with the prompt, a `u` with the
+negative prompt, a `b` with both and a `-` with neither. A policy that confuses the branches fails.
 """
 
 
 _DENOISERS = """\
-Sites that the adapters name, in the small model that was built. A denoiser is known by lists of blocks of its own that
-run one after the other, or by paired down and up blocks; one that has neither has no adapter.
+Sites that the adapters find in the small model that was built. An adapter recognises a denoiser by its own lists of
+blocks that run one after the other, or by its paired down and up blocks; one with neither has no adapter.
 """
 
 
 def markdown(coverage: Coverage) -> str:
-    """Return the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
+    """Write the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
     notes = _numbers(coverage)
     parts = [
         _INTRODUCTION,
@@ -44,20 +43,20 @@ def markdown(coverage: Coverage) -> str:
             ["pipeline", "branches", "denoisers", *_names(coverage)], [_row(trial, notes) for trial in coverage.built]
         ),
         "\n## Reasons\n",
-        *(f"{number}. {_plain(note)}" for note, number in notes.items()),
+        *(f"{number}. {_escaped(note)}" for note, number in notes.items()),
         "\n## Denoisers\n",
         _DENOISERS,
         *_table(["denoiser", "adapter", "sites", "regions", "chains", "pipelines"], _denoisers(coverage)),
         "\n## Not built\n",
         *_table(
-            ["pipeline", "reason"], [[f"`{trial.pipeline}`", _plain(trial.reason)] for trial in coverage.not_built]
+            ["pipeline", "reason"], [[f"`{trial.pipeline}`", _escaped(trial.reason)] for trial in coverage.not_built]
         ),
     ]
     return "\n".join(parts) + "\n"
 
 
 def summary(coverage: Coverage) -> Iterable[Sequence[str]]:
-    """Yield a row of the terminal's table for each pipeline: its name and each policy's state."""
+    """Make the rows of a table for the terminal: a pipeline and the state of each policy on it."""
     for trial in coverage.built:
         yield [trial.pipeline, *(trial.results[spec].state for spec in coverage.specs)]
 
@@ -69,7 +68,7 @@ def _versions(coverage: Coverage) -> str:
     without = f": all but {', '.join(unknown)}" if unknown else ""
     return (
         f"{built} of {len(coverage.trials)} pipelines were built, with {len(denoisers)} denoiser classes. Sites are"
-        f" named in {len(denoisers) - len(unknown)} of these{without} ({names}).\n"
+        f" found in {len(denoisers) - len(unknown)} of these{without} ({names}).\n"
     )
 
 
@@ -92,7 +91,7 @@ def _cell(result: Result, notes: dict[str, int]) -> str:
 
 
 def _numbers(coverage: Coverage) -> dict[str, int]:
-    """Return a number for each reason, the most frequent first."""
+    """Assign numbers to notes, the most frequent first."""
     found = Counter(result.note for _, _, result in coverage.results(*STATES) if result.note)
     ordered = sorted(found, key=lambda note: (-found[note], note))
     return {note: number for number, note in enumerate(ordered, 1)}
@@ -106,13 +105,13 @@ def _denoisers(coverage: Coverage) -> list[list[str]]:
 def _described(sites: Sites) -> list[str]:
     kinds = ", ".join(f"{kind} x {count}" for kind, count in sites.kinds.items())
     chains = " + ".join(map(str, sites.chains))
-    return [sites.adapter, kinds or _plain(sites.note), str(sites.regions or ""), chains]
+    return [sites.adapter, kinds or _escaped(sites.note), str(sites.regions or ""), chains]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows]]
 
 
-def _plain(text: str) -> str:
-    """Return text that a table and a list take as it is."""
+def _escaped(text: str) -> str:
+    """Escape the characters that Markdown tables and HTML treat specially."""
     return text.replace("|", "\\|").replace("<", "&lt;")

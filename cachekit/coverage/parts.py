@@ -1,4 +1,4 @@
-"""Make the parts of a pipeline small: models with seeded weights, schedulers, tokenizers and processors."""
+"""Build the components of pipelines small: models with seeded weights, schedulers, tokenizers and processors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CachekitError
-from .facts import model_config, said_of
+from cachekit.coverage.facts import class_notes, model_config
+from cachekit.errors import CachekitError
 
-#: The first identifiers of every tokenizer; bytes follow. CLIP takes an end token of 2 for its older format.
-SPECIAL = (
+#: First tokens of every tokenizer, before the bytes. The end token isn't at 2, which CLIP takes for its older format.
+SPECIAL_TOKENS = (
     *("<pad>", "<s>", "<unk>", "</s>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|image_pad|>", "<|video_pad|>", "<image>", "<mask>"),
 )
@@ -26,27 +26,27 @@ _CHAT = (
 
 
 class NotBuiltError(CachekitError):
-    """Report a pipeline that cannot be built small from configuration alone."""
+    """A pipeline that can't be built small from its configuration alone."""
 
 
 class NoGuard:
-    """Let every text and video pass: a guardrail model is no part of what is examined."""
+    """Stand-in for a guardrail model that finds every text and video safe."""
 
     def to(self, *args: Any, **kwargs: Any) -> NoGuard:
-        """Return itself."""
+        """Ignore the device and dtype."""
         return self
 
     def check_text_safety(self, text: str) -> bool:
-        """Find every text safe."""
+        """Accept every text."""
         return True
 
     def check_video_safety(self, video: Any) -> Any:
-        """Return the video as it is."""
+        """Accept every video, unchanged."""
         return video
 
 
 def make(wanted: dict[str, Any], annotated: type[Any] | None = None) -> Any:
-    """Return the part that facts ask for: `use` names class or class/variant, the rest changes its configuration."""
+    """Build a component: `use` names its class or class/variant, and all else changes its configuration."""
     changes = dict(wanted)
     name = changes.pop("use", annotated.__name__ if annotated else "")
     known = annotated is not None and annotated.__name__ == name.partition("/")[0]
@@ -55,8 +55,11 @@ def make(wanted: dict[str, Any], annotated: type[Any] | None = None) -> Any:
 
 
 def make_one(cls: type[Any], name: str, changes: dict[str, Any]) -> Any:
-    """Return an instance of `cls` with the small configuration `name` and `changes`."""
-    needed = said_of(name).get("needs")
+    """Build an instance of `cls` from the small configuration `name`, with `changes`.
+
+    Raises `NotBuiltError` where a package or the configuration is missing.
+    """
+    needed = class_notes(name).get("needs")
     if needed and find_spec(needed) is None:
         raise NotBuiltError(f"needs {needed}")
     is_model = isinstance(cls, type) and issubclass(cls, nn.Module)
@@ -65,16 +68,19 @@ def make_one(cls: type[Any], name: str, changes: dict[str, Any]) -> Any:
     config = model_config(name)
     if config is None and not _is_scheduler(cls):
         raise NotBuiltError(f"no small configuration for {name}")
-    settings = {key: _part(value) for key, value in {**(config or {}), **changes}.items()}
+    settings = {key: _setting(value) for key, value in {**(config or {}), **changes}.items()}
     if is_model:
         return _model(cls, settings)
     return _processor(cls, settings) if "tokenizer" in settings else cls(**settings)
 
 
 def find_class(name: str) -> type[Any]:
-    """Return a class of diffusers or transformers by the name of one of its configurations."""
-    said, cls = said_of(name), name.partition("/")[0]
-    for place in [said["from"]] if "from" in said else ["diffusers", "transformers"]:
+    """Find a class of diffusers or transformers by the name of one of its configurations.
+
+    Raises `NotBuiltError` where neither has it.
+    """
+    notes, cls = class_notes(name), name.partition("/")[0]
+    for place in [notes["from"]] if "from" in notes else ["diffusers", "transformers"]:
         found = getattr(importlib.import_module(place), cls, None)
         if found is not None:
             return found  # type: ignore[no-any-return]
@@ -82,11 +88,11 @@ def find_class(name: str) -> type[Any]:
 
 
 def tokenizer(limit: int = 77, **changes: Any) -> Any:
-    """Return a tokenizer that takes each byte for a token, so that every text has some and none is unknown."""
+    """Build a tokenizer whose tokens are bytes, so that no text is empty or unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE(vocab={word: place for place, word in enumerate(words)}, merges=[], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -103,7 +109,7 @@ def tokenizer(limit: int = 77, **changes: Any) -> Any:
     made = PreTrainedTokenizerFast(
         tokenizer_object=core,
         model_max_length=limit,
-        additional_special_tokens=list(SPECIAL[4:-1]),
+        additional_special_tokens=list(SPECIAL_TOKENS[4:-1]),
         chat_template=_CHAT,
         **{**named, **changes},
     )
@@ -115,7 +121,7 @@ def tokenizer(limit: int = 77, **changes: Any) -> Any:
 
 
 def seed_weights(model: nn.Module, seed: int = 0) -> None:
-    """Draw all weights anew, so that no layer is zero and every one matters."""
+    """Initialise all weights at random, so that no layer is zero and each one matters."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,8 +132,8 @@ def seed_weights(model: nn.Module, seed: int = 0) -> None:
                 parameter.add_(noise * 0.05)
 
 
-def _part(value: Any) -> Any:
-    """Return a value of a configuration, with parts within parts made."""
+def _setting(value: Any) -> Any:
+    """Build the component that a configuration has for a value."""
     return make(value) if isinstance(value, dict) and "use" in value else value
 
 
@@ -140,7 +146,7 @@ def _model(cls: Any, settings: dict[str, Any]) -> nn.Module:
 
 
 def _processor(cls: Any, settings: dict[str, Any]) -> Any:
-    """Return a processor of texts and images; its part for videos, which needs torchvision, may be left out."""
+    """Build a processor of texts and images without its processor of videos, which needs torchvision."""
 
     def check(self: Any, name: str, part: Any) -> Any:
         return None if part is None else cls.check_argument_for_proper_class(self, name, part)

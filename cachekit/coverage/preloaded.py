@@ -1,12 +1,12 @@
-"""Load every pipeline class once, for all the processes that are made from the one that does."""
+"""Load every pipeline class, for the processes that are forked from the one that imports this."""
 
 from __future__ import annotations
 
 import contextlib
 
-from ..errors import CachekitError
-from . import worker
-from .building import pipeline_class, pipeline_names
+from cachekit.coverage import worker
+from cachekit.coverage.building import pipeline_class, pipeline_names
+from cachekit.errors import CachekitError
 
 __all__ = ["worker"]
 

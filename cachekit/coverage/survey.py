@@ -1,80 +1,81 @@
-"""Examine many pipelines, each in a process of its own with a time limit: a crash or a hang is a line, not an end."""
+"""Examine many pipelines, each in a process of its own: a crash or a hang ends one trial, not the survey."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing import connection, get_all_start_methods, get_context
 from typing import Any
 
-from .trial import Trial
+from cachekit.coverage.results import Trial
 
 __all__ = ["survey"]
 
-#: From how many pipelines on it pays to load them all beforehand.
+#: Number of pipelines from which it pays to load all pipeline classes before processes are forked.
 _MANY = 8
 
 
-@dataclass
-class _Running:
-    name: str
-    process: Any
-    pipe: Any
-    limit: float
-    deadline: float
-
-
 def survey(names: Sequence[str], specs: Sequence[str], workers: int, limit: float) -> Iterator[Trial]:
-    """Yield a trial for each pipeline class in the order in which they end; `limit` is in seconds for each."""
+    """Examine pipeline classes in `workers` processes at a time, and yield their trials as they finish.
+
+    A process that takes longer than `limit` seconds is killed.
+    """
     context = _context(len(names))
-    waiting, running = list(names), list[_Running]()
+    waiting, running = list(names), list[TrialProcess]()
     try:
         while waiting or running:
             while waiting and len(running) < workers:
-                running.append(_start(context, waiting.pop(0), specs, limit))
-            connection.wait([one.pipe for one in running], timeout=1.0)
-            for one in list(running):
-                trial = _ended(one)
+                running.append(TrialProcess(context, waiting.pop(0), specs, limit))
+            connection.wait([process.answer for process in running], timeout=1.0)
+            for process in list(running):
+                trial = process.trial()
                 if trial is not None:
-                    running.remove(one)
+                    running.remove(process)
                     yield trial
     finally:
-        for one in running:
-            one.process.kill()
+        for process in running:
+            process.kill()
+
+
+class TrialProcess:
+    """A process that examines one pipeline class; its memory is freed when it ends."""
+
+    def __init__(self, context: Any, name: str, specs: Sequence[str], limit: float) -> None:
+        """Start it; `limit` is in seconds."""
+        from cachekit.coverage.worker import work  # loads the libraries
+
+        self.name, self.limit = name, limit
+        self.answer, theirs = context.Pipe(duplex=False)
+        self._process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.deadline = time.monotonic() + limit
+
+    def trial(self) -> Trial | None:
+        """Receive the trial of a process that has ended or run out of time; None while it runs."""
+        if self.answer.poll():
+            try:
+                trial: Trial = self.answer.recv()
+            except EOFError:
+                self._process.join()
+                return Trial(self.name, f"the process ended with code {self._process.exitcode}")
+            self._process.join()
+            return trial
+        if time.monotonic() < self.deadline:
+            return None
+        self.kill()
+        return Trial(self.name, f"took longer than {self.limit:g} seconds")
+
+    def kill(self) -> None:
+        """Kill the process, and wait for its end."""
+        self._process.kill()
+        self._process.join()
 
 
 def _context(count: int) -> Any:
-    """Return how processes are made: from one that has loaded the libraries already, where the system can."""
+    """Choose how processes start: forked from one that has loaded the libraries, where the system can do that."""
     if "forkserver" not in get_all_start_methods():
         return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.{'preloaded' if count > _MANY else 'worker'}"])
     return context
-
-
-def _start(context: Any, name: str, specs: Sequence[str], limit: float) -> _Running:
-    from .worker import work
-
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(theirs, name, list(specs)), daemon=True)
-    process.start()
-    theirs.close()
-    return _Running(name, process, ours, limit, time.monotonic() + limit)
-
-
-def _ended(one: _Running) -> Trial | None:
-    """Return the trial of a process that has ended or whose time is up, or None."""
-    if one.pipe.poll():
-        try:
-            trial: Trial = one.pipe.recv()
-        except EOFError:
-            one.process.join()
-            return Trial(one.name, f"the process ended with code {one.process.exitcode}")
-        one.process.join()
-        return trial
-    if time.monotonic() < one.deadline:
-        return None
-    one.process.kill()
-    one.process.join()
-    return Trial(one.name, f"took longer than {one.limit:g} seconds")

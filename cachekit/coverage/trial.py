@@ -1,4 +1,4 @@
-"""Run one pipeline uncached and with each policy, and say what came of it."""
+"""Run one pipeline uncached and under each policy, and classify the outcome."""
 
 from __future__ import annotations
 
@@ -6,91 +6,46 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..catalog import installed
-from ..engine import apply
-from ..errors import CachekitError
-from ..pipelines import denoisers_of
-from ..report import Report
-from ..sites import Kind
-from .branches import agrees, branches_of, expected
-from .building import arguments, build
-from .facts import facts_of
-from .parts import NotBuiltError
+from cachekit.applying import apply
+from cachekit.coverage.branches import agrees, branches_of, expected
+from cachekit.coverage.building import arguments, build
+from cachekit.coverage.facts import facts_of
+from cachekit.coverage.parts import NotBuiltError
+from cachekit.coverage.results import FAILS, IDLE, JOIN, REFUSED, WORKS, Result, Sites, Trial
+from cachekit.errors import CachekitError
+from cachekit.interface.sites import Kind
+from cachekit.registry.catalog import installed
+from cachekit.reports.report import Report
+from cachekit.upstream.pipelines import denoisers_of
 
-WORKS, REFUSED, IDLE, FAILS = "works", "refused", "idle", "fails"
-STATES = (WORKS, REFUSED, IDLE, FAILS)
-#: What stands between the specs of a composition.
-JOIN = "+"
-
-
-@dataclass
-class Result:
-    """Hold what came of one policy on one pipeline: the state and one line about it."""
-
-    state: str
-    note: str = ""
-
-
-@dataclass
-class Sites:
-    """Hold what an adapter names in one denoiser class."""
-
-    adapter: str
-    kinds: dict[str, int]
-    regions: int = 0
-    chains: list[int] = field(default_factory=list)
-    note: str = ""
-
-
-@dataclass
-class Trial:
-    """Hold what came of one pipeline: why it was not built, or each policy's result."""
-
-    pipeline: str
-    reason: str = ""
-    results: dict[str, Result] = field(default_factory=dict)
-    sites: dict[str, Sites] = field(default_factory=dict)
-    branches: str = ""
-
-    @property
-    def built(self) -> bool:
-        """Tell whether the pipeline was built and gave the same finite output twice."""
-        return not self.reason
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Trial:
-        """Return what `as_dict` gave."""
-        results = {spec: Result(**result) for spec, result in data["results"].items()}
-        sites = {name: Sites(**found) for name, found in data["sites"].items()}
-        return cls(data["pipeline"], data["reason"], results, sites, data["branches"])
+#: All numbers of a pipeline's output.
+Output = list[np.ndarray[Any, Any]]
 
 
 class Subject:
-    """Own one small pipeline, its call and its uncached output."""
+    """One small pipeline, with its uncached output and the branches of its calls."""
 
     def __init__(self, name: str) -> None:
-        """Build the pipeline and run it twice; raise `NotBuiltError` unless both outputs are finite and equal."""
+        """Build the pipeline and run it twice.
+
+        Raises `NotBuiltError` unless both outputs are finite and equal.
+        """
         self.name = name
         self.pipe = build(name)
-        self.plain = self.run()
-        if not all(np.isfinite(part).all() for part in self.plain):
+        self.uncached = self.run()
+        if not all(np.isfinite(part).all() for part in self.uncached):
             raise NotBuiltError("its output is not finite")
-        if not self.is_plain(self.run()):
+        if not self.is_uncached(self.run()):
             raise NotBuiltError("two runs with one seed differ")
         self.branches = self._branches()
 
-    def run(self, **changes: Any) -> list[np.ndarray[Any, Any]]:
-        """Return all numbers of the output of a run, with some arguments changed."""
+    def run(self, **changes: Any) -> Output:
+        """Run the pipeline from a fixed seed, with some arguments changed."""
         torch.manual_seed(0)
         np.random.seed(0)
         with warnings.catch_warnings():
@@ -103,21 +58,21 @@ class Subject:
         try:
             modules = list(denoisers_of(self.pipe).values())
             return branches_of(modules, lambda changes: self.run(**changes), arguments(self.pipe, self.name))
-        except Exception:  # noqa: BLE001 - it may be that another prompt cannot be read: then nothing is known
+        except Exception:  # noqa: BLE001 - some pipelines refuse the changed prompt: then nothing is known
             return ""
 
-    def is_plain(self, output: list[np.ndarray[Any, Any]]) -> bool:
-        """Tell whether an output equals the uncached one to the bit."""
-        return same(output, self.plain)
+    def is_uncached(self, output: Output) -> bool:
+        """Whether an output equals the uncached one to the bit."""
+        return same(output, self.uncached)
 
 
 def examine(name: str, specs: Sequence[str]) -> Trial:
-    """Return what comes of a pipeline class under each spec; nothing is raised."""
+    """Try each spec on a pipeline class; every error becomes part of the trial."""
     try:
         subject = Subject(name)
     except NotBuiltError as error:
         return Trial(name, str(error))
-    except Exception as error:  # noqa: BLE001 - whatever a pipeline raises is what the report says
+    except Exception as error:  # noqa: BLE001 - whatever a pipeline raises goes into the report
         because = facts_of(name).because
         return Trial(name, f"{f'{because}: ' if because else ''}{_where(error)}{last_line(error)}")
     trial = Trial(name, sites=dict(_sites(subject.pipe)), branches=subject.branches)
@@ -136,18 +91,19 @@ def _result(subject: Subject, spec: str) -> Result:
 
 
 def attempt(subject: Subject, spec: str) -> Result:
-    """Return what comes of one spec: it acts and is undone, is refused, never acts, or goes wrong."""
+    """Try one spec: apply, run, remove, run, and do it again."""
     try:
         cached, report = _cached(subject, spec)
     except CachekitError as error:
-        unharmed = subject.is_plain(subject.run())
-        return Result(REFUSED, str(error)) if unharmed else Result(FAILS, f"refused, and the image changed: {error}")
-    if not subject.is_plain(subject.run()):
+        if subject.is_uncached(subject.run()):
+            return Result(REFUSED, str(error))
+        return Result(FAILS, f"refused, and the image changed: {error}")
+    if not subject.is_uncached(subject.run()):
         return Result(FAILS, "undone, the output is not what it was")
     loops = (*report.earlier, report)
     acted = {count.policy for one in loops for count in one.counts if count.reused}
     if not acted:
-        return Result(IDLE, _why_idle(report)) if subject.is_plain(cached) else Result(FAILS, "changes unasked")
+        return Result(IDLE, _why_idle(report)) if subject.is_uncached(cached) else Result(FAILS, "changes unasked")
     layout = loops[0].record.layout
     if not agrees(subject.branches, layout):
         return Result(FAILS, f"calls are for {subject.branches}, and are taken for {expected(layout)}")
@@ -155,7 +111,7 @@ def attempt(subject: Subject, spec: str) -> Result:
     if not same(again, cached):
         return Result(FAILS, "applied again, the output is not what it was")
     alone = f"{' and '.join(sorted(acted))} alone" if len(acted) < len(report.policies) else ""
-    return Result(WORKS, "the output is the same" if subject.is_plain(cached) else alone)
+    return Result(WORKS, "the output is the same" if subject.is_uncached(cached) else alone)
 
 
 def _why_idle(report: Report) -> str:
@@ -165,8 +121,11 @@ def _why_idle(report: Report) -> str:
     return f"the run ends after {report.steps} steps, before the policy begins"
 
 
-def _cached(subject: Subject, spec: str) -> tuple[list[np.ndarray[Any, Any]], Report]:
-    """Return the output under a spec, and what it did; the spec is removed again."""
+def _cached(subject: Subject, spec: str) -> tuple[Output, Report]:
+    """Run with a spec applied, and remove it.
+
+    Raises `ArithmeticError` for an output that is not finite.
+    """
     with apply(subject.pipe, spec.split(JOIN)) as attachment:
         output, report = subject.run(), attachment.report()
     if not all(np.isfinite(part).all() for part in output):
@@ -174,19 +133,19 @@ def _cached(subject: Subject, spec: str) -> tuple[list[np.ndarray[Any, Any]], Re
     return output, report
 
 
-def same(one: list[np.ndarray[Any, Any]], other: list[np.ndarray[Any, Any]]) -> bool:
-    """Tell whether two outputs are equal to the bit."""
+def same(one: Output, other: Output) -> bool:
+    """Whether two outputs are equal to the bit."""
     return len(one) == len(other) and all(np.array_equal(left, right) for left, right in zip(one, other))
 
 
 def last_line(error: BaseException) -> str:
-    """Return an error as the last line of its traceback would."""
+    """Format an error as the last line of its traceback."""
     lines = [line for line in "".join(traceback.format_exception_only(error)).splitlines() if line.strip()]
     return " ".join(lines[0].split()) if lines else type(error).__name__
 
 
 def _where(error: BaseException) -> str:
-    """Return the file and line of the innermost frame."""
+    """Name the file and line that raised an error."""
     frames = traceback.extract_tb(error.__traceback__)
     return f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}: " if frames else ""
 
@@ -201,7 +160,7 @@ def _sites(pipe: Any) -> Iterator[tuple[str, Sites]]:
 
 
 def sites_of(denoiser: Any) -> Sites:
-    """Return what the installed adapters name in a denoiser."""
+    """Find the sites of a denoiser with the installed adapters."""
     try:
         adapter = installed().adapter_for(denoiser)
         sites = adapter.sites(denoiser)
@@ -212,7 +171,7 @@ def sites_of(denoiser: Any) -> Sites:
 
 
 def _arrays(output: Any) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield every number of a pipeline's output as an array, texts and none left out."""
+    """Find the arrays and numbers in a pipeline's output; texts and None are left out."""
     if isinstance(output, torch.Tensor):
         yield output.detach().float().numpy()
     elif isinstance(output, np.ndarray):

@@ -1,4 +1,4 @@
-"""Be the process in which one pipeline is examined; loading this loads the libraries."""
+"""The process that examines one pipeline. Importing this module loads the libraries."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import logging
 import os
 from typing import Any
 
-# Nothing is downloaded, and what is missing must not be looked for.
+# Set before the imports below, which read it: nothing is downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import diffusers
 import torch
 import transformers
 
-from .trial import examine
+from cachekit.coverage.trial import examine
 
 
 def work(answer: Any, name: str, specs: list[str]) -> None:
-    """Examine the pipeline class `name` and send the trial through `answer`, a connection."""
+    """Examine the pipeline class `name`, and send its trial through the connection `answer`."""
     torch.set_num_threads(1)
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("cachekit").setLevel(logging.ERROR)  # what it warns of is asked for here
+    logging.getLogger("cachekit").setLevel(logging.ERROR)  # policies that never fire are results here, not mistakes
     answer.send(examine(name, specs))
     answer.close()

@@ -1,11 +1,10 @@
-"""Adaptive guidance (arXiv 2312.12487) as a plugin: stop guidance once it changes nothing."""
+"""Adaptive guidance (arXiv 2312.12487) as a plugin: guidance ends once it no longer changes anything."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Policy
+from cachekit import Policy, hookimpl
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""Stop guidance once both branches say the same, and run the conditional branch alone."""
+"""End guidance once both branches agree, and run the conditional branch alone (arXiv 2312.12487)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.policy import Action, Moment, Policy
-from cachekit.sites import Kind, Target
+from cachekit import OPEN, Action, Kind, Moment, Policy, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cachekit.guidance import Observation
+    from cachekit import Observation
 
 _DEFAULT_M = 10
 
 
 class AdaptiveGuidance(Policy):
-    """Configure adaptive guidance.
+    """Adaptive guidance: both branches run up to some step, the conditional one alone from there on.
 
-    Fixed: `m` steps are guided (10 when neither m nor threshold is given). Observed: guidance ends after the
-    step whose gamma = cosine(conditional, unconditional), the smallest of the batch's images, reaches
-    `threshold`; that step is still guided. `space` says what is compared: noise predictions (`eps`) or clean
-    samples (`x0`); `every` how often, in steps. `linear` reuses the last difference of the branches instead of
-    dropping guidance: eps = c + (g - 1) (c - u)_kept.
+    Fixed: the first `m` steps are guided, 10 if neither `m` nor `threshold` is given. Observed: guidance ends after
+    the first step whose gamma, the cosine between the conditional and the unconditional prediction, reaches
+    `threshold` for every image of the batch; that step is still guided. `space` is what is compared: predictions
+    (`eps`) or the clean samples that they imply (`x0`). They are compared every `every` steps. `linear` goes on with
+    the last difference between the branches instead of dropping guidance: eps = c + (g - 1) (c - u)_kept.
     """
 
     name: ClassVar[str] = "adaptive_guidance"
@@ -47,22 +46,27 @@ class AdaptiveGuidance(Policy):
         return self
 
     def action(self, target: Target, at: Moment) -> Action | None:
-        """Return the fixed schedule, or None where the branches decide."""
+        """Guide the first `m` steps; with a threshold every step is open."""
         if self.threshold is not None:
-            return None
+            return OPEN
         m = self.m or _DEFAULT_M
         if at.step >= m:
             return Action.REUSE
         return Action.STORE if self.linear and at.step == m - 1 else Action.COMPUTE
 
     def decide(self, target: Target, at: Moment, memory: dict[str, Any]) -> Action:
-        """Return REUSE from the step after the crossing on."""
+        """Drop the unconditional branch from the step after the crossing on."""
         if memory.get("crossed"):
             return Action.REUSE
         return Action.STORE if self.linear else Action.COMPUTE
 
+    @property
+    def observes(self) -> bool:
+        """Whether the branches decide."""
+        return self.threshold is not None
+
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
-        """Write down gamma (section 4) and whether it has reached the threshold."""
+        """Record gamma (section 4), and whether it has reached the threshold."""
         if self.threshold is None or seen.step % self.every:
             return
         gamma = float(self._gamma(seen).min())
@@ -70,7 +74,7 @@ class AdaptiveGuidance(Policy):
         memory["crossed"] = gamma >= self.threshold
 
     def _gamma(self, seen: Observation) -> Tensor:
-        """Return the cosine of both branches `(batch,)`."""
+        """Compute the cosine between both branches `(batch,)`."""
         import torch
 
         branches = ("cond", "uncond")
@@ -79,9 +83,9 @@ class AdaptiveGuidance(Policy):
         return torch.cosine_similarity(conditional, unconditional)
 
     def branches_to_keep(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the difference c - u `(batch, channels, ...)` for the linear variant."""
+        """Keep the difference c - u `(batch, channels, ...)` for the linear variant."""
         return outputs["cond"] - outputs["uncond"] if self.linear else None
 
     def restore_branch(self, output: Tensor, kept: Tensor | None) -> Tensor:
-        """Return u = c - (c - u)_kept, or c itself."""
+        """Make u = c - (c - u)_kept, or take c for it: guidance then gives c."""
         return output if kept is None else output - kept

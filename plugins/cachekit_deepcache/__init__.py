@@ -1,11 +1,10 @@
-"""DeepCache (arXiv 2312.00858) as a plugin: deep features of a UNet change slowly."""
+"""DeepCache (arXiv 2312.00858) as a plugin: the deep features of a UNet change slowly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Policy
+from cachekit import Policy, hookimpl
 
 
 @hookimpl

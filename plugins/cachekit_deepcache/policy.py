@@ -1,4 +1,4 @@
-"""Reuse the deep features of a UNet between full steps."""
+"""Reuse the deep features of a UNet between full steps (arXiv 2312.00858)."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit.errors import SiteError
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteError, SiteMap, Target
 
 
 class DeepCache(Policy):
-    """Configure DeepCache.
+    """DeepCache: everything deeper than one skip connection runs on full steps alone.
 
-    A full step keeps the tensor `(branches * batch, channels, height, width)` that enters the up layer of
-    `branch`; skipped steps compute only what is shallower. `branch` counts skip connections from the
-    shallowest, 0, on. Uniform: a full step every `interval` steps. Quadratic: as many full steps, dense around
-    step `center` (in steps of the loop) with exponent `power` (section 3.3, the 1:N non-uniform strategy). Steps
-    before `start` and from `end` on are full.
+    A full step keeps the tensor `(branches * batch, channels, height, width)` that enters the up layer of skip
+    connection `branch`, counted from the shallowest, 0; the other steps compute only what is shallower. Uniform
+    schedule: a full step every `interval` steps. Quadratic: as many full steps, densest around step `center`, with
+    exponent `power` (section 3.3, the non-uniform 1:N strategy). Steps before `start` and from `end` on are full.
     """
 
     name: ClassVar[str] = "deepcache"
@@ -38,7 +35,7 @@ class DeepCache(Policy):
     end: int | None = Field(None, ge=0)
 
     def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Return the one region below the skip connection `branch`."""
+        """Choose the region below skip connection `branch`."""
         if not sites.regions:
             cure = "use delta_dit" if sites.chains else "use a policy for attention or guidance"
             raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; {cure}")
@@ -48,7 +45,7 @@ class DeepCache(Policy):
         return [sites.regions[self.branch]]
 
     def action(self, target: Target, at: Moment) -> Action:
-        """Return STORE on full steps and REUSE between them."""
+        """Keep on full steps and reuse between them."""
         in_use = at.step >= self.start and (self.end is None or at.step < self.end)
         return Action.REUSE if in_use and not self._is_full(at) else Action.STORE
 
@@ -58,7 +55,7 @@ class DeepCache(Policy):
         return at.step in (at.origin, self.start) or at.step in self.full_steps(at.steps)
 
     def full_steps(self, steps: int) -> frozenset[int]:
-        """Return the full steps of the quadratic schedule for a run of `steps`: c + sign(l) |l|^p, l linear."""
+        """Compute the full steps of the quadratic schedule for a run of `steps`: c + sign(l) |l|^p, with l linear."""
         count = -(-steps // self.interval)
         low, high = (_root(end - self.center, self.power) for end in (0, steps))
         places = (low + (high - low) * k / count for k in range(count))

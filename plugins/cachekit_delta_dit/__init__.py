@@ -1,11 +1,10 @@
-"""Delta-DiT (arXiv 2406.01125) as a plugin: what a run of transformer blocks adds changes slowly."""
+"""Delta-DiT (arXiv 2406.01125) as a plugin: what a span of transformer blocks adds changes slowly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Policy
+from cachekit import Policy, hookimpl
 
 
 @hookimpl

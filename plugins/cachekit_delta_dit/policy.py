@@ -1,4 +1,4 @@
-"""Skip a run of transformer blocks between full steps, and add what it added last instead."""
+"""Skip a span of transformer blocks between full steps, and add what it added last (arXiv 2406.01125)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.errors import SiteError
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, Region, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, Region, SiteError, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.policy import Streams
+    from cachekit import Streams
 
+#: Prefixes of the names of the two spans.
 _FRONT, _BACK = "front: ", "back: "
+#: Share of the chain's blocks that a span has by default.
 _SHARE = 0.75
 
 
 class DeltaDiT(Policy):
-    """Configure Delta-DiT.
+    """Delta-DiT: a span of transformer blocks runs on full steps alone, and its residual is added on the others.
 
-    A full step keeps what a span of blocks adds to each stream that runs through it, exit minus entry
-    `(branches * batch, tokens, channels)`; the steps until the next full one, `interval` later, skip the span and add
-    that. Before step `boundary` (none: half of the run) the span is the last `blocks` blocks of the chain, from it on
-    the first `blocks` (none: three quarters of the chain). With `first` or `stop` it is blocks `first` to `stop - 1`
-    in all steps. `chain` counts the model's chains of blocks from 0 (none: the longest).
+    A full step keeps what the span adds to each stream that runs through it, exit minus entry
+    `(branches * batch, tokens, channels)`. There is a full step every `interval` steps. Before step `boundary`
+    (none: half of the run) the span is the last `blocks` blocks of the chain, from it on the first `blocks` (none:
+    three quarters of the chain). With `first` or `stop` it is blocks `first` to `stop - 1` in all steps. `chain`
+    counts the model's chains of blocks from 0 (none: the longest).
     """
 
     name: ClassVar[str] = "delta_dit"
@@ -54,10 +54,10 @@ class DeltaDiT(Policy):
     def _has_one_span(self) -> bool:
         return self.first is not None or self.stop is not None
 
-    # -- which blocks -------------------------------------------------------------------------------------
+    # -- where --------------------------------------------------------------------------------------------
 
     def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Return the one span, or that of the back and that of the front; each has an entry, for the residual."""
+        """Choose one span, or one at the back and one at the front; each has an entry, for the residual."""
         chain = self._chain(sites)
         length = len(sites.chains[chain])
         if self._has_one_span:
@@ -91,25 +91,25 @@ class DeltaDiT(Policy):
             )
         return sites.span(first, stop, chain)
 
-    # -- the rule -----------------------------------------------------------------------------------------
+    # -- when ---------------------------------------------------------------------------------------------
 
     def action(self, target: Target, at: Moment) -> Action:
-        """Return STORE on full steps, and REUSE between them for the span of the stage."""
+        """Keep on full steps; between them reuse the span of the stage and compute the other."""
         if (at.step - at.origin) % self.interval == 0:
             return Action.STORE
         boundary = at.steps // 2 if self.boundary is None else self.boundary
         other = _FRONT if at.step < boundary else _BACK
         return Action.COMPUTE if target.name.startswith(other) else Action.REUSE
 
-    # -- what is kept, what is restored -------------------------------------------------------------------
+    # -- what ---------------------------------------------------------------------------------------------
 
     def to_keep(self, output: Streams, entry: Streams, before: Any, at: Moment) -> Streams:
-        """Return what the span added to each stream, `(branches * batch, tokens, channels)`."""
+        """Keep what the span added to each stream, `(branches * batch, tokens, channels)`."""
         left, entered = ([tuple(stream.shape) for stream in streams] for streams in (output, entry))
         if left != entered:
             raise SiteError(f"{self}: {entered} entered the blocks, but {left} left them; use another policy")
         return tuple(after - into for after, into in zip(output, entry))
 
     def restore(self, kept: Streams, entry: Streams, at: Moment) -> Streams:
-        """Return each stream as it entered, with what the span added last."""
+        """Add to each stream, as it enters now, what the span added last."""
         return tuple(into + added for into, added in zip(entry, kept))

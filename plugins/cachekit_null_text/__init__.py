@@ -1,4 +1,4 @@
-"""Null text (arXiv 2404.02747, section 3) as a plugin: take the caption away for some steps."""
+"""Null text (arXiv 2404.02747, section 3) as a plugin: some steps run without the caption."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Action, Policy
-from cachekit.sites import Kind
+from cachekit import Action, Kind, Policy, hookimpl
 
 if TYPE_CHECKING:
-    from cachekit.plan import Plan
-    from cachekit.report import Report
+    from cachekit import Plan, Report
 
 _log = logging.getLogger("cachekit")
 
@@ -27,10 +24,10 @@ def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None
 
 @hookimpl
 def cachekit_check_plan(plan: Plan) -> list[str]:
-    """Refuse a cross-attention that would be kept on a step without text: it would never see the caption."""
+    """Refuse to keep cross-attention on a step without text: later steps would never use the caption."""
     reasons = []
     for row in plan.rows:
-        narrowing = plan.assignments[row.narrowed_by].policy if row.narrowed_by >= 0 else None
+        narrowing = None if row.narrowed_by is None else plan.assignments[row.narrowed_by].policy
         if narrowing is None or narrowing.name != "null_text":
             continue
         for bound, action in zip(plan.assignments, row.actions):

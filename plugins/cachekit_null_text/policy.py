@@ -1,4 +1,4 @@
-"""Feed the empty prompt instead of the caption in some steps, to measure what the text does when."""
+"""Replace the caption by the empty prompt on some steps, to measure when text matters (arXiv 2404.02747)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.policy import Action, Moment, Policy
-from cachekit.sites import Kind, Target
+from cachekit import Action, Kind, Moment, Policy, Target
 
 if TYPE_CHECKING:
-    from cachekit.adapter import Layout
+    from cachekit import Layout
 
 
 class NullText(Policy):
-    """Configure null text: the paper's S^F with `after=m`, S^L with `before=m` (section 3).
+    """Null text: steps from `after` on, or before `before`, get the empty prompt instead of the caption.
 
-    `after=m` feeds the empty prompt from step m on, `before=m` in the steps below m. With the empty prompt in
-    both branches guidance is u + g (u - u) = u, so those steps run the unconditional branch alone.
+    `after=m` is the paper's S^F, `before=m` its S^L (section 3). With the empty prompt in both branches guidance is
+    u + g (u - u) = u, so those steps run the unconditional branch alone.
     """
 
     name: ClassVar[str] = "null_text"
@@ -36,11 +35,11 @@ class NullText(Policy):
         return self
 
     def action(self, target: Target, at: Moment) -> Action:
-        """Return REUSE (one branch) in the steps without text."""
+        """Drop the conditional branch on the steps without text."""
         late = self.after is not None and at.step >= self.after
         early = self.before is not None and at.step < self.before
         return Action.REUSE if late or early else Action.COMPUTE
 
     def stays(self, layout: Layout) -> str:
-        """Return the branch that has no text."""
+        """Name the branch without text."""
         return "uncond"

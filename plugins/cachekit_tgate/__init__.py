@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit.hookspecs import hookimpl
-from cachekit.policy import Policy
+from cachekit import Policy, hookimpl
 
 
 @hookimpl
 def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
-    """Register `tgate` and its other name `cair`."""
+    """Register `tgate`, and `cair`, the same method under its other name."""
     from .policy import Cair, Tgate
 
     register(Tgate)

@@ -1,4 +1,4 @@
-"""Keep cross-attention outputs once they have converged, and drop a guidance branch from then on."""
+"""Keep cross-attention outputs once they have converged, and drop a guidance branch (arXiv 2404.02747)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit.policy import Action, BranchChange, Moment, Policy
-from cachekit.sites import Kind, SiteMap, Target
+from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteMap, Target
 
 if TYPE_CHECKING:
-    from cachekit.adapter import Layout
+    from cachekit import Layout
 
+#: The branch that runs on after the gate.
 Keep = Literal["auto", "cond", "uncond"]
 
 
 class Gated(Policy):
-    """Hold TGATE's rule for a gate at step `gate`; subclasses name the config."""
+    """The rule of TGATE for a gate at step `gate`; subclasses have the fields."""
 
     paper: ClassVar[str] = "arXiv 2404.02747"
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CROSS_ATTENTION, Kind.SELF_ATTENTION, Kind.GUIDANCE})
@@ -26,23 +26,23 @@ class Gated(Policy):
 
     @property
     def gate(self) -> int:
-        """Return the first step after the gate: the number of guided steps."""
+        """The first step after the gate, which is the number of guided steps."""
         raise NotImplementedError
 
     @property
     def self_attention(self) -> tuple[int, int, int]:
-        """Return (sp_interval, fi_interval, warm_up): how self-attention is reused."""
+        """How self-attention is reused: (sp_interval, fi_interval, warm_up), all in steps."""
         return (1, 1, 0)
 
     def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Return guidance and cross-attention, and self-attention where an interval reuses it."""
+        """Choose guidance and cross-attention, and self-attention if an interval reuses it."""
         if not sites.of(Kind.CROSS_ATTENTION):
             raise self._refusal(sites)
         reuses = self.self_attention[:2] != (1, 1)
         return [site for site in sites.of(*self.kinds) if site.kind is not Kind.SELF_ATTENTION or reuses]
 
     def action(self, target: Target, at: Moment) -> Action:
-        """Return the action of section 4.2, and of self-attention in the second version."""
+        """Follow section 4.2 of the paper, and the second version at self-attention."""
         if target.kind is Kind.GUIDANCE:
             return Action.COMPUTE if at.step < self.gate else Action.REUSE
         if target.kind is Kind.CROSS_ATTENTION:
@@ -62,7 +62,7 @@ class Gated(Policy):
         return Action.STORE if step % before == 0 else Action.REUSE
 
     def _refusal(self, sites: SiteMap) -> Exception:
-        from cachekit.errors import SiteError
+        from cachekit import SiteError
 
         cure = "delta_dit or " if sites.chains else "deepcache or " if sites.regions else ""
         return SiteError(
@@ -72,13 +72,12 @@ class Gated(Policy):
 
 
 class Tgate(Gated):
-    """Configure TGATE.
+    """TGATE: the first `m` steps are guided, the others reuse their cross-attention and run one branch.
 
-    `m` steps are guided; the cross-attention outputs of step m - 1 serve from step m on, with one branch.
-    Self-attention is kept at step `warm_up`, then recomputed every `sp_interval` steps before the gate and every
-    `fi_interval` after it; 1 never reuses it. `keep` is the branch that stays: `auto` is the unconditional one
-    (the conditional one where the condition is an image), as published, or the first where each has a call of
-    its own.
+    The cross-attention outputs of step m - 1 serve from step m on. Self-attention is kept at step `warm_up`, then
+    recomputed every `sp_interval` steps before the gate and every `fi_interval` steps after it; an interval of 1
+    never reuses it. `keep` is the branch that runs on: `auto` is the unconditional one, as published (the conditional
+    one where the condition is an image), or the branch called first where each has a call of its own.
     """
 
     name: ClassVar[str] = "tgate"
@@ -92,21 +91,21 @@ class Tgate(Gated):
 
     @property
     def gate(self) -> int:
-        """Return m."""
+        """`m`."""
         return self.m
 
     @property
     def self_attention(self) -> tuple[int, int, int]:
-        """Return the config's (sp_interval, fi_interval, warm_up)."""
+        """As configured."""
         return (self.sp_interval, self.fi_interval, self.warm_up)
 
     def stays(self, layout: Layout) -> str:
-        """Return the branch that stays after the gate."""
+        """Name the branch that runs on after the gate."""
         return _stays(self.keep, layout)
 
 
 class Cair(Gated):
-    """Configure CAIR, the same schedule under another name: `n` guided steps are TGATE's m."""
+    """CAIR, the schedule of TGATE under its other name: the first `n` steps are guided."""
 
     name: ClassVar[str] = "cair"
     summary: ClassVar[str] = "TGATE's schedule under its other name: n is m"
@@ -116,17 +115,17 @@ class Cair(Gated):
 
     @property
     def gate(self) -> int:
-        """Return n."""
+        """`n`."""
         return self.n
 
     def stays(self, layout: Layout) -> str:
-        """Return the branch that stays after the gate."""
+        """Name the branch that runs on after the gate."""
         return _stays(self.keep, layout)
 
 
 def _stays(keep: Keep, layout: Layout) -> str:
     if keep != "auto":
         return keep
-    if layout.separate:  # the other branches can only wait for the one that is called first
+    if layout.separate:  # nothing can stand in for a branch before another one has run
         return layout.order[0]
     return "cond" if layout.condition == "image" else "uncond"

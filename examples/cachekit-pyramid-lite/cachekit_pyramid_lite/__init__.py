@@ -1,4 +1,4 @@
-"""Pyramid lite as a plugin: self-attention changes little in the middle of a run."""
+"""Pyramid lite (arXiv 2408.12588) as a plugin: self-attention changes little in the middle of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reuse self-attention outputs for a few steps at a time in a window of the run."""
+"""Reuse self-attention outputs for a few steps at a time in a window of the run (arXiv 2408.12588)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import Action, Kind, Moment, Policy
-from cachekit.sites import Target
+from cachekit import Action, Kind, Moment, Policy, Target
 
 
 class PyramidLite(Policy):
-    """Configure pyramid lite, one level of pyramid attention broadcast (arXiv 2408.12588, section 3).
+    """Pyramid lite, one level of pyramid attention broadcast (section 3).
 
-    Within the window from share `start` to share `end` of the steps, self-attention is computed every `interval`
-    steps and its output serves in between; before and after the window it is computed always.
+    The window goes from share `start` to share `end` of the steps. Within it self-attention is computed every
+    `interval` steps and reused in between; outside it is always computed.
     """
 
     name: ClassVar[str] = "pyramid_lite"
@@ -34,7 +33,7 @@ class PyramidLite(Policy):
         return self
 
     def action(self, target: Target, at: Moment) -> Action:
-        """Return STORE every `interval` steps of the window, REUSE between them, COMPUTE elsewhere."""
+        """Keep every `interval` steps of the window, reuse between them, compute elsewhere."""
         first, stop = round(self.start * at.steps), round(self.end * at.steps)
         if not first <= at.step < stop:
             return Action.COMPUTE

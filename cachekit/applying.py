@@ -1,0 +1,65 @@
+"""Apply caching policies to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cachekit.attaching.attachment import Attachment
+from cachekit.attaching.lookup import attachment_of
+from cachekit.costs.fitting import Fitter
+from cachekit.costs.replay import cost_of
+from cachekit.driving.setup import Setup
+from cachekit.errors import AttachmentError
+from cachekit.interface.specs import Spec, parse_all
+from cachekit.registry.catalog import Catalog, installed
+from cachekit.runs.limit import Limit
+from cachekit.upstream.hooks import refuse_other_caches
+from cachekit.upstream.pipelines import denoisers_of
+
+
+def apply(
+    pipe: Any,
+    specs: Spec | Iterable[Spec],
+    *,
+    max_cache_bytes: int | None = None,
+    cache_device: Any = None,
+    catalog: Catalog | None = None,
+) -> Attachment:
+    """Apply caching policies to a pipeline, until the attachment that it returns is removed.
+
+        with cachekit.apply(pipe, ["tgate:m=10", "deepcache:interval=2"]) as attachment:
+            image = pipe("a red circle").images[0]
+            print(attachment.report())
+
+    `pipe` is a diffusers pipeline or a bare denoiser. `specs` is one policy or several: each a spec such as
+    "tgate:m=10,sp_interval=2" (a name, then options) or a `Policy` instance. `cachekit.policies()` lists the names.
+    `remove(pipe)`, `attachment.remove()` and the end of a `with` block all restore the pipeline exactly.
+
+    `max_cache_bytes` limits what a run keeps at once: before the run begins, the places that save the fewest MACs per
+    byte are left uncached. `cache_device`, such as "cpu", is where kept tensors wait between their uses; by default
+    they stay where they were computed. `catalog` replaces the installed policies and adapters.
+
+    Raises a `CachekitError` of one line that names what to do, and leaves the pipeline as it was: for an unknown
+    policy or option (`SpecError`), policies that collide (`ConflictError`), a denoiser without an adapter
+    (`AdapterError`) or without the sites that a policy acts on (`SiteError`), and a pipeline with an attachment or
+    another cache (`AttachmentError`). What only a run can show is raised when it begins: guidance that isn't supported
+    (`GuidanceError`), and a `max_cache_bytes` that nothing fits into (`BudgetError`).
+    """
+    limit = Limit.of(max_cache_bytes, cache_device)
+    catalog = catalog or installed()
+    policies = parse_all(specs, catalog.policies)
+    denoisers = denoisers_of(pipe)
+    for denoiser in denoisers.values():
+        found = attachment_of(denoiser)
+        if found is not None:
+            present = ", ".join(repr(str(policy)) for policy in found.policies)
+            raise AttachmentError(
+                f"{type(denoiser).__name__} already has an attachment ({present});"
+                " call cachekit.remove(pipe) first, or give all specs to one apply"
+            )
+    for name, denoiser in denoisers.items():
+        refuse_other_caches(denoiser, name, denoiser.modules())
+    attachment = Attachment(Setup.of(denoisers, policies, catalog), limit, cost_of, Fitter(limit))
+    attachment.install(pipe)
+    return attachment

@@ -1,0 +1,1 @@
+"""Attach policies to pipelines, find attachments, and undo them."""

@@ -1,0 +1,88 @@
+"""`cachekit bench coco`: scores of images as a whole, beside reference images, as papers evaluate on MS-COCO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachekit.cli.imaging import ImagingSettings
+from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.settings import command
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cachekit.bench.coco import Coco, Scored
+    from cachekit.interface.policy import Policy
+
+_MODELS = f"Folders or hub ids of pipelines, or {EMBEDDED}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoSettings(ImagingSettings):
+    """Options of `cachekit bench coco`."""
+
+    models: Annotated[list[str], typer.Argument(help=_MODELS)]
+    references: Annotated[Path | None, typer.Option(help="Folder of reference images, one for each caption.")] = None
+    images: Annotated[Path, typer.Option(help="Folder for images; those that exist are not generated again.")] = Path(
+        "bench-coco"
+    )
+
+
+@command(CocoSettings)
+def coco(settings: CocoSettings) -> None:
+    """Generate an image for each caption, and score the images of each composition as a whole.
+
+    Metrics: fid (a TorchScript network, needs --references) and clip (folder of a CLIP model). An interrupted run is
+    resumed.
+    """
+    from cachekit.bench.coco import score
+
+    compositions = settings.parse_specs()
+    for model in settings.models:
+        chosen = _chosen(model, compositions, settings)
+        with progress_bar(model) as progress:
+            found = [*score(chosen, progress)]
+        _print(found)
+        say(f"images and scores.jsonl are in {settings.images}")
+
+
+def _chosen(model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings) -> Coco:
+    from cachekit.bench.coco import SCORES, Coco
+
+    setting, captions = settings.setting(model, SCORES), settings.read_captions()
+    if not setting.metrics:
+        raise CachekitError("cachekit bench coco needs a metric: --metric fid=FILE or --metric clip=FOLDER")
+    return Coco(
+        setting=setting,
+        captions=captions,
+        compositions=compositions,
+        images=settings.images,
+        references=captions.references(settings.references) if settings.references else (),
+        schedulers=settings.scheduler,
+        steps=settings.steps,
+        seeds=settings.seed,
+    )
+
+
+def _print(found: Sequence[Scored]) -> None:
+    from cachekit.bench.figures import FIGURES, decimals
+    from cachekit.bench.tables import CONFIGURATION, headings
+
+    names = [*dict.fromkeys(name for scored in found for name in scored.scores)]
+    header = [CONFIGURATION, "scheduler", "seed", "images", *headings(("seconds", "macs")), *names]
+    rows = [
+        [
+            scored.drawing.configuration.label,
+            *(scored.drawing.scheduler, str(scored.drawing.seed), str(scored.images)),
+            *(FIGURES[key].format(getattr(scored, key)) for key in ("seconds", "macs")),
+            *(decimals(scored.scores[name]) for name in names),
+        ]
+        for scored in found
+    ]
+    print_table(header, rows)

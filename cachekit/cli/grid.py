@@ -1,0 +1,135 @@
+"""`cachekit bench grid`: costs and quality of grids of policies on any pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachekit.cli.demo import SPECS
+from cachekit.cli.imaging import ImagingSettings
+from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.settings import command
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
+
+if TYPE_CHECKING:
+    from cachekit.bench.results import Result, Results
+    from cachekit.bench.suite import Suite
+    from cachekit.bench.summary import Group
+
+_MODELS = f"Folders or hub ids of pipelines, {EMBEDDED}, or architectures such as sd15, for times alone."
+#: The figures of the two tables, by their keys.
+_COST = ("seconds", "spread", "first_seconds", "speedup", "macs", "mac_reduction", "cache_bytes", "deciding_seconds")
+_QUALITY = ("psnr", "ssim", "caption_match", "frechet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings(ImagingSettings):
+    """Options of `cachekit bench grid`."""
+
+    models: Annotated[list[str], typer.Argument(help=_MODELS)] = field(default_factory=list)
+    peers: Annotated[bool, typer.Option(help="Measure other packages that are installed too.")] = True
+    executor: Annotated[str, typer.Option(help="Where cells are measured: serial, process or ray.")] = "serial"
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes or actors; default: one per GPU, or two without a GPU.")
+    ] = None
+    output: Annotated[Path, typer.Option(help="Results file, which is read first and appended to.")] = Path(
+        "bench.jsonl"
+    )
+    merge: Annotated[list[Path], typer.Option(help="Add the results of another file; may be repeated.")] = field(
+        default_factory=list
+    )
+    html: Annotated[Path | None, typer.Option(help="Write a report to this HTML page.")] = None
+
+
+@command(GridSettings)
+def grid(settings: GridSettings) -> None:
+    """Measure each composition of policies beside the uncached pipeline, and report.
+
+    An interrupted run is resumed: cells that the results file holds are not measured again. Without MODELS the command
+    only reports. Metrics: lpips (weights of AlexNet) and clip (folder of a CLIP model).
+    """
+    results = _open(settings)
+    suites = [_suite(model, settings) for model in settings.models]
+    failures = [failure for suite in suites for failure in _measure(suite, results)]
+    _report(results.all, settings.html)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _open(settings: GridSettings) -> Results:
+    """Open the results file and merge others; a file that cannot be read or written is refused before any run."""
+    from cachekit.bench.cells import BenchError
+    from cachekit.bench.results import Results, read
+
+    merged, html = [read(path) for path in settings.merge], settings.html
+    if html is not None and not html.parent.is_dir():
+        raise BenchError(f"cannot write {str(html)!r}: there is no folder {str(html.parent)!r}")
+    if html is not None and html.is_dir():
+        raise BenchError(f"cannot write {str(html)!r}: it is a folder")
+    results = Results(settings.output)
+    for problem in (*results.problems, *(problem for _, problems in merged for problem in problems)):
+        typer.echo(f"warning: {problem}", err=True)
+    added = results.add(result for found, _ in merged for result in found)
+    if merged:
+        say(f"merged {added} results into {settings.output}")
+    return results
+
+
+def _suite(model: str, settings: GridSettings) -> Suite:
+    from cachekit.bench.executors import default_workers, executor
+    from cachekit.bench.quality import METRICS
+    from cachekit.bench.suite import Suite, fitting
+
+    compositions = settings.parse_specs(SPECS)
+    executor(settings.executor)
+    return Suite(
+        setting=settings.setting(model, METRICS),
+        compositions=compositions if settings.spec else fitting(model, compositions),
+        schedulers=settings.scheduler,
+        steps=settings.steps,
+        seeds=settings.seed,
+        peers=settings.peers,
+        executor=settings.executor,
+        workers=settings.workers or default_workers(settings.executor),
+    )
+
+
+def _measure(suite: Suite, results: Results) -> list[str]:
+    from cachekit.bench.suite import measure_suite
+
+    with progress_bar(suite.setting.model) as show:
+        return measure_suite(
+            suite, results, lambda done, total, failure: show(done, total, failure and f"not measured: {failure}")
+        )
+
+
+def _report(found: list[Result], html: Path | None) -> None:
+    from cachekit.bench.page import write_page
+    from cachekit.bench.summary import groups
+
+    if not found:
+        raise CachekitError("there is nothing to report: name models to measure, or files to --merge")
+    listed = groups(found)
+    for group in listed:
+        _print(group)
+    if html is not None:
+        write_page(listed, html)
+        say(f"wrote {html}")
+
+
+def _print(group: Group) -> None:
+    from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, learned, texts, title
+
+    rows = [group.uncached, *group.rows]
+    memory = ["peak_memory"] if any(row.peak_memory is not None for row in rows) else []
+    found = [texts(group, row) for row in rows]
+    say(title(group))
+    for names in (headings([*_COST, *memory]), [*headings(_QUALITY), *learned(rows), *EQUAL_COST]):
+        header = [CONFIGURATION, *names]
+        print_table(header, [[text.get(name, "-") for name in header] for text in found])
+    for warning in group.warnings:
+        say(f"warning: {warning}")

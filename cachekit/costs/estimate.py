@@ -1,0 +1,156 @@
+"""Estimate what policies save on a model, without running it or loading its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from cachekit.costs.counting import count_forward
+from cachekit.costs.meta import meta_copy, on_meta
+from cachekit.costs.replay import replay
+from cachekit.driving.setup import Setup
+from cachekit.interface.adapter import Layout
+from cachekit.interface.specs import Spec, parse_all
+from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
+from cachekit.planning.plan import Plan
+from cachekit.planning.row import Row
+from cachekit.registry.catalog import Catalog, installed
+from cachekit.reports.record import CallRecord, Record
+from cachekit.tensors import tree_map
+from cachekit.upstream.pipelines import denoiser_of
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Cost of one step (0-based): how many branches run, and the MACs of all of them together."""
+
+    step: int
+    branches: int
+    macs: int
+    attention_macs: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of a run, per image, with and without the policies."""
+
+    #: MACs of Linear and convolution layers.
+    macs: int
+    baseline_macs: int
+    #: MACs of attention's products QK and AV, which `macs` leaves out.
+    attention_macs: int
+    baseline_attention_macs: int
+    #: Parameters of the modules that still run in the final phase: from the last step that differs from all before it.
+    params: int
+    baseline_params: int
+    #: Most bytes kept at once.
+    cache_bytes: int
+    steps: tuple[StepCost, ...]
+    #: The table of actions that was counted.
+    plan: Plan
+
+    @property
+    def speedup(self) -> float:
+        """MACs without the policies, over MACs with them."""
+        return self.baseline_macs / self.macs
+
+
+def estimate(
+    model: Any,
+    specs: Spec | Iterable[Spec] = (),
+    *,
+    num_inference_steps: int = 25,
+    height: int | None = None,
+    width: int | None = None,
+    inputs: dict[str, Any] | None = None,
+    guided: bool | None = None,
+    catalog: Catalog | None = None,
+) -> Estimate:
+    """Estimate the cost of a run: repeat its plan with the real engine on the meta device, in seconds on a CPU.
+
+        found = cachekit.estimate("sdxl", "tgate:m=10", num_inference_steps=25)
+        print(found.speedup, found.cache_bytes)
+
+    `model` is a pipeline, a denoiser, or the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
+    pixart-sigma, lcm-pixart). `specs` are as for `apply`. `height` and `width` are in pixels and default to the model's
+    own size; a bare denoiser is taken to have 8 pixels per latent. For denoisers other than UNet2DConditionModel and
+    PixArtTransformer2DModel, give the arguments of one forward over all branches as `inputs`, in place of a size.
+    `guided` is whether the run has two branches; by default a named model runs as published, and all else is guided.
+
+    Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
+    bad spec, a size that is no multiple of a latent's, or a denoiser that doesn't run on the meta device.
+    """
+    catalog = catalog or installed()
+    if guided is None:
+        guided = architecture(model).guided if isinstance(model, str) else True
+    denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
+    policies = parse_all(specs, catalog.policies)
+    setup = Setup.of({"": denoiser}, policies, catalog)
+    plan = setup.plan_of(num_inference_steps, guided)
+    layout = setup.layout if guided else setup.layout.alone
+    return _measure(setup, plan, _as_planned(plan, layout, arguments))
+
+
+def _prepare(
+    model: Any, size: tuple[int, int | None, int | None], inputs: dict[str, Any] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    if isinstance(model, str):
+        known = architecture(model)
+        return known.build(), known.inputs(*size)
+    denoiser = meta_copy(denoiser_of(model))
+    if inputs is not None:
+        return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}
+    known = architecture_of(denoiser, getattr(model, "vae_scale_factor", PIXELS_PER_LATENT))
+    return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
+
+
+def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record:
+    """Record a run of `plan`, one call per step, that keeps whatever it may."""
+    rows = [row.decided for row in plan.rows]
+    calls = [CallRecord("", "", len(layout.order), row) for row in rows]
+    return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
+
+
+def _measure(setup: Setup, plan: Plan, record: Record) -> Estimate:
+    denoiser = setup.denoisers[""].module
+    baselines = {key: count_forward(denoiser, *inputs) for key, inputs in record.inputs.items()}
+    forwards, peak = replay(setup, record, baselines)
+    steps = tuple(
+        StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
+        for row, forward in zip(record.rows, forwards)
+    )
+    (full,) = baselines.values()
+    final = forwards[_final_phase(record.rows) :]
+    idle = full.ran - frozenset().union(*(forward.ran for forward in final))
+    params = sum(parameter.numel() for parameter in denoiser.parameters())
+    return Estimate(
+        macs=sum(step.macs for step in steps),
+        baseline_macs=full.macs * len(steps),
+        attention_macs=sum(step.attention_macs for step in steps),
+        baseline_attention_macs=full.attention_macs * len(steps),
+        params=params - _own_parameters(denoiser, idle),
+        baseline_params=params,
+        cache_bytes=peak,
+        steps=steps,
+        plan=plan,
+    )
+
+
+def _final_phase(rows: list[Row]) -> int:
+    """Find the last step whose branches and actions differ from those of all steps before it."""
+    seen = set()
+    last = 0
+    for place, row in enumerate(rows):
+        if row.signature not in seen:
+            seen.add(row.signature)
+            last = place
+    return last
+
+
+def _own_parameters(model: nn.Module, names: frozenset[str]) -> int:
+    """Count the parameters that belong to these modules themselves."""
+    modules = dict(model.named_modules())
+    return sum(parameter.numel() for name in names for parameter in modules[name].parameters(recurse=False))

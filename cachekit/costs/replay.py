@@ -1,0 +1,93 @@
+"""Count a run's multiply-accumulates by repeating its distinct calls on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cachekit.costs.counting import Forward, count_forward
+from cachekit.costs.meta import meta_copy, on_meta
+from cachekit.driving.driver import Driver
+from cachekit.driving.inputs import CallInputs
+from cachekit.driving.setup import Setup
+from cachekit.interface.policy import Action
+from cachekit.reports.record import CallRecord, Cost, Record
+from cachekit.runs.call import Call
+from cachekit.runs.denoiser import Denoiser
+from cachekit.runs.run import Run
+from cachekit.tensors import tree_map
+
+#: What an uncached forward does, by `CallRecord.inputs`.
+Baselines = Mapping[tuple[str, str, int], Forward]
+
+
+def cost_of(setup: Setup, record: Record) -> Cost:
+    """Count the MACs of a run's calls, and those of the same calls uncached."""
+    twins = {name: meta_copy(denoiser.module) for name, denoiser in setup.denoisers.items()}
+    record = replace(record, inputs={key: tree_map(on_meta, inputs) for key, inputs in record.inputs.items()})
+    baselines = {key: count_forward(twins[key[0]], *inputs) for key, inputs in record.inputs.items()}
+    forwards, _ = replay(setup.on(twins), record, baselines)
+    per_call = tuple(forward.macs for forward in forwards)
+    return Cost(sum(per_call), sum(baselines[call.inputs].macs for call in record.calls), per_call)
+
+
+def replay(setup: Setup, record: Record, baselines: Baselines) -> tuple[list[Forward], int]:
+    """Repeat a run; count what each of its calls does, and the peak of bytes kept.
+
+    The denoisers of `setup` are on the meta device and stay intercepted; the arguments in `record.inputs` are there
+    too. Calls with the same shapes and actions cost the same, so each distinct one runs once, in order; it runs again
+    only where it keeps something that was dropped since.
+    """
+    driver = ReplayDriver(setup, record)
+    driver.installation.install()
+    found: dict[tuple[object, ...], Forward] = {}
+    for call in record.calls:
+        if call.signature not in found or driver.lacks(call):
+            found[call.signature] = _count(call, driver, baselines)
+    return [found[call.signature] for call in record.calls], driver.peak_bytes
+
+
+def _count(call: CallRecord, driver: ReplayDriver, baselines: Baselines) -> Forward:
+    if call.dropped:
+        return Forward(0, 0, frozenset())
+    if call.row.narrowed_by is None and set(call.row.actions) <= {Action.COMPUTE}:
+        return baselines[call.inputs]
+    return driver.repeat(call)
+
+
+class ReplayDriver(Driver):
+    """Repeats recorded calls within one run, through the same switches as the originals."""
+
+    def __init__(self, setup: Setup, record: Record) -> None:
+        """Repeat calls of `record`."""
+        super().__init__(setup)
+        self._record = record
+        plan = setup.plan(record.steps, record.layout)
+        self._run = Run(plan, record.layout, record.steps, images=1)
+        self._next: CallRecord | None = None
+
+    def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
+        """Plan the call that is repeated; None for any other."""
+        record, self._next = self._next, None
+        if record is None:
+            return None
+        self._run.enter(record.row)
+        caller = (record.denoiser, record.branch)
+        return Call(self._run.keeper, self._run.calls, record.row, caller, inputs.batch)
+
+    def repeat(self, call: CallRecord) -> Forward:
+        """Call the denoiser once, do what was done in `call`, and count it."""
+        self._next = call
+        args, kwargs = self._record.inputs[call.inputs]
+        return count_forward(self.setup.denoisers[call.denoiser].module, args, kwargs)
+
+    def lacks(self, call: CallRecord) -> bool:
+        """Whether `call` stores something that isn't kept now, so that a later call couldn't reuse it."""
+        kept = self._run.keeper.store.sizes()
+        stored = (index for index, action in enumerate(call.row.actions) if action is Action.STORE)
+        return any(i not in kept and self.setup.assignments[i].denoiser == call.denoiser for i in stored)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes kept at once so far."""
+        return self._run.keeper.store.peak_bytes

@@ -1,1 +1,0 @@
-"""Hold the data files of cachekit: the true architectures of published models."""

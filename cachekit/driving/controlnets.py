@@ -1,0 +1,187 @@
+"""Shorten ControlNet calls by what the denoiser's next call would throw away."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachekit.driving.driver import Driver
+from cachekit.errors import AttachmentError
+from cachekit.guidance.slicing import pick_call, spread
+from cachekit.interface.policy import Action
+from cachekit.interface.sites import Region
+from cachekit.planning.assignments import Assignment
+from cachekit.runs.call import Call
+from cachekit.switches.parts import Part
+from cachekit.switches.placeholders import Placeholder, zeros_like
+from cachekit.switches.switch import Switch
+from cachekit.tensors import tensors, tree_map
+from cachekit.upstream.arguments import by_name, parameters_of
+from cachekit.upstream.calls import CALL, class_call
+
+
+class Interceptors(list["ControlNetInterceptor"]):
+    """The interceptors of one attachment, and the driver that they ask; a deep copy starts empty, without a driver.
+
+    A ControlNet that is copied with the denoiser brings its interceptor along; a copied denoiser has no need of it.
+    """
+
+    driver: Driver | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Interceptors:
+        """Start empty."""
+        return Interceptors()
+
+
+class ControlNetInterceptor:
+    """Shortens the calls of one ControlNet by what the denoiser's next call would throw away.
+
+    A ControlNet is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain
+    by then, outputs for skipped modules are left out, and so is the dropped branch. In doubt it runs in full.
+    """
+
+    def __init__(self, fellows: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
+        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
+        assert fellows.driver is not None
+        self._fellows = fellows
+        self._module = module
+        self._parameters = parameters_of(module)
+        self._present = Present()
+        self._twins = _twins(fellows.driver.setup.assignments, module, denoiser)
+        modules = dict(module.named_modules())
+        names = {name for twins in self._twins.values() for name in twins}
+        self._switches = [
+            Switch(self._present, modules[name], name, [Twin(self._present, name)], runs_if_compiled=True)
+            for name in sorted(names)
+        ]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Become a copy, which belongs to the copied attachment, or runs in full where only a ControlNet is copied."""
+        vars(self).update(state)
+        self._fellows.append(self)
+
+    def install(self) -> None:
+        """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
+        for switch in self._switches:
+            switch.install()
+        vars(self._module)[CALL] = self.lead
+        self._fellows.append(self)
+
+    def uninstall(self) -> None:
+        """Put back exactly what was there."""
+        for switch in self._switches:
+            switch.uninstall()
+        if vars(self._module).get(CALL) == self.lead:
+            del vars(self._module)[CALL]
+
+    def lead(self, *args: Any, **kwargs: Any) -> Any:
+        """Run one call of the ControlNet, as short as the denoiser's next call allows."""
+        forward = class_call(self._module)
+        call = None if torch.compiler.is_compiling() else self._foresee(args, kwargs)
+        if call is None:
+            return forward(*args, **kwargs)
+        layout, skipped = call.calls.layout, self._skipped(call)
+        call.keeper.record.shortened += bool(skipped) or call.narrowed_by is not None
+        with self._present.skipping(skipped, len(layout.order) // len(call.branches)):
+            if call.narrowed_by is None:
+                return forward(*args, **kwargs)
+            stays = call.branches[0]
+            arguments = by_name(self._parameters, args, kwargs)
+            args, kwargs = pick_call(arguments, self._parameters[: len(args)], layout, stays, call.batch)
+            return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
+
+    def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Plan the denoiser's next call, where it is certain and the shapes of such inputs are known."""
+        if self._fellows.driver is None:
+            return None
+        arguments = by_name(self._parameters, args, kwargs)
+        is_known = self._present.is_known([_signature(tensor) for tensor in tensors(arguments)])
+        return self._fellows.driver.foresee(self._module, arguments) if is_known else None
+
+    def _skipped(self, call: Call) -> Set[str]:
+        reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
+        return self._present.shapes.keys() & {name for index in reused for name in self._twins[index]}
+
+
+class Present(threading.local):
+    """What the present call of each thread skips, and the shapes that calls with such inputs make.
+
+    `share` is how many parts the batch has of which one is run.
+    """
+
+    def __init__(self) -> None:
+        """Start before the first call."""
+        self.call: Any = self  # a switch asks its parts in every call
+        self.skipped: Set[str] = frozenset()
+        self.inputs: Any = None
+        self.shapes: dict[str, Any] = {}
+        self.share = 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Present:
+        """Start anew: a copied module has made no call."""
+        return Present()
+
+    def __reduce__(self) -> Any:
+        """Refuse: an unpickled ControlNet would have no denoiser to follow."""
+        raise AttachmentError(
+            "the ControlNet of an attached pipeline cannot be pickled; call cachekit.remove(pipe) first"
+        )
+
+    def is_known(self, inputs: Any) -> bool:
+        """Whether the last call had such inputs; if not, forget the shapes that it made."""
+        if inputs == self.inputs:
+            return True
+        self.inputs, self.shapes = inputs, {}
+        return False
+
+    @contextlib.contextmanager
+    def skipping(self, names: Set[str], share: int) -> Iterator[None]:
+        """Skip the modules of these names within the block, where one part in `share` of the batch is run."""
+        self.skipped, self.share = names, share
+        try:
+            yield
+        finally:
+            self.skipped, self.share = frozenset(), 1
+
+
+class Twin(Part):
+    """Skips a module of a ControlNet together with the denoiser's of the same name."""
+
+    def __init__(self, present: Present, name: str) -> None:
+        """Serve the module `name`."""
+        self.present = present
+        self.name = name
+
+    def before(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a placeholder where the module is skipped."""
+        if self.name not in self.present.skipped:
+            return super().before(call, args, kwargs)
+        return tree_map(Placeholder(1, self.present.share), self.present.shapes[self.name])
+
+    def after(self, call: Any, output: Any) -> None:
+        """Record the shapes that a placeholder must have."""
+        if self.present.share == 1:
+            self.present.shapes.setdefault(self.name, tree_map(zeros_like, output))
+
+
+def _signature(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
+    """Find, by assignment, the modules whose outputs are thrown away when its region is reused."""
+    here, there = dict(module.named_modules()), dict(denoiser.named_modules())
+    shared = {*here.values()} & {*there.values()}  # which stand behind the denoiser's own switches
+
+    def is_alike(name: str) -> bool:
+        if name not in here or here[name] in shared:
+            return False
+        return type(here[name]).__name__ == type(there[name]).__name__
+
+    regions = ((index, bound.target) for index, bound in enumerate(assignments) if isinstance(bound.target, Region))
+    return {index: region.encoder for index, region in regions if all(map(is_alike, region.encoder))}

@@ -1,0 +1,245 @@
+"""Drive runs: take each call of a denoiser through its row of the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from cachekit.driving.entrance import CallSteps
+from cachekit.driving.inputs import CallInputs
+from cachekit.driving.installation import Installation
+from cachekit.driving.outputs import OutputFinisher
+from cachekit.driving.pipelines import Pipelines
+from cachekit.driving.setup import Setup
+from cachekit.driving.starting import FitFunction, RunStarter
+from cachekit.errors import CostError
+from cachekit.reports.record import Cost, Fit, Record
+from cachekit.reports.report import Report
+from cachekit.runs.call import Call
+from cachekit.runs.clock import Clock, Mark, mark_of
+from cachekit.runs.denoiser import Denoiser
+from cachekit.runs.limit import Limit
+from cachekit.runs.run import Run
+from cachekit.runs.start import RunStart
+from cachekit.runs.state import PipelineCall, RunState
+from cachekit.tensors import shape_of, tree_map
+from cachekit.upstream.arguments import PAIR, SAMPLE, TIMESTEP, find
+from cachekit.upstream.guiders import branch_name, name_by_guider
+from cachekit.upstream.pipelines import controlnets_of
+from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
+
+#: Counts what a run cost.
+CostFunction = Callable[[Setup, Record], Cost]
+
+_NO_LIMIT = Limit()
+
+
+def no_cost(setup: Setup, record: Record) -> Cost:
+    """Refuse to count: the default of attachments that nobody asks for costs."""
+    raise CostError("the costs of this attachment are not counted; use cachekit.apply")
+
+
+def no_fit(setup: Setup, start: RunStart) -> Fit:
+    """Give nothing up: the plan of a run without a limit."""
+    return Fit()
+
+
+class Driver:
+    """Takes each call of the attached denoisers through its row of the plan, within runs."""
+
+    def __init__(
+        self, setup: Setup, limit: Limit = _NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
+    ) -> None:
+        """Drive without a run yet; `cost` counts what runs cost, and `fit` plans what of them fits into `limit`."""
+        self.setup = setup
+        self.state = RunState()
+        self.pipelines = Pipelines()
+        self.installation = Installation(setup, self.state, self)
+        self.last_report: Report | None = None
+        self._cost = cost
+        self._starter = RunStarter(setup, limit, fit)
+        self._finisher = OutputFinisher(setup, self.state, self.pipelines)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last report out of copies: they have not run yet."""
+        return {**vars(self), "last_report": None}
+
+    # -- a call: locate it, run the forward or not, finish ------------------------------------------------
+
+    def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
+        """Yield the arguments of the denoiser's own forward, unless it is left out, take its output; return one.
+
+        `enclosed` says that the forward is compiled as a whole, by code outside of the denoiser.
+        """
+        self.state.call = None
+        start = time.perf_counter()
+        inputs = CallInputs(denoiser.parameters, args, kwargs)
+        if self.state.paused:
+            self._pass_by(inputs)
+        call = None if self.state.paused else self.locate(denoiser, inputs)
+        if call is None:
+            with self.installation.prompting(denoiser.name, None, enclosed):
+                return (yield args, kwargs)
+        given = self._finisher.narrowed(call, denoiser, inputs)
+        _record(call, inputs, time.perf_counter() - start)
+        if call.is_dropped:
+            return self._finisher.replaced(call)
+        self.state.call = call
+        try:
+            with self.installation.prompting(denoiser.name, call, enclosed):
+                output = yield given
+            return self._finisher.finish(call, inputs, output)
+        finally:
+            self.state.call = None
+
+    def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
+        """Find the run, the step and the branches of a call; None where it runs uncached."""
+        inputs.check(denoiser)
+        scheduler = self.pipelines.scheduler_behind(inputs.timestep, self.state.pipeline)
+        mark = mark_of(inputs.timestep, scheduler if self.state.pipeline else None)
+        if self._is_of_another_loop(mark, scheduler):
+            return None
+        run = self._run_of_call(denoiser, inputs, mark, scheduler)
+        if not run.serves(inputs.batch):
+            return None
+        run.follow_batch(denoiser.name, inputs.sample, inputs.cache_mode)
+        run.guidance_state = self._guidance_state()
+        call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch)
+        if call.branch in run.layout.order[1:]:
+            self._starter.check_order(run.layout, denoiser)
+        return call
+
+    def _pass_by(self, inputs: CallInputs) -> None:
+        """Note a paused call in a pipeline's loop: a step, if the loop goes on behind it."""
+        run, timestep = self.state.run, inputs.timestep
+        if run is not None and self.state.pipeline and isinstance(timestep, Tensor) and is_entry(timestep):
+            run.clock.note(mark_of(timestep, None))
+
+    # -- runs ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def run_of(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Bound one run by a pipeline's call: what is kept ends with it, by an exception too."""
+        self.pipelines.add(pipe)
+        self.installation.check()
+        pipeline = PipelineCall.of(pipe, args, kwargs)
+        self._starter.refuse(pipeline)
+        state = self.state
+        if state.pipeline is None:
+            self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
+            state.reports = ()
+        outer = (state.run, state.call, state.pipeline)
+        state.run, state.call, state.pipeline = None, None, pipeline
+        try:
+            yield
+        except BaseException:
+            self.end_run(interrupted=True)
+            raise
+        else:
+            self.end_run(interrupted=False)
+        finally:
+            state.run, state.call, state.pipeline = outer
+
+    def _run_of_call(self, denoiser: Denoiser, inputs: CallInputs, mark: Mark, scheduler: Any) -> Run:
+        """Find or start the run that a call at `mark` belongs to, and advance its clock."""
+        state = self.state
+        if state.run is not None and state.run.clock.starts_anew(mark):
+            self.end_run(interrupted=False)
+        if state.run is not None:
+            state.run.tick(mark)
+            return state.run
+        if state.pipeline is None:  # its call has been checked
+            self.installation.check()
+        clock = Clock(exact=state.pipeline is not None)
+        clock.tick(mark)
+        state.run = self._starter.start(denoiser, inputs, clock, scheduler, state.pipeline, self._context(clock))
+        return state.run
+
+    def end_run(self, interrupted: bool) -> None:
+        """End this thread's run, if there is one: report it, and drop what it keeps."""
+        state = self.state
+        run, state.run, state.call = state.run, None, None
+        if run is None:
+            return
+        run.record.interrupted = interrupted
+        self.last_report = report = self.report_of(run)
+        report.earlier = state.reports
+        if state.pipeline is not None:
+            state.reports = (*state.reports, report)
+        run.forget()
+        if not interrupted:
+            self.setup.catalog.run_finished(report)
+
+    def report_of(self, run: Run) -> Report:
+        """Report on a run so far."""
+        return Report(self.setup.assignments, run.finish(), functools.partial(self._cost, self.setup))
+
+    # -- what pipelines show ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def named(self, context: str | None) -> Iterator[None]:
+        """Hold the name that the pipeline gives the calls within the block."""
+        before, self.state.context = self.state.context, branch_name(context)
+        try:
+            yield
+        finally:
+            self.state.context = before
+
+    def _context(self, clock: Clock) -> str | None:
+        """Find the name of the present call: the pipeline's for it, or that of its guider; None without one."""
+        state = self.state
+        if state.context in PAIR or not state.pipeline or not state.pipeline.has_guider:
+            return state.context
+        return branch_name(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
+
+    def _guidance_state(self) -> tuple[Any, ...]:
+        return self.state.pipeline.guidance_state if self.state.pipeline else ()
+
+    def _is_of_another_loop(self, mark: Mark, scheduler: Any) -> bool:
+        """Whether another pipeline runs with this denoiser in a callback of the running one."""
+        run = self.state.run
+        if run is None or self.state.pipeline is None or mark.kind != "entry" or run.clock.is_in_table(mark):
+            return False
+        return run.clock.goes_through(scheduler) and not shares_table(mark.source, scheduler)
+
+    # -- ControlNets --------------------------------------------------------------------------------------
+
+    def foresee(self, controlnet: nn.Module, arguments: dict[str, Any]) -> Call | None:
+        """Plan the denoiser's next call before it is made; None where that is not certain.
+
+        `controlnet` is given `arguments` just before: the same timestep, and a batch of the same branches.
+        """
+        state, run = self.state, self.state.run
+        if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
+            return None
+        timestep, sample = find(arguments, TIMESTEP), find(arguments, SAMPLE)
+        if timestep is None or not isinstance(sample, Tensor):
+            return None
+        mark, batch = mark_of(timestep, scheduler_of(state.pipeline.pipe)), sample.shape[0]
+        if not self._is_next(run, mark, batch) or all(
+            controlnet is not it for it in controlnets_of(state.pipeline.pipe)
+        ):
+            return None
+        run.pass_by(mark)
+        return run.foresee(run.clock.step + 1, batch)
+
+    def _is_next(self, run: Run, mark: Mark, batch: int) -> bool:
+        """Whether a call at `mark` begins the next step, with the batch and the guidance of the last call."""
+        is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
+        is_whole = batch == run.images * run.calls.together
+        # In guess mode the ControlNet's batch would not show a change of guidance.
+        return is_next and is_whole and self._guidance_state() == run.guidance_state
+
+
+def _record(call: Call, inputs: CallInputs, seconds: float) -> None:
+    """Add a call to its run's record, with the shapes of its arguments."""
+    record, made = call.keeper.record, call.record()
+    record.calls.append(made)
+    record.deciding_seconds += seconds
+    if made.inputs not in record.inputs:
+        record.inputs[made.inputs] = tree_map(shape_of, (inputs.args, inputs.kwargs))

@@ -1,0 +1,93 @@
+"""What is attached: denoisers, policies, and what each policy acts on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from cachekit.errors import CachekitError, SiteError
+from cachekit.interface.adapter import Layout
+from cachekit.interface.policy import Policy
+from cachekit.interface.sites import Target
+from cachekit.planning.assignments import Assignment, assign
+from cachekit.planning.plan import Plan, make_plan
+from cachekit.registry.catalog import Catalog
+from cachekit.runs.denoiser import Denoiser
+
+#: The number of steps of the plan that plugins check.
+_CHECKED_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The denoisers of a pipeline by name, the policies on them, and the catalog that both were found in."""
+
+    denoisers: dict[str, Denoiser]
+    policies: tuple[Policy, ...]
+    assignments: tuple[Assignment, ...]
+    catalog: Catalog
+    _plans: dict[tuple[int, Layout, frozenset[int]], Plan] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, modules: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> Setup:
+        """Choose an adapter for each module and the targets of each policy.
+
+        Raises a `CachekitError` where an adapter or a target is missing, or policies or a plugin stand against it.
+        """
+        denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
+        chosen = ((policy, name, targets) for policy in policies for name, targets in _select(policy, denoisers))
+        setup = cls(denoisers, tuple(policies), assign(chosen), catalog)
+        catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
+        return setup
+
+    def on(self, modules: Mapping[str, nn.Module]) -> Setup:
+        """Put the same policies on copies of the denoisers, given by name."""
+        return replace(self, denoisers={name: replace(self.denoisers[name], module=modules[name]) for name in modules})
+
+    @property
+    def layout(self) -> Layout:
+        """How the guidance branches reach the first denoiser."""
+        return next(iter(self.denoisers.values())).layout
+
+    @property
+    def narrowing(self) -> list[Policy]:
+        """The policies that may drop a guidance branch."""
+        return [bound.policy for bound in self.assignments if bound.is_guidance]
+
+    def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
+        """Plan a run as users describe it; raises `CachekitError` for what is no number of steps."""
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
+        return self.plan(num_inference_steps, self.layout if guided else self.layout.alone)
+
+    def plan(self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset()) -> Plan:
+        """Plan a run of `steps` steps whose branches come as `layout` says; `dropped` assignments compute."""
+        key = (steps, layout, dropped)
+        if key not in self._plans:
+            self._plans[key] = make_plan(self.assignments, *key)
+        return self._plans[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Setup:
+        """Copy the denoisers; all else is immutable and shared."""
+        twin = replace(self, denoisers={})
+        memo[id(self)] = twin
+        twin.denoisers.update(copy.deepcopy(self.denoisers, memo))
+        return twin
+
+
+def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[tuple[str, Sequence[Target]]]:
+    """List the policy's targets in each denoiser; one without targets may stand beside another that has some."""
+    found: list[tuple[str, Sequence[Target]]] = []
+    refusals: list[SiteError] = []
+    for name, denoiser in denoisers.items():
+        try:
+            found.append((name, policy.select(denoiser.sites)))
+        except SiteError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    return found

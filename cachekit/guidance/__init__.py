@@ -1,0 +1,1 @@
+"""How guidance branches reach a denoiser, and how a call is cut down to one of them."""

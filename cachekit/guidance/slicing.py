@@ -1,0 +1,115 @@
+"""Cut a denoiser call down to one guidance branch, and expand its output again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cachekit.interface.adapter import Layout
+from cachekit.interface.sites import Branches
+from cachekit.tensors import tensors, tree_map
+from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED
+
+
+def as_batch(sample: Any) -> Any:
+    """Stack a sample that is a list with a tensor for each image, all of one size; give others back as they are."""
+    if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
+        return sample
+    return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample
+
+
+def pick_call(
+    arguments: Mapping[str, Any], positional: Sequence[str], layout: Layout, branch: str, batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cut a call's `arguments`, by name, down to one branch; get (args, kwargs), of which args are the `positional`."""
+    picked = pick(arguments, layout, branch, batch)
+    return tuple(picked.pop(name) for name in positional), picked
+
+
+def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
+    """Cut every batched tensor in a denoiser's arguments down to one branch.
+
+    `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
+    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
+    sample is a list with a tensor for each image, so is every other list of that length.
+    """
+    knife = _Knife(layout, layout.order.index(branch), batch)
+    listed = any(isinstance(arguments.get(name), list) for name in SAMPLE)
+    return {
+        name: knife.cut_list(value) if listed and isinstance(value, list) else knife.cut(name, value)
+        for name, value in arguments.items()
+    }
+
+
+class _Knife:
+    """Cuts arguments down to the branch at `place` in the order of a layout."""
+
+    def __init__(self, layout: Layout, place: int, batch: int) -> None:
+        self._layout, self._place, self._batch = layout, place, batch
+        self._count = len(layout.order)
+
+    def cut(self, name: str, value: Any) -> Any:
+        """Cut an argument, or what a nested dict has under this name."""
+        if value is None or name in UNBATCHED or name in self._layout.unbatched:
+            return value
+        if isinstance(value, dict):
+            named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
+            return {key: self.cut(own, item) for key, own, item in named}
+        is_layered = name in LAYERED or name in self._layout.layered
+        multiples = not is_layered and any(part in name for part in PER_FRAME)
+        return tree_map(lambda tensor: self._cut_tensor(tensor, int(is_layered), multiples), value)
+
+    def _cut_tensor(self, tensor: Tensor, dim: int, multiples: bool) -> Tensor:
+        size = tensor.shape[dim] if tensor.dim() > dim else 0
+        if size != self._batch and not (multiples and size and size % self._batch == 0):
+            return tensor
+        part = size // self._count
+        return tensor.narrow(dim, self._place * part, part)
+
+    def cut_list(self, value: list[Any]) -> list[Any]:
+        """Cut a list with an entry for each image."""
+        first, stop = (place * self._batch // self._count for place in (self._place, self._place + 1))
+        return value[first:stop] if len(value) == self._batch else value
+
+
+def as_batches(output: Any) -> Any:
+    """Stack each list of tensors in a denoiser's output."""
+    if isinstance(output, list):
+        return torch.stack(output)
+    return _within(as_batches, output)
+
+
+def as_lists(output: Any) -> Any:
+    """Split what `as_batches` has stacked into lists again."""
+    return list(output.unbind()) if isinstance(output, Tensor) else _within(as_lists, output)
+
+
+def _within(change: Callable[[Any], Any], output: Any) -> Any:
+    if isinstance(output, dict):
+        return type(output)(**{name: change(value) for name, value in output.items()})
+    return tuple(change(value) for value in output) if isinstance(output, tuple) else output
+
+
+def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:
+    """Expand the output of one branch to that of all, as the pipeline expects it.
+
+    The dropped branches' outputs come from `restore`; by default that is the same output, and then the
+    pipeline's own u + g * (c - u) is exactly it.
+    """
+
+    def join(tensor: Tensor) -> Tensor:
+        if not tensor.dim():  # a loss, say
+            return tensor
+        return torch.cat([tensor if name == branch else restore(tensor) for name in layout.order])
+
+    return tree_map(join, output)
+
+
+def by_branch(output: Any, branches: Branches) -> dict[str, tuple[Tensor, ...]]:
+    """Split each tensor of a denoiser's output that holds all branches into their parts `(batch, ...)`."""
+    count = len(branches)
+    whole = (tensor for tensor in tensors(output) if tensor.dim() and tensor.shape[0] % count == 0)
+    return dict(zip(branches, zip(*(tensor.chunk(count) for tensor in whole))))

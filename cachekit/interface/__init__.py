@@ -1,0 +1,1 @@
+"""What plugins and adapters are written against: sites, policies, adapters, observations, specs."""

@@ -1,0 +1,163 @@
+"""Where a policy can act in a denoiser: sites, regions, and the map of both."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from enum import Enum
+from typing import Union
+
+#: Names of guidance branches, in the order in which the denoiser gets them: `("uncond", "cond")`.
+Branches = tuple[str, ...]
+
+
+class Kind(str, Enum):
+    """The role of a site. Policies ask for kinds and never see module classes.
+
+    `CROSS_ATTENTION` reads another sequence (the text), `SELF_ATTENTION` its own; in `JOINT_ATTENTION` image and
+    text attend to each other. `FEED_FORWARD` is the MLP beside an attention, `BLOCK` a whole block of layers or a
+    region of several. `GUIDANCE` is not a module but the choice of the guidance branches that run.
+
+    >>> Kind("cross_attention")
+    <Kind.CROSS_ATTENTION: 'cross_attention'>
+    >>> str(Kind.BLOCK)
+    'block'
+    """
+
+    CROSS_ATTENTION = "cross_attention"
+    SELF_ATTENTION = "self_attention"
+    JOINT_ATTENTION = "joint_attention"
+    FEED_FORWARD = "feed_forward"
+    BLOCK = "block"
+    GUIDANCE = "guidance"
+
+    def __str__(self) -> str:
+        """Spell the kind as reports and errors do."""
+        return self.value
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module of the denoiser: its qualified name, as in `named_modules`, and its kind.
+
+    >>> block = Site("down_blocks.1", Kind.BLOCK)
+    >>> block.covers("down_blocks.1.resnets.0"), block.covers("down_blocks.10")
+    (True, False)
+    """
+
+    name: str
+    kind: Kind
+
+    @property
+    def exit(self) -> str:
+        """The module whose output is kept: the site itself."""
+        return self.name
+
+    def covers(self, name: str) -> bool:
+        """Whether module `name` is the site or lies inside it, and so doesn't run on a step that reuses the site."""
+        return _is_inside(name, self.name)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of consecutive modules that is skipped as a whole.
+
+    `exit` is the module whose output is kept, `skipped` are the other modules of the region, in the order in which
+    they run.
+
+    `entry` is the module whose inputs enter the region. `streams` are the names of those inputs among the parameters
+    of its forward, in the order of the exit's output tensors. Both are empty where entry and exit differ in shape,
+    so that no residual exists.
+
+    `probe` is a module that runs before the region and lies outside it; with one, a policy decides within each call,
+    from the probe's output (`Policy.probe`).
+
+    `edited` is set where later code may write into the exit's tensor in place, so that what is kept must be a copy.
+    `encoder` are the skipped modules that a ControlNet has a copy of. The ControlNet's residuals are added to their
+    outputs alone, so a call that skips them can skip the copies too.
+    """
+
+    name: str
+    exit: str
+    skipped: tuple[str, ...]
+    entry: str = ""
+    streams: tuple[str, ...] = ()
+    probe: str = ""
+    edited: bool = False
+    encoder: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """`Kind.BLOCK`: a region composes with other policies as a block does."""
+        return Kind.BLOCK
+
+    def covers(self, name: str) -> bool:
+        """Whether module `name` lies inside the region, and so doesn't run on a step that reuses it."""
+        return any(_is_inside(name, module) for module in (self.exit, *self.skipped))
+
+
+#: What a policy acts on.
+Target = Union[Site, Region]
+
+#: The choice of the guidance branches that run: one site for all denoisers of a pipeline.
+GUIDANCE = Site("guidance", Kind.GUIDANCE)
+
+
+@dataclass(frozen=True)
+class SiteMap:
+    """Where policies can act in one denoiser, as its adapter found it.
+
+    `model` is the name of the denoiser's class, for errors. `sites` are in the order of `named_modules`. `regions`
+    are those that the adapter names, such as the nested regions of a UNet from the shallowest to the deepest.
+    `chains` are lists of consecutive blocks, as in a transformer: `span` makes a region of some of them. `streams`
+    holds, for each chain, the parameters that its blocks read and return (see `Region.streams`), or `()` where
+    they are unknown.
+
+    >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(4))
+    >>> attention = Site("blocks.0.attn1", Kind.SELF_ATTENTION)
+    >>> sites = SiteMap("ToyTransformer", (attention, *blocks), chains=(blocks,), streams=(("hidden_states",),))
+    >>> [site.name for site in sites.of(Kind.SELF_ATTENTION, Kind.GUIDANCE)]
+    ['guidance', 'blocks.0.attn1']
+    >>> sites.describe()
+    'ToyTransformer has block x 4, self_attention x 1'
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    regions: tuple[Region, ...] = ()
+    chains: tuple[tuple[Site, ...], ...] = ()
+    streams: tuple[tuple[str, ...], ...] = ()
+
+    def of(self, *kinds: Kind) -> tuple[Site, ...]:
+        """Find the sites of these kinds; `Kind.GUIDANCE` gives the one guidance site, which comes first."""
+        return tuple(site for site in (GUIDANCE, *self.sites) if site.kind in kinds)
+
+    def span(self, first: int, stop: int, chain: int = 0) -> Region:
+        """Make a region of the blocks `first` to `stop - 1` of a chain; all three count from 0.
+
+        >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(4))
+        >>> sites = SiteMap("ToyTransformer", blocks, chains=(blocks,), streams=(("hidden_states",),))
+        >>> region = sites.span(1, 4)
+        >>> region.name, region.entry, region.exit
+        ('blocks.1..blocks.3', 'blocks.1', 'blocks.3')
+        >>> region.skipped, region.streams
+        (('blocks.1', 'blocks.2'), ('hidden_states',))
+
+        Raises `IndexError` for a chain that does not exist or a span without blocks.
+        """
+        blocks = [site.name for site in self.chains[chain][first:stop]]
+        streams = self.streams[chain] if chain < len(self.streams) else ()
+        name = f"{blocks[0]}..{blocks[-1]}"
+        return Region(name, exit=blocks[-1], skipped=tuple(blocks[:-1]), entry=blocks[0], streams=streams)
+
+    def describe(self) -> str:
+        """Summarize in one line what this model has, for errors."""
+        counts = Counter(str(site.kind) for site in self.sites)
+        parts = [f"{kind} x {count}" for kind, count in sorted(counts.items())]
+        if self.regions:
+            parts.append(f"nested regions 0..{len(self.regions) - 1}")
+        return f"{self.model} has {', '.join(parts) or 'no sites'}"
+
+
+def _is_inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(module + ".")

@@ -1,0 +1,1 @@
+"""Denoisers of published models, loaders, and the embedded models."""

@@ -1,0 +1,48 @@
+"""The embedded models, the scenes that they draw, and a checker and a classifier for the images."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cachekit.models.demo.checker import Verdict, shows
+    from cachekit.models.demo.classifier import features
+    from cachekit.models.demo.pipeline import WeightsError, call_arguments, demo_pipeline
+    from cachekit.models.demo.scenes import heldout_captions
+
+__all__ = [
+    "DEMO_GUIDANCE",
+    "DEMO_STEPS",
+    "Verdict",
+    "WeightsError",
+    "call_arguments",
+    "demo_pipeline",
+    "features",
+    "heldout_captions",
+    "shows",
+]
+
+DEMO_GUIDANCE = 3.5
+DEMO_STEPS = 25
+_HOMES = {
+    "Verdict": "checker",
+    "WeightsError": "pipeline",
+    "call_arguments": "pipeline",
+    "demo_pipeline": "pipeline",
+    "features": "classifier",
+    "heldout_captions": "scenes",
+    "shows": "checker",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name on first use: importing the package loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, imported or not."""
+    return sorted([*globals(), *__all__])

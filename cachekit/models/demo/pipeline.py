@@ -1,0 +1,187 @@
+"""The embedded text-to-image pipelines; their files are checked against a manifest when they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cachekit.errors import CachekitError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "PIPELINES",
+    "WEIGHTS",
+    "WeightsError",
+    "call_arguments",
+    "demo_pipeline",
+    "figures",
+    "folders",
+    "load_pipeline",
+    "verify",
+    "write_manifest",
+]
+
+WEIGHTS = Path(__file__).parent / "weights"
+MANIFEST = "manifest.json"
+FIGURES = "figures.json"
+#: Classes of the embedded pipelines by kind; the others share the components of the first.
+PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline"}
+SHARED = WEIGHTS / "unet"
+
+
+class WeightsError(CachekitError):
+    """A file of an embedded model that is missing or damaged."""
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.json: the SHA-256 of every file of the model in `folder`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MANIFEST, FIGURES))
+    digests = {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps(digests, indent=1) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Check every file of the model in `folder` against its manifest.
+
+    Raises `WeightsError` at the first that is missing or differs.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"cannot read the manifest of the demo model {folder.name!r}: {error}") from None
+    for name, expected in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"the demo model {folder.name!r} lacks {name}: reinstall cachekit")
+        if _digest(path) != expected:
+            raise WeightsError(
+                f"the demo model {folder.name!r} is damaged: {name} has the wrong SHA-256, reinstall cachekit"
+            )
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / name).read_text())
+    return config
+
+
+def _fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
+    """Load half-precision weights into `module`, converted to `dtype`, and prepare it for inference."""
+    from safetensors.torch import load_file
+
+    weights = {name: value.to(dtype) for name, value in load_file(path).items()}
+    module.load_state_dict(weights, assign=True)
+    module.eval().requires_grad_(False)
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """Silence the hint of transformers, on import, that torchvision would be faster."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: Path = SHARED) -> Any:
+    """Check and load the pipeline in `folder`, by default in single precision.
+
+    A transformer's folder holds the transformer alone: text encoder, autoencoder and scheduler come from `shared`.
+    Raises `WeightsError` for a missing or damaged file.
+    """
+    import torch
+
+    verify(folder)
+    dtype = torch_dtype or torch.float32
+    if not (folder / "transformer").is_dir():
+        return _unet_pipeline(folder, dtype)
+    verify(shared)
+    return _transformer_pipeline(folder, shared, dtype)
+
+
+def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
+    with _without_hints():
+        from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
+    _fill(unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **checker)
+
+
+def _transformer_pipeline(folder: Path, shared: Path, dtype: torch.dtype) -> Any:
+    with _without_hints():
+        from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    transformer = PixArtTransformer2DModel.from_config(_config(folder, "transformer/config.json"))
+    _fill(transformer, folder / "transformer/diffusion_pytorch_model.safetensors", dtype)
+    return PixArtAlphaPipeline(transformer=transformer, **_shared_components(shared, dtype))
+
+
+def _shared_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Load all components but the denoiser."""
+    with _without_hints():
+        from diffusers import AutoencoderTiny
+        from diffusers import DPMSolverMultistepScheduler as Scheduler
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
+
+    vae = AutoencoderTiny.from_config(_config(folder, "vae/config.json"))
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_config(folder, "text_encoder/config.json")))
+    _fill(vae, folder / "vae/diffusion_pytorch_model.safetensors", dtype)
+    # transformers 4 wraps the network whose weights these are.
+    _fill(getattr(text_encoder, "text_model", text_encoder), folder / "text_encoder/model.safetensors", dtype)
+    return {
+        "vae": vae,
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        "scheduler": Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
+    }
+
+
+def folders(kind: str) -> tuple[Path, ...]:
+    """List the folders of a model: its own first, then the one of the components that it shares.
+
+    Raises `WeightsError` for an unknown kind.
+    """
+    if kind not in PIPELINES:
+        raise WeightsError(f"no demo model {kind!r}, there are: {', '.join(PIPELINES)}")
+    return tuple(dict.fromkeys((WEIGHTS / kind, SHARED)))
+
+
+def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) -> Any:
+    """Load one of the small text-to-image pipelines that come with cachekit: "unet", or "dit" for a transformer.
+
+        pipe = cachekit.demo_pipeline()
+        image = pipe("a large red circle top left on white").images[0]
+
+    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The transformer's
+    calls need `call_arguments(pipe)`, too. Raises `WeightsError` for an unknown kind or a damaged file.
+    """
+    return load_pipeline(folders(kind)[0], torch_dtype)
+
+
+def call_arguments(pipe: Any) -> dict[str, Any]:
+    """Choose the arguments that every call of an embedded pipeline needs: PixArt's defaults are for larger images."""
+    if "transformer" not in pipe.components:
+        return {}
+    length = pipe.tokenizer.model_max_length
+    return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": length}
+
+
+def figures(kind: str = "unet") -> dict[str, Any]:
+    """Read the figures measured on the shipped weights."""
+    return _config(folders(kind)[0], FIGURES)

@@ -1,0 +1,175 @@
+"""Load models from a folder, the hub or the package itself, and set their scheduler, precision and device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cachekit.errors import CachekitError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: The embedded models, by their names on the command line.
+DEMOS = {"demo": "unet", "demo-dit": "dit"}
+EMBEDDED = " or ".join(map(repr, DEMOS))
+DTYPES = ("float32", "float16", "bfloat16")
+#: Errors that diffusers raises for files that are missing, damaged or not what it expects.
+_DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError)
+
+
+class ModelError(CachekitError):
+    """A model that can't be found or read, or a setting that it doesn't take."""
+
+
+def denoiser_from_config(model: str) -> nn.Module:
+    """Build the denoiser of a model on the meta device; weights are neither read nor downloaded.
+
+    An embedded model is loaded with its weights. Raises `ModelError` as `pipeline_from_config` does.
+    """
+    from cachekit.upstream.pipelines import denoiser_of
+
+    return denoiser_of(pipeline_from_config(model))
+
+
+def pipeline_from_config(model: str) -> Any:
+    """Make a stand-in for a pipeline whose components are built on the meta device when they are accessed.
+
+    Where `model` is a denoiser without a pipeline, that is built instead; an embedded model is loaded with its weights.
+    Raises `ModelError` where there is no such model or diffusers lacks its class.
+    """
+    from diffusers import AutoModel, DiffusionPipeline
+
+    if model in DEMOS:
+        return pipeline(model)
+    try:
+        index = DiffusionPipeline.load_config(model)
+        # Errors name the class, so the stand-in's has the name of the pipeline's.
+        stand_in: Any = type(str(index["_class_name"]), (_ComponentsFromConfig,), {})
+    except _DAMAGED as error:
+        try:
+            alone = AutoModel.load_config(model)
+        except _DAMAGED:
+            raise _unreadable(model, error) from error
+        return _on_meta(model, alone)
+    return stand_in(model, index)
+
+
+def pipeline(model: str, **arguments: Any) -> Any:
+    """Load the pipeline in a folder or on the hub, or an embedded one; `arguments` go to `from_pretrained`.
+
+    Raises `ModelError` where it can't be read.
+    """
+    if model in DEMOS:
+        from cachekit.models.demo import demo_pipeline
+
+        return demo_pipeline(DEMOS[model], **arguments)
+    import diffusers
+
+    kind: Any = diffusers.DiffusionPipeline
+    try:
+        return kind.from_pretrained(model, **arguments)
+    except _DAMAGED as error:
+        raise _unreadable(model, error) from error
+
+
+def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
+    """Choose the arguments that every call of a loaded pipeline needs: none, except for some embedded models."""
+    if model not in DEMOS:
+        return {}
+    from cachekit.models.demo import call_arguments as embedded
+
+    return embedded(pipe)
+
+
+def precision(name: str | None) -> dict[str, Any]:
+    """Turn the name of a dtype into arguments for `from_pretrained`.
+
+    Raises `ModelError` for a name other than `DTYPES`.
+    """
+    import torch
+
+    if name is None:
+        return {}
+    if name not in DTYPES:
+        raise ModelError(f"unknown dtype {name!r}; allowed: {', '.join(DTYPES)}")
+    return {"torch_dtype": getattr(torch, name)}
+
+
+def scheduler_for(pipe: Any, name: str) -> Any:
+    """Make a scheduler with the settings of the pipeline's own; `name` may lack the suffix "Scheduler".
+
+    Raises `ModelError` where the pipeline doesn't take it.
+    """
+    known = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
+    kind = known.get(name) or known.get(f"{name}Scheduler")
+    if kind is None:
+        allowed = ", ".join(sorted(known))
+        raise ModelError(f"unknown scheduler {name!r}{nearest(name, known)}; {type(pipe).__name__} takes: {allowed}")
+    return kind.from_config(pipe.scheduler.config)
+
+
+def move(pipe: Any, device: str | None) -> None:
+    """Move a pipeline to `device`, by default to cuda where there is one.
+
+    Raises `ModelError` where the machine lacks the device.
+    """
+    import torch
+
+    try:
+        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+
+
+class _ComponentsFromConfig:
+    """A stand-in for a pipeline that builds each component from its config when it is accessed."""
+
+    def __init__(self, model: str, index: dict[str, Any]) -> None:
+        self._model = model
+        self._index = index
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along each side."""
+        channels = self.vae.config.get("block_out_channels")
+        if channels is None:
+            raise AttributeError("vae_scale_factor")
+        return int(2 ** (len(channels) - 1))
+
+    def __getattr__(self, name: str) -> Any:
+        from diffusers import AutoModel
+
+        entry = vars(self)["_index"].get(name)
+        if not isinstance(entry, (list, tuple)) or not entry or entry[0] is None:
+            raise AttributeError(name)
+        try:
+            config = AutoModel.load_config(self._model, subfolder=name)
+        except _DAMAGED as error:
+            raise _unreadable(self._model, error) from error
+        return _on_meta(self._model, config)
+
+
+def _on_meta(model: str, config: Any) -> nn.Module:
+    import diffusers
+    import torch
+
+    name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise ModelError(f"model {model!r}: diffusers has no class {name!r}; load it in Python")
+    try:
+        with torch.device("meta"):
+            denoiser: nn.Module = kind.from_config(config)
+    except _DAMAGED as error:
+        raise _unreadable(model, error) from error
+    return denoiser
+
+
+def _unreadable(model: str, error: Exception) -> ModelError:
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, (OSError, ValueError)):
+        reason = f"{type(error).__name__}: {reason}"
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        reason = "there is no such folder"
+    return ModelError(f"cannot read model {model!r}: {reason} (give a folder, a hub id, or {EMBEDDED})")

@@ -1,0 +1,78 @@
+"""Bind policies to targets, and refuse policies that collide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from cachekit.errors import ConflictError
+from cachekit.interface.policy import Policy
+from cachekit.interface.sites import Kind, Target
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One policy on one target of a denoiser; its index in a plan's `assignments` stands for it elsewhere.
+
+    `denoiser` is the name of the denoiser within its pipeline. It is empty at the guidance site, which all denoisers
+    of a pipeline share, and for a denoiser without a pipeline.
+    """
+
+    policy: Policy
+    target: Target
+    denoiser: str = ""
+
+    @property
+    def is_guidance(self) -> bool:
+        """Whether the target is the guidance site."""
+        return self.target.kind is Kind.GUIDANCE
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the target is a block or a region, with sites inside."""
+        return self.target.kind is Kind.BLOCK
+
+    def covers(self, other: Assignment) -> bool:
+        """Whether the other target lies inside this block or region, and so doesn't run on a step that reuses it."""
+        if not self.is_block or other.is_guidance or self.denoiser != other.denoiser:
+            return False
+        return self.target.covers(other.target.exit)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
+        """Hand out the assignment itself: it is immutable, and copies of a model share it."""
+        return self
+
+
+def assign(chosen: Iterable[tuple[Policy, str, Sequence[Target]]]) -> tuple[Assignment, ...]:
+    """Bind each policy to the targets that it selected in a denoiser: triples (policy, denoiser, targets).
+
+    Several policies may share the guidance site. Raises `ConflictError` where two of them would write the same
+    target, or blocks or regions of which one lies inside the other.
+    """
+    found: list[Assignment] = []
+    for policy, denoiser, targets in chosen:
+        for target in targets:
+            is_guidance = target.kind is Kind.GUIDANCE
+            if is_guidance and any(other.policy is policy and other.target is target for other in found):
+                continue
+            bound = Assignment(policy, target, "" if is_guidance else denoiser)
+            _refuse_clash(bound, found)
+            found.append(bound)
+    return tuple(found)
+
+
+def _refuse_clash(bound: Assignment, found: Iterable[Assignment]) -> None:
+    for other in found:
+        if other.policy is not bound.policy and _clash(bound, other):
+            raise ConflictError(
+                f"{str(other.policy)!r} and {str(bound.policy)!r} would both write {bound.target.name!r};"
+                " apply one of them"
+            )
+
+
+def _clash(one: Assignment, other: Assignment) -> bool:
+    if one.is_guidance or other.is_guidance or one.denoiser != other.denoiser:
+        return False
+    if one.is_block and other.is_block:
+        return one.covers(other) or other.covers(one)
+    return one.target.name == other.target.name

@@ -1,0 +1,1 @@
+"""Plugins: hooks, discovery, and the catalog of policies and adapters."""

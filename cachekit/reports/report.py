@@ -1,0 +1,192 @@
+"""Report what a run computed, stored, reused and missed, and what that saved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from cachekit.errors import CostError
+from cachekit.interface.policy import Action
+from cachekit.planning.assignments import Assignment
+from cachekit.reports.record import Cost, Record
+
+
+@dataclass(frozen=True)
+class Count:
+    """How often one policy took each action at one kind of site.
+
+    Calls of modules are counted, and calls of the denoiser for guidance. A `missed` reuse found nothing kept; it is
+    counted as `stored` too.
+    """
+
+    policy: str
+    kind: str
+    #: How many places of this kind the policy acts on.
+    targets: int
+    computed: int
+    stored: int
+    reused: int
+    missed: int
+
+    def __str__(self) -> str:
+        """Format the counts as a line of a report."""
+        return (
+            f"{self.policy} {self.kind} x {self.targets}: computed {self.computed}, stored {self.stored},"
+            f" reused {self.reused}, missed {self.missed}"
+        )
+
+
+class Report:
+    """Figures of one run; `str(report)` is a summary.
+
+    MACs are counted when they are first asked for, by repeating the run's distinct calls on the meta device.
+    """
+
+    def __init__(self, assignments: Sequence[Assignment], record: Record, cost: Callable[[Record], Cost]) -> None:
+        """Report on `record`; `cost` counts its MACs on demand."""
+        self.record = record
+        self._assignments = assignments
+        self._cost = cost
+        #: Reports of runs that ended before this one in the same call of a pipeline, such as a prior's.
+        self.earlier: tuple[Report, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Steps that the run reached."""
+        return len(self.record.rows)
+
+    @property
+    def calls(self) -> int:
+        """Calls of the denoiser."""
+        return len(self.record.calls)
+
+    @property
+    def policies(self) -> list[str]:
+        """Names of the policies."""
+        return list(dict.fromkeys(bound.policy.name for bound in self._assignments))
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Numbers and texts among the arguments of the pipeline's call; empty for a bare loop."""
+        return self.record.arguments
+
+    @property
+    def cache_bytes(self) -> int:
+        """Most bytes kept at once."""
+        return self.record.peak_bytes
+
+    @property
+    def deciding_seconds(self) -> float:
+        """Seconds spent in finding steps, composing rows and observing."""
+        return self.record.deciding_seconds
+
+    @property
+    def traces(self) -> dict[str, list[Any]]:
+        """What observing policies recorded, by name of the policy."""
+        return self.record.traces
+
+    @cached_property
+    def cost(self) -> Cost:
+        """MACs of the run, and of the same calls without policies.
+
+        Raises `CostError` where the denoiser doesn't run on the meta device.
+        """
+        return self._cost(self.record)
+
+    @property
+    def macs(self) -> int:
+        """MACs of the Linear and convolution layers that ran."""
+        return self.cost.macs
+
+    @property
+    def baseline_macs(self) -> int:
+        """MACs of the same calls without policies."""
+        return self.cost.baseline_macs
+
+    @property
+    def counts(self) -> list[Count]:
+        """Counts of actions by policy and kind of site."""
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for index, bound in enumerate(self._assignments):
+            groups[str(bound.policy), str(bound.target.kind)].append(index)
+        return [self._count(policy, kind, group) for (policy, kind), group in groups.items()]
+
+    def _count(self, policy: str, kind: str, group: list[int]) -> Count:
+        def total(action: Action) -> int:
+            return sum(self.record.counts[index][action] for index in group)
+
+        missed = sum(self.record.missed[index] for index in group)
+        numbers = (total(Action.COMPUTE), total(Action.STORE), total(Action.REUSE), missed)
+        return Count(policy, kind, len(group), *numbers)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each policy that never reused anything, and for each whose outputs could not be kept."""
+        reused: dict[str, int] = defaultdict(int)
+        for count in (count for report in (*self.earlier, self) for count in report.counts):
+            reused[count.policy] += count.reused
+        idle = (policy for policy, total in reused.items() if not total)
+        never = [f"{policy} never fired in this run of {self.steps} {self._guided} steps" for policy in idle]
+        return [*never, *self._discarded()]
+
+    def _discarded(self) -> Iterator[str]:
+        places: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for policy, step, reason in self.record.discarded:
+            places[policy, reason].append(step)
+        for (policy, reason), steps in places.items():
+            outputs, were = ("1 output", "was") if len(steps) == 1 else (f"{len(steps)} outputs", "were")
+            yield f"{policy}: {outputs} at {_range(steps)} {were} {reason} and {were} not kept: computed instead"
+
+    @property
+    def _guided(self) -> str:
+        return "guided" if self.record.guided else "unguided"
+
+    @property
+    def dropped(self) -> list[tuple[str, str]]:
+        """Spec and target's name of each place that `max_cache_bytes` left uncached."""
+        indices = sorted(self.record.fit.dropped) if self.record.fit else []
+        return [(str(self._assignments[i].policy), self._assignments[i].target.name) for i in indices]
+
+    @property
+    def needed_bytes(self) -> int:
+        """Most bytes that the run would have kept at once without `max_cache_bytes`, as planned."""
+        fit = self.record.fit
+        return fit.needed if fit and fit.needed else self.cache_bytes
+
+    def _budget_lines(self) -> list[str]:
+        counts: dict[tuple[str, str], int] = defaultdict(int)
+        for index in self.record.fit.dropped if self.record.fit else ():
+            counts[str(self._assignments[index].policy), str(self._assignments[index].target.kind)] += 1
+        if not counts:
+            return []
+        dropped = ", ".join(f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items()))
+        return [f"without the limit {self.needed_bytes:,} bytes; computed to save bytes: {dropped}"]
+
+    def _cost_line(self) -> str:
+        try:
+            cost = self.cost
+        except CostError as error:
+            return f"MACs unknown: {error}"
+        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x fewer)"
+
+    def __str__(self) -> str:
+        """Summarise the run, with the reports of `earlier` runs first."""
+        lines = [line for report in self.earlier for line in (str(report), "")]
+        lines += [
+            f"steps {self.steps}, denoiser calls {self.calls}, {self._guided}",
+            self._cost_line(),
+            f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
+        ]
+        lines += self._budget_lines()
+        if self.record.shortened:
+            lines.append(f"ControlNet: {self.record.shortened} calls left out what would have been thrown away")
+        lines += map(str, self.counts)
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def _range(steps: Sequence[int]) -> str:
+    first, last = min(steps), max(steps)
+    return f"step {first}" if first == last else f"steps {first} to {last}"

@@ -1,0 +1,217 @@
+"""Everything that lives as long as one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from cachekit.interface.adapter import Layout
+from cachekit.interface.policy import OPEN, Action, Moment
+from cachekit.interface.sites import Region
+from cachekit.planning.assignments import Assignment
+from cachekit.planning.composer import Composer
+from cachekit.planning.plan import Plan
+from cachekit.planning.row import Cell, Row
+from cachekit.reports.record import Record
+from cachekit.runs.branches import BranchCalls
+from cachekit.runs.call import Call
+from cachekit.runs.clock import Clock, Mark
+from cachekit.runs.keeping import Keeper, Voting
+from cachekit.runs.store import Store
+from cachekit.runs.voting import Vote
+
+
+class Run:
+    """One run: its rows so far, the branches of its calls, and what it keeps.
+
+    `images` is the number of images of each branch; `guidance_state` is what the pipeline showed of its guidance in
+    the last call.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        layout: Layout,
+        steps: int,
+        images: int,
+        *,
+        clock: Clock | None = None,
+        store: Store | None = None,
+        vote: Voting | None = None,
+        is_named: bool = False,
+    ) -> None:
+        """Begin before the first row of `plan`, in an empty store and alone unless others are given."""
+        self.plan = plan
+        self.images = images
+        self.clock = clock or Clock(exact=True)
+        self.record = _record(plan.assignments, layout, steps, self.clock.exact)
+        self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record)
+        self.calls = BranchCalls(layout, is_named)
+        assignments = list(enumerate(plan.assignments))
+        self.guidance = [index for index, bound in assignments if bound.is_guidance]
+        self._blocks = [index for index, bound in assignments if bound.is_block]
+        self._sites = [index for index, bound in assignments if not bound.is_guidance]
+        self._composer = None if plan.is_static else Composer(plan.assignments, steps, layout, plan.dropped)
+        self.guidance_state: tuple[Any, ...] = ()
+        self._kinds: dict[str, tuple[Any, ...]] = {}
+
+    @property
+    def layout(self) -> Layout:
+        """How the branches of the present step reach the denoisers."""
+        return self.calls.layout
+
+    # -- rows ---------------------------------------------------------------------------------------------
+
+    def row(self, step: int) -> Row:
+        """Get the row of `step`, after those not yet reached."""
+        rows = self.record.rows
+        while len(rows) <= step:
+            self.enter(self._next_row(len(rows)))
+        return rows[step]
+
+    def enter(self, row: Row) -> None:
+        """Begin a step: convert what is kept to its branches, and drop what nothing reads any more."""
+        rows = self.record.rows
+        self.keeper.enter(row, rows[-1] if rows else None)
+        if self._composer is None and row.step < len(self.plan.rows):
+            self.keeper.store.drop_all(self.plan.unread[row.step])
+        rows.append(row)
+
+    def _next_row(self, step: int) -> Row:
+        if self._composer is None and step < len(self.plan.rows):
+            return self.plan.rows[step]
+        return self._composing().row(step, self._decide)
+
+    def _composing(self) -> Composer:
+        """Get the composer, which goes on where the plan's rows were left."""
+        if self._composer is None:
+            plan = self.plan
+            self._composer = Composer(plan.assignments, self.record.steps, self.layout, plan.dropped)
+            for step in range(len(self.record.rows)):
+                self._composer.row(step, self._decide)
+        return self._composer
+
+    def _decide(self, bound: Assignment, at: Moment) -> Cell:
+        if isinstance(bound.target, Region) and bound.target.probe:
+            return OPEN
+        memory = self.keeper.memories.of(bound.policy.name)
+        return self.keeper.vote(bound.policy.decide(bound.target, at, memory))
+
+    # -- branches and batch -------------------------------------------------------------------------------
+
+    def serves(self, batch: int) -> bool:
+        """Whether a call's batch is that of its step's first call; an odd one out runs uncached."""
+        return self.clock.call == 0 or batch == self.images * self.calls.together
+
+    def follow_batch(self, denoiser: str, sample: Tensor, mode: Any) -> None:
+        """Follow a batch that changes in the middle of a run: guidance cut by the pipeline, or new shapes.
+
+        Two denoisers that take turns may have shapes of their own. `mode` distinguishes calls that write keys and
+        values, which are for more tokens than those that read them.
+        """
+        images = sample.shape[0] // self.calls.together
+        kind = (sample.shape[1:], sample.dtype, sample.device, mode)
+        if (images, kind) != (self.images, self._kinds.get(denoiser, kind)):
+            if self.calls.together > 1 and sample.shape[0] == self.images:
+                self._change_layout(self.layout.alone)
+                return
+            self.keeper.clear()
+        self.images, self._kinds[denoiser] = images, kind
+
+    def _change_layout(self, layout: Layout) -> Composer:
+        composer = self._composing()
+        self.calls.layout = composer.layout = layout
+        return composer
+
+    def _take_as_alone(self) -> None:
+        """Go on as if the one branch had been all from the beginning: none is dropped, so nothing is stale."""
+        layout = self.calls.take_as_alone()
+        self._change_layout(layout).branches = layout.order
+        self.record.layout = layout
+        self.record.rows = [replace(row, branches=layout.order) for row in self.record.rows]
+
+    # -- steps and calls ----------------------------------------------------------------------------------
+
+    def pass_by(self, mark: Mark) -> None:
+        """Count the uncached steps before the call at `mark`, and drop what they would have kept anew."""
+        for passed in self.clock.left_behind(mark):
+            self.clock.tick(passed)
+            self._begin_step()
+            self.keeper.skip(self.row(self.clock.step), self.guidance)
+
+    def tick(self, mark: Mark) -> None:
+        """Advance the clock to the call at `mark`."""
+        self.pass_by(mark)
+        self.clock.tick(mark)
+
+    def begin_call(self, denoiser: str, context: str | None, batch: int) -> Call:
+        """Begin the call that the clock is at; `context` is the pipeline's name for it.
+
+        Whatever has nothing to reuse keeps instead: blocks, and every site in a denoiser's first call where the run
+        has begun without it (two denoisers may share one loop).
+        """
+        if self.calls.only_first_called(self.clock):
+            self._take_as_alone()
+        self._begin_step()
+        self.calls.expect_guidance(context)
+        step, caller = self.clock.step, (denoiser, self.calls.branch_of(self.clock.call, context))
+        is_late = step > 0 and caller not in self.calls.seen
+        self.keeper.drop_not_finite(len(self.record.rows) - 1)
+        call = Call(self.keeper, self.calls, self.row(step), caller, batch, self.calls.number(caller))
+        if call.needs_lost:
+            call.widen()
+        if not call.is_dropped:
+            self._store_what_is_not_kept(call, is_late)
+        return call
+
+    def _begin_step(self) -> None:
+        """Begin a step where the clock is at its first call."""
+        if self.clock.call:
+            return
+        layout = self.calls.begin_step()
+        if layout is not None:
+            self._change_layout(layout)
+            self.record.layout = layout
+
+    def _store_what_is_not_kept(self, call: Call, is_late: bool) -> None:
+        for index in self._sites if is_late else self._blocks:
+            is_here = self.plan.assignments[index].denoiser == call.denoiser
+            if is_here and call.actions[index] is Action.REUSE and not call.keeps(index):
+                if not is_late:
+                    call.miss(index)
+                call.actions[index] = Action.STORE
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one denoiser makes all calls, each for all branches."""
+        return len(self.calls.seen) == 1
+
+    def foresee(self, step: int, batch: int) -> Call | None:
+        """Plan the call of the next step before it is made; None where something lost may change it."""
+        (caller,) = self.calls.seen
+        self.keeper.drop_not_finite(len(self.record.rows) - 1)
+        call = Call(self.keeper, self.calls, self.row(step), caller, batch)
+        return None if call.needs_lost else call
+
+    # -- the end ------------------------------------------------------------------------------------------
+
+    def finish(self) -> Record:
+        """Complete the record."""
+        self.record.peak_bytes = self.keeper.store.peak_bytes
+        self.record.traces = self.keeper.memories.traces()
+        return self.record
+
+    def forget(self) -> None:
+        """Drop every tensor, even where the frames of an exception hold this run."""
+        self.keeper.forget()
+        self.calls.outputs.clear()
+
+
+def _record(assignments: Sequence[Assignment], layout: Layout, steps: int, exact: bool) -> Record:
+    record = Record(steps, layout, exact)
+    record.counts = [dict.fromkeys(Action, 0) for _ in assignments]
+    record.missed = [0] * len(assignments)
+    return record

@@ -1,0 +1,1 @@
+"""Intercept the calls of a denoiser's modules, and skip them."""

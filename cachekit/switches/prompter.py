@@ -1,0 +1,101 @@
+"""Support for torch.compile: give each switch its instruction before a call, collect outputs after it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from cachekit.interface.policy import Action
+from cachekit.switches.instructions import Instruction, RegionInputs, instruct
+from cachekit.upstream.compiling import holds_compiled, keep_graphs
+
+if TYPE_CHECKING:
+    from cachekit.runs.call import Call
+    from cachekit.switches.switch import Switch
+
+#: The combinations of orders that each module was ever called with.
+_MODES: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictionary()
+
+
+class Prompter:
+    """Gives the switches of one denoiser their instructions, where some of them lie in compiled code.
+
+    Compiled code can neither count nor look anything up: it would be compiled anew for whatever it read. So each
+    switch there reads one order of its own, and hands out or sets aside tensors. As the switches belong to the
+    denoiser, calls of several threads take turns.
+    """
+
+    def __init__(self, module: nn.Module, switches: Sequence[Switch]) -> None:
+        """Serve the `switches` of `module`."""
+        self._module = module
+        # A module that is skipped skips those within, which then need no instruction: it comes before them.
+        self._switches = sorted(switches, key=lambda switch: switch.name.count("."))
+        self._around = {
+            switch.name: [other for other in switches if switch.name.startswith(other.name + ".")]
+            for switch in switches
+        }
+        self._lock = threading.RLock()
+        self._holds_compiled = False
+
+    def find_compiled(self, modules: Iterable[nn.Module]) -> None:
+        """Find out whether any of these, the denoiser's modules, was compiled since the last time."""
+        self._holds_compiled = any(map(holds_compiled, modules))
+
+    def is_idle(self, enclosed: bool) -> bool:
+        """Whether no compiled code takes part in a call; `enclosed` means that the whole call is being compiled."""
+        return not self._holds_compiled and not enclosed
+
+    @contextlib.contextmanager
+    def call(self, call: Call | None) -> Iterator[None]:
+        """Instruct the switches for `call`, within which nothing is cached if it is None, and collect their outputs."""
+        with self._lock:
+            try:
+                regions = self._instruct(call)
+                self._make_room()
+                yield
+                if call is not None:
+                    self._collect(call, regions)
+            finally:
+                for switch in self._switches:
+                    switch.instruction = None
+
+    def _instruct(self, call: Call | None) -> Mapping[int, RegionInputs]:
+        regions: defaultdict[int, RegionInputs] = defaultdict(RegionInputs)
+        skipped = set()
+        for switch in self._switches:
+            if any(other.name in skipped for other in self._around[switch.name]):
+                skipped.add(switch.name)
+                continue
+            switch.instruction = instruct(switch.assigned, call, regions)
+            if switch.instruction is not None and switch.instruction.skips:
+                skipped.add(switch.name)
+        return regions
+
+    def _make_room(self) -> None:
+        """Have torch keep as many graphs as it did without cachekit for each combination of orders ever seen.
+
+        The graphs stay when the attachment is removed, and so does the room for them.
+        """
+        modes = _MODES.setdefault(self._module, {None})
+        modes.add(tuple((switch.name, _order_of(switch.instruction)) for switch in self._switches))
+        keep_graphs(len(modes))
+
+    def _collect(self, call: Call, regions: Mapping[int, RegionInputs]) -> None:
+        for index, region in regions.items():
+            if call.actions[index] is Action.STORE:
+                # Compiled code may use the memory of its own tensors again.
+                call.entries[index] = tuple(map(torch.clone, region.streams))
+        for switch in self._switches:
+            if switch.instruction is not None:
+                switch.instruction.report(switch.assigned, call)
+
+
+def _order_of(instruction: Instruction | None) -> Any:
+    return None if instruction is None else instruction.order

@@ -1,0 +1,1 @@
+"""Facts about torch and diffusers, and nothing else."""

@@ -1,0 +1,109 @@
+"""Recognise diffusers' attention and feed-forward modules by structure, for the adapter of any model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from cachekit.interface.sites import Kind, Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Names that blocks give their feed-forward module where its class is not a `FeedForward`.
+_FEED_FORWARD = ("ff", "ffn", "mlp", "feed_forward")
+#: Projections that make queries of the context, so that it attends too and has an output of its own.
+_QUERIES_OF_CONTEXT = ("add_q_proj", "to_q_t", "to_added_qkv", "txt_attn_qkv")
+#: Denoisers that build self-attention as cross-attention over its own width.
+_SELF_ATTENTION_BY_WIDTH = ("Kandinsky3UNet", "OmniGenTransformer2DModel")
+
+
+def module_sites(denoiser: nn.Module) -> Iterator[Site]:
+    """Find the attention and feed-forward modules of a denoiser: a site for each, in the order of `named_modules`.
+
+    Modules that only contain an attention, and those whose output is more than the attention itself, are left out.
+
+    >>> from diffusers.models.attention import BasicTransformerBlock
+    >>> block = BasicTransformerBlock(8, 2, 4, cross_attention_dim=8)
+    >>> {site.name: str(site.kind) for site in module_sites(block)}
+    {'attn1': 'self_attention', 'attn2': 'cross_attention', 'ff': 'feed_forward'}
+    """
+    by_width = type(denoiser).__name__ in _SELF_ATTENTION_BY_WIDTH
+    modules = dict(denoiser.named_modules())
+    outer = Site("", Kind.FEED_FORWARD)
+    for name, module in modules.items():
+        kind = _kind_of(module, name)
+        if kind is None and _is_named_feed_forward(name, modules):
+            kind = Kind.FEED_FORWARD
+        if kind is None or outer.covers(name):  # an expert within a mixture of feed-forwards
+            continue
+        if by_width and kind is Kind.CROSS_ATTENTION and _reads_its_own_width(module):
+            kind = Kind.SELF_ATTENTION
+        site = Site(name, kind)
+        outer = site if kind is Kind.FEED_FORWARD else outer
+        yield site
+
+
+def attends(module: nn.Module) -> bool:
+    """Whether a module computes attention, alone or together with something else, such as a feed-forward.
+
+    It does if it has a query projection and a processor, or is declared as attention by diffusers' mixin.
+    """
+    from diffusers.models.attention import AttentionModuleMixin
+
+    return hasattr(module, "processor") and (_has_query(module) or isinstance(module, AttentionModuleMixin))
+
+
+def _kind_of(module: nn.Module, name: str) -> Kind | None:
+    """Classify an attention or feed-forward module; None for any other.
+
+    `name` helps where one class serves for self- and cross-attention alike and keeps no flag for it.
+    """
+    if "FeedForward" in type(module).__name__:
+        return Kind.FEED_FORWARD
+    if not _is_attention(module):
+        return None
+    if _queries_context(module):
+        return Kind.JOINT_ATTENTION
+    return Kind.CROSS_ATTENTION if _is_cross_attention(module, name) else Kind.SELF_ATTENTION
+
+
+def _is_attention(module: Any) -> bool:
+    """Whether a module's output is the attention alone.
+
+    The old attention blocks between convolutions add their input to it, others fuse a feed-forward with it.
+    """
+    adds_input = getattr(module, "residual_connection", False) or getattr(module, "group_norm", None) is not None
+    return attends(module) and not adds_input and not _feeds_forward(module)
+
+
+def _has_query(module: Any) -> bool:
+    return any(hasattr(module, name) for name in ("to_q", "to_qkv", "to_query"))
+
+
+def _feeds_forward(module: nn.Module) -> bool:
+    """Whether an attention is fused with a feed-forward: its output is the sum or concatenation of both."""
+    return any("mlp" in name for name, _ in module.named_children())
+
+
+def _queries_context(module: Any) -> bool:
+    """Whether the context has queries too, as in joint attention; keys and values alone are cross-attention."""
+    return any(getattr(module, name, None) is not None for name in _QUERIES_OF_CONTEXT)
+
+
+def _is_cross_attention(module: Any, name: str) -> bool:
+    flag = getattr(module, "is_cross_attention", None)
+    if isinstance(flag, bool):
+        return flag
+    leaf = name.rpartition(".")[2]
+    return leaf.endswith("attn2") or "cross" in leaf or "Cross" in type(module).__name__
+
+
+def _reads_its_own_width(module: Any) -> bool:
+    return bool(module.cross_attention_dim == module.query_dim)
+
+
+def _is_named_feed_forward(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether a module has a feed-forward's name and is the sibling of an attention, as in a block."""
+    parent, _, leaf = name.rpartition(".")
+    return leaf in _FEED_FORWARD and any(_is_attention(sibling) for sibling in modules[parent].children())

@@ -1,0 +1,91 @@
+"""What diffusers pipelines show of their guidance: properties, call arguments and attention processors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from cachekit.upstream.arguments import PAIR
+from cachekit.upstream.modules import modules_by_name
+
+#: Pipelines whose own property is False whatever they are given.
+_SILENT = ("StableDiffusionPanoramaPipeline",)
+#: Arguments of guidance that has a branch beside the two.
+_THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
+#: Properties of a pipeline that its batch depends on, and that may change from step to step.
+_STATE = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
+#: Arguments that make attention be read in each step, and what to do about them.
+_READ_ATTENTION = {
+    "sag_scale": "self-attention guidance reads the attention of every step; set sag_scale=0",
+    "use_cross_attn_mask": "its masks are made of every step's attention; set use_cross_attn_mask and"
+    " use_intersect_mask to False",
+    "use_intersect_mask": "its masks are made of every step's attention; set use_cross_attn_mask and"
+    " use_intersect_mask to False",
+}
+
+
+def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module, context: str | None) -> bool | None:
+    """Whether the pipeline's present run is guided; None where that is open.
+
+    The pipeline's own property is right from the first denoiser call on. Without one, a call that is named after a
+    branch (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
+    embedding; true guidance beside it, or guidance by an image, mean more than one; anything else means one.
+    """
+    if type(pipe).__name__ in _SILENT:
+        return _above(1, arguments, "guidance_scale")
+    told = getattr(pipe, "do_classifier_free_guidance", None)
+    if told is not None:
+        return bool(told)
+    if context in PAIR:
+        return None
+    if has_true_guidance(arguments):
+        return True
+    embedded = (getattr(denoiser, "config", None) or {}).get("guidance_embeds")
+    scales = [name for name in arguments if name.endswith("guidance_scale")]  # of a prior and a decoder
+    own = ["guidance_scale"] if "guidance_scale" in scales else scales
+    if embedded or not any(_above(1, arguments, name) for name in own):
+        return False
+    return True if any(name in arguments for name in _THIRD_BRANCH) else None
+
+
+def has_true_guidance(arguments: Mapping[str, Any]) -> bool:
+    """Whether a pipeline's arguments ask for guidance beside an embedded scale."""
+    negative = any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds"))
+    return negative and _above(1, arguments, "true_cfg_scale")
+
+
+def guidance_properties(pipe: Any) -> tuple[str, ...]:
+    """List the properties by which a running pipeline shows its guidance; a callback may change their values."""
+    return tuple(name for name in _STATE if hasattr(type(pipe), name) or name in vars(pipe))
+
+
+def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
+    """Whether attention is perturbed for a branch: by the running pipeline, or by processors in a bare loop."""
+    told = getattr(pipe, "do_perturbed_attention_guidance", None)
+    if told is not None:
+        return bool(told)
+    processors = (vars(module).get("processor") for module in modules_by_name(denoiser).values())
+    return any(type(processor).__name__.startswith("PAG") for processor in processors)
+
+
+def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module) -> bool:
+    """Whether a call of `pipe` that is about to begin will add a perturbed branch to two others, as far as is known."""
+    guided = _above(1, arguments, "guidance_scale") and not _embeds_scale(denoiser)
+    return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
+
+
+def reads_attention(arguments: Mapping[str, Any]) -> str:
+    """Why a pipeline call with these arguments reads the attention of every step, with the cure; "" if it does not."""
+    return next((reason for name, reason in _READ_ATTENTION.items() if (arguments.get(name) or 0) > 0), "")
+
+
+def _embeds_scale(denoiser: nn.Module) -> bool:
+    """Whether a distilled denoiser takes the guidance scale as an embedding."""
+    return (getattr(denoiser, "config", None) or {}).get("time_cond_proj_dim") is not None
+
+
+def _above(bound: float, arguments: Mapping[str, Any], name: str) -> bool:
+    scale = arguments.get(name)
+    return isinstance(scale, (int, float)) and scale > bound

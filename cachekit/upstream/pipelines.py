@@ -1,0 +1,94 @@
+"""Inspect diffusers pipelines: their denoisers, their ControlNets, and the arguments of their calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from cachekit.errors import AdapterError
+from cachekit.upstream.compiling import without_compiler
+
+#: Attributes in which pipelines hold denoisers: together in one loop, or one loop after the other.
+_DENOISERS = ("unet", "transformer", "transformer_2", "image_unet", "unconditional_transformer")
+#: Attributes of pipelines in stages, each with a loop of its own; looked at where there is none of the above.
+_STAGES = ("prior", "decoder", "prior_prior")
+
+
+def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
+    """Find the denoisers of a pipeline, by the names of its attributes; a bare module is one with an empty name.
+
+    Where torch has compiled a denoiser, it is the module that was compiled. Raises `AdapterError` where there is none.
+    """
+    if isinstance(pipe, nn.Module):
+        return {"": without_compiler(pipe)}
+    found = _denoisers(pipe)
+    if not found:
+        looked_for = ", ".join((*_DENOISERS, *_STAGES))
+        raise AdapterError(f"{type(pipe).__name__} has no denoiser: looked for {looked_for}; give a diffusers pipeline")
+    return found
+
+
+def denoiser_of(pipe: Any) -> nn.Module:
+    """Find the first denoiser of a pipeline; otherwise as `denoisers_of`."""
+    return next(iter(denoisers_of(pipe).values()))
+
+
+def with_inner(pipe: Any) -> Iterator[Any]:
+    """Yield a pipeline and the pipelines that it calls, such as the prior and the decoder of a combined one."""
+    yield pipe
+    for value in list(vars(pipe).values()):
+        if hasattr(value, "register_modules") and _denoisers(value):
+            yield value
+
+
+def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
+    """Yield each ControlNet of a pipeline, whose residuals its denoiser adds; one that joins several is taken apart."""
+    found = getattr(pipe, "controlnet", None)
+    if isinstance(found, nn.Module):
+        yield from getattr(found, "nets", [found])
+
+
+def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
+    """Whether attention is perturbed for one branch: as the pipeline states, or by the processors in a bare loop."""
+    stated = getattr(pipe, "do_perturbed_attention_guidance", None)
+    if stated is not None:
+        return bool(stated)
+    processors = getattr(denoiser, "attn_processors", {}).values()
+    return any(type(processor).__name__.startswith("PAG") for processor in processors)
+
+
+def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a pipeline's call, defaults included; none for a call that the pipeline will refuse."""
+    signature = inspect.signature(type(pipe).__call__)
+    try:
+        bound = signature.bind_partial(pipe, *args, **kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name)
+    return arguments
+
+
+def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Select the arguments that a report may hold on to: numbers, texts and lists of texts."""
+    plain = (str, int, float, bool)
+    return {
+        name: value
+        for name, value in arguments.items()
+        if isinstance(value, plain) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+    }
+
+
+def _denoisers(pipe: Any) -> dict[str, nn.Module]:
+    return _modules(pipe, _DENOISERS) or _modules(pipe, _STAGES)
+
+
+def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    present = {name: getattr(pipe, name, None) for name in names}
+    return {name: without_compiler(module) for name, module in present.items() if isinstance(module, nn.Module)}

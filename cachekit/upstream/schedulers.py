@@ -1,0 +1,60 @@
+"""Inspect diffusers schedulers: timestep tables and step indices.
+
+Pipelines take timesteps out of their scheduler's table by indexing, so a timestep is usually a view of one entry, and
+its storage is the table's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+#: Number of steps to plan where nothing gives one; a longer run lengthens its plan.
+_UNKNOWN_STEPS = 100
+
+
+def is_entry(timestep: Tensor) -> bool:
+    """Whether a tensor is a view of a single entry of a longer table, expanded over the batch or not."""
+    strides = zip(timestep.shape, timestep.stride())
+    one_place = not timestep.dim() or all(size == 1 or stride == 0 for size, stride in strides)
+    return one_place and not timestep.is_meta and _table_length(timestep) > 1
+
+
+def shares_table(timestep: Any, scheduler: Any) -> bool:
+    """Whether a timestep is a view of this scheduler's table."""
+    table = getattr(scheduler, "timesteps", None)
+    if not (isinstance(table, Tensor) and isinstance(timestep, Tensor)) or table.device != timestep.device:
+        return False
+    return bool(timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr())
+
+
+def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
+    """Count the iterations of the loop whose first timestep is given; 100 where nothing gives their number.
+
+    The pipeline's own count comes first, because image-to-image shortens the loop, then the timestep's place in its
+    table, then the length of the scheduler's table.
+    """
+    counted = getattr(pipe, "_num_timesteps", None)
+    if isinstance(counted, int):
+        return counted
+    if isinstance(timestep, Tensor) and is_entry(timestep):
+        return _table_length(timestep) - int(timestep.storage_offset())
+    table = getattr(scheduler, "timesteps", None)
+    return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN_STEPS
+
+
+def step_index(scheduler: Any) -> int | None:
+    """Read the scheduler's own step index; None before its loop begins."""
+    index = getattr(scheduler, "_step_index", None)
+    return index if isinstance(index, int) else None
+
+
+def scheduler_of(pipe: Any) -> Any:
+    """Get a pipeline's scheduler, or None."""
+    return getattr(pipe, "scheduler", None)
+
+
+def _table_length(timestep: Tensor) -> int:
+    """Count the entries of the table that a timestep is a view of."""
+    return int(timestep.untyped_storage().nbytes() // timestep.element_size())

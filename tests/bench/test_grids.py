@@ -1,0 +1,398 @@
+"""`cachekit bench grid`: grids, resumed and merged results, baselines, peers and executors, on tiny pipelines."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from support import commands, tiny
+
+import cachekit
+from cachekit.bench.cells import BenchError, Method, Setting, expand
+from cachekit.bench.executors import executor
+from cachekit.bench.figures import FIGURES
+from cachekit.bench.frechet import distance, gaussian_stats
+from cachekit.bench.results import Results, read
+from cachekit.bench.suite import Suite, fitting
+from cachekit.bench.summary import groups
+from cachekit.bench.tables import texts
+from cachekit.bench.workbench import measure
+
+STORED = Path(__file__).parents[2] / "benchmarks" / "results"
+GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
+SMALL = ["--steps", "4", "--threads", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Save a pipeline without text encoder: its text is drawn at random, caption by caption."""
+    folder = tmp_path_factory.mktemp("sd")
+    tiny.sd().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("captions") / "captions.txt"
+    file.write_text('a red cat\n\n<script>alert(1)</script> \u2028 & "so on"\n')
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def measured(folder, captions, tmp_path_factory):
+    """Return the file of one whole run, published packages included."""
+    file = tmp_path_factory.mktemp("results") / "bench.jsonl"
+    printed(folder, *GRID, *SMALL, "--captions", captions, "--output", file)
+    return file
+
+
+run, printed = (functools.partial(command, "bench", "grid") for command in (commands.run, commands.printed))
+
+
+def refused(*arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def cells(file):
+    return [result.cell for result in read(file)[0]]
+
+
+# -- grids ------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_alternatives():
+    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], cachekit.policies())
+    assert [sorted(map(str, made)) for made in found] == [
+        ["deepcache:interval=2", "tgate:m=3"],
+        ["deepcache", "tgate:m=3"],
+        ["deepcache:interval=2", "tgate:m=5"],
+        ["deepcache", "tgate:m=5"],
+        ["tgate:m=3"],
+    ]
+
+
+def test_equal_compositions_are_measured_once():
+    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], cachekit.policies())
+    assert len(found) == 2
+
+
+# -- what is measured -------------------------------------------------------------------------------------
+
+
+def test_each_composition_comes_with_its_peer_and_its_baselines(measured):
+    methods = [cell.method for cell in cells(measured)]
+    assert methods.count(Method.CACHEKIT) == 2
+    assert methods.count(Method.PUBLISHED) == 2
+    (group,) = groups(read(measured)[0])
+    for row in group.rows:
+        if row.cell.method is not Method.PLAIN:
+            assert all(group.plain(steps) is not None for steps in row.plain_steps().values())
+
+
+def test_published_packages_cost_and_draw_the_same(measured):
+    (group,) = groups(read(measured)[0])
+    rows = {(row.cell.method, row.cell.specs): row for row in group.rows}
+    for (method, specs), row in rows.items():
+        if method is Method.CACHEKIT:
+            peer = rows[Method.PUBLISHED, specs]
+            assert (row.macs, row.psnr, row.ssim) == (peer.macs, peer.psnr, peer.ssim)
+
+
+def test_figures_are_those_of_the_report(measured, folder, captions):
+    result = next(result for result in read(measured)[0] if result.cell.specs == ("deepcache:interval=2", "tgate:m=3"))
+    assert [sample.caption for sample in result.samples] == ["a red cat", '<script>alert(1)</script> \u2028 & "so on"']
+    for sample in result.samples:
+        assert 0 < sample.macs < sample.uncached_macs
+        assert min(sample.seconds, sample.uncached_seconds, sample.cache_bytes, sample.deciding_seconds) > 0
+        assert math.isfinite(sample.psnr)
+        assert (sample.shown, sample.peak_memory) == (None, None)
+    assert sum(count["reused"] for count in result.counts) > 0
+    assert len(result.plan["branches"]) == 4
+    assert result.environment["threads"] == 1
+    pipe = tiny.sd()
+    with cachekit.apply(pipe, result.cell.specs) as attachment:
+        tiny.latents(pipe, steps=4)
+        report = attachment.report()
+    assert result.samples[0].macs / result.samples[0].uncached_macs == pytest.approx(
+        report.macs / report.baseline_macs, rel=0.05
+    )
+
+
+def test_a_policy_without_effect_gives_the_uncached_image(folder, captions, tmp_path):
+    file = tmp_path / "r.jsonl"
+    text = printed(folder, "--spec", "tgate:m=50", *SMALL, "--no-peers", "--captions", captions, "--output", file)
+    assert "identical" in text
+    assert "never fired" in text
+    (result,) = read(file)[0][:1]
+    assert result.samples[0].psnr == math.inf
+
+
+def test_compiled_blocks_draw_the_same(measured, folder, captions, tmp_path):
+    file = tmp_path / "r.jsonl"
+    given = ["--spec", "tgate:m=3+deepcache:interval=2", *SMALL, "--no-peers", "--captions", captions]
+    printed(folder, *given, "--compile", "eager", "--output", file)
+    (result,) = (result for result in read(file)[0] if result.cell.specs)
+    (eager,) = (
+        one for one in read(measured)[0] if (one.cell.method, one.cell.specs) == ("cachekit", result.cell.specs)
+    )
+    assert result.cell.compiled == "eager"
+    assert [sample.psnr for sample in result.samples] == pytest.approx([sample.psnr for sample in eager.samples])
+
+
+def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
+    suite = Suite(
+        Setting(model=folder, captions=("a",)),
+        expand(["tgate:m=2|3"], cachekit.policies()),
+        schedulers=["DDIM", "EulerDiscreteScheduler"],
+        steps=(4, 6),
+        seeds=(0, 1),
+        peers=False,
+    )
+    found = suite.cells()
+    assert len({cell.id for cell in found}) == len(found) == 16
+    assert {cell.scheduler for cell in found} == {"DDIMScheduler", "EulerDiscreteScheduler"}
+
+
+def test_an_architecture_is_timed_with_random_weights_and_never_judged():
+    setting = Setting(model="sd15", captions=("a",), height=64, width=64, threads=1)
+    (cell,) = Suite(setting, expand(["deepcache:interval=2"], cachekit.policies()), steps=(2,), peers=False).cells()
+    assert cell.model_hash
+    assert cell.scheduler == "DDIMScheduler"
+
+
+def test_without_specs_those_are_measured_that_fit(folder, captions, tmp_path):
+    denoiser = tiny.pixart()
+    denoiser.save_pretrained(tmp_path / "pixart")
+    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], cachekit.policies())
+    assert fitting(folder, usual) == usual
+    assert fitting(str(tmp_path / "pixart"), usual) == usual[:1]
+    with pytest.raises(BenchError, match=r"none of the usual specs fits PixArtTransformer2DModel; name others"):
+        fitting(str(tmp_path / "pixart"), usual[1:])
+
+
+def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(tmp_path):
+    file = tmp_path / "r.jsonl"
+    text = printed("demo", "--spec", "tgate:m=1", "--steps", 2, "--no-peers", "--captions", 2, "--output", file)
+    assert "Frechet" in text
+    (measured,) = groups(read(file)[0])
+    assert {texts(measured, row)["Frechet"] for row in (measured.uncached, *measured.rows)} == {"-"}
+    result = next(result for result in read(file)[0] if result.cell.specs)
+
+    def shifted(seed, specs=("tgate:m=1",)):
+        """Return the result of another seed, whose cached images are one unit away from the uncached ones."""
+        plain = np.random.default_rng(seed).normal(size=(2, 16))
+        samples = [
+            sample.model_copy(update={"features": list(found + 1), "uncached_features": list(found)})
+            for sample, found in zip(result.samples, plain)
+        ]
+        cell = result.cell.model_copy(update={"seed": seed, "specs": specs})
+        return result.model_copy(update={"cell": cell, "samples": samples})
+
+    (few,) = groups(map(shifted, range(15)))
+    assert (few.rows[0].frechet_images, few.rows[0].frechet) == (30, None)
+    other = [shifted(seed, ("tgate:m=9",)) for seed in range(16)]
+    (group,) = groups([*map(shifted, range(16)), *other])
+    assert [texts(group, row)["first"] == "-" for row in (group.uncached, *group.rows)] == [True, False, False]
+    assert [row.frechet_images for row in (group.uncached, *group.rows)] == [32, 32, 32]
+    assert texts(group, group.uncached)["Frechet"].endswith(" (n=32)")
+    found = [sample.features for sample in group.rows[0].samples]
+    assert group.rows[0].frechet == distance(gaussian_stats(found), result.reference)
+    assert group.rows[0].frechet > group.uncached.frechet > 0
+
+
+def test_the_embedded_model_is_judged_by_what_it_shows(tmp_path):
+    file = tmp_path / "r.jsonl"
+    printed("demo", "--spec", "tgate:m=2", "--steps", 4, "--no-peers", "--captions", 1, "--output", file)
+    for result in read(file)[0]:
+        assert result.samples[0].shown in (True, False)
+        assert result.samples[0].uncached_shown in (True, False)
+
+
+# -- results ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_measures_nothing(measured, folder, captions):
+    before = measured.read_bytes()
+    printed(folder, *GRID, *SMALL, "--captions", captions, "--output", measured)
+    assert measured.read_bytes() == before
+
+
+def test_an_interrupted_run_goes_on_where_it_was(measured, folder, captions, tmp_path):
+    lines = measured.read_bytes().splitlines(keepends=True)
+    file = tmp_path / "half.jsonl"
+    file.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
+    result = run(folder, *GRID, *SMALL, "--captions", captions, "--output", file)
+    assert result.exit_code == 0
+    assert "line 4 is half written" in result.stderr
+    assert file.read_bytes().startswith(b"".join(lines[:3]))
+    listed = cells(file)
+    assert len({cell.id for cell in listed}) == len(listed) == len(file.read_bytes().splitlines())
+    assert {cell.id for cell in cells(measured) if cell.method is not Method.PLAIN} <= {cell.id for cell in listed}
+
+
+def test_a_line_cut_off_at_the_very_beginning_is_no_foreign_file(measured, tmp_path):
+    file = tmp_path / "r.jsonl"
+    for length in (1, 5, 200):
+        file.write_bytes(measured.read_bytes()[:length])
+        assert len(Results(file).problems) == 1
+        assert file.read_bytes() == b""
+
+
+def test_a_whole_last_line_without_its_end_counts(measured, tmp_path):
+    file = tmp_path / "r.jsonl"
+    file.write_bytes(measured.read_bytes()[:-1])
+    assert Results(file).problems == []
+    assert file.read_bytes() == measured.read_bytes()
+
+
+def test_files_merge_without_doubles(measured, tmp_path):
+    lines = measured.read_bytes().splitlines(keepends=True)
+    one, other, both = (tmp_path / name for name in ("one.jsonl", "other.jsonl", "both.jsonl"))
+    one.write_bytes(b"".join(lines[:3]))
+    other.write_bytes(b"".join(lines[2:]))
+    text = printed("--merge", one, "--merge", other, "--output", both)
+    assert f"merged {len(lines)} results" in text
+    assert both.read_bytes() == measured.read_bytes()
+    assert "merged 0 results" in printed("--merge", one, "--output", both)
+
+
+def test_every_field_of_a_cell_is_in_its_key(measured):
+    cell = cells(measured)[0]
+    others = {"method": Method.PLAIN, "specs": ("x",), "metrics": ("x",), "guidance": 2.5}
+    numbers = ("steps", "uncached_steps", "seed", "height", "width")
+    for name, _ in cell:
+        other = cell.model_copy(update={name: others.get(name, 99 if name in numbers else "x")})
+        assert other.id != cell.id, name
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-dit", "sd15", "pixart"])
+def test_the_stored_results_can_be_read(name):
+    results, problems = read(STORED / f"{name}.jsonl")
+    assert problems == []
+    for group in groups(results):
+        for row in (group.uncached, *group.rows):
+            shown = texts(group, row)
+            assert all(shown[figure.name] for figure in FIGURES.values())
+            assert min(row.seconds, row.speedup, row.macs, row.mac_reduction) > 0
+        assert group.uncached.checked_images in (0, len(group.uncached.samples) // len(group.rows))
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to report"),
+        (["sdlx"], "did you mean 'sdxl'?"),
+        (["./no-such-folder"], "there is no such folder"),
+        (["nobody/nothing"], "cannot read model 'nobody/nothing'"),
+        (["{folder}", "--spec", "tgat:m=2"], "did you mean 'tgate'?"),
+        (["{folder}", "--spec", "tgate:m=2|x"], "m=x"),
+        (["{folder}", "--spec", "deepcache:branch=99"], "99"),
+        (["{folder}", "--scheduler", "EulerDiscret"], "unknown scheduler 'EulerDiscret'"),
+        (["{folder}", "--metric", "lpisp=x"], "did you mean 'lpips'?"),
+        (["{folder}", "--metric", "lpips"], "lpips=PATH"),
+        (["{folder}", "--dtype", "float8"], "unknown dtype"),
+        (["{folder}", "--device", "nowhere"], "cannot use device 'nowhere'"),
+        (["{folder}", "--compile", "inducto"], "did you mean 'inductor'?"),
+        (["{folder}", "--executor", "proces"], "did you mean 'process'?"),
+        (["{folder}", "--captions", "no-such-file"], "give a file or a number"),
+        (["{folder}", "--html", "no/such/folder/r.html"], "cannot write"),
+        (["{folder}", "--html", "{folder}"], "it is a folder"),
+    ],
+)
+def test_a_refusal_is_one_line_and_loses_nothing(arguments, said, folder, measured, tmp_path):
+    file = tmp_path / "r.jsonl"
+    if arguments:
+        file.write_bytes(measured.read_bytes())
+    assert said in refused(*(text.format(folder=folder) for text in arguments), "--output", file)
+    assert not arguments or file.read_bytes() == measured.read_bytes()
+
+
+def test_another_format_and_a_foreign_file_are_left_alone(measured, tmp_path):
+    file = tmp_path / "r.jsonl"
+    record = json.loads(measured.read_bytes().splitlines()[0])
+    for content, said in (
+        (json.dumps({**record, "format": 99}) + "\n", "format 99"),
+        ("# Notes\nkeep them\n", "not a result"),
+        ("half a note", "not a result"),
+        (json.dumps({**record, "samples": 3}) + "\n" + json.dumps(record) + "\n", "line 1: damaged"),
+    ):
+        file.write_text(content)
+        assert said in refused("--output", file)
+        assert said in refused("--merge", file, "--output", tmp_path / "new.jsonl")
+        assert file.read_text() == content
+
+
+def test_an_unwritable_output_is_told_before_anything_is_measured(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(folder, "--output", tmp_path / "file" / "r.jsonl")
+    assert "cannot" in refused(folder, "--output", tmp_path)
+
+
+# -- executors --------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
+    setting = Setting(model=folder, captions=("a",), threads=1)
+    good, bad = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    bad = bad.model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})
+    outcomes = dict(executor("serial")(setting, [bad, good], 1))
+    assert "adaptive_guidance" in outcomes[bad]
+    assert outcomes[good].cell == good
+
+
+def test_two_workers_measure_what_one_does(folder):
+    setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
+    wanted = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    outcomes = dict(executor("process")(setting, wanted, 2))
+    assert set(outcomes) == set(wanted)
+    for cell in wanted:
+        alone = measure(setting, cell)
+        assert [sample.psnr for sample in outcomes[cell].samples] == [sample.psnr for sample in alone.samples]
+        assert outcomes[cell].samples[0].macs == alone.samples[0].macs
+
+
+def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
+    setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
+    wanted = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    outcomes = {}
+    for cell, outcome in executor("process")(setting, wanted, 1):
+        if not outcomes:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+        outcomes[cell] = outcome
+    assert set(outcomes) == set(wanted)
+    assert not isinstance(outcomes[wanted[0]], str)
+    assert outcomes[wanted[2]].startswith("tgate:m=3: a worker died, perhaps for want of memory")
+
+
+def test_workers_end_with_a_command_that_is_killed(folder, tmp_path):
+    words = ["bench", "grid", folder, "--spec", "tgate:m=2|3", "--steps", "4", "--limit", "1", "--no-peers"]
+    words += ["--executor", "process", "--threads", "1", "--output", str(tmp_path / "results.jsonl")]
+    command = psutil.Popen(
+        [sys.executable, "-c", "from cachekit.cli import app; app()", *words], stdout=subprocess.DEVNULL
+    )
+    workers: list[psutil.Process] = []
+    while not workers:
+        assert command.poll() is None
+        workers = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
+        time.sleep(0.1)
+    command.kill()
+    command.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert not alive

@@ -1,0 +1,196 @@
+"""The report of `cachekit bench grid` as one page: complete, escaped, and without anything from outside."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from support import tiny
+
+import cachekit
+from cachekit.bench.cells import Setting, expand
+from cachekit.bench.page import write_page
+from cachekit.bench.results import Results
+from cachekit.bench.suite import Suite, measure_suite
+from cachekit.bench.summary import groups
+
+HOSTILE = '<script>alert(1)</script> " onerror="x'
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    tiny.small().save_pretrained(folder / "model")
+    setting = Setting(model=str(folder / "model"), captions=(HOSTILE,), device="cpu", threads=1)
+    suite = Suite(setting, expand(["tgate:m=2"], cachekit.policies()), steps=(4,), peers=False)
+    results = Results(folder / "r.jsonl")
+    assert measure_suite(suite, results, lambda *news: None) == []
+    write_page(groups(results.all), folder / "r.html")
+    return folder / "r.html"
+
+
+@pytest.fixture
+def page(file):
+    return Page(file.read_text())
+
+
+def test_captions_are_text_wherever_they_stand(file, page):
+    text = file.read_text()
+    assert "<script>alert" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert len(page.of("script")) == 1
+    assert not any("onerror" in attributes for _, attributes in page.found)
+    assert any(HOSTILE in attributes.get("alt", "") for attributes in page.of("img"))
+
+
+def test_nothing_comes_from_outside(file, page):
+    assert not page.of("link")
+    assert all("src" not in attributes for attributes in page.of("script"))
+    assert all(attributes["src"].startswith("data:image/") for attributes in page.of("img"))
+    # The name of the language of pictures is no address that anybody asks.
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", file.read_text())
+
+
+def test_everything_is_there(page, file):
+    text = file.read_text()
+    for word in ("tgate:m=2", "uncached, 4 steps", "plain step", "PSNR", "Environment", "torch"):
+        assert word in text
+    plots = [one["aria-label"] for one in page.of("svg")]
+    assert plots == [
+        "PSNR to uncached (dB) over speedup (wall time)",
+        "PSNR to uncached (dB) over MAC reduction",
+        "steps across, sites down",
+    ]
+    assert len(page.of("img")) == 2 * len([one for one in page.of("input") if one["type"] == "range"])
+    for meaning in ("step 1: compute and keep", "steps 2 to 3: reuse"):
+        assert f"<title>{meaning}</title>" in text
+
+
+# -- in a browser -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Start Debian's Chromium; nothing is downloaded."""
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if None in programs:
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(programs[1]))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def shown(browser, file):
+    """Show the page anew, after a look away that empties the logs."""
+    browser.get("about:blank")
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(file.as_uri())
+    return browser
+
+
+def test_a_browser_asks_nobody_and_complains_of_nothing(shown, file):
+    shown.execute_async_script("setTimeout(arguments[0], 200)")
+    events = [json.loads(entry["message"])["message"] for entry in shown.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert file.as_uri() in asked
+    assert all(url == file.as_uri() or url.startswith("data:image/") for url in asked)
+    assert shown.get_log("browser") == []
+
+
+def test_a_hostile_caption_is_shown_as_text(shown):
+    captions = {caption.text for caption in shown.find_elements(By.CSS_SELECTOR, "details[open] figcaption")}
+    assert captions == {HOSTILE}
+    assert shown.execute_script("return document.scripts.length") == 1
+
+
+def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_around(shown):
+    heads = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th")]
+    place = heads.index("GMACs")
+    rows = "return [...document.querySelectorAll('.figures tbody tr')].map(row => row.cells[arguments[0]].innerText)"
+    before = [float(text) for text in shown.execute_script(rows, place)]
+    assert before != sorted(before)
+    button = shown.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    button.click()
+    assert [float(text) for text in shown.execute_script(rows, place)] == sorted(before)
+    button.click()
+    assert [float(text) for text in shown.execute_script(rows, place)] == sorted(before, reverse=True)
+    assert shown.find_elements(By.CSS_SELECTOR, ".figures th")[place].get_attribute("aria-sort") == "descending"
+
+
+def test_a_cell_without_a_value_comes_last_either_way(shown):
+    heads = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th")]
+    place = heads.index("reused")
+    button = shown.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    for _ in range(2):
+        button.click()
+        assert shown.find_elements(By.CSS_SELECTOR, ".figures tbody tr:first-child td")[place].text != "-"
+        assert shown.find_elements(By.CSS_SELECTOR, ".figures tbody tr:last-child td")[place].text == "-"
+
+
+def test_the_slider_moves_the_border_between_the_images(shown):
+    slider = shown.find_element(By.CSS_SELECTOR, "details[open] input[type=range]")
+    border = "return getComputedStyle(arguments[0].previousElementSibling.querySelector('img + img')).clipPath"
+    assert shown.execute_script(border, slider) == "inset(0px 0px 0px 50%)"
+    for key, wanted in ((Keys.ARROW_RIGHT, "51%"), (Keys.END, "100%"), (Keys.HOME, "0px")):
+        slider.send_keys(key)
+        assert shown.execute_script(border, slider).removesuffix(")").split()[-1] in (wanted, wanted.replace("px", "%"))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_and_dark_screens_can_be_read(shown, scheme):
+    screen = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True}
+    shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    shown.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    assert shown.execute_script("return document.documentElement.scrollWidth") == 400
+    ground = luminance(shown.execute_script("return getComputedStyle(document.body).backgroundColor"))
+    assert (ground > 0.5) == (scheme == "light")
+    for selector, name in (("p", "color"), (".figures td", "color"), (".plots text", "fill"), ("details svg", "fill")):
+        script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+        ink = luminance(shown.execute_script(script, selector, name))
+        low, high = sorted((ground, ink))
+        assert (high + 0.05) / (low + 0.05) > 4.5, selector
+
+
+def luminance(colour):
+    """Return the relative luminance of rgb(...), as the guidelines for accessible pages define it."""
+    channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))

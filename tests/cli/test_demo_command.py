@@ -1,0 +1,89 @@
+"""`cachekit demo` on the embedded model: one table, the same as files, and a picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cachekit.cli import app
+from cachekit.cli.demo import SPECS
+from cachekit.models.demo import heldout_captions
+
+EXTRA = "tgate:m=2+deepcache:interval=2"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run the command once, briefly; return what it printed and its folder."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    options = ["--captions", "2", "--steps", "12", "--seed", "3", "--spec", EXTRA, "--output", str(folder)]
+    result = CliRunner().invoke(app, ["demo", *options])
+    assert result.exit_code == 0, result.output
+    return result.stdout, folder
+
+
+@pytest.fixture(scope="module")
+def data(run):
+    return json.loads((run[1] / "table.json").read_text())
+
+
+def test_it_measures_uncached_each_policy_a_composition_and_fewer_steps(data):
+    specs = ["+".join(row["specs"]) for row in data["rows"]]
+    assert specs == ["", *SPECS, EXTRA, ""]
+    assert any("+" in spec for spec in SPECS)
+    assert [row["steps"] for row in data["rows"][:-1]] == [12] * (len(SPECS) + 2)
+
+
+def test_it_draws_the_held_out_captions(data):
+    assert data["prompts"] == heldout_captions(2, 3)
+    assert all(len(row["images"]) == 2 for row in data["rows"])
+
+
+def test_caching_saves_multiply_accumulates_and_changes_the_image(data):
+    uncached, *cached, fewer = data["rows"]
+    assert all(row["macs"] < uncached["macs"] for row in cached)
+    assert all(row["psnr"] is not None and row["ssim"] < 1 for row in cached)
+    composed = min(row["macs"] for row in cached if len(row["specs"]) > 1)
+    assert abs(fewer["macs"] - composed) <= uncached["macs"] / 24
+    assert fewer["macs"] == uncached["macs"] * fewer["steps"] // 12
+
+
+def test_it_prints_the_table_that_it_writes(run):
+    stdout, folder = run
+    for line in (folder / "table.md").read_text().splitlines()[2 : 4 + len(SPECS)]:
+        for cell in line.strip("| ").split(" | "):
+            assert cell in stdout
+    for name in ("pictures.png", "table.md", "table.json"):
+        assert f"wrote {folder / name}\n" in stdout
+
+
+def test_the_picture_can_be_opened(run):
+    with Image.open(run[1] / "pictures.png") as picture:
+        assert picture.width > 7 * 128
+        assert picture.height > 2 * 128
+
+
+def test_it_says_on_what_it_measured(data):
+    assert data["threads"] >= 1
+    assert set(data["versions"]) == {"python", "torch", "diffusers"}
+
+
+def test_a_bad_spec_is_refused_before_anything_is_drawn(tmp_path):
+    result = CliRunner().invoke(app, ["demo", "--spec", "deepcache:branch=99", "--output", str(tmp_path / "out")])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "has branches 0.." in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_draws_with_the_embedded_model(tmp_path):
+    path = tmp_path / "one.png"
+    options = ["--spec", "tgate:m=2", "--spec", "deepcache", "--steps", "5", "--output", str(path)]
+    result = CliRunner().invoke(app, ["generate", "demo", heldout_captions(1)[0], *options])
+    assert result.exit_code == 0, result.output
+    assert "steps 5, denoiser calls 5, guided" in result.stdout
+    assert "tgate:m=2 cross_attention x 7" in result.stdout
+    with Image.open(path) as image:
+        assert image.size == (64, 64)

@@ -1,0 +1,108 @@
+"""What a pipeline's arguments show to be unfit is refused at its call, before anything is touched."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PixArtSigmaPAGPipeline, StableDiffusionPAGPipeline, StableDiffusionSAGPipeline
+from diffusers.modular_pipelines import ModularPipeline
+from support import tiny
+from support.modular import draw, modular
+
+import cachekit
+from cachekit import GuidanceError
+from cachekit.upstream.pipelines import denoiser_of
+
+NARROWING = "adaptive_guidance:m=2"
+
+
+def silent(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def perturbed() -> Any:
+    parts = tiny.small().components
+    return silent(StableDiffusionPAGPipeline(**parts, requires_safety_checker=False, pag_applied_layers=["mid"]))
+
+
+def perturbed_transformer() -> Any:
+    return silent(PixArtSigmaPAGPipeline(**tiny.pixart(sigma=True).components, pag_applied_layers=["blocks.1"]))
+
+
+def attending() -> Any:
+    return silent(StableDiffusionSAGPipeline(**tiny.small().components, requires_safety_checker=False))
+
+
+@contextmanager
+def untouched(pipe: Any) -> Any:
+    """Expect a refusal before the denoiser is called, or given other attention processors."""
+    denoiser = denoiser_of(pipe)
+    calls: list[Any] = []
+    processors = {name: id(one) for name, one in denoiser.attn_processors.items()}
+    hook = denoiser.register_forward_pre_hook(lambda *given: calls.append(given))
+    with pytest.raises(GuidanceError) as refused:
+        yield refused
+    hook.remove()
+    assert calls == []
+    assert {name: id(one) for name, one in denoiser.attn_processors.items()} == processors
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("make", [perturbed, perturbed_transformer])
+def test_perturbed_attention(make: Any) -> None:
+    pipe = make()
+    plain = tiny.latents(pipe, pag_scale=3.0)
+    with cachekit.apply(pipe, NARROWING), untouched(pipe) as refused:
+        tiny.latents(pipe, pag_scale=3.0)
+    assert "set pag_scale=0" in str(refused.value)
+    assert torch.equal(tiny.latents(pipe, pag_scale=3.0), plain)
+
+
+@pytest.mark.parametrize("given", [{"pag_scale": 0.0}, {"pag_scale": 3.0, "guidance": 1.0}])
+def test_without_a_third_branch_it_runs(given: dict[str, Any]) -> None:
+    pipe = perturbed()
+    with cachekit.apply(pipe, NARROWING) as attachment:
+        tiny.latents(pipe, **given)
+        assert attachment.report().steps == 6
+
+
+def test_a_policy_that_keeps_all_branches_is_served() -> None:
+    pipe = perturbed()
+    with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
+        tiny.latents(pipe, pag_scale=3.0)
+        assert sum(count.reused for count in attachment.report().counts) > 0
+
+
+def test_attention_that_is_read_in_every_step() -> None:
+    pipe = attending()
+    with cachekit.apply(pipe, "deepcache:interval=2"):
+        with untouched(pipe) as refused:
+            tiny.latents(pipe, sag_scale=0.75)
+        assert "set sag_scale=0" in str(refused.value)
+        tiny.latents(pipe, sag_scale=0.0)
+
+
+def test_guidance_with_a_memory() -> None:
+    from diffusers.guiders import AdaptiveProjectedGuidance
+
+    pipe: ModularPipeline = modular(AdaptiveProjectedGuidance(5.0, adaptive_projected_guidance_momentum=-0.5))
+    with cachekit.apply(pipe, NARROWING), untouched(pipe) as refused:
+        draw(pipe)
+    assert "set its momentum to None" in str(refused.value)
+
+
+def test_a_run_that_was_refused_leaves_the_last_report() -> None:
+    pipe = perturbed()
+    with cachekit.apply(pipe, NARROWING) as attachment:
+        tiny.latents(pipe, pag_scale=0.0)
+        report = attachment.report()
+        with untouched(pipe):
+            tiny.latents(pipe, pag_scale=3.0)
+        assert attachment.report() is report
+        assert attachment.driver.state.run is None
+        tiny.latents(pipe, pag_scale=0.0)
+        assert attachment.report() is not report

@@ -1,0 +1,42 @@
+"""The examples in docstrings are true, and those of modules that need no torch run without it."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+#: Modules with examples, and how many of their docstrings have one.
+WITHOUT_TORCH = {
+    "cachekit.errors": 1,
+    "cachekit.interface.adapter": 2,
+    "cachekit.interface.policy": 1,
+    "cachekit.interface.sites": 4,
+    "cachekit.interface.specs": 1,
+    "cachekit.planning.plan": 1,
+}
+WITH_TORCH = {"cachekit.tensors": 1, "cachekit.upstream.attention": 1}
+BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'numpy']))"
+RUN = """
+import doctest, importlib
+for name in sys.argv[1:]:
+    print(name, *doctest.testmod(importlib.import_module(name)))
+"""
+
+
+@pytest.mark.parametrize("name", {**WITHOUT_TORCH, **WITH_TORCH})
+def test_examples(name):
+    module = importlib.import_module(name)
+    found = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+    assert len(found) == {**WITHOUT_TORCH, **WITH_TORCH}[name]
+    assert doctest.testmod(module).failed == 0
+
+
+def test_examples_without_torch():
+    done = subprocess.run([sys.executable, "-c", BLOCKED + RUN, *WITHOUT_TORCH], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [line.split() for line in done.stdout.splitlines()]
+    assert [(name, failed) for name, failed, _ in said] == [(name, "0") for name in WITHOUT_TORCH], done.stdout

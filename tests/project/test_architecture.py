@@ -1,0 +1,259 @@
+"""The rooms stay apart: what each may import and mention, read from the source itself."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import sys
+
+import diffusers
+import pytest
+from support.sources import ADAPTERS, CORE, EXAMPLES, PLUGINS, ROOT, SHIPPED, each, short, tree_of
+
+import cachekit
+from cachekit.registry import hookspecs
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = {path.name for room in ("plugins", "adapters") for path in (ROOT / room).iterdir() if path.is_dir()}
+
+
+def module_of(path):
+    """Return the dotted name of a file, and whether it is a package."""
+    top_level = next(parent for parent in path.parents if not (parent / "__init__.py").exists())
+    parts = path.relative_to(top_level).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts), parts[-1] == "__init__"
+
+
+def imports(path):
+    """Return the absolute modules and names that a file imports: at its top, in functions, for type checking."""
+    name, is_package = module_of(path)
+    return imports_of(tree_of(path), name, is_package)
+
+
+def imports_of(tree, name, is_package):
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name.split(".")[: None if is_package else -1]
+                above = package[: len(package) - node.level + 1]
+                base = ".".join([*above, *(base.split(".") if base else [])])
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def top(modules):
+    return {module.partition(".")[0] for module in modules}
+
+
+def strings(path):
+    """Return every string that is not a docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
+    docs = {id(node.body[0].value) for node in nodes if docs_of(node)}
+    constants = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Constant) and id(node) not in docs)
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def names(path):
+    """Return every identifier and every string that is not a docstring."""
+    yield from strings(path)
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+
+
+def docs_of(node):
+    return ast.get_docstring(node) if node.body else None
+
+
+def test_there_is_something_to_check():
+    assert {"cachekit_tgate", "cachekit_deepcache", "cachekit_unet", "cachekit_dit"} <= PACKAGES
+    assert len(CORE) > 20
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("import cachekit.cli", {"cachekit.cli"}),
+        ("from cachekit import cli", {"cachekit", "cachekit.cli"}),
+        ("from ..cli import app", {"cachekit.cli", "cachekit.cli.app"}),
+        ("from .. import cli", {"cachekit", "cachekit.cli"}),
+        ("from . import store", {"cachekit.runs", "cachekit.runs.store"}),
+        ("from .store import Store", {"cachekit.runs.store", "cachekit.runs.store.Store"}),
+        ("def late():\n    from ..cli import app", {"cachekit.cli", "cachekit.cli.app"}),
+        ("if TYPE_CHECKING:\n    from ..cli import app", {"cachekit.cli", "cachekit.cli.app"}),
+    ],
+)
+def test_every_sort_of_import_is_read(line, expected):
+    assert imports_of(ast.parse(line), "cachekit.runs.run", is_package=False) == expected
+
+
+def rooms():
+    """Return the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return {room.strip(): rank for rank, layer in enumerate(reversed(layers)) for room in layer.split("|")}
+
+
+def test_the_rooms_are_those_of_the_linter():
+    there = {path.name.removesuffix(".py") for path in (ROOT / "cachekit").iterdir() if path.suffix in ("", ".py")}
+    assert there - {"__init__", "__pycache__", "py.typed"} == set(rooms())
+    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 15
+
+
+@each([path for path in CORE if path != ROOT / "cachekit" / "__init__.py"])
+def test_imports_between_rooms_go_down(path):
+    rank, own = rooms(), module_of(path)[0].split(".")[1]
+    modules = [module.split(".") for module in imports(path) if module.startswith("cachekit.")]
+    others = {parts[1] for parts in modules} - {own, "__version__"}
+    assert [room for room in others if rank[room] >= rank[own]] == []
+
+
+@each([path for path in CORE if path.name == "__init__.py" and path.parent.parent == ROOT / "cachekit"])
+def test_a_room_re_exports_nothing(path):
+    if path.parent.name != "cli":  # the entry point of the command line
+        assert imports(path) <= {"__future__", "__future__.annotations"}
+
+
+@each(CORE)
+def test_the_core_imports_no_plugin_and_no_adapter(path):
+    assert not top(imports(path)) & PACKAGES
+    assert not any(package in name for name in names(path) for package in PACKAGES)
+
+
+@each([*PLUGINS, *EXAMPLES])
+def test_a_policy_knows_no_model_and_no_adapter(path):
+    assert not top(imports(path)) & {"diffusers", "transformers", "accelerate"}
+    own = path.relative_to(ROOT).parts
+    assert not top(imports(path)) & (PACKAGES - set(own))
+    classes = {name for name in dir(diffusers) if re.search(r"(Model|Pipeline|Model2D|Conditional?)$", name)}
+    assert not {word for name in names(path) for word in re.findall(r"\w+", name)} & classes
+    assert "named_modules" not in names(path)
+
+
+@each([*PLUGINS, *EXAMPLES])
+def test_a_policy_imports_torch_only_where_it_needs_it(path):
+    at_top = [node for node in tree_of(path).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    modules = {getattr(node, "module", None) or node.names[0].name for node in at_top}
+    assert "torch" not in top(modules)
+
+
+@each([*PLUGINS, *ADAPTERS, *EXAMPLES])
+def test_plugins_import_from_cachekit_alone(path):
+    assert {module for module in imports(path) if module.startswith("cachekit.")} <= {
+        f"cachekit.{name}" for name in cachekit.__all__
+    }
+
+
+@each(ADAPTERS)
+def test_an_adapter_knows_no_policy(path):
+    assert not imports(path) & {"cachekit.Policy", "cachekit.Plan"}
+    own = path.relative_to(ROOT).parts
+    assert not top(imports(path)) & (PACKAGES - set(own))
+    policies = {name.removeprefix("cachekit_") for name in PACKAGES if (ROOT / "plugins" / name).exists()}
+    assert not {name for name in names(path) if name.lower() in policies}
+
+
+#: Rooms that drive the engine; those above load and build models of diffusers by name.
+ENGINE = (
+    "interface",
+    "planning",
+    "reports",
+    "guidance",
+    "runs",
+    "registry",
+    "switches",
+    "driving",
+    "attaching",
+    "costs",
+)
+#: Words of our own that diffusers uses too.
+OURS = {"_F", "feed_forward", "step_index"}
+
+
+@functools.cache
+def upstream_names():
+    """Return what torch and diffusers call things, as the room of such facts spells it."""
+    spelled = {name for path in CORE if path.parent.name == "upstream" for name in strings(path)}
+    telling = re.compile(r"\w*[a-z]_[a-z]\w*|_\w+|\w*[a-z][A-Z]\w*")
+    return {name for name in spelled if telling.fullmatch(name)} - OURS
+
+
+def test_there_are_names_of_upstream():
+    assert {"_call_impl", "encoder_hidden_states", "do_classifier_free_guidance"} <= upstream_names()
+
+
+@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] in ENGINE])
+def test_only_one_room_spells_names_of_torch_and_diffusers(path):
+    attributes = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
+    assert not upstream_names() & (attributes | set(strings(path)))
+
+
+def public_functions(path):
+    """Yield the functions, methods and classes whose names have no underscore, with their qualified names."""
+    stack = [(node, "") for node in tree_of(path).body]
+    while stack:
+        node, owner = stack.pop()
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            yield node, f"{owner}{node.name}"
+            if isinstance(node, ast.ClassDef):
+                stack += [(child, f"{owner}{node.name}.") for child in node.body]
+
+
+@each(SHIPPED)
+def test_everything_public_has_a_docstring(path):
+    assert docs_of(tree_of(path))
+    assert [name for node, name in public_functions(path) if not docs_of(node)] == []
+
+
+@each(SHIPPED)
+def test_every_function_is_annotated(path):
+    functions = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
+    assert [f.name for f in functions if f.returns is None and f.name != "__init__"] == []
+    for function in functions:
+        given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+        bare = [argument.arg for argument in given if argument.annotation is None]
+        assert set(bare) <= {"self", "cls"}, function.name
+
+
+def test_every_hook_has_the_prefix_and_is_used_by_something_shipped():
+    declared = {name for name, thing in vars(hookspecs).items() if hasattr(thing, "cachekit_spec")}
+    assert declared
+    assert all(name.startswith("cachekit_") for name in declared)
+    implemented = set()
+    for path in SHIPPED:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                isinstance(mark, ast.Name) and mark.id == "hookimpl" for mark in node.decorator_list
+            ):
+                implemented.add(node.name)
+    assert implemented == declared
+
+
+def test_every_package_is_typed():
+    packages = {path.parent for path in (*CORE, *PLUGINS, *ADAPTERS, *EXAMPLES) if path.name == "__init__.py"}
+    tops = {package for package in packages if package.parent not in packages}
+    assert len(tops) > len(PACKAGES)
+    assert all((package / "py.typed").exists() for package in tops)
+
+
+def test_no_class_of_somebody_else_is_patched():
+    """Assignments such as `SomeClass.method = ...` do not occur: only instances are changed."""
+    for path in SHIPPED:
+        for node in ast.walk(tree_of(path)):
+            for target in getattr(node, "targets", []):
+                if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
+                    assert not target.value.id[0].isupper(), f"{short(path)}:{node.lineno}"

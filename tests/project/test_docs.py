@@ -1,0 +1,193 @@
+"""The documents are true: their code runs, their hooks and keys are the real ones, their links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from support import commands, tiny
+
+import cachekit
+from cachekit.interface.policy import Moment
+from cachekit.interface.specs import parse
+from cachekit.registry import hookspecs
+from cachekit.registry.catalog import installed
+
+ROOT = Path(__file__).parents[2]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/*/README.md"))]
+WRITING = ROOT / "docs" / "writing-a-policy.md"
+
+
+def short(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def without_comments(text):
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def blocks(path):
+    """Yield each ```python block of a document, padded so that errors show the document's own lines."""
+    text = path.read_text()
+    for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        yield "\n" * (text[: found.start()].count("\n") + 1) + found[1]
+
+
+class Prompted(StableDiffusionPipeline):
+    """The tiny pipeline, with a text encoder that only tells prompts apart."""
+
+    def encode_prompt(self, prompt, *_, **__):
+        return tiny.text(1, seed=len(prompt)), tiny.text(1, seed=4)
+
+
+def preamble():
+    """Return what every document may take for granted: a loaded pipeline."""
+    torch.manual_seed(0)
+    loaded = tiny.sd()
+    pipe = Prompted(**loaded.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return {"__name__": "document", "pipe": pipe}
+
+
+def run(path):
+    namespace = preamble()
+    for source in blocks(path):
+        exec(compile(source, path.name, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if any(blocks(path))], ids=short)
+def test_code_in_the_documents_runs(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe = run(path)["pipe"]
+    assert type(pipe) is Prompted, "the document leaves an attachment behind"
+    assert not any("forward" in vars(module) for module in pipe.unet.modules())
+
+
+def console(path):
+    """Yield each command of ours in the ```console blocks of a document, on one line."""
+    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+        yield from re.findall(r"^\$ (cachekit .*)$", block.replace("\\\n", " "), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(console(path))], ids=short)
+def test_commands_in_the_documents_have_the_options_that_they_use(path):
+    for line in console(path):
+        commands.parsed(line)
+
+
+def test_readme_and_guide_have_code():
+    assert len(list(blocks(ROOT / "README.md"))) >= 2
+    assert len(list(blocks(WRITING))) >= 4
+
+
+def test_the_guide_and_the_example_are_the_same_policy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = ROOT / "examples" / "cachekit-pyramid-lite" / "cachekit_pyramid_lite" / "policy.py"
+    spec = importlib.util.spec_from_file_location("example_policy", source)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    written, shipped = run(WRITING)["PyramidLite"], example.PyramidLite
+    assert written.model_json_schema()["properties"] == shipped.model_json_schema()["properties"]
+    for values, steps in itertools.product([{}, {"interval": 3}, {"start": 0, "end": 1, "interval": 4}], [1, 7, 25]):
+        moments = [Moment(step, steps) for step in range(steps)]
+        assert [written(**values).action(None, at) for at in moments] == [
+            shipped(**values).action(None, at) for at in moments
+        ]
+
+
+def declared_hooks():
+    tree = ast.parse(inspect.getsource(hookspecs))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return {f.name: f"{f.name}({ast.unparse(f.args)}) -> {ast.unparse(f.returns)}" for f in functions}
+
+
+@pytest.mark.parametrize("hook", declared_hooks())
+def test_every_hook_is_documented_with_its_exact_signature(hook):
+    assert f"`{declared_hooks()[hook]}`" in " ".join(WRITING.read_text().split())
+
+
+def test_no_hook_is_documented_that_does_not_exist():
+    mentioned = set(re.findall(r"\bcachekit_[a-z]+_[a-z]+\b(?=\()", WRITING.read_text()))
+    assert mentioned == set(declared_hooks())
+
+
+def readme_of(kind, name):
+    plugin = installed().owners[f"{kind} {name!r}"]
+    room = {"policy": "plugins", "adapter": "adapters"}[kind]
+    return ROOT / room / f"cachekit_{plugin}" / "README.md"
+
+
+SHIPPED = {
+    name: policy
+    for name, policy in cachekit.policies().items()
+    if installed().plugins[installed().owners[f"policy {name!r}"]] == "cachekit-diffusion"
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_policy_has_a_readme_with_its_paper_and_every_key(name):
+    policy, text = SHIPPED[name], readme_of("policy", name).read_text()
+    assert policy.paper in text
+    assert f"`{name}`" in text
+    for key, field in policy.model_fields.items():
+        default = "none" if field.default is None else str(field.default).lower()
+        assert re.search(rf"^\| `{key}` \| {re.escape(default)} \| \S", text, re.MULTILINE), key
+
+
+def test_every_adapter_has_a_readme():
+    for name in ("unet", "dit"):
+        assert f"`{name}`" in readme_of("adapter", name).read_text()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/policies.md"])
+def test_every_policy_is_listed(document):
+    text = (ROOT / document).read_text()
+    for name, policy in SHIPPED.items():
+        assert f"`{name}`" in text
+        assert policy.paper in text
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_relative_links_lead_somewhere(path):
+    text = re.sub(r"^```.*?^```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", text):
+        if target and "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_specs_in_the_documents_parse(path):
+    names = "|".join(SHIPPED)
+    for spec in re.findall(rf"[\"'`+ ]((?:{names}):\w+=[^\"'`+\s|)]+)[\"'`+ \n)]", path.read_text()):
+        if "intervall" not in spec and not re.search(r"=[mn]\b", spec):
+            parse(spec.rstrip(".,;:"), cachekit.policies())
+
+
+@pytest.mark.parametrize("path", DOCS, ids=short)
+def test_markers_are_in_pairs(path):
+    text = path.read_text()
+    begun, ended = (re.findall(rf"<!-- ([\w ]+): {word} -->", text) for word in ("begin", "end"))
+    assert begun == ended
+
+
+def test_the_readme_has_a_place_for_the_demo():
+    assert "<!-- demo table: begin -->" in (ROOT / "README.md").read_text()
+    assert "docs/demo.png" in (ROOT / "README.md").read_text()
+
+
+def test_no_figure_in_the_documents_is_stale():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.readme", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

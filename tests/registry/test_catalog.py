@@ -1,0 +1,278 @@
+"""Plugins are found by entry point and checked; one that fails leaves the others working."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+
+import pytest
+import torch
+from support import tiny
+
+import cachekit
+from cachekit import CachekitError
+from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
+from cachekit.registry.catalog import DISABLE, build, installed
+
+HEAD = "from typing import ClassVar\nfrom cachekit import Action, Kind, Policy, hookimpl\n"
+POLICY = """
+class {cls}(Policy):
+    name: ClassVar[str] = {name!r}
+    kinds: ClassVar[frozenset[Kind]] = frozenset({{Kind.SELF_ATTENTION}})
+    def action(self, target, at):
+        return Action.COMPUTE
+"""
+REGISTER = """
+@hookimpl
+def cachekit_register_policies(register):
+    for policy in ({},):
+        register(policy)
+"""
+GOOD = HEAD + POLICY.format(cls="Good", name="good") + REGISTER.format("Good")
+
+
+@pytest.fixture
+def point(tmp_path, monkeypatch):
+    """A function that writes a plugin module and makes its entry point."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(name, source, module=None):
+        module = f"ck_test_{tmp_path.name.replace('-', '_')}_{module or name}"
+        (tmp_path / f"{module}.py").write_text(source)
+        return EntryPoint(name, module, "cachekit")
+
+    return make
+
+
+BROKEN = {
+    "import": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    "syntax": ("def (:", "SyntaxError"),
+    "exit": (HEAD + "raise RuntimeError('wrong\\nlines')", "RuntimeError: wrong"),
+    "typo": (
+        HEAD + "@hookimpl\ndef cachekit_register_policy(register): ...",
+        "unknown hook 'cachekit_register_policy'",
+    ),
+    "argument": (
+        HEAD + "@hookimpl\ndef cachekit_register_policies(registry): ...",
+        "Argument(s) {'registry'} are declared in the hookimpl but can not be found in the hookspec",
+    ),
+    "raises": (
+        HEAD + "@hookimpl\ndef cachekit_register_policies(register): raise OSError('no\\nfile')",
+        "OSError: no",
+    ),
+    "no class": (HEAD + REGISTER.format("'tgate'"), "'tgate' is not a subclass of cachekit.Policy"),
+    "bad name": (
+        HEAD + POLICY.format(cls="Odd", name="Odd-Name") + REGISTER.format("Odd"),
+        "Odd.name is 'Odd-Name'; use lower case, digits and underscores",
+    ),
+    "no kinds": (
+        HEAD + "class Bare(Policy):\n    name: ClassVar[str] = 'bare'\n" + REGISTER.format("Bare"),
+        "Bare.kinds is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_plugin_is_recorded_and_the_others_survive(point, case):
+    source, reason = BROKEN[case]
+    catalog = build([point("broken", source), point("good", GOOD)])
+    (failure,) = catalog.failures
+    assert failure.plugin == "broken"
+    assert reason in str(failure)
+    assert f"{DISABLE}=broken" in str(failure)
+    assert "\n" not in str(failure)
+    assert list(catalog.policies) == ["good"]
+    assert list(catalog.plugins) == ["good"]
+
+
+def test_a_plugin_that_fails_half_way_leaves_nothing_behind(point):
+    source = HEAD + POLICY.format(cls="First", name="first") + REGISTER.format("First, 'second'")
+    catalog = build([point("half", source)])
+    assert len(catalog.failures) == 1
+    assert catalog.policies == {}
+    assert catalog.owners == {}
+
+
+def test_of_two_plugins_under_one_name_the_first_stays(point):
+    other = HEAD + POLICY.format(cls="Other", name="other") + REGISTER.format("Other")
+    catalog = build([point("same", GOOD), point("same", other, module="other")])
+    assert list(catalog.policies) == ["good"]
+    assert [failure.plugin for failure in catalog.failures] == ["same"]
+
+
+def test_two_policies_with_one_name_name_both_plugins(point):
+    with pytest.raises(PluginError, match="policy 'good' is registered by plugin 'a' and by plugin 'b'") as caught:
+        build([point("a", GOOD), point("b", GOOD)])
+    assert f"{DISABLE}=b" in str(caught.value)
+
+
+def test_order_of_installation_does_not_matter(point):
+    points = [point(name, HEAD + POLICY.format(cls="P", name=name) + REGISTER.format("P")) for name in "cab"]
+    assert list(build(points).policies) == list(build(points[::-1]).policies) == ["a", "b", "c"]
+
+
+def test_a_disabled_plugin_is_not_even_imported(point):
+    catalog = build([point("broken", "import no_such_module_anywhere"), point("good", GOOD)], disabled=["broken"])
+    assert catalog.failures == ()
+    assert list(catalog.policies) == ["good"]
+
+
+@pytest.fixture
+def fresh():
+    installed.cache_clear()
+    yield
+    installed.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_environment_disables_installed_plugins(monkeypatch):
+    monkeypatch.setenv(DISABLE, " tgate ,null_text")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        catalog = installed()
+    assert {"deepcache", "adaptive_guidance"} <= set(catalog.policies)
+    assert not {"tgate", "cair", "null_text"} & set(catalog.policies)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_failure_is_a_warning_once(point, monkeypatch):
+    points = [point("broken", "import no_such_module_anywhere"), point("good", GOOD)]
+    monkeypatch.setattr("cachekit.registry.catalog.entry_points", lambda group: points)
+    with pytest.warns(PluginWarning, match="plugin 'broken' of an unknown distribution failed to load"):
+        catalog = installed()
+    assert list(catalog.policies) == ["good"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert installed() is catalog
+
+
+def test_everything_shipped_loads_and_has_a_summary():
+    catalog = installed()
+    assert catalog.failures == ()
+    assert {"adaptive_guidance", "cair", "deepcache", "null_text", "tgate"} <= set(catalog.policies)
+    assert {"dit", "unet"} <= set(catalog.adapters)
+    for thing in (*catalog.policies.values(), *catalog.adapters.values()):
+        assert thing.summary
+    assert {catalog.plugins[name] for name in ("tgate", "deepcache", "unet")} == {"cachekit-diffusion"}
+
+
+ADAPTER = """
+class Toy:
+    name, summary = {name!r}, 'toys'
+    def matches(self, denoiser):
+        return denoiser == 'toy'
+@hookimpl
+def cachekit_register_adapters(register):
+    register(Toy())
+"""
+
+
+def test_none_or_several_adapters_is_an_error_that_names_them(point):
+    catalog = build([point(name, HEAD + ADAPTER.format(name=name)) for name in ("x", "y")])
+    with pytest.raises(AdapterError, match="adapters 'x' and 'y' both match str; disable one with CACHEKIT_DISABLE"):
+        catalog.adapter_for("toy")
+    with pytest.raises(AdapterError, match="no adapter matches int; adapters: x, y"):
+        catalog.adapter_for(3)
+
+
+HOOKS = """
+@hookimpl
+def cachekit_check_plan(plan):
+    return [plan] if plan else []
+seen = []
+@hookimpl
+def cachekit_run_finished(report):
+    seen.append(report)
+"""
+
+
+def test_plans_are_checked_and_reports_handed_out(point):
+    entry = point("hooks", HEAD + HOOKS)
+    catalog = build([entry])
+    catalog.check_plan("")
+    with pytest.raises(ConflictError, match="these two do not go together"):
+        catalog.check_plan("these two do not go together")
+    report = type("Report", (), {"warnings": []})()
+    catalog.run_finished(report)
+    assert entry.load().seen == [report]
+    assert issubclass(ConflictError, CachekitError)
+
+
+def test_a_catalog_is_shared_by_copies():
+    catalog = installed()
+    assert copy.deepcopy({"catalog": catalog})["catalog"] is catalog
+
+
+# -- plugins that fail while a pipeline is at work -------------------------------------------------------------
+
+SPEC = "adaptive_guidance:m=2"
+RAISING = """
+@hookimpl
+def {}({}):
+    raise OSError("no\\nfile")
+"""
+
+
+@pytest.fixture
+def failing(point):
+    """A function that builds the installed catalog with one more plugin, which fails in the given hook."""
+
+    def make(hook, argument):
+        extra = point("failing", HEAD + RAISING.format(hook, argument))
+        return build([*entry_points(group="cachekit"), extra])
+
+    return make
+
+
+@pytest.fixture
+def pipe():
+    return tiny.pixart()
+
+
+@pytest.mark.parametrize("what", ["policies", "adapters"])
+def test_a_plugin_that_fails_to_register_costs_no_image(pipe, failing, what):
+    with cachekit.apply(pipe, SPEC):
+        expected = tiny.latents(pipe, steps=4)
+    catalog = failing(f"cachekit_register_{what}", "register")
+    assert [failure.plugin for failure in catalog.failures] == ["failing"]
+    with cachekit.apply(pipe, SPEC, catalog=catalog):
+        assert torch.equal(tiny.latents(pipe, steps=4), expected)
+
+
+def test_a_plugin_that_fails_to_check_a_plan_changes_nothing(pipe, failing):
+    plain, catalog = tiny.latents(pipe, steps=4), failing("cachekit_check_plan", "plan")
+    with tiny.leaves_no_trace(pipe), pytest.raises(PluginError) as caught:
+        cachekit.apply(pipe, SPEC, catalog=catalog)
+    assert str(caught.value) == (
+        "plugin 'failing' failed in cachekit_check_plan: OSError: no file"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
+    )
+    assert torch.equal(tiny.latents(pipe, steps=4), plain)
+
+
+def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, caplog):
+    never_fires = "adaptive_guidance:m=9"
+    with cachekit.apply(pipe, SPEC):
+        expected = tiny.latents(pipe, steps=4)
+    catalog = failing("cachekit_run_finished", "report")
+    with cachekit.apply(pipe, SPEC, catalog=catalog), pytest.warns(PluginWarning) as caught:
+        assert torch.equal(tiny.latents(pipe, steps=4), expected)
+    (warning,) = caught
+    assert str(warning.message) == (
+        "plugin 'failing' failed in cachekit_run_finished: OSError: no file"
+        f" (fix or uninstall it, or set {DISABLE}=failing)"
+    )
+    # The other plugins get the report all the same.
+    with cachekit.apply(pipe, never_fires, catalog=catalog), pytest.warns(PluginWarning):
+        tiny.latents(pipe, steps=4)
+    assert f"{never_fires} never fired" in caplog.text
+
+
+BROKEN_ADAPTER = ADAPTER.replace("return denoiser == 'toy'", "raise OSError('no\\nfile')")
+
+
+def test_an_adapter_that_raises_is_named(point):
+    catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(name="odd_ones"))])
+    with pytest.raises(PluginError, match=rf"plugin 'odd' failed .* 'odd_ones': OSError: no file .*{DISABLE}=odd"):
+        catalog.adapter_for("toy")

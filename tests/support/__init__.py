@@ -1,0 +1,1 @@
+"""Pipelines, policies, networks and commands that several test files share."""

@@ -1,0 +1,28 @@
+"""The files of the project, and what Python makes of them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CORE = sorted((ROOT / "cachekit").rglob("*.py"))
+PLUGINS = sorted((ROOT / "plugins").rglob("*.py"))
+ADAPTERS = sorted((ROOT / "adapters").rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
+SHIPPED = [*CORE, *PLUGINS, *ADAPTERS, *EXAMPLES]
+
+
+def short(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+each = functools.partial(pytest.mark.parametrize, "path", ids=short)
+
+
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())

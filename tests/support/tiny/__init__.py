@@ -1,0 +1,47 @@
+"""Tiny diffusers pipelines with seeded weights, calls of them, and what tests compare them with.
+
+Nothing is downloaded. Each builder gives the same weights at every call.
+"""
+
+from __future__ import annotations
+
+from cachekit.upstream.pipelines import denoiser_of
+from support.tiny.by_hand import TgateByHand, cut, guide, narrowed_by_hand
+from support.tiny.calls import arguments, latents, picture, text
+from support.tiny.dit import dit, pixart
+from support.tiny.joint import flux, sd3
+from support.tiny.parts import TOKENS, WIDTH, reproducible, seeded, vae
+from support.tiny.traces import leaves_no_trace, state_of
+from support.tiny.unet import controlled, sd, sdxl, small, unet
+from support.tiny.video import svd, wan, wan_transformer
+
+__all__ = [
+    "TOKENS",
+    "WIDTH",
+    "TgateByHand",
+    "arguments",
+    "controlled",
+    "cut",
+    "denoiser_of",
+    "dit",
+    "flux",
+    "guide",
+    "latents",
+    "leaves_no_trace",
+    "narrowed_by_hand",
+    "picture",
+    "pixart",
+    "reproducible",
+    "sd",
+    "sd3",
+    "sdxl",
+    "seeded",
+    "small",
+    "state_of",
+    "svd",
+    "text",
+    "unet",
+    "vae",
+    "wan",
+    "wan_transformer",
+]

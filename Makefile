@@ -1,14 +1,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install --progress-bar off -c constraints.txt
+LOWEST := .venv-lowest
+PIP := python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --progress-bar off -c
+# The engine and the command line, and a file for each of the other dependencies.
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,\
+	engine guidance oracles cli spec catalog comparison frechet bench_learned packaging)
 SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapters -type f -not -name '*.pyc')
 
 # Nothing here downloads a model, and small models gain nothing from many threads.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test lint bench coverage clean
+.PHONY: demo test test-lowest lint bench coverage clean
 
 # Compare caching policies on the embedded model: table and pictures in cachekit-demo/.
 demo: $(VENV)/installed
@@ -18,10 +22,16 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 $(BIN)/pytest -n 2 --dist worksteal
 
+# Run the tests in LOWEST_TESTS with the lowest versions that pyproject.toml allows.
+test-lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 CACHEKIT_TEST_LOWEST=1 \
+		$(LOWEST)/bin/pytest -n 2 --dist worksteal $(LOWEST_TESTS)
+
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.overhead
@@ -31,30 +41,40 @@ coverage: $(VENV)/installed-coverage
 	OMP_NUM_THREADS=1 $(BIN)/cachekit coverage --json docs/coverage.json --markdown docs/coverage.md
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(LOWEST)
 
 $(VENV)/created: constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
-	$(INSTALL) hatchling
+	$(BIN)/$(INSTALL) constraints.txt hatchling
 	touch $@
 
 $(VENV)/wheel: $(VENV)/created $(SOURCES)
 	rm -rf $(VENV)/dist
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/dist .
+	$(BIN)/$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/dist .
 	touch $@
 
 # The version alone does not tell a rebuilt wheel from the one installed before, so that one goes first.
 define install-wheel
-	$(PIP) uninstall -qq --yes cachekit-diffusion
-	$(INSTALL) "$$(ls $(VENV)/dist/*.whl)$(1)"
+	$(1)/bin/$(PIP) uninstall -qq --yes cachekit-diffusion
+	$(1)/bin/$(INSTALL) $(2) "$$(ls $(VENV)/dist/*.whl)$(3)" $(4)
 	touch $@
 endef
 
 $(VENV)/installed: $(VENV)/wheel
-	$(call install-wheel,)
+	$(call install-wheel,$(VENV),constraints.txt)
 
 $(VENV)/installed-coverage: $(VENV)/wheel
-	$(call install-wheel,[coverage])
+	$(call install-wheel,$(VENV),constraints.txt,[coverage])
 
 $(VENV)/installed-test: $(VENV)/wheel
-	$(call install-wheel,[test])
+	$(call install-wheel,$(VENV),constraints.txt,[test])
+
+# Each bound of pyproject.toml becomes a pin. Torch stays at the version of constraints.txt: every other is gigabytes.
+# Of the extra `test`, cache-dit is left out, which needs newer diffusers, and what these tests do not use.
+$(LOWEST)/installed: $(VENV)/wheel constraints.txt
+	$(PYTHON) -m venv $(LOWEST)
+	grep '^torch==' constraints.txt > $(LOWEST)/constraints.txt
+	grep -oE '"[A-Za-z0-9-]+[>=]=[^"]+"' pyproject.toml | grep -v '^"torch>' | tr -d '"' | sed 's/>=/==/' \
+		>> $(LOWEST)/constraints.txt
+	$(call install-wheel,$(LOWEST),$(LOWEST)/constraints.txt,[bench],\
+		DeepCache hatchling hypothesis peft pytest pytest-xdist tgate)

@@ -77,8 +77,11 @@ def _registered(block: nn.Module) -> tuple[str, ...]:
         known = TransformerBlockRegistry.get(type(block))
     except ValueError:
         return ()
+    # Before diffusers 0.37 the names are fixed.
     places = {
-        known.return_hidden_states_index: known.hidden_states_argument_name,
-        known.return_encoder_hidden_states_index: known.encoder_hidden_states_argument_name,
+        known.return_hidden_states_index: getattr(known, "hidden_states_argument_name", "hidden_states"),
+        known.return_encoder_hidden_states_index: getattr(
+            known, "encoder_hidden_states_argument_name", "encoder_hidden_states"
+        ),
     }
     return tuple(places[place] for place in sorted(place for place in places if place is not None))

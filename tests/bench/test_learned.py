@@ -92,12 +92,16 @@ def test_lpips_is_that_of_torchmetrics(lpips, alexnet, monkeypatch):
 def test_the_clip_score_is_a_hundred_times_the_cosine(clip, folder):
     judge = learned.clip_score(str(folder / "clip"), "cpu")
     model, processor = clip
-    # Newer models wrap what torchmetrics expects bare.
+
+    # transformers 5 wraps what torchmetrics expects bare.
+    def unwrapped(output):
+        return getattr(output, "pooler_output", output)
+
     bare = SimpleNamespace(
         config=model.config,
         to=lambda device: bare,
-        get_image_features=lambda values: model.get_image_features(values).pooler_output,
-        get_text_features=lambda ids, mask: model.get_text_features(ids, mask).pooler_output,
+        get_image_features=lambda values: unwrapped(model.get_image_features(values)),
+        get_text_features=lambda ids, mask: unwrapped(model.get_text_features(ids, mask)),
     )
     pairs = [(picture(place), text) for place in (0, 1) for text in CAPTIONS]
     found = [judge(image, text) for image, text in pairs]

@@ -50,7 +50,8 @@ def test_every_small_configuration_makes_its_class(name):
             make({"use": name})
         return
     made = make({"use": name})
-    assert type(made).__name__ == name.partition("/")[0]
+    # Without torchvision, transformers 5 gives another class for an image processor.
+    assert type(made).__name__ in (name.partition("/")[0], f"{name}Pil")
     if isinstance(made, nn.Module):
         assert sum(parameter.numel() for parameter in made.parameters()) < 5_000_000
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -360,6 +361,8 @@ class Clean(Policy):
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "FluxPipeline", "ZImagePipeline"])
 def test_guided_x0_is_that_of_the_pipeline(name: str) -> None:
     """The last step ends at the x0 that guidance makes; one of these pipelines turns the sign of what it is given."""
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this diffusers has no {name}")
     pipe = build(name)
     with cachekit.apply(pipe, Clean()) as attachment:
         latents = pipe(**arguments(pipe, name) | {"output_type": "latent"}).images.flatten()

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import cachekit
 
@@ -95,6 +97,14 @@ def test_every_direct_dependency_is_pinned():
     assert names(needed) - {PROJECT["project"]["name"]} <= pinned
 
 
+@pytest.mark.skipif("CACHEKIT_TEST_LOWEST" not in os.environ, reason="only `make test-lowest` installs them")
+def test_the_lowest_versions_are_installed():
+    extras = PROJECT["project"]["optional-dependencies"]
+    for line in PROJECT["project"]["dependencies"] + extras["bench"]:
+        name, bound = line.split(">=")
+        assert name == "torch" or Version(version(name)) == Version(bound)
+
+
 @pytest.mark.skipif("CACHEKIT_TEST_INSTALLED" not in os.environ, reason="only `make test` installs the wheel")
 def test_the_tests_see_the_installed_wheel():
     assert "site-packages" in Path(cachekit.__file__).parts
@@ -114,7 +124,7 @@ def test_no_module_hides_a_public_name():
     assert not {path.stem for path in Path(cachekit.__file__).parent.iterdir()} & set(cachekit.__all__)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-lowest", "lint", "bench"])
 def test_make_knows_its_targets(target):
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -137,16 +137,17 @@ def _shared_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     with _without_hints():
         from diffusers import AutoencoderTiny
         from diffusers import DPMSolverMultistepScheduler as Scheduler
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
     vae = AutoencoderTiny.from_config(_config(folder, "vae/config.json"))
     text_encoder = CLIPTextModel(CLIPTextConfig(**_config(folder, "text_encoder/config.json")))
     _fill(vae, folder / "vae/diffusion_pytorch_model.safetensors", dtype)
-    _fill(text_encoder, folder / "text_encoder/model.safetensors", dtype)
+    # transformers 4 wraps the network whose weights these are.
+    _fill(getattr(text_encoder, "text_model", text_encoder), folder / "text_encoder/model.safetensors", dtype)
     return {
         "vae": vae,
-        "text_encoder": text_encoder,
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        "text_encoder": text_encoder.eval(),
+        "tokenizer": CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
         "scheduler": Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
     }
 

@@ -73,4 +73,5 @@ def latents(pipe: Any, **changes: Any) -> torch.Tensor:
     """Call the pipeline with `arguments(pipe, ...)` and what else is given; its latents, or a DiT's images."""
     known = {key: changes.pop(key) for key in ("steps", "batch", "guidance", "seed") if key in changes}
     output = pipe(**{**arguments(pipe, **known), **changes})
-    return output.frames if hasattr(output, "frames") else output.images
+    # The DiTPipeline of older releases of diffusers returns an array, whatever the output type.
+    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)

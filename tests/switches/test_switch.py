@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from support import tiny
 from torch import nn
 
+import cachekit
 from cachekit import Action, Kind, Policy, Region, Site
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.parts import Exit, Member, Part
-from cachekit.switches.placeholders import Placeholder, zeros_like
+from cachekit.switches.placeholders import Placeholder, Scratch, zeros_like
 from cachekit.switches.switch import Switch
 
 INPUT = torch.arange(4.0)
@@ -38,10 +42,11 @@ class FakeCall:
 
     def __init__(self, *actions: Any) -> None:
         self.actions = list(actions)
-        self.counted: list[tuple[int, Action]] = []
+        self.counts = [Counter() for _ in actions]
 
-    def count(self, index: int, action: Action) -> None:
-        self.counted.append((index, action))
+    @property
+    def counted(self) -> list[tuple[int, Action]]:
+        return [(index, action) for index, counts in enumerate(self.counts) for action in counts.elements()]
 
 
 class Noting(Part):
@@ -127,3 +132,31 @@ def test_a_placeholder_has_the_shapes_and_one_tensor_that_may_be_edited(branches
     first += 1
     assert not second.any()
     assert second.untyped_storage().nbytes() == second.element_size()
+
+
+def test_placeholders_of_a_call_share_memory_that_may_be_edited():
+    recorded, scratch = zeros_like(torch.ones(4, 3, 2)), Scratch()
+    first = Placeholder(2, 2, scratch)(recorded)
+    second = Placeholder(1, 2, scratch)(recorded)
+    assert (first.shape, second.shape) == ((4, 3, 2), (2, 3, 2))
+    assert first.data_ptr() == second.data_ptr()
+    second += 1
+    larger = Placeholder(2, 2, scratch)(zeros_like(torch.ones(4, 3, 5)))
+    assert larger.shape == (4, 3, 5)
+    assert scratch((4, 3, 2), recorded).data_ptr() == larger.data_ptr()
+    assert scratch((4,), recorded.to(torch.float16)).dtype == torch.float16
+
+
+def test_scratch_memory_ends_with_its_call():
+    pipe, held = tiny.sd(), []
+    with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
+
+        def look(module, args, output):
+            call = attachment.driver.state.call
+            if call is not None and call.scratch is not None:
+                held.append(weakref.ref(call.scratch))
+
+        pipe.unet.conv_out.register_forward_hook(look)
+        tiny.latents(pipe, steps=4)
+    assert len(held) == 2
+    assert [reference() for reference in held] == [None, None]

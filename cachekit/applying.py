@@ -26,7 +26,7 @@ def apply(
     cache_device: Any = None,
     catalog: Catalog | None = None,
 ) -> Attachment:
-    """Apply caching policies to a pipeline, until the attachment that it returns is removed.
+    """Apply caching policies to a pipeline, until the returned attachment is removed.
 
         with cachekit.apply(pipe, ["tgate:m=10", "deepcache:interval=2"]) as attachment:
             image = pipe("a red circle").images[0]
@@ -37,7 +37,7 @@ def apply(
     `remove(pipe)`, `attachment.remove()` and the end of a `with` block all restore the pipeline exactly.
 
     `max_cache_bytes` limits what a run keeps at once: before the run begins, the places that save the fewest MACs per
-    byte are left uncached. `cache_device`, such as "cpu", is where kept tensors wait between their uses; by default
+    byte are left uncached. `cache_device`, such as "cpu", holds kept tensors between their uses; by default
     they stay where they were computed. `catalog` replaces the installed policies and adapters.
 
     Raises a `CachekitError` of one line that names what to do, and leaves the pipeline as it was: for an unknown

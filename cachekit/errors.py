@@ -34,7 +34,7 @@ class AdapterError(CachekitError):
 
 
 class AttachmentError(CachekitError):
-    """An attachment that exists already, or that other code has broken."""
+    """An attachment that cannot be made, copied or used, such as a second one, or one that other code has broken."""
 
 
 class BudgetError(CachekitError):
@@ -46,7 +46,7 @@ class CostError(CachekitError):
 
 
 class GuidanceError(CachekitError):
-    """Guidance branches that cannot be told apart safely within the denoiser's calls."""
+    """Guidance that a policy cannot handle: branches that cannot be separated safely, or outputs without a known x0."""
 
 
 class PluginError(CachekitError):

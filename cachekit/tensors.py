@@ -60,7 +60,7 @@ def is_finite(kept: Sequence[Any]) -> list[bool]:
     """Whether each of these trees is free of NaN and inf, with one sync per device.
 
     A sum is finite only if all its terms are, so a single number per tensor is gathered and all of them are read
-    together. Finite terms may still add up to inf; only then are the tensors of that tree looked at one by one.
+    together. Finite terms may still add up to inf; only then are the tensors of that tree checked one by one.
     """
     found = [True] * len(kept)
     sums: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""What `apply` returns: it owns what was changed, and undoes it."""
+"""The attachment that `apply` returns: it owns what was changed, and undoes it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_LIMIT = Limit()
 
 
 class Attachment:
-    """Policies attached to the denoisers of a pipeline: plans, reports, and the way back.
+    """Policies attached to the denoisers of a pipeline: their plans, their reports, and their removal.
 
     It belongs to the denoisers: every pipeline that shares one is cached. Usable as a context manager, which removes
     it at the end. A deep copy of an attached denoiser is attached too, by an attachment of its own.
@@ -44,7 +44,7 @@ class Attachment:
     ) -> None:
         """Prepare; nothing is changed before `install`.
 
-        `cost` counts what a run cost, and `fit` plans what of it fits into `limit`.
+        `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`.
         """
         self.setup = setup
         self.driver = Driver(setup, limit, cost, fit)
@@ -53,7 +53,7 @@ class Attachment:
         self._is_installed = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, in place where the copied one was."""
+        """Restore a copy, which is installed if the original was."""
         vars(self).update(state)
         self._interceptors.driver = self.driver
         if self._is_installed:
@@ -140,7 +140,7 @@ class Attachment:
         finally:
             self.driver.state.paused -= 1
 
-    # -- what its pipelines ask ---------------------------------------------------------------------------
+    # -- used by its pipelines ----------------------------------------------------------------------------
 
     def serves(self, pipe: Any) -> bool:
         """Whether `pipe` has been attached, or has run with an attached denoiser."""
@@ -149,5 +149,5 @@ class Attachment:
     def run_of(
         self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Bound one run, a call of `pipe`."""
+        """Bound the runs of one call of `pipe`."""
         return self.driver.run_of(pipe, args, kwargs)

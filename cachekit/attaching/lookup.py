@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from cachekit.interface.policy import Policy
 from cachekit.upstream.pipelines import denoisers_of
 
-#: Where an attached denoiser holds its attachment.
+#: The attribute of an attached denoiser that holds its attachment.
 ATTRIBUTE = "_cachekit_attachment"
 
 
@@ -23,7 +23,7 @@ class Attached(Protocol):
     def run_of(
         self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> contextlib.AbstractContextManager[None]:
-        """Bound one run, a call of `pipe`."""
+        """Bound the runs of one call of `pipe`."""
 
     def serves(self, pipe: Any) -> bool:
         """Whether `pipe` has been attached, or has run with an attached denoiser."""
@@ -35,7 +35,7 @@ class Attached(Protocol):
         """Put everything back."""
 
 
-#: The attachments that are in place.
+#: The attachments that are installed.
 INSTALLED: weakref.WeakSet[Attached] = weakref.WeakSet()
 
 

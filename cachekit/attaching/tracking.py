@@ -11,7 +11,7 @@ from cachekit.subclassing import intercept_calls, stop_intercepting
 
 
 def track(pipe: Any) -> None:
-    """Make each call of this pipeline instance the bounds of one run."""
+    """Intercept each call of this pipeline instance, to bound its runs."""
     intercept_calls(pipe, _as_one_run)
 
 

@@ -1,4 +1,4 @@
-"""Run caches of diffusers and of cache-dit, which no spec of cachekit corresponds to."""
+"""Run the caches of diffusers and of cache-dit, which correspond to no spec of cachekit."""
 
 from __future__ import annotations
 

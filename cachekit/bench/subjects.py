@@ -41,7 +41,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded pipeline, its arguments for a caption, and whether it draws scenes, whose captions can be checked."""
+    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions."""
 
     pipe: Any
     arguments: Arguments

@@ -120,7 +120,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
-    """Count the MACs of one Linear or convolution layer; additions of a bias are none."""
+    """Count the MACs of one Linear or convolution layer; bias additions are not counted."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.Linear):
         return output.numel() * weight.shape[1]

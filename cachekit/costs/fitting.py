@@ -1,4 +1,4 @@
-"""Fit runs into a number of bytes: choose before each run what it doesn't keep."""
+"""Fit runs into a byte budget: choose before each run what it doesn't keep."""
 
 from __future__ import annotations
 

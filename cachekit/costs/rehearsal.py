@@ -121,7 +121,7 @@ class Rehearsal:
         return savings
 
     def _macs(self, plan: Plan, index: int) -> float:
-        """Count the MACs that a reuse skips; for the guidance all of them, so that it is given up last."""
+        """Count the MACs that a reuse skips; for guidance all of them, so that it is dropped last."""
         target = plan.assignments[index].target
         layers = self._forward.layers.items()
         return float(sum(macs for name, macs in layers if target.kind is Kind.GUIDANCE or target.covers(name)))

@@ -64,7 +64,7 @@ def model_config(name: str) -> dict[str, Any] | None:
 
 
 def class_notes(name: str) -> dict[str, str]:
-    """Look up what is known of a class besides its configuration: the module it is `from`, the package it `needs`."""
+    """Look up what is known of a class besides its configuration: its module (`from`), its package (`needs`)."""
     found = _read("models.json").get(name.partition("/")[0], {})
     return {key: found[key] for key in _CLASS_KEYS if key in found}
 

@@ -1,4 +1,4 @@
-"""Load every pipeline class, for the processes that are forked from the one that imports this."""
+"""Load every pipeline class on import, so that the processes forked from this one share them."""
 
 from __future__ import annotations
 

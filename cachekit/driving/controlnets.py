@@ -28,7 +28,7 @@ from cachekit.upstream.calls import CALL, class_call
 class Interceptors(list["ControlNetInterceptor"]):
     """The interceptors of one attachment, and the driver that they ask; a deep copy starts empty, without a driver.
 
-    A ControlNet that is copied with the denoiser brings its interceptor along; a copied denoiser has no need of it.
+    A ControlNet that is copied with the denoiser adds its own interceptor to the copy.
     """
 
     driver: Driver | None = None
@@ -45,14 +45,14 @@ class ControlNetInterceptor:
     by then, outputs for skipped modules are left out, and so is the dropped branch. In doubt it runs in full.
     """
 
-    def __init__(self, fellows: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
+    def __init__(self, interceptors: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
         """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
-        assert fellows.driver is not None
-        self._fellows = fellows
+        assert interceptors.driver is not None
+        self._interceptors = interceptors
         self._module = module
         self._parameters = parameters_of(module)
         self._present = Present()
-        self._twins = _twins(fellows.driver.setup.assignments, module, denoiser)
+        self._twins = _twins(interceptors.driver.setup.assignments, module, denoiser)
         modules = dict(module.named_modules())
         names = {name for twins in self._twins.values() for name in twins}
         self._switches = [
@@ -61,16 +61,16 @@ class ControlNetInterceptor:
         ]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Become a copy, which belongs to the copied attachment, or runs in full where only a ControlNet is copied."""
+        """Join the copied attachment; where only the ControlNet is copied, it runs in full."""
         vars(self).update(state)
-        self._fellows.append(self)
+        self._interceptors.append(self)
 
     def install(self) -> None:
         """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
         for switch in self._switches:
             switch.install()
         vars(self._module)[CALL] = self.lead
-        self._fellows.append(self)
+        self._interceptors.append(self)
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
@@ -97,11 +97,11 @@ class ControlNetInterceptor:
 
     def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Plan the denoiser's next call, where it is certain and the shapes of such inputs are known."""
-        if self._fellows.driver is None:
+        if self._interceptors.driver is None:
             return None
         arguments = by_name(self._parameters, args, kwargs)
         is_known = self._present.is_known([_signature(tensor) for tensor in tensors(arguments)])
-        return self._fellows.driver.foresee(self._module, arguments) if is_known else None
+        return self._interceptors.driver.foresee(self._module, arguments) if is_known else None
 
     def _skipped(self, call: Call) -> Set[str]:
         reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
@@ -109,7 +109,7 @@ class ControlNetInterceptor:
 
 
 class Present(threading.local):
-    """What the present call of each thread skips, and the shapes that calls with such inputs make.
+    """What the present call of each thread skips, and the shapes of what calls with such inputs return.
 
     `share` is how many parts the batch has of which one is run.
     """
@@ -176,7 +176,7 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
     """Find, by assignment, the modules whose outputs are thrown away when its region is reused."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
-    shared = {*here.values()} & {*there.values()}  # which stand behind the denoiser's own switches
+    shared = {*here.values()} & {*there.values()}  # the denoiser's own switches intercept these
 
     def is_alike(name: str) -> bool:
         if name not in here or here[name] in shared:

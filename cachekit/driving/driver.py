@@ -40,12 +40,12 @@ _NO_LIMIT = Limit()
 
 
 def no_cost(setup: Setup, record: Record) -> Cost:
-    """Refuse to count: the default of attachments that nobody asks for costs."""
+    """Refuse to count: the default of attachments that `apply` has not made."""
     raise CostError("the costs of this attachment are not counted; use cachekit.apply")
 
 
 def no_fit(setup: Setup, start: RunStart) -> Fit:
-    """Give nothing up: the plan of a run without a limit."""
+    """Keep everything: the fit of a run without a limit."""
     return Fit()
 
 
@@ -55,7 +55,7 @@ class Driver:
     def __init__(
         self, setup: Setup, limit: Limit = _NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
     ) -> None:
-        """Drive without a run yet; `cost` counts what runs cost, and `fit` plans what of them fits into `limit`."""
+        """Start without a run; `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`."""
         self.setup = setup
         self.state = RunState()
         self.pipelines = Pipelines()
@@ -72,9 +72,10 @@ class Driver:
     # -- a call: locate it, run the forward or not, finish ------------------------------------------------
 
     def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
-        """Yield the arguments of the denoiser's own forward, unless it is left out, take its output; return one.
+        """Yield the arguments for the denoiser's forward, receive its output, and return that of the call.
 
-        `enclosed` says that the forward is compiled as a whole, by code outside of the denoiser.
+        Nothing is yielded where the forward is left out. `enclosed` is whether it is compiled as a whole, by code
+        outside of the denoiser.
         """
         self.state.call = None
         start = time.perf_counter()
@@ -115,7 +116,7 @@ class Driver:
         return call
 
     def _pass_by(self, inputs: CallInputs) -> None:
-        """Note a paused call in a pipeline's loop: a step, if the loop goes on behind it."""
+        """Note a paused call in a pipeline's loop: it counts as a step if the loop goes on after it."""
         run, timestep = self.state.run, inputs.timestep
         if run is not None and self.state.pipeline and isinstance(timestep, Tensor) and is_entry(timestep):
             run.clock.note(mark_of(timestep, None))
@@ -124,7 +125,7 @@ class Driver:
 
     @contextlib.contextmanager
     def run_of(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Bound one run by a pipeline's call: what is kept ends with it, by an exception too."""
+        """Bound runs by a pipeline's call: what they keep is dropped at its end, after an exception too."""
         self.pipelines.add(pipe)
         self.installation.check()
         pipeline = PipelineCall.of(pipe, args, kwargs)
@@ -153,7 +154,7 @@ class Driver:
         if state.run is not None:
             state.run.tick(mark)
             return state.run
-        if state.pipeline is None:  # its call has been checked
+        if state.pipeline is None:  # otherwise checked at the pipeline's call
             self.installation.check()
         clock = Clock(exact=state.pipeline is not None)
         clock.tick(mark)

@@ -11,14 +11,14 @@ from cachekit.runs.denoiser import Denoiser
 from cachekit.upstream.calls import CALL, COMPILED_CALL, NAMING, class_call, class_naming
 from cachekit.upstream.compiling import active_compiler, is_refused, leads_to, uncompiled, uncompiled_frame
 
-_OUTSIDE = "cachekit leads a denoiser's calls from outside; compile the denoiser itself"
+_OUTSIDE = "cachekit intercepts a denoiser's calls outside of compiled code; compile the denoiser itself"
 
 #: A call in steps: yields the arguments of the forward, is sent its output, and returns the call's own.
 CallSteps = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, Any]
 
 
-class Leader(Protocol):
-    """Whatever decides what a denoiser's calls do."""
+class CallDriver(Protocol):
+    """What an entrance passes calls to: `Driver`, in a room that is imported later."""
 
     def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
         """Take one call of a denoiser through its steps; `enclosed` is whether it is compiled as a whole."""
@@ -28,19 +28,19 @@ class Leader(Protocol):
 
 
 class Entrance:
-    """Leads a denoiser's calls, and the names that pipelines give them, through a leader.
+    """Passes a denoiser's calls, and the names that pipelines give them, to the driver.
 
-    Neither a subclass (`from_pipe` compares classes) nor a wrapper on `forward` (offloading restores it after each
-    run) would do, and hooks cannot leave a call out.
+    A subclass would not do, because `from_pipe` compares classes; nor would a wrapper on `forward`, which offloading
+    restores after each run, nor hooks, which cannot leave out a call.
     """
 
-    def __init__(self, leader: Leader, denoiser: Denoiser) -> None:
+    def __init__(self, driver: CallDriver, denoiser: Denoiser) -> None:
         """Prepare for `denoiser`; nothing is changed before `install`."""
-        self._leader = leader
+        self._driver = driver
         self._denoiser = denoiser
         self.inner: Callable[..., Any] | None = None
         self._installed = False
-        self._naming = Naming(leader, denoiser) if hasattr(denoiser.module, NAMING) else None
+        self._naming = Naming(driver, denoiser) if hasattr(denoiser.module, NAMING) else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave compiled code out of copies, as torch does."""
@@ -48,13 +48,13 @@ class Entrance:
 
     @uncompiled_frame(_OUTSIDE)
     def lead(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one call of the denoiser as the plan says."""
+        """Run one call of the denoiser, as the driver decides."""
         module = self._denoiser.module
         forward = self.inner or class_call(module)
-        if not self._installed:  # what was compiled meanwhile still leads here
+        if not self._installed:  # code compiled in the meantime still calls this
             return forward(*args, **kwargs)
         enclosed = active_compiler() not in (None, False)
-        steps, given, output = _begin(self._leader.call, self._denoiser, args, kwargs, enclosed)
+        steps, given, output = _begin(self._driver.call, self._denoiser, args, kwargs, enclosed)
         if given is None:
             return output
         try:
@@ -91,17 +91,17 @@ class Entrance:
 
 
 class Naming:
-    """Notes the name that a pipeline gives its calls, and passes it on to diffusers' own hooks."""
+    """Records the name that a pipeline gives its calls, and passes it on to diffusers' own hooks."""
 
-    def __init__(self, leader: Leader, denoiser: Denoiser) -> None:
-        """Replace the method of `denoiser`."""
-        self._leader = leader
+    def __init__(self, driver: CallDriver, denoiser: Denoiser) -> None:
+        """Prepare to replace the method of `denoiser`."""
+        self._driver = driver
         self._denoiser = denoiser
 
     @contextlib.contextmanager
     def __call__(self, name: str | None, **kwargs: Any) -> Iterator[None]:
         """Name the calls within the block."""
-        with self._leader.named(name), class_naming(self._denoiser.module, name, **kwargs):
+        with self._driver.named(name), class_naming(self._denoiser.module, name, **kwargs):
             yield
 
 
@@ -127,7 +127,7 @@ def _end(steps: CallSteps, output: Any) -> Any:
 
 @uncompiled(_OUTSIDE)
 def _abandon(steps: CallSteps, error: BaseException, name: str) -> None:
-    """Close a call after an error of its forward; raise one line instead where the whole had to be one graph."""
+    """Close a call after an error of its forward; raise a one-line error instead where it had to be one graph."""
     steps.close()
     if is_refused(error):
         raise AttachmentError(

@@ -53,7 +53,7 @@ class CallInputs:
 
     @property
     def cache_mode(self) -> Any:
-        """Whether the call writes keys and values or reads them, where the pipeline says so."""
+        """Whether the call writes keys and values or reads them, where the pipeline states it."""
         return self.named.get(CACHE_MODE)
 
     @property

@@ -1,4 +1,4 @@
-"""What stands before the calls of denoisers and their modules."""
+"""Installing what intercepts the calls of denoisers and their modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.driving.entrance import Entrance, Leader
+from cachekit.driving.entrance import CallDriver, Entrance
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
 from cachekit.interface.sites import Region, Target
@@ -25,14 +25,14 @@ _IDLE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Installation:
-    """The entrance before each denoiser's calls, and the switches before those of its modules, by denoiser."""
+    """The entrance of each denoiser and the switches of its modules, by name of the denoiser."""
 
-    def __init__(self, setup: Setup, state: RunState, leader: Leader) -> None:
+    def __init__(self, setup: Setup, state: RunState, driver: CallDriver) -> None:
         """Prepare; nothing is changed before `install`."""
         self._setup = setup
         self._state = state
         self.switches: dict[str, list[Switch]] = {}
-        self._entrances = {name: Entrance(leader, denoiser) for name, denoiser in setup.denoisers.items()}
+        self._entrances = {name: Entrance(driver, denoiser) for name, denoiser in setup.denoisers.items()}
         self._prompters: dict[str, Prompter] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Installation:
             entrance.uninstall()
 
     def check(self) -> None:
-        """Raise `AttachmentError` where something else has taken a place, or another cache has been enabled."""
+        """Raise `AttachmentError` where other code has replaced a switch or enabled another cache."""
         for name, denoiser in self._setup.denoisers.items():
             self._entrances[name].install()  # again, where something compiled the denoiser since
             modules = modules_by_name(denoiser.module)
@@ -73,7 +73,7 @@ class Installation:
                     )
 
     def prompting(self, name: str, call: Call | None, enclosed: bool) -> contextlib.AbstractContextManager[None]:
-        """Set the switches' orders for `call`, None being a plain one, where some of them lie in compiled code."""
+        """Instruct the switches for `call`, None for an uncached one, where some of them lie in compiled code."""
         prompter = self._prompter(name)
         return _IDLE if prompter.is_idle(enclosed) else prompter.call(call)
 

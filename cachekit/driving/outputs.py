@@ -70,7 +70,7 @@ class OutputFinisher:
             self._show(call, inputs, lambda: {branch: tuple(tensors(outputs[branch])) for branch in order})
 
     def _restoring(self, call: Call) -> Callable[[Tensor], Tensor]:
-        """Make the function from a tensor of the branch that ran to the same of the dropped one."""
+        """Make the function that turns each tensor of the branch that ran into that of the dropped one."""
         index = call.narrowed_by
         assert index is not None
         call.count(index, Action.REUSE)

@@ -24,7 +24,7 @@ _CHECKED_STEPS = 50
 
 @dataclass(frozen=True)
 class Setup:
-    """The denoisers of a pipeline by name, the policies on them, and the catalog that both were found in."""
+    """The denoisers of a pipeline by name, the policies on them, and the catalog of policies and adapters."""
 
     denoisers: dict[str, Denoiser]
     policies: tuple[Policy, ...]
@@ -36,7 +36,7 @@ class Setup:
     def of(cls, modules: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> Setup:
         """Choose an adapter for each module and the targets of each policy.
 
-        Raises a `CachekitError` where an adapter or a target is missing, or policies or a plugin stand against it.
+        Raises a `CachekitError` where an adapter or a target is missing, policies collide or a plugin refuses the plan.
         """
         denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
         chosen = ((policy, name, targets) for policy in policies for name, targets in _select(policy, denoisers))
@@ -59,7 +59,7 @@ class Setup:
         return [bound.policy for bound in self.assignments if bound.is_guidance]
 
     def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
-        """Plan a run as users describe it; raises `CachekitError` for what is no number of steps."""
+        """Plan a run as users describe it; raises `CachekitError` unless there is at least one step."""
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
         return self.plan(num_inference_steps, self.layout if guided else self.layout.alone)
@@ -80,7 +80,7 @@ class Setup:
 
 
 def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[tuple[str, Sequence[Target]]]:
-    """List the policy's targets in each denoiser; one without targets may stand beside another that has some."""
+    """List the policy's targets in each denoiser; a denoiser without any is left out if another has some."""
     found: list[tuple[str, Sequence[Target]]] = []
     refusals: list[SiteError] = []
     for name, denoiser in denoisers.items():

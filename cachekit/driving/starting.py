@@ -32,7 +32,7 @@ from cachekit.upstream.guiders import has_momentum
 from cachekit.upstream.pipelines import plain_arguments
 from cachekit.upstream.schedulers import count_steps
 
-#: Plans what a run may keep.
+#: Chooses what a run may keep.
 FitFunction = Callable[[Setup, RunStart], Fit]
 
 
@@ -40,7 +40,7 @@ class RunStarter:
     """Starts runs: detects the layout of branches, counts the steps, and fits the plan into the limit."""
 
     def __init__(self, setup: Setup, limit: Limit, fit: FitFunction) -> None:
-        """Start runs with `setup`; `fit` plans what of them fits into `limit`."""
+        """Start runs with `setup`; `fit` chooses what of a run fits into `limit`."""
         self._setup = setup
         self._limit = limit
         self._fit = fit
@@ -69,7 +69,7 @@ class RunStarter:
         pipeline: PipelineCall | None,
         context: str | None,
     ) -> Run:
-        """Start the run that a first call, at which the clock is, belongs to; `context` is its name.
+        """Start a run with its first call, to which `clock` has advanced; `context` is the name of the call.
 
         Raises `GuidanceError` where a policy would drop a branch that cannot be dropped, and `BudgetError` where
         nothing fits into the limit.

@@ -23,7 +23,7 @@ PERTURBS_ATTENTION = "perturbed-attention guidance adds a branch of its own; set
 class FirstCall:
     """What the first call of a run shows of its guidance.
 
-    `guided` is what the pipeline says, None where that is open; `context` is the name that it gives the call.
+    `guided` is None if it is not known yet; `context` is the name that the pipeline gives the call.
     `writes_cache`, `has_momentum` and `perturbs_attention` are reasons against dropping a branch.
     """
 
@@ -36,11 +36,12 @@ class FirstCall:
 
 
 def layout_of_run(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
-    """Detect how the branches of a run come, and why none of them could be dropped ("" where one could).
+    """Detect the layout of a run's branches, and the reason why none can be dropped ("" where one can).
 
-    A pipeline that names its calls after branches makes one for each. A batch is what the pipeline says, checked
-    against the latents themselves; a bare loop says nothing, and there equal parts of the batch are its branches.
-    Anything else (three branches, calls without names) is a whole of its own: guessing would mix images.
+    A pipeline that names its calls after branches makes one call for each. Where a pipeline states that it is guided,
+    the latents of the batch are checked to be equal; a bare loop states nothing, and there equal parts of the batch
+    are its branches. Anything else (three branches, calls without names) counts as a single branch, because a wrong
+    guess would mix images.
     """
     if first.writes_cache and first.guided is not False:
         return layout.alone, WRITES_CACHE

@@ -16,7 +16,7 @@ from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED
 
 
 def as_batch(sample: Any) -> Any:
-    """Stack a sample that is a list with a tensor for each image, all of one size; give others back as they are."""
+    """Stack a sample that is a list with a tensor for each image, all of one size; others are returned unchanged."""
     if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
         return sample
     return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample
@@ -25,7 +25,7 @@ def as_batch(sample: Any) -> Any:
 def pick_call(
     arguments: Mapping[str, Any], positional: Sequence[str], layout: Layout, branch: str, batch: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cut a call's `arguments`, by name, down to one branch; get (args, kwargs), of which args are the `positional`."""
+    """Cut a call's `arguments`, by name, down to one branch, as (args, kwargs); `positional` names the args."""
     picked = pick(arguments, layout, branch, batch)
     return tuple(picked.pop(name) for name in positional), picked
 
@@ -37,15 +37,15 @@ def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) 
     and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
     sample is a list with a tensor for each image, so is every other list of that length.
     """
-    knife = _Knife(layout, layout.order.index(branch), batch)
+    cutter = _Cutter(layout, layout.order.index(branch), batch)
     listed = any(isinstance(arguments.get(name), list) for name in SAMPLE)
     return {
-        name: knife.cut_list(value) if listed and isinstance(value, list) else knife.cut(name, value)
+        name: cutter.cut_list(value) if listed and isinstance(value, list) else cutter.cut(name, value)
         for name, value in arguments.items()
     }
 
 
-class _Knife:
+class _Cutter:
     """Cuts arguments down to the branch at `place` in the order of a layout."""
 
     def __init__(self, layout: Layout, place: int, batch: int) -> None:
@@ -103,7 +103,7 @@ def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor],
     """
 
     def join(tensor: Tensor) -> Tensor:
-        if not tensor.dim():  # a loss, say
+        if not tensor.dim():  # a loss, for instance
             return tensor
         return torch.cat([tensor if name == branch else restore(tensor) for name in layout.order])
 

@@ -1,4 +1,4 @@
-"""What an adapter states about a family of denoisers: where its sites are, and how guidance branches reach it."""
+"""The interface of adapters: where a family of denoisers has its sites, and how guidance branches reach it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Layout:
     ones have it as dimension 1, after one of layers.
 
     `calls` is the order of the branches' calls, for denoisers whose pipelines make one for each branch without naming
-    it; empty otherwise. `negated` is set where pipelines negate the output before the scheduler gets it.
+    it; empty otherwise. `negated` is set where pipelines negate the output before they pass it to the scheduler.
 
     >>> batched = Layout()
     >>> batched.order, batched.separate
@@ -48,14 +48,14 @@ class Layout:
         return replace(self, order=("cond",), separate=False)
 
     def by_calls(self, order: Branches) -> Layout:
-        """Make the layout of a run that calls each branch on its own, in this order."""
+        """Make the layout of a run with a separate call for each branch, in this order."""
         return replace(self, order=order, separate=True)
 
 
 class Adapter(Protocol):
     """A family of denoisers, recognised by structure.
 
-    A plugin hands an instance to the hook `cachekit_register_adapters`. `name` and `summary`, one line, are for
+    A plugin registers an instance in the hook `cachekit_register_adapters`. `name` and `summary`, one line, are for
     listings and errors. Exactly one installed adapter must match a denoiser.
 
     >>> class ToyAdapter:
@@ -73,7 +73,7 @@ class Adapter(Protocol):
     summary: str
 
     def matches(self, denoiser: Any) -> bool:
-        """Whether `denoiser`, a `torch.nn.Module`, belongs to this family; called for every denoiser there is."""
+        """Whether `denoiser`, a `torch.nn.Module`, belongs to this family; called for any denoiser."""
 
     def sites(self, denoiser: Any) -> SiteMap:
         """Find the sites, regions and chains of `denoiser`, by the names that its `named_modules` gives.
@@ -82,4 +82,4 @@ class Adapter(Protocol):
         """
 
     def layout(self, denoiser: Any) -> Layout:
-        """Describe how the pipelines of `denoiser` hand it guidance branches, for a run that is guided."""
+        """Describe how pipelines pass guidance branches to `denoiser` in a guided run."""

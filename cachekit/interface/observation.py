@@ -1,4 +1,4 @@
-"""What an observing policy gets to see of a guided call."""
+"""What a policy can observe of a guided call."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Action(str, Enum):
     """What happens at a target in one step.
 
     `COMPUTE` runs it and keeps nothing, `STORE` runs it and keeps its output (`Policy.to_keep`), `REUSE` skips it
-    and hands out what the last `STORE` kept (`Policy.restore`). A `REUSE` for which nothing is kept computes, and
+    and returns what the last `STORE` kept (`Policy.restore`). A `REUSE` for which nothing is kept computes, and
     is counted as a miss.
     """
 
@@ -35,7 +35,7 @@ class Action(str, Enum):
     REUSE = "reuse"
 
 
-#: The answer of `Policy.action` where no schedule decides: `decide` or `probe` will, during the run.
+#: Returned by `Policy.action` to leave the decision to `decide` or `probe`, during the run.
 OPEN: Final = None
 
 
@@ -80,7 +80,7 @@ class Policy(BaseModel):
     'every_second:start=4'
 
     The fields are the keys of the spec; pydantic checks their values. Instances are frozen, so that runs and threads
-    can share them: what changes during a run belongs into the `memory` dict that some methods are given, which lives
+    can share them: what changes during a run belongs in the `memory` dict that some methods are given, which lives
     as long as the run. A list under `memory["trace"]` is shown in the report.
 
     All methods but `action` have a default. Tensors are `(branches * batch, ...)`; where a batch holds two guidance
@@ -140,7 +140,7 @@ class Policy(BaseModel):
 
     @property
     def observes(self) -> bool:
-        """Whether `observe` is called; a policy whose fields make it needless may say so."""
+        """Whether `observe` is called; override it if the policy's fields can make that unnecessary."""
         return type(self).observe is not Policy.observe
 
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Union
 
-#: Names of guidance branches, in the order in which the denoiser gets them: `("uncond", "cond")`.
+#: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
 
 
@@ -151,7 +151,7 @@ class SiteMap:
         return Region(name, exit=blocks[-1], skipped=tuple(blocks[:-1]), entry=blocks[0], streams=streams)
 
     def describe(self) -> str:
-        """Summarize in one line what this model has, for errors."""
+        """Summarize the sites of this model in one line, for errors."""
         counts = Counter(str(site.kind) for site in self.sites)
         parts = [f"{kind} x {count}" for kind, count in sorted(counts.items())]
         if self.regions:

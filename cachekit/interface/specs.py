@@ -19,7 +19,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 def parse(spec: Spec, policies: Mapping[str, type[Policy]]) -> Policy:
-    """Parse one spec; `policies` are those that may be named. A policy is handed back as it is.
+    """Parse one spec, with the known policy classes by name. A policy object is returned unchanged.
 
     >>> class Half(Policy):
     ...     name = "half"
@@ -67,7 +67,7 @@ def parse_all(specs: Spec | Iterable[Spec], policies: Mapping[str, type[Policy]]
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` can stand before the colon of a spec: lower case, digits and underscores, a letter first."""
+    """Whether `name` is valid before the colon of a spec: lower case, digits and underscores, a letter first."""
     return bool(_NAME.fullmatch(name))
 
 

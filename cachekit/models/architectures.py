@@ -53,7 +53,7 @@ class Architecture:
     ) -> dict[str, Any]:
         """Make the arguments of one forward for a `batch` over all branches, of height x width pixels.
 
-        Raises `CachekitError` for a size that is no multiple of a latent's.
+        Raises `CachekitError` for a size that is not a multiple of `pixels_per_latent`.
         """
         rows, columns = (self._latents(size) for size in (height, width))
 

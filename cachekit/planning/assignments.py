@@ -12,7 +12,7 @@ from cachekit.interface.sites import Kind, Target
 
 @dataclass(frozen=True)
 class Assignment:
-    """One policy on one target of a denoiser; its index in a plan's `assignments` stands for it elsewhere.
+    """One policy on one target of a denoiser; identified elsewhere by its index in a plan's `assignments`.
 
     `denoiser` is the name of the denoiser within its pipeline. It is empty at the guidance site, which all denoisers
     of a pipeline share, and for a denoiser without a pipeline.
@@ -39,7 +39,7 @@ class Assignment:
         return self.target.covers(other.target.exit)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
-        """Hand out the assignment itself: it is immutable, and copies of a model share it."""
+        """Share the assignment between copies of a model: it is immutable."""
         return self
 
 

@@ -15,7 +15,7 @@ Decide = Callable[[Assignment, Moment], Cell]
 
 
 class Composer:
-    """The rules of composition, for the printed plan and for a run that decides while it goes.
+    """Composes rows, for the printed plan and for a run that decides as it goes.
 
     Guidance is settled first, then blocks and regions, then the sites inside. A step on which a policy must STORE a
     site is one on which no block or region around it is reused. A change of branches restarts the schedules of those
@@ -95,7 +95,7 @@ class Composer:
         return wanted if self._is_guided and (wanted is OPEN or can_keep) else Action.COMPUTE
 
     def _restart(self, step: int) -> list[int]:
-        """Start anew the schedules that a change of branches makes stale; list their assignments."""
+        """Restart the schedules that a change of branches makes stale; list their assignments."""
         if step == 0:
             return []
         refreshed = [
@@ -108,7 +108,7 @@ class Composer:
         return refreshed
 
     def _force_full(self, cells: list[Cell], step: int, decide: Decide) -> None:
-        """Run each block around a STORE. All blocks of its policy restart, or they would get out of step."""
+        """Force blocks around a STORE to run. All blocks of such a policy restart, to stay in phase with each other."""
         forced = [index for index in self._blocks if self._must_run(index, cells)]
         policies = [self.assignments[index].policy for index in forced]
         for index in self._blocks:

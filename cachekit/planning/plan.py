@@ -133,7 +133,7 @@ def _mark_narrowing_stores(rows: Sequence[Row]) -> None:
 
 
 def _ends(cells: Sequence[Cell], reads: Set[Action]) -> Iterator[int]:
-    """Yield each step from which on something kept is not read, though it was before: replaced next, or never read."""
+    """Yield each step that follows the last read of something kept: it is replaced next, or never read again."""
     is_wanted = False
     for step in range(len(cells) - 1, -1, -1):
         was_wanted, cell = is_wanted, cells[step]

@@ -84,7 +84,7 @@ class Catalog:
                 raise ConflictError(reason)
 
     def run_finished(self, report: Any) -> None:
-        """Hand the report of a finished run to every plugin; warn of one that raises, because the images are made."""
+        """Pass the report of a finished run to every plugin; one that raises causes a warning, as the images exist."""
         for plugin, call in self._calls("cachekit_run_finished"):
             try:
                 call(report=report)
@@ -92,7 +92,7 @@ class Catalog:
                 warnings.warn(_failed(plugin, "cachekit_run_finished", error), PluginWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Catalog:
-        """Hand out the catalog itself."""
+        """Share the catalog: it is never changed."""
         return self
 
     def _matches(self, adapter: Adapter, denoiser: Any) -> bool:
@@ -143,7 +143,7 @@ def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog
 
 
 class _Registry:
-    """What plugins have handed to their `register` callback so far, checked."""
+    """What plugins have passed to their `register` callback so far, checked."""
 
     def __init__(self) -> None:
         self.policies: dict[str, type[Policy]] = {}
@@ -190,7 +190,7 @@ class _Registry:
 
 
 def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
-    """Import and register a plugin; the answer is the reason why it failed, or empty."""
+    """Import and register a plugin; return the reason why it failed, or an empty string."""
     module = None
     try:
         module = point.load()

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and how it reads."""
+"""Records of runs, and the reports on them."""

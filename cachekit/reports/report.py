@@ -170,7 +170,7 @@ class Report:
             cost = self.cost
         except CostError as error:
             return f"MACs unknown: {error}"
-        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x fewer)"
+        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x MAC reduction)"
 
     def __str__(self) -> str:
         """Summarise the run, with the reports of `earlier` runs first."""
@@ -182,7 +182,9 @@ class Report:
         ]
         lines += self._budget_lines()
         if self.record.shortened:
-            lines.append(f"ControlNet: {self.record.shortened} calls left out what would have been thrown away")
+            lines.append(
+                f"ControlNet: {self.record.shortened} calls skipped outputs that the denoiser would have discarded"
+            )
         lines += map(str, self.counts)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 

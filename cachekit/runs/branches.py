@@ -33,7 +33,7 @@ class BranchCalls:
         return 1 if self.layout.separate else len(self.layout.order)
 
     def begin_step(self) -> Layout | None:
-        """Forget the calls of the last step; get the layout that begins with this one, if another does."""
+        """Forget the calls of the last step; return the new layout if it changes with this one."""
         self._in_step.clear()
         self.outputs.clear()
         layout, self._next_layout = self._next_layout, None

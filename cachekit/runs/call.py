@@ -32,7 +32,7 @@ class Call:
     def __init__(
         self, keeper: Keeper, calls: BranchCalls, row: Row, caller: Caller, batch: int, ordinal: int = 0
     ) -> None:
-        """Plan the `ordinal`-th like call of a step by its row; probes and misses change the actions for it."""
+        """Plan the `ordinal`-th call of its kind in a step, by the step's row; probes and misses change its actions."""
         self.keeper = keeper
         self.calls = calls
         self.denoiser, self.branch = caller
@@ -99,7 +99,7 @@ class Call:
         return self.keeper.store.has(self.slot(index), self.branches)
 
     def keep(self, index: int, kept: Any) -> None:
-        """Keep, at once in the form of the branches that will read it where the plan shows them."""
+        """Keep tensors, already reduced to the branches that will read them where the plan shows these."""
         branches = self.branches
         last = self.row.last_branches.get(index)
         if last is not None:
@@ -119,7 +119,7 @@ class Call:
     # -- decisions and counts -----------------------------------------------------------------------------
 
     def decide(self, index: int, value: Streams) -> None:
-        """Ask the policy for an action, from the tensors at its probe; without anything kept, a reuse is a store."""
+        """Ask the policy for an action, from the tensors at its probe; a reuse becomes a store if nothing is kept."""
         bound = self.keeper.assignments[index]
         memory = self.keeper.memories.of_probe(bound.policy.name, self.denoiser, self.branches, self.ordinal)
         action = self.keeper.vote(bound.policy.probe(bound.target, self.moment(index), value, memory))

@@ -53,12 +53,12 @@ class Clock:
         self._uncached: dict[float, Mark] = {}
 
     def starts_anew(self, mark: Mark) -> bool:
-        """Whether a call at this mark belongs to a new run: also a second loop within a pipeline's call."""
+        """Whether a call at this mark begins a new run, such as a second loop within a pipeline's call."""
         if self._last is None:
             return False
         if self.exact:
             return self._begins_again(mark, self._last)
-        # A loop at one timestep never shows that it begins again, and must not keep without end.
+        # A loop that stays at one timestep never shows where it begins again, but must not keep tensors for ever.
         endless = mark.same_step(self._last) and self.call + 1 >= _MOST_CALLS
         return endless or mark.begins_after(self._last)
 
@@ -76,7 +76,7 @@ class Clock:
             self._uncached[mark.place] = mark
 
     def left_behind(self, mark: Mark) -> list[Mark]:
-        """List, in order, the noted calls that were steps, as a call at this mark shows."""
+        """List, in order, the noted calls that turn out to be steps, because a call at this mark follows them."""
         if not self._uncached or not self._lies_ahead(mark):
             return []
         reached = sorted(place for place in self._uncached if place <= mark.place)
@@ -125,6 +125,6 @@ def mark_of(timestep: Any, scheduler: Any) -> Mark:
     index = step_index(scheduler)
     if index is not None:
         return Mark("index", index, scheduler_step=index)
-    # In double precision the mean of equal values is exactly that value. One frame's may stand still.
+    # In double precision the mean of equal values is exactly that value. The timestep of one frame may not change.
     times = timestep.to("cpu", torch.float64)
     return Mark("value", -float(times.mean()), time=float(times.max()))

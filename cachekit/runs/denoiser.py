@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Denoiser:
-    """An attached denoiser, what its adapter makes of it, and its forward's parameters in order."""
+    """An attached denoiser, the sites and the layout that its adapter found, and its forward's parameters in order."""
 
     name: str
     module: nn.Module
@@ -26,5 +26,5 @@ class Denoiser:
 
     @classmethod
     def of(cls, name: str, module: nn.Module, adapter: Adapter) -> Denoiser:
-        """Ask `adapter` about `module`."""
+        """Describe `module` by what `adapter` finds."""
         return cls(name, module, adapter.sites(module), adapter.layout(module), parameters_of(module))

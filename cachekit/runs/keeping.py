@@ -14,7 +14,7 @@ from cachekit.runs.memories import Memories
 from cachekit.runs.store import Slot, Store
 from cachekit.tensors import is_finite
 
-#: Makes one action of those that the processes which share an image ask for.
+#: Agrees on an action with the other processes that share an image.
 Voting = Callable[[Action], Action]
 
 

@@ -13,7 +13,7 @@ from cachekit.runs.store import Store
 
 @dataclass(frozen=True)
 class Limit:
-    """How many bytes may be kept at once, and on which device; None is no limit, or where they are made."""
+    """Most bytes kept at once, None without a limit, and the device that holds them, None for that of each tensor."""
 
     max_bytes: int | None = None
     device: torch.device | None = None
@@ -22,7 +22,7 @@ class Limit:
     def of(cls, max_cache_bytes: int | None, cache_device: Any) -> Limit:
         """Check the limit that `apply` was given.
 
-        Raises `BudgetError` for what is no number of bytes or no device of this machine.
+        Raises `BudgetError` unless they are a positive number of bytes and a device of this machine.
         """
         whole = isinstance(max_cache_bytes, int) and not isinstance(max_cache_bytes, bool)
         if max_cache_bytes is not None and not (whole and max_cache_bytes > 0):

@@ -11,7 +11,7 @@ Memory = dict[str, Any]
 
 
 class Memories:
-    """The memory of each policy, and one more of each of its probes.
+    """A memory for each policy, and separate ones for its probes.
 
     Probes of branches that have calls of their own do not share a memory.
     """
@@ -30,7 +30,7 @@ class Memories:
         return self._of_probes.setdefault((policy, denoiser, branches, ordinal), {})
 
     def traces(self) -> dict[str, list[Any]]:
-        """Copy what policies wrote down for the report, by policy."""
+        """Copy what policies recorded for the report, by name of the policy."""
         return {name: list(memory["trace"]) for name, memory in self._of_policies.items() if "trace" in memory}
 
     def clear(self) -> None:

@@ -43,7 +43,7 @@ class Run:
         vote: Voting | None = None,
         is_named: bool = False,
     ) -> None:
-        """Begin before the first row of `plan`, in an empty store and alone unless others are given."""
+        """Begin before the first row of `plan`; by default with an empty store and no other process to agree with."""
         self.plan = plan
         self.images = images
         self.clock = clock or Clock(exact=True)
@@ -103,7 +103,7 @@ class Run:
     # -- branches and batch -------------------------------------------------------------------------------
 
     def serves(self, batch: int) -> bool:
-        """Whether a call's batch is that of its step's first call; an odd one out runs uncached."""
+        """Whether a call's batch is that of its step's first call; any other call runs uncached."""
         return self.clock.call == 0 or batch == self.images * self.calls.together
 
     def follow_batch(self, denoiser: str, sample: Tensor, mode: Any) -> None:
@@ -127,7 +127,7 @@ class Run:
         return composer
 
     def _take_as_alone(self) -> None:
-        """Go on as if the one branch had been all from the beginning: none is dropped, so nothing is stale."""
+        """Continue as if the run had had one branch from the beginning: none is dropped, so nothing kept is stale."""
         layout = self.calls.take_as_alone()
         self._change_layout(layout).branches = layout.order
         self.record.layout = layout
@@ -150,8 +150,8 @@ class Run:
     def begin_call(self, denoiser: str, context: str | None, batch: int) -> Call:
         """Begin the call that the clock is at; `context` is the pipeline's name for it.
 
-        Whatever has nothing to reuse keeps instead: blocks, and every site in a denoiser's first call where the run
-        has begun without it (two denoisers may share one loop).
+        A reuse of something not kept becomes a store: at blocks, and at every site in the first call of a denoiser
+        that joins a run late (two denoisers may share one loop).
         """
         if self.calls.only_first_called(self.clock):
             self._take_as_alone()

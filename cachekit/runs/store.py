@@ -65,7 +65,7 @@ class Store:
         return sizes
 
     def take_fresh(self) -> list[tuple[Slot, Branches, Any]]:
-        """List what has been kept since the last call of this, on whichever device it lies."""
+        """List what has been kept since this was last called, on the device that holds it."""
         fresh, self._fresh = self._fresh, {}
         return [(slot, branches, self._entries[slot, branches]) for slot, branches in fresh]
 
@@ -83,7 +83,7 @@ class Store:
     def change_branches(self, branches: Branches, changes: list[BranchChange], before: Branches | None = None) -> None:
         """Convert what is kept to what the remaining `branches` need, each by its policy's rule.
 
-        Where the branches `before` are given, what calls by other names have kept stays theirs.
+        `before` are the branches until now: if given, what calls for other branches have kept is left as it is.
         """
         kept_for: dict[Slot, set[Branches]] = {}
         for slot, named in self._entries:

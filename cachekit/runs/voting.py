@@ -23,7 +23,7 @@ class Vote:
     device: Any = None
 
     def __call__(self, action: Action) -> Action:
-        """Agree on the action that every rank of the group takes; all of them ask, in the same order."""
+        """Agree on the action that every rank of the group takes; each must call this, in the same order."""
         if self.group is None:
             return action
         asked = torch.tensor(_ORDER.index(action), device=self.device)

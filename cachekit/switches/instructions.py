@@ -31,8 +31,8 @@ class RegionInputs:
 class Instruction:
     """What one switch does in one call of its module, and the output that it sets aside.
 
-    Compiled code is shared by like modules, and compiled anew for whatever it reads that differs. So it reads nothing
-    of the call itself: it follows `order`, and hands out or sets aside tensors.
+    Like modules share compiled code, which torch compiles again for every value it reads that differs. So it reads
+    nothing of the call itself: it follows `order`, and returns tensors or sets them aside.
     """
 
     order: Order
@@ -84,7 +84,7 @@ class Instruction:
 def instruct(
     parts: Sequence[AssignedPart], call: Call | None, regions: Mapping[int, RegionInputs]
 ) -> Instruction | None:
-    """Decide what a module with these parts does in `call`, or give None where values within the call decide.
+    """Decide what a module with these parts does in `call`; None where values within the call decide.
 
     `call` is None where nothing is cached. `regions` holds the inputs of each assignment's region.
     """

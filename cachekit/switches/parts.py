@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from cachekit.interface.policy import Streams
     from cachekit.runs.call import Call
 
-#: Given in place of a stand-in for the module's output: the module has to run.
+#: Returned in place of a stand-in for the module's output: the module has to run.
 RUN_IT = object()
 
 
@@ -28,11 +28,11 @@ class Part:
     """One role of a module, which may skip the module's calls or use what they return."""
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a stand-in for the output of the module called with these arguments, or give `RUN_IT`."""
+        """Make a stand-in for the output of the module called with these arguments; `RUN_IT` if it has to run."""
         return RUN_IT
 
     def skipped(self, call: Call) -> None:
-        """Count that the module was skipped, because this part or another gave a stand-in."""
+        """Count that the module was skipped, because this part or another made a stand-in."""
 
     def after(self, call: Call, output: Any) -> None:
         """Use the output of the module, which ran."""
@@ -58,7 +58,7 @@ class AssignedPart(Part):
         return call.actions[self.index] is OPEN
 
     def before_compiled(self, call: Call) -> Any:
-        """Make the stand-in before the call, or a `Restoring` that makes it within, or give `RUN_IT`."""
+        """Make the stand-in before the call, or a `Restoring` for within it; `RUN_IT` if the module has to run."""
         return self.before(call, (), {})
 
     def needs(self, call: Call) -> Order:
@@ -88,7 +88,7 @@ class Exit(AssignedPart):
         return RUN_IT if found is None else found.output(call.entries.get(self.index, ()))
 
     def before_compiled(self, call: Call) -> Any:
-        """Restore the output, or give what restores it from the tensors that enter the region."""
+        """Restore the output, or make the `Restoring` that does from the tensors that enter the region."""
         found = self._restoring(call)
         if found is None:
             return RUN_IT
@@ -202,7 +202,7 @@ class Entry(AssignedPart):
         return RUN_IT
 
     def before_compiled(self, call: Call) -> Any:
-        """Give `RUN_IT`; the arguments are not there yet."""
+        """`RUN_IT`: the arguments are not known before the call."""
         return RUN_IT
 
     def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:

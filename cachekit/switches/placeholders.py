@@ -25,7 +25,7 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
 class Scratch:
     """Memory that the placeholders of one call share: no value in it is ever read.
 
-    Memory of its own for each skipped module would cost as much time as a small layer.
+    Allocating it for each skipped module would take as long as a small layer.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Scratch:
 
 
 class Placeholder:
-    """Makes a stand-in for a skipped module's output of the `zeros_like` each of its tensors, in order.
+    """Makes a stand-in for a skipped module's output, from the `zeros_like` of each of its tensors in order.
 
     The first tensor of an output flows on and may be edited in place (T2I-Adapter, FreeU), so it is real memory. The
     others are only added to or joined: the recorded zeros serve for them.

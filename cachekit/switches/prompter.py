@@ -25,17 +25,17 @@ _MODES: weakref.WeakKeyDictionary[nn.Module, set[Any]] = weakref.WeakKeyDictiona
 
 
 class Prompter:
-    """Gives the switches of one denoiser their instructions, where some of them lie in compiled code.
+    """Sets the instructions of a denoiser's switches, where some of them lie in compiled code.
 
-    Compiled code can neither count nor look anything up: it would be compiled anew for whatever it read. So each
-    switch there reads one order of its own, and hands out or sets aside tensors. As the switches belong to the
+    Compiled code can neither count nor look anything up: it would be compiled again for every value that it reads. So
+    each switch there reads one order of its own, and returns tensors or sets them aside. As the switches belong to the
     denoiser, calls of several threads take turns.
     """
 
     def __init__(self, module: nn.Module, switches: Sequence[Switch]) -> None:
         """Serve the `switches` of `module`."""
         self._module = module
-        # A module that is skipped skips those within, which then need no instruction: it comes before them.
+        # Outer modules first: where one is skipped, those within need no instruction.
         self._switches = sorted(switches, key=lambda switch: switch.name.count("."))
         self._around = {
             switch.name: [other for other in switches if switch.name.startswith(other.name + ".")]
@@ -54,7 +54,7 @@ class Prompter:
 
     @contextlib.contextmanager
     def call(self, call: Call | None) -> Iterator[None]:
-        """Instruct the switches for `call`, within which nothing is cached if it is None, and collect their outputs."""
+        """Instruct the switches for `call`, None for an uncached one, and collect their outputs after it."""
         with self._lock:
             try:
                 regions = self._instruct(call)

@@ -1,4 +1,4 @@
-"""The wrapper around a module's calls that skips them where the plan says so."""
+"""The wrapper around a module's calls that runs or skips them, by the plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cachekit.upstream.compiling import BY_VALUES, is_traced, uncompiled
 from cachekit.upstream.hooks import register_alike, run_group_offloading, splitting_hook
 
 _SWITCH = "_cachekit_switch"
-_COMPUTE = Action.COMPUTE  # the enum's own attributes are slow
+_COMPUTE = Action.COMPUTE  # looking it up on the enum in each call is slow
 
 
 class CurrentCall(Protocol):
@@ -25,11 +25,11 @@ class CurrentCall(Protocol):
 
 
 class Switch:
-    """Wraps one module's calls and skips them where the plan says so.
+    """Wraps one module's calls, and runs or skips them by the plan.
 
     It lies outside of the module's hooks and of whatever wraps its forward: the module's instance holds the switch,
-    and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` come and go in any
-    order, and a module that is skipped does not move its weights either. A deep copy of the model copies its switches.
+    and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` can be added and
+    removed in any order, and a skipped module does not move its weights. A deep copy of the model copies its switches.
 
     In compiled code it follows an `instruction`, which lasts for one call of the denoiser.
     """
@@ -77,7 +77,7 @@ class Switch:
         register_alike(base, type(self.module))
 
     def uninstall(self) -> None:
-        """Put back exactly what was there; a class that something put over ours since stays, and skips nothing."""
+        """Put back exactly what was there; a class put on top of ours since stays, without effect."""
         if self._splitter is not None:
             if self.in_place:
                 self._splitter.forward = self._inner
@@ -93,7 +93,7 @@ class Switch:
 
     @property
     def in_place(self) -> bool:
-        """Whether the module's calls still come here."""
+        """Whether the module's calls still go through this switch."""
         if self._splitter is not None:
             return bool(self._splitter.forward == self._call_split)
         return vars(self.module).get(_SWITCH) is self and is_intercepted(self.module)

@@ -32,13 +32,13 @@ PER_FRAME = ("encoder_hidden_states", "additional_residual")
 def parameters_of(module: nn.Module) -> tuple[str, ...]:
     """List the parameters of the module class's forward in order, without self.
 
-    A module that torch compiles is looked at behind what torch puts in its place.
+    A compiled module is unwrapped first.
     """
     return tuple(inspect.signature(type(without_compiler(module)).forward).parameters)[1:]
 
 
 def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Name a call's positional arguments by `parameters`, and join them with the others."""
+    """Name a call's positional arguments by `parameters`, and merge them with the keyword arguments."""
     return {**dict(zip(parameters, args)), **kwargs}
 
 

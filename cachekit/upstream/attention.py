@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 #: Names that blocks give their feed-forward module where its class is not a `FeedForward`.
 _FEED_FORWARD = ("ff", "ffn", "mlp", "feed_forward")
-#: Projections that make queries of the context, so that it attends too and has an output of its own.
+#: Query projections of the context, which then attends too and has an output of its own.
 _QUERIES_OF_CONTEXT = ("add_q_proj", "to_q_t", "to_added_qkv", "txt_attn_qkv")
 #: Denoisers that build self-attention as cross-attention over its own width.
 _SELF_ATTENTION_BY_WIDTH = ("Kandinsky3UNet", "OmniGenTransformer2DModel")

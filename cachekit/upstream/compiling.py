@@ -14,7 +14,7 @@ from cachekit.upstream.calls import COMPILED_CALL
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-#: The reason that torch gives where one graph was asked of a call in which values decide.
+#: The reason in torch's error where a call had to be one graph, but values within it decide.
 BY_VALUES = "cachekit decides here by values"
 
 #: Whether torch is tracing the code that asks, in order to compile it.
@@ -25,7 +25,7 @@ active_compiler: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_e
 
 
 def holds_compiled(module: nn.Module) -> bool:
-    """Whether a module's call or forward leads into code that torch compiles."""
+    """Whether a module's call or forward is compiled by torch."""
     held = vars(module)
     if COMPILED_CALL not in held and "forward" not in held:
         return False
@@ -35,12 +35,12 @@ def holds_compiled(module: nn.Module) -> bool:
 
 
 def leads_to(function: Any, target: Any) -> bool:
-    """Whether `function` is what torch has compiled of `target`."""
+    """Whether `function` is `target` as compiled by torch."""
     return bool(getattr(function, "_torchdynamo_orig_callable", None) == target)
 
 
 def without_compiler(module: nn.Module) -> nn.Module:
-    """Unwrap what `torch.compile(module)` made; any other module is given back itself."""
+    """Unwrap the module inside what `torch.compile(module)` returned; any other is returned unchanged."""
     inner: nn.Module | None = vars(module)["_modules"].get("_orig_mod")
     return module if inner is None else inner
 
@@ -114,5 +114,5 @@ def _graphs_at_first() -> int:
 
 @functools.cache
 def _graph_limit() -> str:
-    """Name the limit as this version of torch does."""
+    """Name of the limit in this version of torch."""
     return "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"

@@ -1,4 +1,4 @@
-"""What diffusers pipelines show of their guidance: properties, call arguments and attention processors."""
+"""Inspect the guidance of diffusers pipelines: properties, call arguments and attention processors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SILENT = ("StableDiffusionPanoramaPipeline",)
 _THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
 #: Properties of a pipeline that its batch depends on, and that may change from step to step.
 _STATE = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
-#: Arguments that make attention be read in each step, and what to do about them.
+#: Arguments with which a pipeline reads the attention of every step, and the remedy for each.
 _READ_ATTENTION = {
     "sag_scale": "self-attention guidance reads the attention of every step; set sag_scale=0",
     "use_cross_attn_mask": "its masks are made of every step's attention; set use_cross_attn_mask and"
@@ -27,7 +27,7 @@ _READ_ATTENTION = {
 
 
 def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module, context: str | None) -> bool | None:
-    """Whether the pipeline's present run is guided; None where that is open.
+    """Whether the pipeline's present run is guided; None if that is not known yet.
 
     The pipeline's own property is right from the first denoiser call on. Without one, a call that is named after a
     branch (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
@@ -35,9 +35,9 @@ def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module, cont
     """
     if type(pipe).__name__ in _SILENT:
         return _above(1, arguments, "guidance_scale")
-    told = getattr(pipe, "do_classifier_free_guidance", None)
-    if told is not None:
-        return bool(told)
+    stated = getattr(pipe, "do_classifier_free_guidance", None)
+    if stated is not None:
+        return bool(stated)
     if context in PAIR:
         return None
     if has_true_guidance(arguments):
@@ -76,7 +76,7 @@ def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn
 
 
 def reads_attention(arguments: Mapping[str, Any]) -> str:
-    """Why a pipeline call with these arguments reads the attention of every step, with the cure; "" if it does not."""
+    """Why a pipeline call with these arguments reads the attention of every step, with the remedy, or ""."""
     return next((reason for name, reason in _READ_ATTENTION.items() if (arguments.get(name) or 0) > 0), "")
 
 

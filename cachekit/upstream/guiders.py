@@ -46,5 +46,5 @@ def _guiders(pipe: Any) -> list[Any]:
 
 
 def branch_name(context: str | None) -> str | None:
-    """Find the branch in a call's name: guiders name their calls after the predictions that come of them."""
+    """Find the branch in a call's name: guiders name their calls after the predictions that these make."""
     return context and context.removeprefix("pred_")

@@ -1,4 +1,4 @@
-"""Facts about the hooks that diffusers puts on modules, where skipping a module would upset them."""
+"""Facts about the hooks that diffusers puts on modules, which skipping a module could break."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def run_group_offloading(module: nn.Module) -> None:
     """Move weights as if the skipped module ran, where others of its offloading group rely on that.
 
     The first module of a group loads the weights of all. A module that shares its group with no other stays where it
-    is, which saves the transfer; but with streams each module also fetches the weights of the next, so none is left
-    out.
+    is, which saves the transfer; but with streams each module also fetches the weights of the next, so none is skipped.
     """
     hook = _hook(module, _GROUP)
     if hook and (len(hook.group.modules) > 1 or hook.group.stream is not None):
@@ -53,7 +52,7 @@ def computing_dtype(module: nn.Module) -> torch.dtype | None:
 def refuse_other_caches(denoiser: nn.Module, name: str, modules: Iterable[nn.Module]) -> None:
     """Refuse a denoiser, the pipeline's component `name`, whose hooks, on any of `modules`, cache earlier outputs.
 
-    Hooks that skip the same modules, or count their calls, would go wrong unnoticed. Raises `AttachmentError`.
+    Hooks that skip the same modules, or count their calls, would fail silently. Raises `AttachmentError`.
     """
     place, title = f"pipe.{name}" if name else "the denoiser", f"{type(denoiser).__name__}: diffusers' own cache"
     if getattr(denoiser, "is_cache_enabled", False):
@@ -73,7 +72,7 @@ def refuse_other_caches(denoiser: nn.Module, name: str, modules: Iterable[nn.Mod
 
 def register_alike(base: type[nn.Module], subclass: type[nn.Module]) -> None:
     """Register `subclass` with diffusers' hooks as `base` is: they look classes up by identity."""
-    helpers = sys.modules.get("diffusers.hooks._helpers")  # loaded with whatever could be in there
+    helpers = sys.modules.get("diffusers.hooks._helpers")  # if it is not loaded, nothing is registered
     if helpers is not None:
         helpers.TransformerBlockRegistry._register()
         known = helpers.TransformerBlockRegistry._registry

@@ -45,7 +45,7 @@ def with_inner(pipe: Any) -> Iterator[Any]:
 
 
 def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
-    """Yield each ControlNet of a pipeline, whose residuals its denoiser adds; one that joins several is taken apart."""
+    """Yield each ControlNet of a pipeline, whose residuals its denoiser adds; a multi-ControlNet is unpacked."""
     found = getattr(pipe, "controlnet", None)
     if isinstance(found, nn.Module):
         yield from getattr(found, "nets", [found])

@@ -13,7 +13,7 @@ from cachekit.errors import GuidanceError
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
     """Predict x0 from the denoiser's scaled input and its output, both `(batch, channels, ...)`.
 
-    Sigma-based schedulers hand the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of the
+    Sigma-based schedulers give the denoiser x / sqrt(sigma^2 + 1), which is the variance-preserving sample of the
     same timestep, so one formula serves them and the schedulers with alphas. Rectified flows use x - sigma v.
 
     Raises `GuidanceError` for a scheduler with neither sigmas nor alphas, for one that turns the output into a

@@ -20,7 +20,7 @@ def is_entry(timestep: Tensor) -> bool:
 
 
 def entry_of(timestep: Tensor) -> tuple[int, int] | None:
-    """Find the place of an entry in its table, and the table's address; None for what is no entry of a longer one."""
+    """Find the place of an entry in its table, and the table's address; None for any other tensor."""
     if timestep.dim() and any(size != 1 and stride for size, stride in zip(timestep.shape, timestep.stride())):
         return None
     storage = timestep.untyped_storage()

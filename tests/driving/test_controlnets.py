@@ -73,7 +73,7 @@ def test_the_dropped_branch_is_not_computed(specs: list[str]) -> None:
         found = latents(pipe)
         assert torch.equal(latents(pipe), found)
     narrowed_or_shallow = 3 if len(specs) == 1 else 4
-    assert f"ControlNet: {narrowed_or_shallow} calls left out" in str(attachment.report())
+    assert f"ControlNet: {narrowed_or_shallow} calls skipped outputs" in str(attachment.report())
     assert seen == [2, 2, 2, 1, 1, 1] * 2
     assert torch.allclose(found, wanted, atol=1e-3)  # half a batch is computed in another order
 

@@ -149,7 +149,10 @@ def test_a_bare_loop_may_compile_after_apply(
 def test_one_graph_around_the_denoiser_is_refused_in_one_line(graphs: Graphs) -> None:
     denoiser = pixart().transformer
     call = torch.compile(lambda *args, **kwargs: denoiser(*args, **kwargs), backend=graphs, fullgraph=True)
-    with cachekit.apply(denoiser, "tgate:m=2"), pytest.raises(torch._dynamo.exc.Unsupported, match="cachekit intercepts"):
+    with (
+        cachekit.apply(denoiser, "tgate:m=2"),
+        pytest.raises(torch._dynamo.exc.Unsupported, match="cachekit intercepts"),
+    ):
         sample(call)
 
 

@@ -30,7 +30,7 @@ def command(settings: type[SettingsT]) -> Callable[[Callable[[SettingsT], None]]
 
     def decorate(run: Callable[[SettingsT], None]) -> Callable[..., None]:
         def parse_and_run(**values: Any) -> None:
-            run(settings(**values))
+            run(settings(**{name: value for name, value in values.items() if value is not None}))
 
         parse_and_run.__name__, parse_and_run.__doc__ = run.__name__, run.__doc__
         parse_and_run.__annotations__ = {name: hints[name] for name in hints}
@@ -42,5 +42,6 @@ def command(settings: type[SettingsT]) -> Callable[[Callable[[SettingsT], None]]
 
 def _default(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
-        return field.default_factory()
+        # click before 8.3 refuses a list as the default of an argument; None leaves the default to the dataclass.
+        return field.default_factory() or None
     return inspect.Parameter.empty if field.default is MISSING else field.default

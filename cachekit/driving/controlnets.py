@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cachekit.driving.driver import Driver
+from cachekit.driving.inputs import CallInputs
 from cachekit.errors import AttachmentError
 from cachekit.guidance.slicing import pick_call, spread
 from cachekit.interface.policy import Action
@@ -21,7 +22,7 @@ from cachekit.switches.parts import Part
 from cachekit.switches.placeholders import Placeholder, zeros_like
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors, tree_map
-from cachekit.upstream.arguments import by_name, parameters_of
+from cachekit.upstream.arguments import parameters_of
 from cachekit.upstream.calls import CALL, class_call
 
 
@@ -82,7 +83,11 @@ class ControlNetInterceptor:
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the ControlNet, as short as the denoiser's next call allows."""
         forward = class_call(self._module)
-        call = None if torch.compiler.is_compiling() else self._foresee(args, kwargs)
+        if torch.compiler.is_compiling() or self._interceptors.driver is None:
+            return forward(*args, **kwargs)
+        inputs = CallInputs(self._parameters, args, kwargs)
+        is_known = self._present.is_known([_signature(tensor) for tensor in tensors(inputs.named)])
+        call = self._interceptors.driver.foresee(self._module, inputs) if is_known else None
         if call is None:
             return forward(*args, **kwargs)
         layout, skipped = call.calls.layout, self._skipped(call)
@@ -91,17 +96,8 @@ class ControlNetInterceptor:
             if call.narrowed_by is None:
                 return forward(*args, **kwargs)
             stays = call.branches[0]
-            arguments = by_name(self._parameters, args, kwargs)
-            args, kwargs = pick_call(arguments, self._parameters[: len(args)], layout, stays, call.batch)
+            args, kwargs = pick_call(inputs.named, self._parameters[: len(args)], layout, stays, call.batch)
             return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
-
-    def _foresee(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-        """Plan the denoiser's next call, where it is certain and the shapes of such inputs are known."""
-        if self._interceptors.driver is None:
-            return None
-        arguments = by_name(self._parameters, args, kwargs)
-        is_known = self._present.is_known([_signature(tensor) for tensor in tensors(arguments)])
-        return self._interceptors.driver.foresee(self._module, arguments) if is_known else None
 
     def _skipped(self, call: Call) -> Set[str]:
         reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))

@@ -28,7 +28,7 @@ from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall, RunState
 from cachekit.tensors import shape_of, tree_map
-from cachekit.upstream.arguments import PAIR, SAMPLE, TIMESTEP, find
+from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guiders import branch_name, name_by_guider
 from cachekit.upstream.pipelines import controlnets_of
 from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
@@ -210,18 +210,17 @@ class Driver:
 
     # -- ControlNets --------------------------------------------------------------------------------------
 
-    def foresee(self, controlnet: nn.Module, arguments: dict[str, Any]) -> Call | None:
+    def foresee(self, controlnet: nn.Module, inputs: CallInputs) -> Call | None:
         """Plan the denoiser's next call before it is made; None where that is not certain.
 
-        `controlnet` is given `arguments` just before: the same timestep, and a batch of the same branches.
+        `controlnet` is given `inputs` just before: the same timestep, and a batch of the same branches.
         """
         state, run = self.state, self.state.run
         if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
             return None
-        timestep, sample = find(arguments, TIMESTEP), find(arguments, SAMPLE)
-        if timestep is None or not isinstance(sample, Tensor):
+        if inputs.timestep is None or not isinstance(inputs.sample, Tensor) or inputs.is_listed:
             return None
-        mark, batch = mark_of(timestep, scheduler_of(state.pipeline.pipe)), sample.shape[0]
+        mark, batch = mark_of(inputs.timestep, scheduler_of(state.pipeline.pipe)), inputs.batch
         if not self._is_next(run, mark, batch) or all(
             controlnet is not it for it in controlnets_of(state.pipeline.pipe)
         ):

@@ -78,7 +78,7 @@ class RunStarter:
         steps = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
         fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps))
         together = 1 if layout.separate else len(layout.order)
-        run = Run(
+        return Run(
             self._setup.plan(steps, layout, fit.dropped),
             layout,
             steps,
@@ -87,10 +87,9 @@ class RunStarter:
             store=self._limit.store(),
             vote=vote_of(denoiser.module),
             is_named=context in PAIR,
+            fit=fit,
+            arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
-        run.record.fit = fit
-        run.record.arguments = plain_arguments(pipeline.arguments) if pipeline else {}
-        return run
 
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None

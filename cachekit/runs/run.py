@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Cell, Row
-from cachekit.reports.record import Record
+from cachekit.reports.record import Fit, Record
 from cachekit.runs.branches import BranchCalls
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark
@@ -42,12 +41,22 @@ class Run:
         store: Store | None = None,
         vote: Voting | None = None,
         is_named: bool = False,
+        fit: Fit | None = None,
+        arguments: dict[str, Any] | None = None,
     ) -> None:
         """Begin before the first row of `plan`; by default with an empty store and no other process to agree with."""
         self.plan = plan
         self.images = images
         self.clock = clock or Clock(exact=True)
-        self.record = _record(plan.assignments, layout, steps, self.clock.exact)
+        self.record = Record(
+            steps,
+            layout,
+            self.clock.exact,
+            counts=[dict.fromkeys(Action, 0) for _ in plan.assignments],
+            missed=[0] * len(plan.assignments),
+            fit=fit,
+            arguments=arguments or {},
+        )
         self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record)
         self.calls = BranchCalls(layout, is_named)
         assignments = list(enumerate(plan.assignments))
@@ -208,10 +217,3 @@ class Run:
         """Drop every tensor, even where the frames of an exception hold this run."""
         self.keeper.forget()
         self.calls.outputs.clear()
-
-
-def _record(assignments: Sequence[Assignment], layout: Layout, steps: int, exact: bool) -> Record:
-    record = Record(steps, layout, exact)
-    record.counts = [dict.fromkeys(Action, 0) for _ in assignments]
-    record.missed = [0] * len(assignments)
-    return record

@@ -51,15 +51,6 @@ def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
         yield from getattr(found, "nets", [found])
 
 
-def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
-    """Whether attention is perturbed for one branch: as the pipeline states, or by the processors in a bare loop."""
-    stated = getattr(pipe, "do_perturbed_attention_guidance", None)
-    if stated is not None:
-        return bool(stated)
-    processors = getattr(denoiser, "attn_processors", {}).values()
-    return any(type(processor).__name__.startswith("PAG") for processor in processors)
-
-
 def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of a pipeline's call, defaults included; none for a call that the pipeline will refuse."""
     signature = inspect.signature(type(pipe).__call__)

@@ -122,6 +122,28 @@ def test_imports_between_rooms_go_down(path):
     assert [room for room in others if rank[room] >= rank[own]] == []
 
 
+def graph():
+    """Return the files that each file of the core imports; packages themselves hold nothing to import."""
+    modules = {module_of(path)[0]: path for path in CORE if path.name != "__init__.py"}
+    return {name: imports(path) & (modules.keys() - {name}) for name, path in modules.items()}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    left = graph()
+    while left:
+        free = {name for name, wanted in left.items() if not wanted & left.keys()}
+        assert free, sorted(left)
+        left = {name: wanted for name, wanted in left.items() if name not in free}
+
+
+@each([path for path in CORE if path != ROOT / "cachekit" / "__init__.py"])
+def test_no_file_imports_the_package_that_imports_it(path):
+    from_package = [node for node in ast.walk(tree_of(path)) if getattr(node, "module", None) == "cachekit"]
+    assert {alias.name for node in from_package for alias in node.names} <= {"__version__"}
+    whole = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Import)]
+    assert "cachekit" not in {alias.name for node in whole for alias in node.names}
+
+
 @each([path for path in CORE if path.name == "__init__.py" and path.parent.parent == ROOT / "cachekit"])
 def test_a_room_re_exports_nothing(path):
     if path.parent.name != "cli":  # the entry point of the command line

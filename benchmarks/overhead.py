@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,12 +41,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rounds = options.rounds or {"demo": 25, "sd15": 5}[options.model]
-    results = measure(options.model, rounds)
-    for name, result in results.items():
-        print(f"{options.model}: {name}: {result['ratio']:.4f}")
-    deciding = deciding_ms(options.model, rounds)
-    print(f"{options.model}: deciding, ms per step: {deciding:.3f}")
-    append(options.output, options.model, {"comparisons": results, "deciding_ms": deciding}, options.threads)
+    measured: dict[str, Any] = {"comparisons": {}}
+    for name, result in measure(options.model, rounds):
+        print(f"{options.model}: {name}: {result['ratio']:.4f}", flush=True)
+        measured["comparisons"][name] = result
+        append(options.output, options.model, measured, options.threads)  # a run that is interrupted keeps these
+    measured["deciding_ms"] = deciding_ms(options.model, rounds)
+    print(f"{options.model}: deciding, ms per step: {measured['deciding_ms']:.3f}")
+    append(options.output, options.model, measured, options.threads)
 
 
 def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> None:
@@ -63,34 +65,26 @@ def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> 
     output.write_text(json.dumps(held, indent=1) + "\n")
 
 
-def measure(model: str, rounds: int) -> dict[str, Any]:
+def measure(model: str, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measure the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
-    found = {
-        "plain / its copy: the noise": compare(*plain(pipe, arguments), rounds),
-        "attached no-op / plain": compare(*no_op(pipe, arguments), rounds),
-        "cachekit tgate / published tgate": compare(*tgate(pipe, arguments), rounds),
-        **{
-            f"cachekit deepcache / published DeepCache, branch {branch}": compare(
-                *deepcache(pipe, arguments, branch), rounds
-            )
-            for branch in (0, 1)
-        },
-    }
+    yield "attached no-op / plain", compare(*no_op(pipe, arguments), rounds)
+    for branch in (0, 1):
+        name = f"cachekit deepcache / published DeepCache, branch {branch}"
+        yield name, compare(*deepcache(pipe, arguments, branch), rounds)
+    yield "cachekit tgate / published tgate", compare(*tgate(pipe, arguments), rounds)
+    yield "plain / its copy: the noise", compare(*plain(pipe, arguments), rounds)
     if model == "demo":  # on a true size the loops by hand take long and say the same
-        found |= measure_by_hand(pipe, arguments, rounds)
-    return found
+        yield from measure_by_hand(pipe, arguments, rounds)
 
 
-def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> dict[str, Any]:
+def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Compare the speedup of TGATE with that of a minimal loop by hand."""
-    found = {
-        "cachekit tgate / plain": compare(*cached_and_plain(pipe, arguments), rounds),
-        "tgate by hand / plain loop by hand": compare(*by_hand(pipe, arguments), rounds),
-    }
-    ours, hands = found["cachekit tgate / plain"], found["tgate by hand / plain loop by hand"]
-    found["speed-up of cachekit tgate / of tgate by hand"] = {"ratio": hands["ratio"] / ours["ratio"], "seconds": []}
-    return found
+    ours = compare(*cached_and_plain(pipe, arguments), rounds)
+    yield "cachekit tgate / plain", ours
+    hands = compare(*by_hand(pipe, arguments), rounds)
+    yield "tgate by hand / plain loop by hand", hands
+    yield "speedup of cachekit tgate / of tgate by hand", {"ratio": hands["ratio"] / ours["ratio"], "seconds": []}
 
 
 def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:

@@ -129,8 +129,9 @@ class Driver:
         self.pipelines.add(pipe)
         self.installation.check()
         pipeline = PipelineCall.of(pipe, args, kwargs)
-        self._starter.refuse(pipeline)
         state = self.state
+        if not state.paused:
+            self._starter.refuse(pipeline)
         if state.pipeline is None:
             self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
             state.reports = ()

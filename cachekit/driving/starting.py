@@ -94,6 +94,7 @@ class RunStarter:
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None
     ) -> Layout:
+        refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
         pipe, arguments = (pipeline.pipe, pipeline.arguments) if pipeline else (None, {})
         refuse_inputs(pipe, inputs.sample, inputs.timestep)
         guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None

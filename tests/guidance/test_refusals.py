@@ -95,6 +95,31 @@ def test_guidance_with_a_memory() -> None:
     assert "set its momentum to None" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "given", "specs"),
+    [(perturbed, {"pag_scale": 3.0}, NARROWING), (attending, {"sag_scale": 0.75}, "deepcache:interval=2")],
+)
+def test_nothing_is_refused_in_a_paused_block(make: Any, given: dict[str, Any], specs: str) -> None:
+    pipe = make()
+    plain = tiny.latents(pipe, **given)
+    with cachekit.apply(pipe, specs) as attachment, attachment.paused():
+        assert torch.equal(tiny.latents(pipe, **given), plain)
+
+
+def test_a_paused_block_that_ends_in_mid_run_is_no_way_around_a_refusal() -> None:
+    pipe = attending()
+    with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
+        pause = attachment.paused()
+        pause.__enter__()
+
+        def go_on(step: int, timestep: Any, latents: Any) -> None:
+            if step == 1:
+                pause.__exit__(None, None, None)
+
+        with pytest.raises(GuidanceError, match="set sag_scale=0"):
+            tiny.latents(pipe, sag_scale=0.75, callback=go_on)
+
+
 def test_a_run_that_was_refused_leaves_the_last_report() -> None:
     pipe = perturbed()
     with cachekit.apply(pipe, NARROWING) as attachment:

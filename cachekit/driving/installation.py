@@ -19,7 +19,7 @@ from cachekit.switches.parts import Exit, Part, region_parts
 from cachekit.switches.prompter import Prompter
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
-from cachekit.upstream.modules import modules_by_name
+from cachekit.upstream.modules import find_module, modules_by_name
 
 _IDLE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
@@ -66,7 +66,7 @@ class Installation:
             refuse_other_caches(denoiser.module, name, modules.values())
             for switch in self.switches.get(name, []):
                 switch.settle()
-                if not switch.in_place or modules.get(switch.name) is not switch.module:
+                if not switch.in_place or not _is_there(switch, denoiser, modules):
                     raise AttachmentError(
                         f"something replaced {switch.name!r} or its forward since apply;"
                         " call cachekit.remove(pipe) and apply again"
@@ -84,12 +84,12 @@ class Installation:
         return self._prompters[name]
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
-        modules = dict(denoiser.module.named_modules())
+        modules: dict[str, nn.Module] = {}
         parts: dict[str, list[Part]] = {}
         for index, bound in enumerate(self._setup.assignments):
             if bound.is_guidance or bound.denoiser != denoiser.name:
                 continue
-            _check_modules(denoiser, bound.target, modules)
+            modules |= _modules_of(denoiser, bound.target)
             own: Iterable[tuple[str, Part]] = [(bound.target.name, Exit(index, bound))]
             if isinstance(bound.target, Region):
                 own = region_parts(index, bound, modules)
@@ -98,11 +98,20 @@ class Installation:
         return [Switch(self._state, modules[name], name, found) for name, found in parts.items()]
 
 
-def _check_modules(denoiser: Denoiser, target: Target, modules: Mapping[str, nn.Module]) -> None:
-    """Raise `AttachmentError` for a target of which the denoiser lacks a module."""
+def _modules_of(denoiser: Denoiser, target: Target) -> dict[str, nn.Module]:
+    """Find the modules of a target by name; raises `AttachmentError` where the denoiser lacks one."""
     names = [target.exit]
     if isinstance(target, Region):
         names += [*target.skipped, *filter(None, (target.entry, target.probe))]
-    for name in names:
-        if name not in modules:
+    found = {name: find_module(denoiser.module, name) for name in names}
+    for name, module in found.items():
+        if module is None:
             raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def _is_there(switch: Switch, denoiser: Denoiser, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the denoiser still has the switch's module under its name."""
+    if modules.get(switch.name) is switch.module:
+        return True
+    return find_module(denoiser.module, switch.name) is switch.module

@@ -16,3 +16,15 @@ def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
                 if vars(child)["_modules"]:
                     left.append((f"{prefix}{name}.", child))
     return found
+
+
+def find_module(root: nn.Module, name: str) -> nn.Module | None:
+    """Find a module by name, None where there is none.
+
+    Unlike the names that `named_modules` lists, this one holds where a module around it has been replaced by what
+    `torch.compile` makes of it.
+    """
+    try:
+        return root.get_submodule(name)
+    except AttributeError:
+        return None

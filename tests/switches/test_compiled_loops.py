@@ -94,6 +94,22 @@ def test_blocks_that_are_replaced_by_what_torch_makes_of_them(specs: Any, graphs
         assert torch.equal(draw(pipe), expected)
 
 
+def test_blocks_may_be_replaced_by_what_torch_makes_of_them_after_apply(graphs: Graphs) -> None:
+    pipe = pixart(2)
+    plain, (expected, counted) = draw(pipe), eager(pipe, "tgate:m=3")
+    with cachekit.apply(pipe, "tgate:m=3", max_cache_bytes=10**6) as attachment:
+        draw(pipe)
+        before = attachment.report()
+        blocks = pipe.transformer.transformer_blocks
+        for place, block in enumerate(blocks):
+            blocks[place] = torch.compile(block, backend=graphs)
+        assert torch.equal(draw(pipe), expected)
+        assert counts(attachment) == counted
+        assert attachment.report().cost == before.cost  # both counted on the compiled blocks
+    assert graphs.count
+    assert torch.equal(draw(pipe), plain)
+
+
 # -- loops without a pipeline -----------------------------------------------------------------------------
 
 

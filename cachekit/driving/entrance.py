@@ -78,6 +78,11 @@ class Entrance:
         if self._naming is not None:
             held[NAMING] = self._naming
 
+    def settle(self) -> None:
+        """Move before code that was compiled since `install`; after `uninstall`, by another thread too, do nothing."""
+        if self._installed:
+            self.install()
+
     def uninstall(self) -> None:
         """Put back exactly what was there."""
         self._installed = False

@@ -60,7 +60,7 @@ class Installation:
     def check(self) -> None:
         """Raise `AttachmentError` where other code has replaced a switch or enabled another cache."""
         for name, denoiser in self._setup.denoisers.items():
-            self._entrances[name].install()  # again, where something compiled the denoiser since
+            self._entrances[name].settle()
             modules = modules_by_name(denoiser.module)
             self._prompter(name).find_compiled(modules.values())
             refuse_other_caches(denoiser.module, name, modules.values())
@@ -80,7 +80,8 @@ class Installation:
     def _prompter(self, name: str) -> Prompter:
         if name not in self._prompters:
             module = self._setup.denoisers[name].module
-            self._prompters[name] = Prompter(module, self.switches.get(name, []))
+            # Threads that come here at once share the first one, and its lock.
+            self._prompters.setdefault(name, Prompter(module, self.switches.get(name, [])))
         return self._prompters[name]
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:

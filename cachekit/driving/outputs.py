@@ -29,10 +29,10 @@ class OutputFinisher:
 
     def __init__(self, setup: Setup, state: RunState, pipelines: Pipelines) -> None:
         """Finish calls of `setup`."""
+        self._setup = setup
         self._state = state
         self._pipelines = pipelines
         self._guidance = [i for i, bound in enumerate(setup.assignments) if bound.is_guidance]
-        self._observers = [policy for policy in setup.policies if policy.observes]
 
     def narrowed(self, call: Call, denoiser: Denoiser, inputs: CallInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cut the arguments down to the branch that runs, where another is dropped from the batch."""
@@ -81,7 +81,7 @@ class OutputFinisher:
     def _show(self, call: Call, inputs: CallInputs, by_branch: Callable[[], Outputs]) -> None:
         """Show the outputs of a call of all branches to the policies that keep or observe something of them."""
         keeping = call.count_guidance(self._guidance)
-        is_observed = self._observers and self._state.run is not None
+        is_observed = self._setup.observing and self._state.run is not None
         if not keeping and not is_observed:
             return
         each = by_branch()
@@ -93,7 +93,7 @@ class OutputFinisher:
     def _observe(self, call: Call, inputs: CallInputs, each: Outputs) -> None:
         start = time.perf_counter()
         seen = self._observation(call, inputs, each)
-        for policy in self._observers:
+        for policy in self._setup.observing:
             policy.observe(seen, call.keeper.memories.of(policy.name))
         call.keeper.record.deciding_seconds += time.perf_counter() - start
 

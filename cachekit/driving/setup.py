@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -53,10 +54,15 @@ class Setup:
         """How the guidance branches reach the first denoiser."""
         return next(iter(self.denoisers.values())).layout
 
-    @property
+    @functools.cached_property
     def narrowing(self) -> list[Policy]:
         """The policies that may drop a guidance branch."""
         return [bound.policy for bound in self.assignments if bound.is_guidance]
+
+    @functools.cached_property
+    def observing(self) -> list[Policy]:
+        """The policies that look at the outputs of guidance branches."""
+        return [policy for policy in self.policies if policy.observes]
 
     def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
         """Plan a run as users describe it; raises `CachekitError` unless there is at least one step."""

@@ -44,13 +44,12 @@ class RunStarter:
         self._setup = setup
         self._limit = limit
         self._fit = fit
-        self._narrowing = setup.narrowing
 
     def refuse(self, call: PipelineCall) -> None:
         """Raise `GuidanceError` for a pipeline call whose arguments show that its run would be refused."""
         pipe, arguments = call.pipe, call.arguments
         refuse_arguments(pipe, arguments)
-        if not self._narrowing:
+        if not self._setup.narrowing:
             return
         for denoiser in self._setup.denoisers.values():
             if will_perturb_attention(pipe, arguments, denoiser.module):
@@ -94,8 +93,8 @@ class RunStarter:
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None
     ) -> Layout:
-        refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
         pipe, arguments = (pipeline.pipe, pipeline.arguments) if pipeline else (None, {})
+        refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
         refuse_inputs(pipe, inputs.sample, inputs.timestep)
         guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
@@ -109,14 +108,14 @@ class RunStarter:
             perturbs_attention=perturbs_attention(pipe, denoiser.module),
         )
         layout, reason = layout_of_run(first, denoiser.layout)
-        if reason and self._narrowing:
+        if reason and self._setup.narrowing:
             refuse_narrowing(type(denoiser.module).__name__, reason)
         return layout
 
     def check_order(self, layout: Layout, denoiser: Denoiser) -> None:
         """Raise `GuidanceError` where a policy keeps a branch that is not called first."""
         called_first = layout.order[0]
-        for policy in self._narrowing:
+        for policy in self._setup.narrowing:
             stays = policy.stays(layout)
             if stays != called_first:
                 raise GuidanceError(

@@ -12,7 +12,7 @@ import re
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from support import tiny
 
 import cachekit
+from cachekit import Action, Kind, Moment, Observation, Policy, Target
 from cachekit.errors import AttachmentError
 from cachekit.switches.parts import Member
 from cachekit.switches.switch import Switch
@@ -575,6 +576,37 @@ def test_a_deep_copy_in_the_middle_of_a_run_starts_empty(pipe: Any) -> None:
 
     first = tiny.latents(pipe, steps=5, callback_on_step_end=duplicate)
     assert torch.equal(tiny.latents(copies[0], steps=5), first)
+
+
+def test_a_call_that_is_overtaken_by_a_removal_leaves_nothing_behind(pipe: Any) -> None:
+    with tiny.leaves_no_trace(pipe):
+        attachment = cachekit.apply(pipe, BOTH)
+        attachment.remove()  # by another thread, after the pipeline's call has found the attachment
+        with attachment.run_of(pipe, (), {}):
+            pass
+
+
+class Shared(Policy):
+    """Drops a branch, looks at both, and holds what cannot be copied."""
+
+    name: ClassVar[str] = "shared"
+    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
+    lock: Any = None
+
+    def action(self, target: Target, at: Moment) -> Action:
+        return Action.REUSE if at.step > 1 else Action.COMPUTE
+
+    def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
+        with self.lock:
+            memory.setdefault("trace", []).append(seen.step)
+
+
+def test_copies_share_the_policies_of_the_guidance(pipe: Any) -> None:
+    attachment = cachekit.apply(pipe, Shared(lock=threading.Lock()))
+    first = tiny.latents(pipe, steps=4)
+    assert attachment.report().macs < attachment.report().baseline_macs
+    assert torch.equal(tiny.latents(copy.deepcopy(pipe), steps=4), first)
+    attachment.remove()
 
 
 def test_removing_a_copy_leaves_the_original_attached(pipe: Any) -> None:

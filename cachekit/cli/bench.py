@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import coco, grid, paper
+from cachekit.cli.coco import coco
+from cachekit.cli.grid import grid
+from cachekit.cli.paper import paper
 
 __all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True, help="Measure policies: costs and quality, beside fewer steps and published packages."
 )
-app.command()(grid.grid)
-app.command()(coco.coco)
-app.command()(paper.paper)
+app.command()(grid)
+app.command()(coco)
+app.command()(paper)

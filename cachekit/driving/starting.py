@@ -76,12 +76,11 @@ class RunStarter:
         layout = self._layout(denoiser, inputs, pipeline, context)
         steps = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
         fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps))
-        together = 1 if layout.separate else len(layout.order)
         return Run(
             self._setup.plan(steps, layout, fit.dropped),
             layout,
             steps,
-            inputs.batch // together,
+            inputs.batch // layout.together,
             clock=clock,
             store=self._limit.store(),
             vote=vote_of(denoiser.module),

@@ -43,6 +43,11 @@ class Layout:
     negated: bool = False
 
     @property
+    def together(self) -> int:
+        """How many branches lie in the batch of one call."""
+        return 1 if self.separate else len(self.order)
+
+    @property
     def alone(self) -> Layout:
         """The layout for a run whose calls are never cut: one without guidance, or whose branches all stay."""
         return replace(self, order=("cond",), separate=False)

@@ -30,7 +30,7 @@ class BranchCalls:
     @property
     def together(self) -> int:
         """How many branches lie in the batch of one call."""
-        return 1 if self.layout.separate else len(self.layout.order)
+        return self.layout.together
 
     def begin_step(self) -> Layout | None:
         """Forget the calls of the last step; return the new layout if it changes with this one."""

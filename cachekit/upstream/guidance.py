@@ -16,13 +16,12 @@ _SILENT = ("StableDiffusionPanoramaPipeline",)
 _THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
 #: Properties of a pipeline that its batch depends on, and that may change from step to step.
 _STATE = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
+_MASKS = "its masks are made of every step's attention; set use_cross_attn_mask and use_intersect_mask to False"
 #: Arguments with which a pipeline reads the attention of every step, and the remedy for each.
 _READ_ATTENTION = {
     "sag_scale": "self-attention guidance reads the attention of every step; set sag_scale=0",
-    "use_cross_attn_mask": "its masks are made of every step's attention; set use_cross_attn_mask and"
-    " use_intersect_mask to False",
-    "use_intersect_mask": "its masks are made of every step's attention; set use_cross_attn_mask and"
-    " use_intersect_mask to False",
+    "use_cross_attn_mask": _MASKS,
+    "use_intersect_mask": _MASKS,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cachekit.models.demo import scenes
+import cachekit.models.demo.scenes as scenes
 
 __all__ = ["Reading", "Verdict", "read", "shows"]
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cachekit.models.demo import scenes
+import cachekit.models.demo.scenes as scenes
 from cachekit.models.demo.pipeline import WEIGHTS, verify
 
 __all__ = ["ASPECTS", "FEATURES", "Classifier", "features", "load_classifier"]

@@ -20,17 +20,27 @@ if TYPE_CHECKING:
     from cachekit.errors import GuidanceError as GuidanceError
     from cachekit.errors import PluginError as PluginError
     from cachekit.errors import PluginWarning as PluginWarning
+    from cachekit.errors import PolicyError as PolicyError
     from cachekit.errors import SiteError as SiteError
     from cachekit.errors import SpecError as SpecError
     from cachekit.interface.adapter import Adapter as Adapter
     from cachekit.interface.adapter import Layout as Layout
+    from cachekit.interface.moment import OPEN as OPEN
+    from cachekit.interface.moment import Action as Action
+    from cachekit.interface.moment import Entry as Entry
+    from cachekit.interface.moment import History as History
+    from cachekit.interface.moment import Moment as Moment
+    from cachekit.interface.moment import Streams as Streams
+    from cachekit.interface.moment import Time as Time
     from cachekit.interface.observation import Observation as Observation
-    from cachekit.interface.policy import OPEN as OPEN
-    from cachekit.interface.policy import Action as Action
-    from cachekit.interface.policy import BranchChange as BranchChange
-    from cachekit.interface.policy import Moment as Moment
+    from cachekit.interface.parts import BranchChange as BranchChange
+    from cachekit.interface.parts import Choice as Choice
+    from cachekit.interface.parts import Schedule as Schedule
+    from cachekit.interface.parts import StandIn as StandIn
+    from cachekit.interface.parts import Where as Where
+    from cachekit.interface.parts import combine as combine
     from cachekit.interface.policy import Policy as Policy
-    from cachekit.interface.policy import Streams as Streams
+    from cachekit.interface.sites import DENOISER as DENOISER
     from cachekit.interface.sites import GUIDANCE as GUIDANCE
     from cachekit.interface.sites import Kind as Kind
     from cachekit.interface.sites import Region as Region
@@ -38,6 +48,23 @@ if TYPE_CHECKING:
     from cachekit.interface.sites import SiteMap as SiteMap
     from cachekit.interface.sites import Target as Target
     from cachekit.models.demo import demo_pipeline as demo_pipeline
+    from cachekit.parts.places import Guidance as Guidance
+    from cachekit.parts.places import NestedRegion as NestedRegion
+    from cachekit.parts.places import Sites as Sites
+    from cachekit.parts.places import Span as Span
+    from cachekit.parts.places import WholeDenoiser as WholeDenoiser
+    from cachekit.parts.schedules import After as After
+    from cachekit.parts.schedules import Every as Every
+    from cachekit.parts.schedules import Mask as Mask
+    from cachekit.parts.schedules import Quadratic as Quadratic
+    from cachekit.parts.schedules import Window as Window
+    from cachekit.parts.standins import Chebyshev as Chebyshev
+    from cachekit.parts.standins import Drop as Drop
+    from cachekit.parts.standins import Extrapolation as Extrapolation
+    from cachekit.parts.standins import Hermite as Hermite
+    from cachekit.parts.standins import Linear as Linear
+    from cachekit.parts.standins import Reuse as Reuse
+    from cachekit.parts.standins import Taylor as Taylor
     from cachekit.planning.plan import Plan as Plan
     from cachekit.registry.catalog import Catalog as Catalog
     from cachekit.registry.hookspecs import hookimpl as hookimpl
@@ -66,14 +93,20 @@ _HOMES = {
         "GuidanceError",
         "PluginError",
         "PluginWarning",
+        "PolicyError",
         "SiteError",
         "SpecError",
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.observation": ["Observation"],
-    "interface.policy": ["OPEN", "Action", "BranchChange", "Moment", "Policy", "Streams"],
-    "interface.sites": ["GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
+    "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
+    "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
+    "interface.policy": ["Policy"],
+    "interface.sites": ["DENOISER", "GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
+    "parts.places": ["Guidance", "NestedRegion", "Sites", "Span", "WholeDenoiser"],
+    "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],
+    "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],
     "registry.catalog": ["Catalog"],
     "registry.hookspecs": ["hookimpl"],

@@ -48,7 +48,7 @@ def apply(
     """
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
-    policies = parse_all(specs, catalog.policies)
+    policies = parse_all(specs, catalog)
     denoisers = denoisers_of(pipe)
     for denoiser in denoisers.values():
         found = attachment_of(denoiser)

@@ -29,6 +29,10 @@ class SiteError(CachekitError):
     """A policy without a target in this model, or with one whose tensors it cannot use."""
 
 
+class PolicyError(CachekitError):
+    """A policy or a part of one that raised, or that returned what can't be used."""
+
+
 class AdapterError(CachekitError):
     """A pipeline without a denoiser, or a denoiser that no adapter or more than one matches."""
 

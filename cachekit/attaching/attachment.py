@@ -20,6 +20,8 @@ from cachekit.planning.plan import Plan
 from cachekit.reports.report import Report
 from cachekit.runs.limit import Limit
 from cachekit.upstream.pipelines import controlnets_of, with_inner
+from cachekit.upstream.prediction import times_of
+from cachekit.upstream.schedulers import planned_scheduler
 
 _NO_LIMIT = Limit()
 
@@ -116,8 +118,11 @@ class Attachment:
     # -- plans, reports, pauses ---------------------------------------------------------------------------
 
     def plan(self, num_inference_steps: int, *, guided: bool = True) -> Plan:
-        """Plan a run whose loop has `num_inference_steps` iterations."""
-        return self.setup.plan_of(num_inference_steps, guided)
+        """Plan a run whose loop has `num_inference_steps` iterations, with the pipeline's scheduler as it is set."""
+        known = list(self.driver.pipelines)
+        scheduler = planned_scheduler(known[0], num_inference_steps) if len(known) == 1 else None
+        times = times_of(scheduler, None, num_inference_steps)
+        return self.setup.plan_of(num_inference_steps, guided, times)
 
     def report(self) -> Report:
         """Report on the last run: the present one of this thread, if it has not ended.

@@ -44,7 +44,7 @@ def cells(configurations: Sequence[Configuration], captions: Sequence[str], seed
     # On a busy machine threads wait for each other, and that would be measured instead of the policies.
     setting = Setting(model=MODEL, captions=tuple(captions), device="cpu", threads=1, pictures=len(captions))
     catalog = installed()
-    compositions = [parse_all(configuration.specs, catalog.policies) for configuration in configurations]
+    compositions = [parse_all(configuration.specs, catalog) for configuration in configurations]
     suite = Suite(setting, compositions, steps=(configurations[0].steps,), seeds=(seed,), peers=False)
     # Tables show specs as they were given, and not as policies write them.
     named = zip(suite.cells(), configurations)

@@ -145,7 +145,7 @@ class Workbench:
     def _other(self, cell: Cell) -> Peer | Cache:
         pipe, arguments = self._subject.pipe, self._subject.arguments
         if cell.method is Method.PUBLISHED:
-            return Peer(pipe, parse_all(cell.specs, installed().policies), arguments)
+            return Peer(pipe, parse_all(cell.specs, installed()), arguments)
         return Cache(pipe, cell.method, cell.specs[0], arguments)
 
     def _counted(self, run: Run) -> Run:

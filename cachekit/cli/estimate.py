@@ -39,7 +39,7 @@ def estimate(
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
-    policies = parse_all(specs or [], installed().policies)
+    policies = parse_all(specs or [], installed())
     _check_size(height, width)
     _check_file(file)
     found = estimate_cost(_subject(model), policies, num_inference_steps=steps, height=height, width=width)

@@ -52,7 +52,7 @@ def generate(
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
-    policies = parse_all(spec or [], installed().policies)
+    policies = parse_all(spec or [], installed())
     given = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance}
     arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
     _check_output(output)

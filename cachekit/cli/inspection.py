@@ -84,7 +84,7 @@ def plan(
     from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
-    policies = parse_all(specs, installed().policies)
+    policies = parse_all(specs, installed())
     with apply(denoiser_from_config(model), policies) as attachment:
         made = attachment.plan(steps, guided=not unguided)
     say(made)

@@ -13,6 +13,7 @@ from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
 from cachekit.interface.adapter import Layout
+from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
 from cachekit.planning.plan import Plan
@@ -87,7 +88,7 @@ def estimate(
     if guided is None:
         guided = architecture(model).guided if isinstance(model, str) else True
     denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
-    policies = parse_all(specs, catalog.policies)
+    policies = parse_all(specs, catalog)
     setup = Setup.of({"": denoiser}, policies, catalog)
     plan = setup.plan_of(num_inference_steps, guided)
     layout = setup.layout if guided else setup.layout.alone
@@ -110,7 +111,11 @@ def _prepare(
 def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record:
     """Record a run of `plan`, one call per step, that keeps whatever it may."""
     rows = [row.decided for row in plan.rows]
-    calls = [CallRecord("", "", len(layout.order), row) for row in rows]
+    whole = [index for index, bound in enumerate(plan.assignments) if bound.is_whole]
+    calls = [
+        CallRecord("", "", len(layout.order), row, left_out=any(row.actions[i] is Action.REUSE for i in whole))
+        for row in rows
+    ]
     return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
 
 

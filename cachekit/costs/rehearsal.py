@@ -9,16 +9,19 @@ from typing import NamedTuple
 
 import torch
 
+from cachekit.costs.meta import on_meta
 from cachekit.costs.tracing import trace_forward
 from cachekit.driving.setup import Setup
-from cachekit.interface.policy import OPEN, Action
-from cachekit.interface.sites import Kind, Region
+from cachekit.interface.moment import OPEN, Action
+from cachekit.interface.sites import Kind
 from cachekit.planning.plan import Plan
 from cachekit.runs.call import Call
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
-from cachekit.switches.parts import Exit
+from cachekit.switches.parts import Exit, entry_of
+from cachekit.guidance.slicing import as_batch
 from cachekit.tensors import tensors, tree_map
+from cachekit.upstream.arguments import SAMPLE, find
 
 
 class Usage(NamedTuple):
@@ -53,12 +56,14 @@ class Rehearsal:
         self._setup, self._start = setup, start
         module = start.denoiser.module
         self._denoisers = [name for name, other in setup.denoisers.items() if type(other.module) is type(module)]
-        targets = [bound.target for bound in setup.assignments if bound.denoiser in self._denoisers]
-        self._forward = trace_forward(module, targets, start.arguments)
+        self._modules = dict(module.named_modules())
+        here = [bound for bound in setup.assignments if bound.denoiser in self._denoisers]
+        self._forward = trace_forward(module, here, start.arguments)
+        self._sample: torch.Tensor = on_meta(as_batch(find(start.arguments, SAMPLE)))
 
     def plan(self, dropped: frozenset[int] = frozenset()) -> Plan:
         """Plan the run with the `dropped` assignments computed throughout."""
-        return self._setup.plan(self._start.steps, self._start.layout, dropped)
+        return self._setup.plan(self._start.steps, self._start.layout, dropped, self._start.times)
 
     def usage(self, plan: Plan) -> Usage:
         """Count the bytes that a run of `plan` keeps."""
@@ -66,10 +71,12 @@ class Rehearsal:
         exits = self._exits(plan)
         sizes = []
         for call in self._calls(run, plan):
-            self._keep_branches(run, call)
-            for exit_ in exits:
-                if _runs(exit_, call, plan):
-                    self._keep_output(exit_, call)
+            if not call.is_left_out:
+                self._keep_branches(run, call)
+                self._keep_whole(call)
+                for exit_ in exits:
+                    if _runs(exit_, call, plan):
+                        self._keep_output(exit_, call)
             sizes.append(run.keeper.store.sizes())
         return Usage(run.keeper.store.peak_bytes, sizes)
 
@@ -79,17 +86,18 @@ class Rehearsal:
         exits = [
             Exit(index, bound)
             for index, bound in enumerate(plan.assignments)
-            if bound.target.kind is not Kind.GUIDANCE and bound.target.exit in ended
+            if not bound.is_guidance and not bound.is_whole and bound.target.exit in ended
         ]
         return sorted(exits, key=lambda exit_: ended[exit_.target.exit])
 
     def _calls(self, run: Run, plan: Plan) -> Iterator[Call]:
         branches = self._start.layout.order if self._start.layout.separate else ("",)
+        wholes = {bound.denoiser: index for index, bound in enumerate(plan.assignments) if bound.is_whole}
         for row in (row.decided for row in plan.rows):
             run.enter(row)
             for name, branch in itertools.product(self._denoisers, branches):
                 if not branch or branch in row.branches:
-                    yield Call(run.keeper, run.calls, row, (name, branch), self._start.batch)
+                    yield Call(run.keeper, run.calls, row, (name, branch), self._start.batch, whole=wholes.get(name))
 
     def _keep_branches(self, run: Run, call: Call) -> None:
         """Keep what guidance policies want of a call of all branches."""
@@ -98,13 +106,21 @@ class Rehearsal:
                 outputs = tuple(
                     _share(tensor, 1 / call.calls.together) for tensor in tensors(self._forward.outputs[""])
                 )
-                call.keep_branches(index, dict.fromkeys(call.calls.layout.order, outputs))
+                call.keep_branch(index, dict.fromkeys(call.calls.layout.order, outputs))
+
+    def _keep_whole(self, call: Call) -> None:
+        """Keep the denoiser's output, as the end of its call does."""
+        if call.whole is not None and call.actions[call.whole] is Action.STORE:
+            share = len(call.branches) / call.calls.together
+            output = tree_map(lambda tensor: _share(tensor, share), self._forward.outputs[""])
+            call.take_output(output, _share(self._sample, share))
 
     def _keep_output(self, exit_: Exit, call: Call) -> None:
         """Pass the traced output of a target's module to its exit, as the module's switch does."""
         share = len(call.branches) / call.calls.together
-        if isinstance(exit_.target, Region):
-            entered = self._forward.entered.get((exit_.target.entry, exit_.target.streams), ())
+        key = entry_of(exit_.bound, self._modules)
+        if key is not None:
+            entered = self._forward.entered.get(key, ())
             call.entries[exit_.index] = tuple(_share(tensor, share) for tensor in entered)
         output = self._forward.outputs[exit_.target.exit]
         exit_.after(call, tree_map(lambda tensor: _share(tensor, share), output))
@@ -124,7 +140,8 @@ class Rehearsal:
         """Count the MACs that a reuse skips; for guidance all of them, so that it is dropped last."""
         target = plan.assignments[index].target
         layers = self._forward.layers.items()
-        return float(sum(macs for name, macs in layers if target.kind is Kind.GUIDANCE or target.covers(name)))
+        everything = target.kind in (Kind.GUIDANCE, Kind.DENOISER)
+        return float(sum(macs for name, macs in layers if everything or target.covers(name)))
 
 
 def _runs(exit_: Exit, call: Call, plan: Plan) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.reports.record import CallRecord, Cost, Record
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
@@ -44,11 +46,12 @@ def replay(setup: Setup, record: Record, baselines: Baselines) -> tuple[list[For
     for call in record.calls:
         if call.signature not in found or driver.lacks(call):
             found[call.signature] = _count(call, driver, baselines)
+        driver.note(call)
     return [found[call.signature] for call in record.calls], driver.peak_bytes
 
 
 def _count(call: CallRecord, driver: ReplayDriver, baselines: Baselines) -> Forward:
-    if call.dropped:
+    if call.dropped or call.left_out:
         return Forward(0, 0, frozenset())
     if call.row.narrowed_by is None and set(call.row.actions) <= {Action.COMPUTE}:
         return baselines[call.inputs]
@@ -62,9 +65,11 @@ class ReplayDriver(Driver):
         """Repeat calls of `record`."""
         super().__init__(setup)
         self._record = record
-        plan = setup.plan(record.steps, record.layout)
+        plan = setup.plan(record.steps, record.layout, times=record.times)
         self._run = Run(plan, record.layout, record.steps, images=1)
+        self._whole = {bound.denoiser: index for index, bound in enumerate(setup.assignments) if bound.is_whole}
         self._next: CallRecord | None = None
+        self._stored: Counter[int] = Counter()
 
     def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
         """Plan the call that is repeated; None for any other."""
@@ -73,7 +78,8 @@ class ReplayDriver(Driver):
             return None
         self._run.enter(record.row)
         caller = (record.denoiser, record.branch)
-        return Call(self._run.keeper, self._run.calls, record.row, caller, inputs.batch)
+        whole = self._whole.get(record.denoiser)
+        return Call(self._run.keeper, self._run.calls, record.row, caller, inputs.batch, whole=whole)
 
     def repeat(self, call: CallRecord) -> Forward:
         """Call the denoiser once, do what was done in `call`, and count it."""
@@ -82,10 +88,20 @@ class ReplayDriver(Driver):
         return count_forward(self.setup.denoisers[call.denoiser].module, args, kwargs)
 
     def lacks(self, call: CallRecord) -> bool:
-        """Whether `call` stores something that isn't kept now, so that a later call couldn't reuse it."""
-        kept = self._run.keeper.store.sizes()
+        """Whether `call` stores what isn't kept now, or less of it than the run had at that point."""
+        return any(self._run.keeper.store.count(index) < self._wanted(index) for index in self._stores(call))
+
+    def note(self, call: CallRecord) -> None:
+        """Count what a call of the recorded run stores."""
+        self._stored.update(self._stores(call))
+
+    def _stores(self, call: CallRecord) -> list[int]:
         stored = (index for index, action in enumerate(call.row.actions) if action is Action.STORE)
-        return any(i not in kept and self.setup.assignments[i].denoiser == call.denoiser for i in stored)
+        return [index for index in stored if self.setup.assignments[index].denoiser == call.denoiser]
+
+    def _wanted(self, index: int) -> float:
+        entries = self.setup.assignments[index].choice.what.entries
+        return min(math.inf if entries is None else entries, max(self._stored[index], 1))
 
     @property
     def peak_bytes(self) -> int:

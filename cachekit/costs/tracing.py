@@ -11,8 +11,9 @@ from torch import nn
 
 from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
-from cachekit.interface.policy import Streams
-from cachekit.interface.sites import Kind, Region, Target
+from cachekit.interface.moment import Streams
+from cachekit.planning.assignments import Assignment
+from cachekit.switches.parts import entry_of
 from cachekit.tensors import tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 
@@ -42,17 +43,17 @@ class ForwardTrace:
         self.entered[name, streams] = tuple(given[stream] for stream in streams)
 
 
-def trace_forward(denoiser: nn.Module, targets: Sequence[Target], arguments: dict[str, Any]) -> ForwardTrace:
-    """Run a copy of `denoiser` without weights once, and record what `targets` make and take.
+def trace_forward(denoiser: nn.Module, bound: Sequence[Assignment], arguments: dict[str, Any]) -> ForwardTrace:
+    """Run a copy of `denoiser` without weights once, and record what the targets of assignments make and take.
 
     Raises `CostError` where the denoiser doesn't run on the meta device.
     """
     trace, twin = ForwardTrace(), meta_copy(denoiser)
-    exits = {target.exit for target in targets if target.kind is not Kind.GUIDANCE}
+    exits = {one.target.exit for one in bound if not one.is_guidance and not one.is_whole}
+    modules = dict(twin.named_modules())
     for name in {"", *exits}:
         twin.get_submodule(name).register_forward_hook(functools.partial(trace.add_output, name))
-    regions = (target for target in targets if isinstance(target, Region) and target.entry)
-    for entry, streams in {(region.entry, region.streams) for region in regions}:
+    for entry, streams in set(filter(None, (entry_of(one, modules) for one in bound))):
         hook = functools.partial(trace.add_entered, entry, streams)
         twin.get_submodule(entry).register_forward_pre_hook(hook, with_kwargs=True)
     trace.layers = count_forward(twin, (), tree_map(on_meta, arguments)).layers

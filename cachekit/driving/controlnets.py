@@ -14,7 +14,7 @@ from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
 from cachekit.errors import AttachmentError
 from cachekit.guidance.slicing import pick_call, spread
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
@@ -43,7 +43,8 @@ class ControlNetInterceptor:
     """Shortens the calls of one ControlNet by what the denoiser's next call would throw away.
 
     A ControlNet is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain
-    by then, outputs for skipped modules are left out, and so is the dropped branch. In doubt it runs in full.
+    by then, outputs for skipped modules are left out, and so is the dropped branch; where the denoiser's call is left
+    out, so is the ControlNet's. In doubt it runs in full.
     """
 
     def __init__(self, interceptors: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
@@ -89,12 +90,15 @@ class ControlNetInterceptor:
         is_known = self._present.is_known([_signature(tensor) for tensor in tensors(inputs.named)])
         call = self._interceptors.driver.foresee(self._module, inputs) if is_known else None
         if call is None:
-            return forward(*args, **kwargs)
+            return self._present.note(forward(*args, **kwargs))
+        if call.is_left_out and self._present.output is not None:
+            call.keeper.record.shortened += 1
+            return tree_map(Placeholder(1, 1), self._present.output)
         layout, skipped = call.calls.layout, self._skipped(call)
         call.keeper.record.shortened += bool(skipped) or call.narrowed_by is not None
         with self._present.skipping(skipped, len(layout.order) // len(call.branches)):
             if call.narrowed_by is None:
-                return forward(*args, **kwargs)
+                return self._present.note(forward(*args, **kwargs))
             stays = call.branches[0]
             args, kwargs = pick_call(inputs.named, self._parameters[: len(args)], layout, stays, call.batch)
             return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
@@ -107,7 +111,7 @@ class ControlNetInterceptor:
 class Present(threading.local):
     """What the present call of each thread skips, and the shapes of what calls with such inputs return.
 
-    `share` is how many parts the batch has of which one is run.
+    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is how many parts the batch has of which one is run.
     """
 
     def __init__(self) -> None:
@@ -116,6 +120,7 @@ class Present(threading.local):
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
         self.shapes: dict[str, Any] = {}
+        self.output: Any = None
         self.share = 1
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Present:
@@ -132,8 +137,14 @@ class Present(threading.local):
         """Whether the last call had such inputs; if not, forget the shapes that it made."""
         if inputs == self.inputs:
             return True
-        self.inputs, self.shapes = inputs, {}
+        self.inputs, self.shapes, self.output = inputs, {}, None
         return False
+
+    def note(self, output: Any) -> Any:
+        """Record the shapes of what the ControlNet returned."""
+        if self.output is None:
+            self.output = tree_map(zeros_like, output)
+        return output
 
     @contextlib.contextmanager
     def skipping(self, names: Set[str], share: int) -> Iterator[None]:

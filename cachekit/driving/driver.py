@@ -86,10 +86,11 @@ class Driver:
         if call is None:
             with self.installation.prompting(denoiser.name, None, enclosed):
                 return (yield args, kwargs)
+        if call.is_dropped or call.is_left_out:
+            _record(call, inputs, time.perf_counter() - start)
+            return self._finisher.replaced(call) if call.is_dropped else self._finisher.predicted(call, inputs)
         given = self._finisher.narrowed(call, denoiser, inputs)
         _record(call, inputs, time.perf_counter() - start)
-        if call.is_dropped:
-            return self._finisher.replaced(call)
         self.state.call = call
         try:
             with self.installation.prompting(denoiser.name, call, enclosed):

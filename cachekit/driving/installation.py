@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from cachekit.interface.sites import Region, Target
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
-from cachekit.switches.parts import Exit, Part, region_parts
+from cachekit.switches.parts import Part, parts_of
 from cachekit.switches.prompter import Prompter
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
@@ -88,13 +88,10 @@ class Installation:
         modules: dict[str, nn.Module] = {}
         parts: dict[str, list[Part]] = {}
         for index, bound in enumerate(self._setup.assignments):
-            if bound.is_guidance or bound.denoiser != denoiser.name:
+            if bound.is_guidance or bound.is_whole or bound.denoiser != denoiser.name:
                 continue
             modules |= _modules_of(denoiser, bound.target)
-            own: Iterable[tuple[str, Part]] = [(bound.target.name, Exit(index, bound))]
-            if isinstance(bound.target, Region):
-                own = region_parts(index, bound, modules)
-            for name, part in own:
+            for name, part in parts_of(index, bound, modules):
                 parts.setdefault(name, []).append(part)
         return [Switch(self._state, modules[name], name, found) for name, found in parts.items()]
 

@@ -1,8 +1,7 @@
-"""Finish denoiser calls: from the forward's output to what the pipeline expects."""
+"""Finish denoiser calls: from the forward's output, or a prediction of it, to what the pipeline expects."""
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,18 +13,18 @@ from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
-from cachekit.tensors import tensors, tree_map
+from cachekit.tensors import tensors, with_tensors
 
 #: The tensors that a denoiser returns, by branch.
 Outputs = Mapping[str, tuple[Tensor, ...]]
 
 
 class OutputFinisher:
-    """Cuts the inputs of a call that runs one branch, expands its output, and shows outputs to policies."""
+    """Cuts the inputs of a call that runs one branch, predicts or expands its output, and shows it to policies."""
 
     def __init__(self, setup: Setup, state: RunState, pipelines: Pipelines) -> None:
         """Finish calls of `setup`."""
@@ -44,7 +43,14 @@ class OutputFinisher:
     def replaced(self, call: Call) -> Any:
         """Make the output of a dropped call from that of the branch that ran."""
         (stays,) = call.row.branches
-        return tree_map(self._restoring(call), call.calls.outputs[stays])
+        output = call.calls.outputs[stays]
+        return with_tensors(output, call.restored_branch(tuple(tensors(output))))
+
+    def predicted(self, call: Call, inputs: CallInputs) -> Any:
+        """Make the output of a call that is left out, and finish it."""
+        output = call.predict_output(_sample(call, inputs))
+        finished = self._expanded(call, inputs, output)
+        return as_lists(finished) if inputs.is_listed else finished
 
     def finish(self, call: Call, inputs: CallInputs, output: Any) -> Any:
         """Turn the forward's output into that of the call, and show it to policies."""
@@ -53,13 +59,25 @@ class OutputFinisher:
         return self._finished(call, inputs, output)
 
     def _finished(self, call: Call, inputs: CallInputs, output: Any) -> Any:
+        if call.whole is not None:
+            output = call.take_output(output, _sample(call, inputs))
+        return self._expanded(call, inputs, output)
+
+    def _expanded(self, call: Call, inputs: CallInputs, output: Any) -> Any:
+        """Hold the output, expand it to all branches where one was dropped, and show it."""
         if call.branch:
             self._hold(call, inputs, output)
         elif call.narrowed_by is not None:
-            return spread(output, call.calls.layout, call.branches[0], self._restoring(call))
-        elif len(call.branches) > 1:
-            self._show(call, inputs, lambda: by_branch(output, call.branches))
+            self._show(call, inputs, lambda: {call.branches[0]: tuple(tensors(output))}, is_whole=False)
+            return self._spread(call, output)
+        else:
+            self._show(call, inputs, lambda: by_branch(output, call.branches), is_whole=len(call.branches) > 1)
         return output
+
+    def _spread(self, call: Call, output: Any) -> Any:
+        streams = tuple(tensor for tensor in tensors(output) if tensor.dim())
+        restored = iter(call.restored_branch(streams))
+        return spread(output, call.calls.layout, call.branches[0], lambda tensor: next(restored))
 
     def _hold(self, call: Call, inputs: CallInputs, output: Any) -> None:
         """Hold a branch's output until the step ends: others are compared with it, or replaced by it."""
@@ -67,26 +85,22 @@ class OutputFinisher:
         outputs[call.branch] = output
         is_last = len(order) > 1 and call.branch in order and all(branch in outputs for branch in order)
         if is_last and call.narrowed_by is None:
-            self._show(call, inputs, lambda: {branch: tuple(tensors(outputs[branch])) for branch in order})
+            self._show(call, inputs, lambda: {branch: tuple(tensors(outputs[branch])) for branch in order}, True)
+        elif len(call.row.branches) == 1:
+            self._show(call, inputs, lambda: {call.branch: tuple(tensors(output))}, is_whole=False)
 
-    def _restoring(self, call: Call) -> Callable[[Tensor], Tensor]:
-        """Make the function that turns each tensor of the branch that ran into that of the dropped one."""
-        index = call.narrowed_by
-        assert index is not None
-        call.count(index, Action.REUSE)
-        policy, kept = call.keeper.assignments[index].policy, call.keeper.store.get(call.slot(index), ())
-        each = itertools.repeat(None) if kept is None else iter(kept)
-        return lambda output: policy.restore_branch(output, next(each, None))
+    def _show(self, call: Call, inputs: CallInputs, by_branch: Callable[[], Outputs], is_whole: bool) -> None:
+        """Show computed outputs to the policies that keep or observe something of them.
 
-    def _show(self, call: Call, inputs: CallInputs, by_branch: Callable[[], Outputs]) -> None:
-        """Show the outputs of a call of all branches to the policies that keep or observe something of them."""
-        keeping = call.count_guidance(self._guidance)
-        is_observed = self._setup.observing and self._state.run is not None
+        `is_whole` is whether these are the outputs of all branches.
+        """
+        keeping = call.count_guidance(self._guidance) if is_whole else []
+        is_observed = self._setup.observing and self._state.run is not None and not call.is_left_out
         if not keeping and not is_observed:
             return
         each = by_branch()
         for index in keeping:
-            call.keep_branches(index, each)
+            call.keep_branch(index, each)
         if is_observed:
             self._observe(call, inputs, each)
 
@@ -102,3 +116,11 @@ class OutputFinisher:
         scheduler = self._pipelines.scheduler_behind(inputs.timestep, self._state.pipeline)
         outputs, negated = {name: of[0] for name, of in each.items()}, call.calls.layout.negated
         return CallObservation(call.row.step, outputs, sample, inputs.timestep, scheduler, negated)
+
+
+def _sample(call: Call, inputs: CallInputs) -> Tensor:
+    """Cut the sample down to the branches that run."""
+    if not call.is_narrowed:
+        return inputs.sample
+    order = call.calls.layout.order
+    return inputs.sample.chunk(len(order))[order.index(call.branches[0])]

@@ -12,15 +12,19 @@ from torch import nn
 
 from cachekit.errors import CachekitError, SiteError
 from cachekit.interface.adapter import Layout
+from cachekit.interface.moment import Time
+from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Target
-from cachekit.planning.assignments import Assignment, assign
+from cachekit.interface.sites import Kind, Region, SiteMap, Target
+from cachekit.planning.assignments import Assignment, Bound, assign
 from cachekit.planning.plan import Plan, make_plan
 from cachekit.registry.catalog import Catalog
 from cachekit.runs.denoiser import Denoiser
 
 #: The number of steps of the plan that plugins check.
 _CHECKED_STEPS = 50
+#: Most plans that are held; each size of a picture may have times of its own.
+_MOST_PLANS = 64
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Setup:
     policies: tuple[Policy, ...]
     assignments: tuple[Assignment, ...]
     catalog: Catalog
-    _plans: dict[tuple[int, Layout, frozenset[int]], Plan] = field(default_factory=dict, repr=False, compare=False)
+    _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, modules: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> Setup:
@@ -40,7 +44,7 @@ class Setup:
         Raises a `CachekitError` where an adapter or a target is missing, policies collide or a plugin refuses the plan.
         """
         denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
-        chosen = ((policy, name, targets) for policy in policies for name, targets in _select(policy, denoisers))
+        chosen = (bound for policy in policies for bound in _select(policy, denoisers))
         setup = cls(denoisers, tuple(policies), assign(chosen), catalog)
         catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
         return setup
@@ -55,25 +59,29 @@ class Setup:
         return next(iter(self.denoisers.values())).layout
 
     @functools.cached_property
-    def narrowing(self) -> list[Policy]:
-        """The policies that may drop a guidance branch."""
-        return [bound.policy for bound in self.assignments if bound.is_guidance]
+    def narrowing(self) -> list[Assignment]:
+        """The assignments that may drop a guidance branch."""
+        return [bound for bound in self.assignments if bound.is_guidance]
 
     @functools.cached_property
     def observing(self) -> list[Policy]:
         """The policies that look at the outputs of guidance branches."""
         return [policy for policy in self.policies if policy.observes]
 
-    def plan_of(self, num_inference_steps: int, guided: bool) -> Plan:
+    def plan_of(self, num_inference_steps: int, guided: bool, times: tuple[Time, ...] = ()) -> Plan:
         """Plan a run as users describe it; raises `CachekitError` unless there is at least one step."""
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             raise CachekitError(f"num_inference_steps={num_inference_steps!r}: give a whole number of at least 1")
-        return self.plan(num_inference_steps, self.layout if guided else self.layout.alone)
+        return self.plan(num_inference_steps, self.layout if guided else self.layout.alone, times=times)
 
-    def plan(self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset()) -> Plan:
+    def plan(
+        self, steps: int, layout: Layout, dropped: frozenset[int] = frozenset(), times: tuple[Time, ...] = ()
+    ) -> Plan:
         """Plan a run of `steps` steps whose branches come as `layout` says; `dropped` assignments compute."""
-        key = (steps, layout, dropped)
+        key = (steps, layout, dropped, times)
         if key not in self._plans:
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.pop(next(iter(self._plans)), None)
             self._plans[key] = make_plan(self.assignments, *key)
         return self._plans[key]
 
@@ -85,15 +93,46 @@ class Setup:
         return twin
 
 
-def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[tuple[str, Sequence[Target]]]:
+def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[Bound]:
     """List the policy's targets in each denoiser; a denoiser without any is left out if another has some."""
-    found: list[tuple[str, Sequence[Target]]] = []
+    found: list[Bound] = []
     refusals: list[SiteError] = []
     for name, denoiser in denoisers.items():
         try:
-            found.append((name, policy.select(denoiser.sites)))
+            found.append((policy, name, _targets(policy, denoiser.sites)))
         except SiteError as error:
             refusals.append(error)
     if not found:
         raise refusals[0]
     return found
+
+
+def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
+    """Find the targets of each of the policy's choices; raises `SiteError` for one that it can't act on."""
+    found: list[tuple[Target, Choice]] = []
+    for choice in policy.chosen().values():
+        try:
+            targets = choice.where.find(sites)
+        except SiteError as error:
+            raise SiteError(f"{policy}: {error}") from None
+        for target in targets:
+            reason = _refusal(target, choice)
+            if reason:
+                raise SiteError(f"{policy}: {reason}")
+            found.append((target, choice))
+    return found
+
+
+def _refusal(target: Target, choice: Choice) -> str:
+    """Why a stand-in can't be used at a target, with the cure, or ""."""
+    what, kind = choice.what, target.kind
+    if what.entries == 0 and kind is not Kind.GUIDANCE:
+        return f"{what} keeps nothing, which makes sense at guidance alone; use another stand-in at {target.name!r}"
+    if what.of == "x0" and kind is not Kind.DENOISER:
+        return f"of=x0 makes sense at the denoiser alone; use of=output or of=residual at {target.name!r}"
+    if what.amends and kind is not Kind.DENOISER:
+        return f"{what} corrects outputs of the denoiser alone; use another stand-in at {target.name!r}"
+    if what.of == "residual" and isinstance(target, Region) and not target.streams:
+        where = f"what enters and leaves {target.entry!r} is not known" if target.entry else "nothing enters it alike"
+        return f"{target.name!r} has no residual, {where}; use of=output or another policy"
+    return ""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
-from cachekit.errors import GuidanceError
+from cachekit.errors import GuidanceError, PolicyError, SiteError
 from cachekit.guidance.detection import (
     HAS_MOMENTUM,
     PERTURBS_ATTENTION,
+    WRITES_CACHE,
     FirstCall,
     layout_of_run,
     refuse_arguments,
@@ -18,6 +19,7 @@ from cachekit.guidance.detection import (
     refuse_narrowing,
 )
 from cachekit.interface.adapter import Layout
+from cachekit.interface.moment import Time
 from cachekit.reports.record import Fit
 from cachekit.runs.clock import Clock
 from cachekit.runs.denoiser import Denoiser
@@ -30,6 +32,7 @@ from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guidance import has_true_guidance, is_guided, perturbs_attention, will_perturb_attention
 from cachekit.upstream.guiders import has_momentum
 from cachekit.upstream.pipelines import plain_arguments
+from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import count_steps
 
 #: Chooses what a run may keep.
@@ -75,9 +78,11 @@ class RunStarter:
         """
         layout = self._layout(denoiser, inputs, pipeline, context)
         steps = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
-        fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps))
+        times = times_of(scheduler, inputs.timestep, steps, layout.negated)
+        self._refuse_unknown(times, scheduler)
+        fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps, times))
         return Run(
-            self._setup.plan(steps, layout, fit.dropped),
+            self._setup.plan(steps, layout, fit.dropped, times),
             layout,
             steps,
             inputs.batch // layout.together,
@@ -106,6 +111,8 @@ class RunStarter:
             has_momentum=has_momentum(pipe),
             perturbs_attention=perturbs_attention(pipe, denoiser.module),
         )
+        if inputs.writes_cache or inputs.cache_mode is not None:
+            self._refuse_left_out(denoiser)
         layout, reason = layout_of_run(first, denoiser.layout)
         if reason and self._setup.narrowing:
             refuse_narrowing(type(denoiser.module).__name__, reason)
@@ -114,11 +121,31 @@ class RunStarter:
     def check_order(self, layout: Layout, denoiser: Denoiser) -> None:
         """Raise `GuidanceError` where a policy keeps a branch that is not called first."""
         called_first = layout.order[0]
-        for policy in self._setup.narrowing:
-            stays = policy.stays(layout)
+        for bound in self._setup.narrowing:
+            stays = bound.choice.where.stays(layout)
             if stays != called_first:
                 raise GuidanceError(
-                    f"{policy}: would keep the branch {stays!r}, but {type(denoiser.module).__name__} is called for"
+                    f"{bound.policy}: would keep the branch {stays!r}, but {type(denoiser.module).__name__} is called for"
                     f" {called_first!r} first, when nothing stands in for it yet; use a policy that keeps"
                     f" {called_first!r}"
+                )
+
+    def _refuse_left_out(self, denoiser: Denoiser) -> None:
+        """Raise `SiteError` where calls would be left out of which later ones read keys and values."""
+        for bound in self._setup.assignments:
+            if bound.is_whole and bound.denoiser == denoiser.name:
+                raise SiteError(
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which {WRITES_CACHE};"
+                    " use a policy for attention or blocks"
+                )
+
+    def _refuse_unknown(self, times: Sequence[Time], scheduler: Any) -> None:
+        """Raise `PolicyError` where a stand-in needs what the scheduler doesn't give."""
+        for bound in self._setup.assignments:
+            missing = bound.choice.what.missing(times)
+            if missing:
+                name = "a loop without a scheduler" if scheduler is None else type(scheduler).__name__
+                raise PolicyError(
+                    f"{bound.policy}: {bound.choice.what} needs {missing}, which {name} does not give;"
+                    " use axis=step and of=output"
                 )

@@ -16,7 +16,8 @@ class Kind(str, Enum):
 
     `CROSS_ATTENTION` reads another sequence (the text), `SELF_ATTENTION` its own; in `JOINT_ATTENTION` image and
     text attend to each other. `FEED_FORWARD` is the MLP beside an attention, `BLOCK` a whole block of layers or a
-    region of several. `GUIDANCE` is not a module but the choice of the guidance branches that run.
+    region of several. `GUIDANCE` is not a module but the choice of the guidance branches that run. `DENOISER` is the
+    call of the denoiser as a whole, with everything inside.
 
     >>> Kind("cross_attention")
     <Kind.CROSS_ATTENTION: 'cross_attention'>
@@ -30,6 +31,7 @@ class Kind(str, Enum):
     FEED_FORWARD = "feed_forward"
     BLOCK = "block"
     GUIDANCE = "guidance"
+    DENOISER = "denoiser"
 
     def __str__(self) -> str:
         """Spell the kind as reports and errors do."""
@@ -101,6 +103,8 @@ Target = Union[Site, Region]
 
 #: The choice of the guidance branches that run: one site for all denoisers of a pipeline.
 GUIDANCE = Site("guidance", Kind.GUIDANCE)
+#: The call of a denoiser as a whole.
+DENOISER = Site("denoiser", Kind.DENOISER)
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,8 @@ class SiteMap:
     streams: tuple[tuple[str, ...], ...] = ()
 
     def of(self, *kinds: Kind) -> tuple[Site, ...]:
-        """Find the sites of these kinds; `Kind.GUIDANCE` gives the one guidance site, which comes first."""
-        return tuple(site for site in (GUIDANCE, *self.sites) if site.kind in kinds)
+        """Find the sites of these kinds; the one guidance site comes first, then the one of the denoiser."""
+        return tuple(site for site in (GUIDANCE, DENOISER, *self.sites) if site.kind in kinds)
 
     def span(self, first: int, stop: int, chain: int = 0) -> Region:
         """Make a region of the blocks `first` to `stop - 1` of a chain; all three count from 0.

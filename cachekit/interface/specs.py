@@ -1,63 +1,86 @@
-"""Parse specs such as `tgate:m=10,keep=cond` into policies."""
+"""Parse specs such as `tgate:m=10,keep=cond` or `cache:where=denoiser,when=every(3),what=linear` into policies."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any, Union, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from cachekit.errors import SpecError, nearest
-from cachekit.interface.policy import Policy
+from cachekit.interface.parts import Part, Schedule, StandIn, Where
+from cachekit.interface.policy import PARTS, Policy
 
 #: A policy, or its spec: `name` or `name:key=value,key=value`.
 Spec = Union[str, Policy]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_BRACKETS = {"(": 1, ")": -1}
+_Made = TypeVar("_Made", bound=Part)
 
 
-def parse(spec: Spec, policies: Mapping[str, type[Policy]]) -> Policy:
-    """Parse one spec, with the known policy classes by name. A policy object is returned unchanged.
+class Vocabulary(Protocol):
+    """The words of specs: classes of policies and of parts, by name."""
 
-    >>> class Half(Policy):
-    ...     name = "half"
-    ...     kinds = frozenset()
-    ...     start: int = 0
-    ...     stop: int | None = None
-    >>> parse("half: start=3, stop=none", {"half": Half})
-    Half(start=3, stop=None)
-    >>> parse("half:strat=3", {"half": Half})
+    @property
+    def policies(self) -> Mapping[str, type[Policy]]:
+        """Policies."""
+
+    @property
+    def places(self) -> Mapping[str, type[Where]]:
+        """What `where=` can be."""
+
+    @property
+    def schedules(self) -> Mapping[str, type[Schedule]]:
+        """What `when=` can be."""
+
+    @property
+    def stand_ins(self) -> Mapping[str, type[StandIn]]:
+        """What `what=` can be."""
+
+
+def parse(spec: Spec, words: Vocabulary) -> Policy:
+    """Parse one spec. A policy object is returned unchanged.
+
+    A value is a word, a number, a list with semicolons, or a part with keys of its own in brackets.
+
+    >>> from cachekit.registry.catalog import installed
+    >>> parse("deepcache: interval=5, end=none", installed())
+    DeepCache(where=None, when=None, what=None, interval=5, branch=0, schedule='uniform', center=15, power=1.4, start=0, end=None)
+    >>> str(parse("cache:where=denoiser,when=every(3),what=linear(of=residual)", installed()))
+    'cache:where=denoiser,when=every(n=3),what=linear(of=residual)'
+    >>> parse("deepcache:intervall=3", installed())
     Traceback (most recent call last):
     ...
-    cachekit.errors.SpecError: spec 'half:strat=3': unknown key 'strat' (did you mean 'start'?); allowed: start, stop
+    cachekit.errors.SpecError: spec 'deepcache:intervall=3': unknown key 'intervall' (did you mean 'interval'?); ...
 
     Raises `SpecError` with the spec, the part that is wrong, and what is allowed.
     """
     if isinstance(spec, Policy):
         return spec
     if not isinstance(spec, str):
-        raise SpecError(f"spec {spec!r}: is a {type(spec).__name__}; give a string or a policy")
+        raise SpecError(f"spec {spec!r}: is a {_described(spec)}; give a string or a policy")
     name, colon, text = (part.strip() for part in spec.partition(":"))
-    if name not in policies:
-        known = ", ".join(sorted(policies)) or "none"
-        raise SpecError(f"spec {spec!r}: unknown policy {name!r}{nearest(name, policies)}; known: {known}")
+    if name not in words.policies:
+        known = ", ".join(sorted(words.policies)) or "none"
+        raise SpecError(f"spec {spec!r}: unknown policy {name!r}{nearest(name, words.policies)}; known: {known}")
     if colon and not text:
         raise SpecError(f"spec {spec!r}: nothing after ':'; write {name!r} or '{name}:key=value'")
-    return _build(spec, policies[name], _pairs(spec, text))
+    return _Parser(spec, words).build(words.policies[name], text, "")
 
 
-def parse_all(specs: Spec | Iterable[Spec], policies: Mapping[str, type[Policy]]) -> tuple[Policy, ...]:
+def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, ...]:
     """Parse one spec or several; raises `SpecError` as `parse` does, and for a policy that is named twice."""
-    if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)):
-        raise SpecError(f"specs {specs!r}: is a {type(specs).__name__}; give a spec or a list of specs")
+    if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)) or isinstance(specs, type):
+        raise SpecError(f"specs {specs!r}: is a {_described(specs)}; give a spec or a list of specs")
     # A policy is iterable too, over its fields.
     listed = [specs] if isinstance(specs, (str, Policy)) else list(specs)
-    parsed = tuple(parse(spec, policies) for spec in listed)
+    parsed = tuple(parse(spec, words) for spec in listed)
     seen: dict[str, Policy] = {}
     for policy in parsed:
-        if policy.name in seen:
+        if policy.name in seen and not policy.repeats:
             raise SpecError(
                 f"spec {str(policy)!r}: policy {policy.name!r} is given twice (also {str(seen[policy.name])!r});"
                 " keep one of them"
@@ -71,38 +94,107 @@ def is_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name))
 
 
-def _pairs(spec: str, text: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in text.split(",") if text else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals or not key or not value:
-            raise SpecError(f"spec {spec!r}: {item.strip()!r} is not key=value")
-        if key in pairs:
-            raise SpecError(f"spec {spec!r}: key {key!r} is given twice; keep one of them")
-        pairs[key] = value
-    return pairs
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at a separator that does not stand within brackets.
+
+    >>> split_outside("a=every(n=2,first=3),b=1;2", ",")
+    ['a=every(n=2,first=3)', 'b=1;2']
+    """
+    found, depth, start = [], 0, 0
+    for place, character in enumerate(text):
+        depth = max(depth + _BRACKETS.get(character, 0), 0)
+        if character == separator and not depth:
+            found.append(text[start:place])
+            start = place + 1
+    return [*found, text[start:]]
 
 
-def _build(spec: str, policy: type[Policy], pairs: dict[str, str]) -> Policy:
-    fields = policy.model_fields
-    for key in pairs:
-        if key not in fields:
-            allowed = ", ".join(fields) or "none"
-            raise SpecError(f"spec {spec!r}: unknown key {key!r}{nearest(key, fields)}; allowed: {allowed}")
-    values = {
-        key: None if value == "none" and _may_be_none(fields[key].annotation) else value for key, value in pairs.items()
-    }
-    try:
-        return policy(**values)
-    except ValidationError as error:
-        raise SpecError(f"spec {spec!r}: {_reason(error.errors()[0])}") from None
+class _Parser:
+    """Parses the texts of one spec, so that errors can quote it."""
+
+    def __init__(self, spec: str, words: Vocabulary) -> None:
+        self._spec = spec
+        self._words: dict[type[Part], Mapping[str, type[Part]]] = {
+            Where: words.places, Schedule: words.schedules, StandIn: words.stand_ins
+        }  # fmt: skip
+
+    def build(self, made: type[_Made], text: str, path: str) -> _Made:
+        """Build a policy or part from the text of its keys; `path` leads there, for errors."""
+        self._refuse_unbalanced(text, path)
+        fields = made.model_fields
+        values = {}
+        for key, value in self._pairs(made, text, path):
+            if key not in fields:
+                allowed = ", ".join(sorted(fields, key=lambda name: name in PARTS)) or "none"
+                raise self._error(path, f"unknown key {key!r}{nearest(key, fields)}; allowed: {allowed}")
+            values[key] = self._value(fields[key].annotation, value, f"{path}{key}=")
+        try:
+            return made(**values)
+        except ValidationError as error:
+            raise self._error(path, _reason(error.errors()[0], made)) from None
+
+    def _pairs(self, made: type[Part], text: str, path: str) -> Iterator[tuple[str, str]]:
+        seen = set()
+        for place, item in enumerate(split_outside(text, ",") if text else []):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if "(" in key or (not equals and key and place == 0 and made.positional):
+                key, equals, value = made.positional if place == 0 else "", "=", item.strip()
+            if not equals or not key or not value:
+                raise self._error(path, f"{item.strip()!r} is not key=value")
+            if key in seen:
+                raise self._error(path, f"key {key!r} is given twice; keep one of them")
+            seen.add(key)
+            yield key, value
+
+    def _value(self, annotation: Any, text: str, path: str) -> Any:
+        """Convert the text of a value as far as its type needs; pydantic does the rest."""
+        types = (annotation, *get_args(annotation))
+        if text == "none" and type(None) in types:
+            return None
+        for base in self._words:
+            if base in types:
+                return self._part(base, text, path)
+        if any(get_origin(one) in (tuple, list) for one in types):
+            return tuple(item.strip() for item in split_outside(text, ";") if item.strip())
+        return text
+
+    def _part(self, base: type[Part], text: str, path: str) -> Part:
+        self._refuse_unbalanced(text, path)
+        name, bracket, rest = (part.strip() for part in text.partition("("))
+        if bracket and not rest.endswith(")"):
+            raise self._error(path, f"{rest.rpartition(')')[2]!r} follows the bracket; write {name}(key=value)")
+        if name in self._words[base]:
+            return self.build(self._words[base][name], rest[:-1].strip(), f"{path}{name}.")
+        spelled = [found for made in self._words[base].values() if (found := made.spelled(name))]
+        if spelled and not bracket:
+            return spelled[0]
+        known = ", ".join(sorted(self._words[base])) or "none"
+        raise self._error(path, f"unknown word {name!r}{nearest(name, self._words[base])}; known: {known}")
+
+    def _refuse_unbalanced(self, text: str, path: str) -> None:
+        depth = 0
+        for character in text:
+            depth += _BRACKETS.get(character, 0)
+            if depth < 0:
+                break
+        if depth:
+            raise self._error(path, f"a bracket of {text!r} is not {'closed' if depth > 0 else 'opened'}")
+
+    def _error(self, path: str, reason: str) -> SpecError:
+        return SpecError(f"spec {self._spec!r}: {f'{path[:-1]}: ' if path else ''}{reason}")
 
 
-def _may_be_none(annotation: Any) -> bool:
-    return type(None) in get_args(annotation)
+def _described(value: Any) -> str:
+    return f"class, not an instance; write {value.__name__}()" if isinstance(value, type) else type(value).__name__
 
 
-def _reason(error: ErrorDetails) -> str:
+def _reason(error: ErrorDetails, made: type[Part]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     where = ".".join(str(part) for part in error["loc"])
-    return f"{where}={repr(error['input'])[1:-1]}: {message}" if where else message
+    if error["type"] == "missing":
+        return f"{where} is needed; write {made.name}{':' if issubclass(made, Policy) else '('}{where}=..."
+    return f"{where}={_quoted(error['input'])}: {message}" if where else message
+
+
+def _quoted(value: Any) -> str:
+    return repr(value)[1:-1] if isinstance(value, str) else str(value)

@@ -6,19 +6,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cachekit.errors import ConflictError
+from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind, Target
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One policy on one target of a denoiser; identified elsewhere by its index in a plan's `assignments`.
+    """One choice of a policy on one target of a denoiser; identified elsewhere by its index in a plan's `assignments`.
 
     `denoiser` is the name of the denoiser within its pipeline. It is empty at the guidance site, which all denoisers
     of a pipeline share, and for a denoiser without a pipeline.
     """
 
     policy: Policy
+    choice: Choice
     target: Target
     denoiser: str = ""
 
@@ -28,34 +30,43 @@ class Assignment:
         return self.target.kind is Kind.GUIDANCE
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the target is the denoiser as a whole."""
+        return self.target.kind is Kind.DENOISER
+
+    @property
     def is_block(self) -> bool:
-        """Whether the target is a block or a region, with sites inside."""
-        return self.target.kind is Kind.BLOCK
+        """Whether the target is a block, a region or the denoiser, with sites inside."""
+        return self.target.kind in (Kind.BLOCK, Kind.DENOISER)
 
     def covers(self, other: Assignment) -> bool:
-        """Whether the other target lies inside this block or region, and so doesn't run on a step that reuses it."""
+        """Whether the other target lies inside this one, and so doesn't run on a step that reuses it."""
         if not self.is_block or other.is_guidance or self.denoiser != other.denoiser:
             return False
-        return self.target.covers(other.target.exit)
+        return self.is_whole or (not other.is_whole and self.target.covers(other.target.exit))
 
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
         """Share the assignment between copies of a model: it is immutable."""
         return self
 
 
-def assign(chosen: Iterable[tuple[Policy, str, Sequence[Target]]]) -> tuple[Assignment, ...]:
-    """Bind each policy to the targets that it selected in a denoiser: triples (policy, denoiser, targets).
+#: What a policy acts on in one denoiser: its targets, and the choice that each belongs to.
+Bound = tuple[Policy, str, Sequence[tuple[Target, Choice]]]
+
+
+def assign(chosen: Iterable[Bound]) -> tuple[Assignment, ...]:
+    """Bind each policy to the targets that it selected in a denoiser.
 
     Several policies may share the guidance site. Raises `ConflictError` where two of them would write the same
     target, or blocks or regions of which one lies inside the other.
     """
     found: list[Assignment] = []
     for policy, denoiser, targets in chosen:
-        for target in targets:
+        for target, choice in targets:
             is_guidance = target.kind is Kind.GUIDANCE
             if is_guidance and any(other.policy is policy and other.target is target for other in found):
                 continue
-            bound = Assignment(policy, target, "" if is_guidance else denoiser)
+            bound = Assignment(policy, choice, target, "" if is_guidance else denoiser)
             _refuse_clash(bound, found)
             found.append(bound)
     return tuple(found)
@@ -72,6 +83,8 @@ def _refuse_clash(bound: Assignment, found: Iterable[Assignment]) -> None:
 
 def _clash(one: Assignment, other: Assignment) -> bool:
     if one.is_guidance or other.is_guidance or one.denoiser != other.denoiser:
+        return False
+    if one.is_whole != other.is_whole:  # what is inside a call is composed with the call as a whole
         return False
     if one.is_block and other.is_block:
         return one.covers(other) or other.covers(one)

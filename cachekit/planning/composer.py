@@ -2,44 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
+from cachekit.errors import PolicyError
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import OPEN, Action, BranchChange, Moment
+from cachekit.interface.moment import OPEN, Action, Moment, Time
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.row import Cell, Row
 
-#: Decides a cell that its policy's schedule leaves open; the answer `OPEN` leaves it to a probe within the call.
-Decide = Callable[[Assignment, Moment], Cell]
+#: Decides a cell that its schedule leaves open, by index of the assignment; `OPEN` leaves it to a probe.
+Decide = Callable[[int, Moment], Cell]
+
+
+def undecided(index: int, at: Moment) -> Cell:
+    """Leave every open cell open, as plans do."""
+    return OPEN
 
 
 class Composer:
     """Composes rows, for the printed plan and for a run that decides as it goes.
 
-    Guidance is settled first, then blocks and regions, then the sites inside. A step on which a policy must STORE a
-    site is one on which no block or region around it is reused. A change of branches restarts the schedules of those
-    policies that ask for it (`BranchChange.REFRESH`).
+    Guidance is settled first, then the denoiser and blocks, then the sites inside. A STORE of a schedule that insists
+    makes everything around its target run in that step; any other STORE inside something that is reused is postponed
+    to the next step in which it is not. Where a branch is dropped for good, or comes back without anything kept of it,
+    the schedules of those choices restart that ask for it (`BranchChange.REFRESH`).
 
     `branches` are those that run in the last composed step. `narrowed_by` is the guidance assignment that dropped a
     branch: its choice of the branch holds until a step on which it drops none.
     """
 
     def __init__(
-        self, assignments: Sequence[Assignment], steps: int, layout: Layout, dropped: frozenset[int] = frozenset()
+        self,
+        assignments: Sequence[Assignment],
+        steps: int,
+        layout: Layout,
+        dropped: frozenset[int] = frozenset(),
+        times: Sequence[Time] = (),
     ) -> None:
-        """Start before step 0 of `steps`; `dropped` assignments compute in every step."""
+        """Start before step 0 of `steps`; `dropped` assignments compute in every step, `times` are of the scheduler."""
         self.assignments = assignments
         self.steps = steps
         self.layout = layout
         self.dropped = dropped
+        self.times = times
         self.branches: Branches = layout.order
         self.narrowed_by: int | None = None
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Cell]] = {}
         self._blocks = [index for index, bound in enumerate(assignments) if bound.is_block]
         self._guidance = [index for index, bound in enumerate(assignments) if bound.is_guidance]
-        self._inside = {index: self._sites_inside(index) for index in self._blocks}
+        self._inside = {index: self._inside_of(index) for index in self._blocks}
+        #: STOREs that have been postponed, and the branches of which each assignment has stored something.
+        self._owed: set[int] = set()
+        self._stored: list[set[str]] = [set() for _ in assignments]
 
     def row(self, step: int, decide: Decide) -> Row:
         """Compose the row of `step`; each step is asked for once, in order. A run may go beyond `steps`."""
@@ -48,39 +66,65 @@ class Composer:
         cells = [self._cell(index, step, decide) for index in range(len(self.assignments))]
         before = self.branches
         self._settle_guidance(cells)
-        if self.branches != before:
-            for index in self._restart(step):
+        if self.branches != before and step:
+            for index in self._stale(step, before):
+                self._restart(index, step)
                 cells[index] = self._cell(index, step, decide)
         self._force_full(cells, step, decide)
+        self._postpone(cells)
+        for index, cell in enumerate(cells):
+            if cell is Action.STORE:
+                self._stored[index].update(self.branches)
         return Row(step, self.branches, cells, self.narrowed_by, list(self._origin))
+
+    def restart(self, denoiser: str, step: int) -> None:
+        """Restart the schedules of a denoiser that makes its first call in this step."""
+        for index, bound in enumerate(self.assignments):
+            if not bound.is_guidance and bound.denoiser == denoiser:
+                self._restart(index, step)
+
+    # -- cells --------------------------------------------------------------------------------------------
 
     def _cell(self, index: int, step: int, decide: Decide) -> Cell:
         if index in self.dropped:
             return Action.COMPUTE
         origin = self._origin[index]
         cell = self._schedule(index, origin)[step - origin]
-        if cell is OPEN:
-            return decide(self.assignments[index], Moment(step, self.steps, origin))
-        return cell
+        return decide(index, self._moment(index, step, origin)) if cell is OPEN else cell
+
+    def _moment(self, index: int, step: int, origin: int) -> Moment:
+        return Moment(step, self.steps, origin, time_of(self.times, step), self.assignments[index].target)
 
     def _schedule(self, index: int, origin: int) -> list[Cell]:
-        """List the cells of an assignment from the step `origin` to the last one, as its policy alone decides."""
+        """List the cells of an assignment from the step `origin` to the last one, as its schedule alone decides."""
         if (index, origin) not in self._schedules:
             bound = self.assignments[index]
-            moments = (Moment(step, self.steps, origin) for step in range(origin, self.steps))
-            cells = [bound.policy.action(bound.target, at) for at in moments]
-            every_store_counts = bound.is_guidance or bound.policy.keeps_history
-            self._schedules[index, origin] = cells if every_store_counts else _without_idle_stores(cells)
+            cells = [_asked(bound, self._moment(index, step, origin)) for step in range(origin, self.steps)]
+            self._schedules[index, origin] = without_idle_stores(cells, bound)
         return self._schedules[index, origin]
+
+    def _restart(self, index: int, step: int) -> None:
+        self._origin[index] = step
+        self._stored[index].clear()
+        self._owed.discard(index)
+
+    def _lengthen(self, steps: int) -> None:
+        self.steps = steps
+        self._schedules.clear()
+
+    # -- guidance -----------------------------------------------------------------------------------------
 
     def _settle_guidance(self, cells: list[Cell]) -> None:
         """Choose the assignment that drops a branch, if any does, and set all guidance cells accordingly."""
+        for index in self._guidance:
+            if index in self._owed and cells[index] is Action.REUSE and not self._is_skipped(index, cells):
+                cells[index] = Action.STORE
         votes = [index for index in self._guidance if self._is_guided and cells[index] is Action.REUSE]
         if self.narrowed_by not in votes:
             self.narrowed_by = min(votes, key=lambda index: self.assignments[index].policy.name, default=None)
         self.branches = self.layout.order
         if self.narrowed_by is not None:
-            self.branches = (self.assignments[self.narrowed_by].policy.stays(self.layout),)
+            self.branches = (self.assignments[self.narrowed_by].choice.where.stays(self.layout),)
         for index in self._guidance:
             cells[index] = self._guidance_cell(index, cells[index])
 
@@ -94,49 +138,105 @@ class Composer:
         can_keep = wanted is Action.STORE and self.narrowed_by is None
         return wanted if self._is_guided and (wanted is OPEN or can_keep) else Action.COMPUTE
 
-    def _restart(self, step: int) -> list[int]:
-        """Restart the schedules that a change of branches makes stale; list their assignments."""
-        if step == 0:
-            return []
-        refreshed = [
+    def _stale(self, step: int, before: Branches) -> list[int]:
+        """List the assignments that a change of branches in this step makes stale."""
+        is_dropped = len(self.branches) < len(before) and self._is_for_good(step)
+        return [
             index
             for index, bound in enumerate(self.assignments)
-            if bound.policy.on_branch_change is BranchChange.REFRESH and not bound.is_guidance
+            if bound.choice.change is BranchChange.REFRESH
+            and not bound.is_guidance
+            and (is_dropped or not self._stored[index].issuperset(self.branches))
         ]
-        for index in refreshed:
-            self._origin[index] = step
-        return refreshed
+
+    def _is_for_good(self, step: int) -> bool:
+        """Whether the schedule that dropped a branch never brings it back, as far as it is known before the run."""
+        index = self.narrowed_by
+        if index is None:
+            return False
+        origin = self._origin[index]
+        return all(cell in (Action.REUSE, OPEN) for cell in self._schedule(index, origin)[step - origin :])
+
+    # -- blocks and what is inside ------------------------------------------------------------------------
 
     def _force_full(self, cells: list[Cell], step: int, decide: Decide) -> None:
-        """Force blocks around a STORE to run. All blocks of such a policy restart, to stay in phase with each other."""
+        """Force blocks around a STORE that insists. All blocks of such a choice restart, to stay in phase."""
         forced = [index for index in self._blocks if self._must_run(index, cells)]
-        policies = [self.assignments[index].policy for index in forced]
+        choices = [self.assignments[index].choice for index in forced]
         for index in self._blocks:
-            if self.assignments[index].policy in policies:
-                self._origin[index] = step
+            if self.assignments[index].choice in choices:
+                self._restart(index, step)
                 cells[index] = Action.STORE if index in forced else self._cell(index, step, decide)
 
     def _must_run(self, index: int, cells: list[Cell]) -> bool:
         may_be_skipped = cells[index] in (Action.REUSE, OPEN)
-        return may_be_skipped and any(cells[inner] is Action.STORE for inner in self._inside[index])
+        return may_be_skipped and any(
+            cells[inner] is Action.STORE and self.assignments[inner].choice.when.insists
+            for inner in self._inside[index]
+        )
 
-    def _sites_inside(self, index: int) -> list[int]:
+    def _postpone(self, cells: list[Cell]) -> None:
+        """Postpone each STORE inside what is reused, and carry out those postponed before that no longer are."""
+        for index, cell in enumerate(cells):
+            if cell is not Action.STORE and index not in self._owed:
+                continue
+            if self._is_skipped(index, cells):
+                self._owed.add(index)
+                cells[index] = Action.COMPUTE if cell is Action.STORE else cell
+            else:
+                self._owed.discard(index)
+                cells[index] = Action.STORE if cell is Action.REUSE and index != self.narrowed_by else cell
+
+    def _is_skipped(self, index: int, cells: list[Cell]) -> bool:
+        return any(cells[block] is Action.REUSE and index in self._inside[block] for block in self._blocks)
+
+    def _inside_of(self, index: int) -> frozenset[int]:
+        """List what doesn't run where a block is reused; guidance keeps nothing of a call that is left out."""
         block = self.assignments[index]
-        return [i for i, bound in enumerate(self.assignments) if not bound.is_block and block.covers(bound)]
+        return frozenset(
+            inner
+            for inner, bound in enumerate(self.assignments)
+            if inner != index and (block.covers(bound) or (block.is_whole and bound.is_guidance))
+        )
 
-    def _lengthen(self, steps: int) -> None:
-        self.steps = steps
-        self._schedules.clear()
+
+def time_of(times: Sequence[Time], step: int) -> Time:
+    """Get a step's place in a scheduler's table, or only its index beyond the table."""
+    return times[step] if step < len(times) else Time(step)
 
 
-def _without_idle_stores(cells: list[Cell]) -> list[Cell]:
+def without_idle_stores(cells: list[Cell], bound: Assignment) -> list[Cell]:
     """Replace each STORE that no later REUSE reads by COMPUTE: it would only cost memory."""
-    is_wanted = False
+    if bound.choice.what.amends:
+        return cells
+    needed: float = 0
     cleaned: list[Cell] = []
     for cell in reversed(cells):
-        cleaned.append(Action.COMPUTE if cell is Action.STORE and not is_wanted else cell)
-        if cell is Action.STORE:
-            is_wanted = False
-        elif cell is not Action.COMPUTE:
-            is_wanted = True
+        cleaned.append(Action.COMPUTE if cell is Action.STORE and not needed else cell)
+        needed = still_needed(needed, cell, bound)
     return cleaned[::-1]
+
+
+def still_needed(needed: float, cell: Cell, bound: Assignment) -> float:
+    """Count the entries kept before a step that it or a later one reads, from the number for the step after it."""
+    if cell is Action.STORE and not bound.choice.what.amends:
+        return max(needed - 1, 0)
+    if cell is Action.COMPUTE:
+        return needed
+    entries = bound.choice.what.entries
+    return math.inf if entries is None else entries
+
+
+def _asked(bound: Assignment, at: Moment) -> Cell:
+    """Ask a schedule for an action, and check the answer."""
+    try:
+        action = bound.choice.when.action(at)
+    except Exception as error:
+        raise PolicyError(f"{_origin(bound, at)} raised {type(error).__name__}: {error}") from error
+    if action is not OPEN and not isinstance(action, Action):
+        raise PolicyError(f"{_origin(bound, at)} returned {action!r}; return an Action, or OPEN")
+    return action
+
+
+def _origin(bound: Assignment, at: Moment) -> str:
+    return f"{bound.policy}: action of {bound.choice.when} for {bound.target.name!r} at step {at.step}"

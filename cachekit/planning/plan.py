@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
-from collections.abc import Iterator, Sequence, Set
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import OPEN, Action
-from cachekit.interface.sites import Branches
+from cachekit.interface.moment import OPEN, Action, Time
 from cachekit.planning.assignments import Assignment
-from cachekit.planning.composer import Composer
+from cachekit.planning.composer import Composer, still_needed, undecided
 from cachekit.planning.drawing import Column, draw
 from cachekit.planning.row import Cell, Row
 
@@ -24,30 +23,29 @@ class Plan:
     """The table of a run: a row for each step, a cell in it for each assignment.
 
     `attachment.plan(steps)` makes one. `str(plan)` prints it, `plan.picture()` draws it. `dropped` are the indices of
-    assignments that compute in every step, because what they would keep doesn't fit into `max_cache_bytes`.
+    assignments that compute in every step, because what they would keep doesn't fit into `max_cache_bytes`. `times`
+    has the steps' places in the scheduler's table, where there is one.
 
-    >>> from cachekit import Kind, Policy, Site
+    >>> from cachekit import GUIDANCE, After, Choice, Drop, Guidance, Kind, Policy, Reuse, Site, Sites
     >>> from cachekit.planning.assignments import assign
     >>> class Late(Policy):
-    ...     name, kinds = "late", frozenset(Kind)
+    ...     name = "late"
     ...     start: int = 3
-    ...     def action(self, target, at):
-    ...         if at.step < self.start:
-    ...             return Action.STORE if target.kind is Kind.SELF_ATTENTION else Action.COMPUTE
-    ...         return Action.REUSE
-    >>> targets = [Site("guidance", Kind.GUIDANCE), Site("attn1", Kind.SELF_ATTENTION)]
-    >>> print(make_plan(assign([(Late(start=4), "", targets)]), 11, Layout()))
+    >>> attention = Choice(Sites(kinds="self_attention"), After(m=4), Reuse())
+    >>> chosen = [(Site("attn1", Kind.SELF_ATTENTION), attention), (GUIDANCE, Choice(Guidance(), After(m=4), Drop()))]
+    >>> print(make_plan(assign([(Late(start=4), "", chosen)]), 11, Layout()))
     step                              0         1
                                       01234567890
     branches                          22221111111
-    late:start=4  guidance x 1        ....rrrrrrr
     late:start=4  self_attention x 1  ...Srrrrrrr
+    late:start=4  guidance x 1        ....rrrrrrr
     . compute  S compute and keep  r reuse  ? decided during the run
     """
 
     assignments: tuple[Assignment, ...]
     rows: tuple[Row, ...]
     dropped: frozenset[int] = frozenset()
+    times: tuple[Time, ...] = ()
 
     def covers(self, outer: int, inner: int) -> bool:
         """Whether the target of assignment `inner` lies inside that of `outer`, another one: see `Assignment`."""
@@ -59,21 +57,18 @@ class Plan:
         return all(OPEN not in row.actions for row in self.rows)
 
     @functools.cached_property
-    def unread(self) -> tuple[frozenset[int], ...]:
-        """For each step, the assignments whose kept tensors are no longer read from that step on, but were before.
+    def unread(self) -> tuple[frozenset[tuple[int, str]], ...]:
+        """For each step, assignments and branches whose kept tensors are not read from that step on, but were before.
 
         All sets are empty where the plan is not static.
         """
-        found: list[frozenset[int]] = [frozenset() for _ in self.rows]
-        if not self.is_static:
-            return tuple(found)
-        for index, bound in enumerate(self.assignments):
-            if bound.is_guidance:
-                continue
-            reads = {Action.REUSE, Action.STORE} if bound.policy.keeps_history else {Action.REUSE}
-            for step in _ends([row.actions[index] for row in self.rows], reads):
-                found[step] |= {index}
-        return tuple(found)
+        found: list[set[tuple[int, str]]] = [set() for _ in self.rows]
+        if self.is_static:
+            for index, bound in enumerate(self.assignments):
+                for branch in {name for row in self.rows for name in row.branches} if not bound.is_guidance else ():
+                    for step in _ends(self.rows, index, branch, bound):
+                        found[step].add((index, branch))
+        return tuple(map(frozenset, found))
 
     def columns(self) -> list[Column]:
         """List (spec, name of the target, kind, a mark for each step) for each assignment."""
@@ -106,37 +101,43 @@ class Plan:
 
 
 def make_plan(
-    assignments: tuple[Assignment, ...], steps: int, layout: Layout, dropped: frozenset[int] = frozenset()
+    assignments: tuple[Assignment, ...],
+    steps: int,
+    layout: Layout,
+    dropped: frozenset[int] = frozenset(),
+    times: tuple[Time, ...] = (),
 ) -> Plan:
-    """Plan a run of `steps` steps, in which `dropped` assignments only compute.
+    """Plan a run of `steps` steps, in which `dropped` assignments only compute; `times` are of the scheduler.
 
     Cells that only the run can decide stay open.
     """
-    composer = Composer(assignments, steps, layout, dropped)
-    rows = tuple(composer.row(step, lambda bound, at: OPEN) for step in range(steps))
-    plan = Plan(assignments, rows, dropped)
+    composer = Composer(assignments, steps, layout, dropped, times)
+    rows = tuple(composer.row(step, undecided) for step in range(steps))
+    plan = Plan(assignments, rows, dropped, times)
     # Where branches come one by one, what is kept of the first waits for the second.
     if plan.is_static and not layout.separate:
-        _mark_narrowing_stores(rows)
+        _mark_narrowing_stores(rows, assignments)
     return plan
 
 
-def _mark_narrowing_stores(rows: Sequence[Row]) -> None:
-    """Set `Row.last_branches`: the branches that next read each STORE, where they are fewer than those that make it."""
-    later: dict[int, Branches] = {}
+def _mark_narrowing_stores(rows: Sequence[Row], assignments: Sequence[Assignment]) -> None:
+    """Set `Row.last_branches`: the branches that read each STORE, where they are fewer than those that make it."""
+    needed: defaultdict[tuple[int, str], float] = defaultdict(float)
     for row in reversed(rows):
         for index, action in enumerate(row.actions):
-            if action is Action.STORE and len(later.get(index, row.branches)) < len(row.branches):
-                row.last_branches[index] = later[index]
-            if action in (Action.STORE, Action.REUSE):
-                later[index] = row.branches
+            readers = tuple(branch for branch in row.branches if needed[index, branch])
+            if action is Action.STORE and 0 < len(readers) < len(row.branches):
+                row.last_branches[index] = readers
+            for branch in row.branches:
+                needed[index, branch] = still_needed(needed[index, branch], action, assignments[index])
 
 
-def _ends(cells: Sequence[Cell], reads: Set[Action]) -> Iterator[int]:
-    """Yield each step that follows the last read of something kept: it is replaced next, or never read again."""
-    is_wanted = False
-    for step in range(len(cells) - 1, -1, -1):
-        was_wanted, cell = is_wanted, cells[step]
-        is_wanted = cell in reads or (is_wanted and cell is not Action.STORE)
-        if is_wanted and not was_wanted and step + 1 < len(cells):
+def _ends(rows: Sequence[Row], index: int, branch: str, bound: Assignment) -> Iterable[int]:
+    """Yield each step from which what is kept of a branch is replaced next, or never read again."""
+    needed: float = 0
+    for step in range(len(rows) - 1, -1, -1):
+        was_needed = needed
+        if branch in rows[step].branches:
+            needed = still_needed(needed, rows[step].actions[index], bound)
+        if needed and not was_needed and step + 1 < len(rows):
             yield step + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cachekit.interface.policy import OPEN, Action
+from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.sites import Branches
 
 #: An entry of a plan's table: an action, or `OPEN` where only the run can decide.
@@ -17,8 +17,8 @@ class Row:
 
     `narrowed_by` is the index of the guidance assignment that dropped a branch, or None where all of them run.
     `origins` has, for each assignment, the step at which its schedule last started anew. `last_branches` has the
-    branches of the next REUSE for each STORE that will be read by fewer branches than have made it: it can be
-    narrowed at once, which saves memory.
+    branches that read each STORE, where they are fewer than have made it: it can be narrowed at once, which saves
+    memory.
     """
 
     step: int

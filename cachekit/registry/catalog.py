@@ -8,14 +8,16 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, NamedTuple
 
 import pluggy
 
-from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
+from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning, nearest
 from cachekit.interface.adapter import Adapter
-from cachekit.interface.policy import Policy
+from cachekit.interface.parts import Part, Schedule, StandIn, Where
+from cachekit.interface.policy import PARTS, Policy
 from cachekit.interface.specs import is_name
+from cachekit.parts import registration
 from cachekit.planning.plan import Plan
 from cachekit.registry import hookspecs, notices
 
@@ -23,6 +25,8 @@ from cachekit.registry import hookspecs, notices
 GROUP = "cachekit"
 #: The environment variable with the names of plugins that are not loaded, separated by commas.
 DISABLE = "CACHEKIT_DISABLE"
+#: The name under which cachekit registers its own parts.
+BUILT_IN = "parts"
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,19 @@ class Failure:
 
 @dataclass(frozen=True)
 class Catalog:
-    """The policies and adapters that plugins have registered, by name.
+    """The policies, parts and adapters that plugins have registered, by name: the vocabulary of specs.
 
-    `owners` maps each of them, as "policy 'tgate'" or "adapter 'unet'", to the plugin that registered it. `plugins`
+    `places`, `schedules` and `stand_ins` are the parts: what `where=`, `when=` and `what=` can be. `owners` maps each
+    of them all, as "policy 'tgate'" or "schedule 'every'", to the plugin that registered it. `plugins`
     maps each loaded plugin to its distribution, and `failures` has those that could not be loaded. `apply` takes the
     catalog of everything installed unless it is given another. A catalog is never changed, so copies of a model
     share it.
     """
 
     policies: dict[str, type[Policy]]
+    places: dict[str, type[Where]]
+    schedules: dict[str, type[Schedule]]
+    stand_ins: dict[str, type[StandIn]]
     adapters: dict[str, Adapter]
     owners: dict[str, str]
     plugins: dict[str, str]
@@ -127,7 +135,8 @@ def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog
     manager = pluggy.PluginManager("cachekit")
     manager.add_hookspecs(hookspecs)
     manager.register(notices, name="notices")
-    plugins: dict[str, str] = {}
+    manager.register(registration, name=BUILT_IN)
+    plugins: dict[str, str] = {BUILT_IN: "cachekit"}
     failures: list[Failure] = []
     for point in sorted(points, key=lambda point: point.name):
         if point.name in set(disabled):
@@ -139,15 +148,15 @@ def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog
             plugins[point.name] = _distribution(point)
     registry = _Registry()
     failures += registry.collect(manager, plugins)
-    return Catalog(registry.policies, registry.adapters, registry.owners, plugins, tuple(failures), manager)
+    return Catalog(**registry.found, owners=registry.owners, plugins=plugins, failures=tuple(failures), manager=manager)
 
 
 class _Registry:
     """What plugins have passed to their `register` callback so far, checked."""
 
     def __init__(self) -> None:
-        self.policies: dict[str, type[Policy]] = {}
-        self.adapters: dict[str, Adapter] = {}
+        #: What has been registered, by the field of the catalog and by name.
+        self.found: dict[str, dict[str, Any]] = {kind.field: {} for kind in _KINDS}
         self.owners: dict[str, str] = {}
 
     def collect(self, manager: pluggy.PluginManager, plugins: dict[str, str]) -> list[Failure]:
@@ -166,19 +175,18 @@ class _Registry:
         return failures
 
     def _register_all(self, manager: pluggy.PluginManager, module: Any, plugin: str) -> None:
-        policies: list[type[Policy]] = []
-        adapters: list[Adapter] = []
+        registered: dict[str, list[Any]] = {}
         # One plugin at a time, so that the owner of each name is certain.
-        _alone(manager, "cachekit_register_policies", module)(register=policies.append)
-        _alone(manager, "cachekit_register_adapters", module)(register=adapters.append)
-        for policy in policies:
-            _check_policy(policy)
-        for policy in policies:
-            self._own(f"policy {policy.name!r}", plugin)
-            self.policies[policy.name] = policy
-        for adapter in adapters:
-            self._own(f"adapter {adapter.name!r}", plugin)
-            self.adapters[adapter.name] = adapter
+        for kind in _KINDS:
+            registered[kind.field] = []
+            _alone(manager, f"cachekit_register_{kind.field}", module)(register=registered[kind.field].append)
+        for kind in _KINDS:
+            for one in registered[kind.field]:
+                _check(one, kind)
+        for kind in _KINDS:
+            for one in registered[kind.field]:
+                self._own(f"{kind.noun} {one.name!r}", plugin)
+                self.found[kind.field][one.name] = one
 
     def _own(self, what: str, plugin: str) -> None:
         if what in self.owners:
@@ -204,13 +212,49 @@ def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
     return ""
 
 
-def _check_policy(policy: Any) -> None:
-    if not (isinstance(policy, type) and issubclass(policy, Policy)):
-        raise TypeError(f"{policy!r} is not a subclass of cachekit.Policy")
-    if not is_name(policy.name):
-        raise ValueError(f"{policy.__name__}.name is {policy.name!r}; use lower case, digits and underscores")
-    if not policy.kinds:
-        raise ValueError(f"{policy.__name__}.kinds is empty; name the kinds of sites that it acts on")
+class _Kind(NamedTuple):
+    """A kind of thing that plugins register: the field of the catalog, its noun, and its base class if it has one."""
+
+    field: str
+    noun: str
+    base: type[Part] | None = None
+    #: The method that gives it a meaning.
+    method: str = ""
+
+
+_KINDS = (
+    _Kind("policies", "policy", Policy, "choices"),
+    _Kind("places", "place", Where, "find"),
+    _Kind("schedules", "schedule", Schedule),
+    _Kind("stand_ins", "stand-in", StandIn),
+    _Kind("adapters", "adapter"),
+)
+
+
+def _check(registered: Any, kind: _Kind) -> None:
+    """Refuse what is no class of its kind, or would never work: a bad name, missing methods, misspelt ones."""
+    if kind.base is None:
+        return
+    if not (isinstance(registered, type) and issubclass(registered, kind.base)):
+        raise TypeError(f"{registered!r} is not a subclass of cachekit.{kind.base.__name__}")
+    name = registered.__name__
+    if not is_name(registered.name):
+        raise ValueError(f"{name}.name is {registered.name!r}; use lower case, digits and underscores")
+    needed = {Schedule: ("full", "action"), StandIn: ("weights", "predict")}.get(kind.base, (kind.method,))
+    if all(getattr(registered, method) is getattr(kind.base, method) for method in needed):
+        raise ValueError(f"{name} has no {' or '.join(needed)}; write it")
+    _refuse_misspelt(registered, kind.base)
+
+
+def _refuse_misspelt(registered: type[Part], base: type[Part]) -> None:
+    """Refuse class variables and methods that are nearly those of the base class: nothing would ever read them."""
+    known = [name for name in dir(base) if not name.startswith(("_", "model_"))]
+    for name, value in vars(registered).items():
+        if name.startswith("_") or name in known or name in registered.model_fields or name in PARTS:
+            continue
+        suggestion = nearest(name, known)
+        if suggestion and not isinstance(value, property):
+            raise ValueError(f"{registered.__name__}.{name} means nothing to cachekit{suggestion}; rename it")
 
 
 def _alone(manager: pluggy.PluginManager, hook: str, plugin: Any) -> Callable[..., list[Any]]:

@@ -24,6 +24,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Adapter
+    from cachekit.interface.parts import Schedule, StandIn, Where
     from cachekit.interface.policy import Policy
     from cachekit.planning.plan import Plan
     from cachekit.reports.report import Report
@@ -39,6 +40,21 @@ def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None
 
     Called once per process. Import the classes inside the function, so that importing the plugin stays cheap.
     """
+
+
+@hookspec
+def cachekit_register_places(register: Callable[[type[Where]], None]) -> None:
+    """Call `register` with each class of places, the values of `where=`; otherwise as for policies."""
+
+
+@hookspec
+def cachekit_register_schedules(register: Callable[[type[Schedule]], None]) -> None:
+    """Call `register` with each class of schedules, the values of `when=`; otherwise as for policies."""
+
+
+@hookspec
+def cachekit_register_stand_ins(register: Callable[[type[StandIn]], None]) -> None:
+    """Call `register` with each class of stand-ins, the values of `what=`; otherwise as for policies."""
 
 
 @hookspec

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action, Time
 from cachekit.planning.row import Row
 
 
@@ -22,6 +22,8 @@ class CallRecord(NamedTuple):
     row: Row
     #: Whether the denoiser didn't run, as the call was for a branch that another one replaced.
     dropped: bool = False
+    #: Whether it didn't run because its output was predicted.
+    left_out: bool = False
 
     @property
     def inputs(self) -> tuple[str, str, int]:
@@ -31,7 +33,7 @@ class CallRecord(NamedTuple):
     @property
     def signature(self) -> tuple[object, ...]:
         """Key of the call's cost."""
-        return (*self.inputs, self.dropped, self.row.signature)
+        return (*self.inputs, self.dropped, self.left_out, self.row.signature)
 
 
 @dataclass
@@ -61,6 +63,8 @@ class Record:
     traces: dict[str, list[Any]] = field(default_factory=dict)
     #: Arguments `(args, kwargs)` of calls by `CallRecord.inputs`: shapes alone.
     inputs: dict[tuple[str, str, int], tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    #: The steps' places in the scheduler's table, where there is one.
+    times: tuple[Time, ...] = ()
     #: Whether an exception or `remove` ended the run.
     interrupted: bool = False
     #: Numbers and texts among the arguments of the pipeline's call.

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from cachekit.errors import CostError
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.planning.assignments import Assignment
 from cachekit.reports.record import Cost, Record
 
@@ -60,8 +60,13 @@ class Report:
 
     @property
     def calls(self) -> int:
-        """Calls of the denoiser."""
-        return len(self.record.calls)
+        """Calls of the denoiser that ran."""
+        return sum(not call.dropped and not call.left_out for call in self.record.calls)
+
+    @property
+    def left_out(self) -> int:
+        """Calls of the denoiser that did not run, because their output was predicted."""
+        return sum(call.left_out for call in self.record.calls)
 
     @property
     def policies(self) -> list[str]:
@@ -141,6 +146,10 @@ class Report:
             yield f"{policy}: {outputs} at {_range(steps)} {were} {reason} and {were} not kept: computed instead"
 
     @property
+    def _omitted(self) -> str:
+        return f" and {self.left_out} left out" if self.left_out else ""
+
+    @property
     def _guided(self) -> str:
         return "guided" if self.record.guided else "unguided"
 
@@ -176,7 +185,7 @@ class Report:
         """Summarise the run, with the reports of `earlier` runs first."""
         lines = [line for report in self.earlier for line in (str(report), "")]
         lines += [
-            f"steps {self.steps}, denoiser calls {self.calls}, {self._guided}",
+            f"steps {self.steps}, denoiser calls {self.calls}{self._omitted}, {self._guided}",
             self._cost_line(),
             f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
         ]

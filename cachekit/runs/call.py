@@ -6,31 +6,45 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cachekit.interface.policy import Action, Moment, Streams
+from cachekit.interface.moment import Action, Entry, Moment, Streams
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
+from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
 from cachekit.reports.record import CallRecord
 from cachekit.runs.branches import BranchCalls, Caller
+from cachekit.runs.border import agreed_action, asked, like_kept
 from cachekit.runs.keeping import Keeper
-from cachekit.runs.store import Slot, narrow_kept, split_kept
+from cachekit.runs.quantities import give_back, give_whole, take, take_whole
+from cachekit.runs.store import Slot
+from cachekit.tensors import tensors, tree_map, with_tensors
 
 
 class Call:
     """The actions of one forward of a denoiser.
 
     `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `entries` are
-    the tensors that entered regions, by assignment; `scratch` is memory for the outputs of skipped modules.
+    the tensors that entered regions, by assignment, `probes` those that entered probes; `scratch` is memory for the outputs of skipped modules. `whole` is
+    the assignment at the denoiser as a whole, if there is one.
     """
 
     __slots__ = (
-        "actions", "batch", "branch", "branches", "calls", "counts", "denoiser", "entries", "keeper", "ordinal", "row",
-        "scratch",
+        "actions", "batch", "branch", "branches", "calls", "counts", "denoiser", "entries", "keeper", "ordinal",
+        "probes", "row", "scratch", "whole",
     )  # fmt: skip
 
     def __init__(
-        self, keeper: Keeper, calls: BranchCalls, row: Row, caller: Caller, batch: int, ordinal: int = 0
+        self,
+        keeper: Keeper,
+        calls: BranchCalls,
+        row: Row,
+        caller: Caller,
+        batch: int,
+        ordinal: int = 0,
+        whole: int | None = None,
     ) -> None:
         """Plan the `ordinal`-th call of its kind in a step, by the step's row; probes and misses change its actions."""
         self.keeper = keeper
@@ -42,8 +56,10 @@ class Call:
         self.row = Row(row.step, row.branches, self.actions, row.narrowed_by, row.origins, row.last_branches)
         self.branches: Branches = (self.branch,) if self.branch else row.branches
         self.entries: dict[int, Streams] = {}
+        self.probes: dict[int, Streams] = {}
         self.counts = keeper.record.counts
         self.scratch: Any = None
+        self.whole = whole
 
     @property
     def narrowed_by(self) -> int | None:
@@ -58,14 +74,22 @@ class Call:
         return self.row.branches[0] in self.calls.outputs
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether the denoiser does not run: its output is predicted."""
+        return self.whole is not None and self.actions[self.whole] is Action.REUSE
+
+    @property
     def is_narrowed(self) -> bool:
         """Whether a branch is cut from the batch of this call."""
         return self.narrowed_by is not None and not self.branch
 
     @property
-    def needs_lost(self) -> bool:
-        """Whether what replaces the dropped branch's output has been lost."""
-        return self.narrowed_by is not None and self.keeper.is_lost(self.slot(self.narrowed_by))
+    def lacks_branch(self) -> bool:
+        """Whether something is needed for the dropped branch's output, and nothing is kept for it."""
+        index = self.narrowed_by
+        if index is None or self.keeper.assignments[index].choice.what.entries == 0:
+            return False
+        return not self.keeper.store.has(self.slot(index), ())
 
     def widen(self) -> None:
         """Run all branches, and keep anew what replaces the output of one."""
@@ -78,11 +102,22 @@ class Call:
 
     def record(self) -> CallRecord:
         """Describe what this call's cost depends on."""
-        return CallRecord(self.denoiser, self.branch, self.batch, self.row, self.is_dropped)
+        return CallRecord(self.denoiser, self.branch, self.batch, self.row, self.is_dropped, self.is_left_out)
 
-    def moment(self, index: int) -> Moment:
-        """Make the moment that methods of the policy of assignment `index` are given."""
-        return Moment(self.row.step, self.keeper.record.steps, self.row.origins[index])
+    def moment(self, index: int, branches: Branches | None = None) -> Moment:
+        """Make the moment that the parts of assignment `index` are given, for some of the call's branches or all."""
+        keeper, step, bound = self.keeper, self.row.step, self.keeper.assignments[index]
+        of = self.branches if branches is None else branches
+        return Moment(
+            step,
+            keeper.record.steps,
+            self.row.origins[index],
+            time_of(keeper.record.times, step),
+            bound.target,
+            of,
+            keeper.memories.of_target(index, of, self.ordinal),
+            keeper.memories.of(bound.policy.name),
+        )
 
     # -- what is kept -------------------------------------------------------------------------------------
 
@@ -90,39 +125,121 @@ class Call:
         """Name the place in the store of assignment `index` for this call."""
         return (index, self.ordinal)
 
-    def kept(self, index: int) -> Any:
-        """Get what assignment `index` has kept for this call and its branches, or None."""
-        return self.keeper.store.get(self.slot(index), self.branches)
-
     def keeps(self, index: int) -> bool:
         """Whether assignment `index` has kept anything for this call and its branches."""
         return self.keeper.store.has(self.slot(index), self.branches)
 
-    def keep(self, index: int, kept: Any) -> None:
-        """Keep tensors, already reduced to the branches that will read them where the plan shows these."""
-        branches = self.branches
+    def keep(self, index: int, tensors: Streams) -> None:
+        """Keep tensors of this call, reduced to the branches that will read them where the plan shows these."""
+        slot, entry = self.slot(index), Entry(tensors, time_of(self.keeper.record.times, self.row.step))
+        self.keeper.push(slot, self.branches, entry)
         last = self.row.last_branches.get(index)
-        if last is not None:
-            change = self.keeper.assignments[index].policy.on_branch_change
-            narrowed = narrow_kept(split_kept(kept, branches), last, change)
-            if narrowed is not None:
-                self.keeper.store.drop(self.slot(index), branches)
-                branches, kept = last, narrowed
-        self.keeper.put(self.slot(index), branches, kept)
+        if last is not None and self.keeper.store.has(slot, self.branches):
+            self._narrow(index, last)
 
-    def keep_branches(self, index: int, outputs: Mapping[str, tuple[Tensor, ...]]) -> None:
-        """Keep what a guidance policy wants of the branches, for each tensor that the denoiser returns."""
-        policy = self.keeper.assignments[index].policy
-        each = [dict(zip(outputs, one)) for one in zip(*outputs.values())]
-        self.keeper.put(self.slot(index), (), [policy.branches_to_keep(one) for one in each])
+    def _narrow(self, index: int, last: Branches) -> None:
+        slot, change = self.slot(index), self.keeper.assignments[index].choice.change
+        if self.keeper.store.is_joint(slot, self.branches):
+            self.keeper.store.take_apart(slot, self.branches, last, change)
+        elif change is not BranchChange.MEAN:
+            for branch in {*self.branches} - {*last}:
+                self.keeper.store.drop(slot, (branch,))
+
+    def predicted(self, index: int, given: Streams = ()) -> Streams | None:
+        """Predict the tensors of a skipped target from what is kept; None where nothing is.
+
+        `given` has the branches of this call along dimension 0.
+        """
+        histories = self.keeper.store.read(self.slot(index), self.branches)
+        if not histories:
+            return None
+        bound = self.keeper.assignments[index]
+        made = []
+        for branches, history in histories:
+            at, own = self.moment(index, branches), self._part(given, branches)
+            found = asked(bound, "predict", at, lambda: bound.choice.what.predict(history, at, own))
+            made.append(like_kept(bound, "predict", at, found, history[0].tensors))
+        return made[0] if len(made) == 1 else tuple(map(torch.cat, zip(*made)))
+
+    # -- the denoiser as a whole --------------------------------------------------------------------------
+
+    def predict_output(self, sample: Tensor) -> Any:
+        """Make the denoiser's output from what is kept, and from its present sample `(branches * batch, ...)`."""
+        index = self.whole
+        assert index is not None
+        made = self.predicted(index, (sample,))
+        assert made is not None, "a call is left out where something is kept"
+        self.count(index, Action.REUSE)
+        quantity = self.keeper.assignments[index].choice.what.of
+        given = give_whole(quantity, made, sample, self.moment(index).time)
+        # Pipelines may edit the output in place.
+        own = given if given is not made else tuple(tensor.clone() for tensor in made)
+        return with_tensors(self.keeper.templates[self.slot(index)], own)
+
+    def take_output(self, output: Any, sample: Tensor) -> Any:
+        """Keep what the denoiser has computed, and correct it where the stand-in does."""
+        index = self.whole
+        assert index is not None
+        action, what = self.actions[index] or Action.COMPUTE, self.keeper.assignments[index].choice.what
+        self.count(index, action)
+        if action is not Action.STORE:
+            return output
+        streams, slot = tuple(tensors(output)), self.slot(index)
+        amended = self._amended(index, streams, sample) if what.amends else streams
+        time = time_of(self.keeper.record.times, self.row.step)
+        kept = take_whole(what.of, streams, sample, time)
+        self.keep(index, tuple(map(torch.clone, kept)) if kept is streams else kept)
+        self.keeper.templates[slot] = tree_map(lambda tensor: tensor.new_empty(0), output)
+        return output if amended is streams else with_tensors(output, amended)
+
+    def _amended(self, index: int, streams: Streams, sample: Tensor) -> Streams:
+        """Ask the stand-in to correct what was computed."""
+        bound, at = self.keeper.assignments[index], self.moment(index)
+        histories = self.keeper.store.read(self.slot(index), self.branches)
+        history = histories[0][1] if len(histories) == 1 else ()
+        found = asked(bound, "amend", at, lambda: bound.choice.what.amend(streams, history, at, (sample,)))
+        return like_kept(bound, "amend", at, found, streams)
+
+    def _part(self, given: Streams, branches: Branches) -> Streams:
+        if branches == self.branches:
+            return given
+        place = self.branches.index(branches[0])
+        return tuple(tensor.chunk(len(self.branches))[place] for tensor in given)
+
+    # -- guidance -----------------------------------------------------------------------------------------
+
+    def keep_branch(self, index: int, outputs: Mapping[str, Streams]) -> None:
+        """Keep, of both branches' outputs, what a guidance choice needs in place of one of them."""
+        bound = self.keeper.assignments[index]
+        stays = bound.choice.where.stays(self.calls.layout)
+        (dropped,) = [branch for branch in outputs if branch != stays]
+        time = time_of(self.keeper.record.times, self.row.step)
+        kept = take(bound.choice.what.of, outputs[dropped], outputs[stays], time)
+        self.keeper.push(self.slot(index), (), Entry(kept, time))
+
+    def restored_branch(self, output: Streams) -> Streams:
+        """Make the dropped branch's output from that of the branch that ran, both `(batch, ...)`."""
+        index = self.narrowed_by
+        assert index is not None
+        self.count(index, Action.REUSE)
+        bound, at = self.keeper.assignments[index], self.moment(index)
+        what = bound.choice.what
+        history = next((history for _, history in self.keeper.store.read(self.slot(index), ())), ())
+        if not history:
+            return output
+        found = asked(bound, "predict", at, lambda: what.predict(history, at, output))
+        return give_back(what.of, like_kept(bound, "predict", at, found, history[0].tensors), output, at.time)
 
     # -- decisions and counts -----------------------------------------------------------------------------
 
-    def decide(self, index: int, value: Streams) -> None:
-        """Ask the policy for an action, from the tensors at its probe; a reuse becomes a store if nothing is kept."""
-        bound = self.keeper.assignments[index]
-        memory = self.keeper.memories.of_probe(bound.policy.name, self.denoiser, self.branches, self.ordinal)
-        action = self.keeper.vote(bound.policy.probe(bound.target, self.moment(index), value, memory))
+    def decide(self, index: int, output: Streams, entry: Streams) -> None:
+        """Ask a schedule for an action, from what its probe returned and was given.
+
+        A reuse becomes a store if nothing is kept.
+        """
+        bound, at = self.keeper.assignments[index], self.moment(index)
+        found = asked(bound, "probe", at, lambda: bound.choice.when.probe(output, entry, at))
+        action = self.keeper.vote(agreed_action(bound, "probe", at, found))
         if action is Action.REUSE and not self.keeps(index):
             self.miss(index)
             action = Action.STORE
@@ -140,4 +257,4 @@ class Call:
         """Count a call of all branches for these assignments; list those that keep something of it."""
         for index in guidance:
             self.count(index, self.actions[index] or Action.COMPUTE)
-        return [index for index in guidance if self.actions[index] is Action.STORE]
+        return [index for index in guidance if self.actions[index] is Action.STORE and not self.is_left_out]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from cachekit.interface.policy import OPEN, Action
+from cachekit.interface.moment import OPEN, Action, Entry
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.row import Row
@@ -31,32 +32,32 @@ class Keeper:
         self.store = store
         self.vote = vote
         self.record = record
-        self.memories = Memories(bound.policy.name for bound in assignments)
+        self.memories = Memories()
         self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
         self.templates: dict[Slot, Any] = {}
-        self._lost: set[Slot] = set()
+        self._changes = [bound.choice.change for bound in assignments]
 
-    def put(self, slot: Slot, branches: Branches, kept: Any) -> None:
-        """Keep what a call made; without room for it, later steps compute."""
-        if not self.store.put(slot, branches, kept):
-            self._discard(slot, branches, len(self.record.rows) - 1, "beyond max_cache_bytes")
-
-    def is_lost(self, slot: Slot) -> bool:
-        """Whether what was kept of the branches together, for guidance, has been lost."""
-        return slot in self._lost
+    def push(self, slot: Slot, branches: Branches, entry: Entry) -> None:
+        """Keep what a call made before what earlier ones made; without room for it, later steps compute."""
+        length = self.assignments[slot[0]].choice.what.entries
+        if length != 0 and not self.store.push(slot, branches, entry, length):
+            self._discard(slot, len(self.record.rows) - 1, "beyond max_cache_bytes")
 
     def enter(self, row: Row, before: Row | None) -> None:
         """Convert what is kept where a step's branches differ from those of the step before."""
         if before is not None and row.branches != before.branches:
-            changes = [bound.policy.on_branch_change for bound in self.assignments]
-            self.store.change_branches(row.branches, changes, before.branches)
+            self.store.drop_all(set(self._restarted(row)))
+            self.store.change_branches(row.branches, self._changes, before.branches)
             self.drop_not_finite(row.step)
 
-    def skip(self, row: Row, guidance: Sequence[int]) -> None:
+    def _restarted(self, row: Row) -> Sequence[int]:
+        """List the assignments that a change of branches has made start anew."""
+        refreshed = (index for index, change in enumerate(self._changes) if change is BranchChange.REFRESH)
+        return [index for index in refreshed if row.origins and row.origins[index] == row.step]
+
+    def skip(self, row: Row) -> None:
         """Drop what an uncached step would have kept anew: later steps compute it."""
-        unkept = {index for index, action in enumerate(row.actions) if action in (Action.STORE, OPEN)}
-        self.store.drop_all(unkept)
-        self._lost |= {(index, 0) for index in unkept.intersection(guidance)}
+        self.store.drop_all({index for index, action in enumerate(row.actions) if action in (Action.STORE, OPEN)})
 
     def drop_not_finite(self, step: int) -> None:
         """Drop what was kept since the last check, in `step`, and holds NaN or inf; later steps compute it.
@@ -66,14 +67,13 @@ class Keeper:
         fresh = self.store.take_fresh()
         if not fresh:
             return
-        self._lost -= {slot for slot, branches, _ in fresh if not branches}
         good = is_finite([kept for *_, kept in fresh])
         if self._agree(all(good)):
             return
         for (slot, branches, _), is_good in zip(fresh, good):
             if not self._agree(is_good):
-                self.store.drop(slot, branches)
-                self._discard(slot, branches, step, "not finite")
+                self.store.drop_newest(slot, branches)
+                self._discard(slot, step, "not finite")
 
     def clear(self) -> None:
         """Drop all tensors and shapes: the batch has changed."""
@@ -85,10 +85,8 @@ class Keeper:
         self.store.clear()
         self.memories.clear()
 
-    def _discard(self, slot: Slot, branches: Branches, step: int, why: str) -> None:
+    def _discard(self, slot: Slot, step: int, why: str) -> None:
         self.record.discarded.append((self.assignments[slot[0]].policy.name, step, why))
-        if not branches:
-            self._lost.add(slot)
 
     def _agree(self, good: bool) -> bool:
         return self.vote(Action.REUSE if good else Action.STORE) is Action.REUSE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
 from typing import Any
 
 from cachekit.interface.sites import Branches
@@ -11,23 +11,23 @@ Memory = dict[str, Any]
 
 
 class Memories:
-    """A memory for each policy, and separate ones for its probes.
+    """A memory for each policy, and one for each of its targets and the branches of a call.
 
-    Probes of branches that have calls of their own do not share a memory.
+    Branches that have calls of their own do not share the latter.
     """
 
-    def __init__(self, policies: Iterable[str]) -> None:
-        """Start empty, with a memory for each of these names."""
-        self._of_policies: dict[str, Memory] = {name: {} for name in policies}
-        self._of_probes: dict[tuple[str, str, Branches, int], Memory] = {}
+    def __init__(self) -> None:
+        """Start empty."""
+        self._of_policies: defaultdict[str, Memory] = defaultdict(dict)
+        self._of_targets: defaultdict[tuple[int, Branches, int], Memory] = defaultdict(dict)
 
     def of(self, policy: str) -> Memory:
-        """Get a policy's memory."""
+        """Get the memory that all targets of a policy share."""
         return self._of_policies[policy]
 
-    def of_probe(self, policy: str, denoiser: str, branches: Branches, ordinal: int) -> Memory:
-        """Get the memory of a policy's probes in like calls."""
-        return self._of_probes.setdefault((policy, denoiser, branches, ordinal), {})
+    def of_target(self, index: int, branches: Branches, ordinal: int) -> Memory:
+        """Get the memory of an assignment for like calls."""
+        return self._of_targets[index, branches, ordinal]
 
     def traces(self) -> dict[str, list[Any]]:
         """Copy what policies recorded for the report, by name of the policy."""
@@ -36,4 +36,4 @@ class Memories:
     def clear(self) -> None:
         """Forget everything."""
         self._of_policies.clear()
-        self._of_probes.clear()
+        self._of_targets.clear()

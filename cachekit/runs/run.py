@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import OPEN, Action, Moment
+from cachekit.interface.moment import OPEN, Action, Moment
 from cachekit.interface.sites import Region
-from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Cell, Row
 from cachekit.reports.record import Fit, Record
-from cachekit.runs.branches import BranchCalls
+from cachekit.runs.border import agreed_action, asked
+from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark
 from cachekit.runs.keeping import Keeper, Voting
@@ -56,14 +56,16 @@ class Run:
             missed=[0] * len(plan.assignments),
             fit=fit,
             arguments=arguments or {},
+            times=plan.times,
         )
         self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record)
         self.calls = BranchCalls(layout, is_named)
         assignments = list(enumerate(plan.assignments))
         self.guidance = [index for index, bound in assignments if bound.is_guidance]
-        self._blocks = [index for index, bound in assignments if bound.is_block]
-        self._sites = [index for index, bound in assignments if not bound.is_guidance]
-        self._composer = None if plan.is_static else Composer(plan.assignments, steps, layout, plan.dropped)
+        self._whole = {bound.denoiser: index for index, bound in assignments if bound.is_whole}
+        self._blocks = [index for index, bound in assignments if bound.is_block and not bound.is_whole]
+        self._sites = [index for index, bound in assignments if not bound.is_guidance and not bound.is_whole]
+        self._composer = None if plan.is_static else self._new_composer(layout)
         self.guidance_state: tuple[Any, ...] = ()
         self._kinds: dict[str, tuple[Any, ...]] = {}
 
@@ -86,7 +88,7 @@ class Run:
         rows = self.record.rows
         self.keeper.enter(row, rows[-1] if rows else None)
         if self._composer is None and row.step < len(self.plan.rows):
-            self.keeper.store.drop_all(self.plan.unread[row.step])
+            self.keeper.store.drop_read(self.plan.unread[row.step])
         rows.append(row)
 
     def _next_row(self, step: int) -> Row:
@@ -94,20 +96,25 @@ class Run:
             return self.plan.rows[step]
         return self._composing().row(step, self._decide)
 
+    def _new_composer(self, layout: Layout) -> Composer:
+        return Composer(self.plan.assignments, self.record.steps, layout, self.plan.dropped, self.plan.times)
+
     def _composing(self) -> Composer:
         """Get the composer, which goes on where the plan's rows were left."""
         if self._composer is None:
-            plan = self.plan
-            self._composer = Composer(plan.assignments, self.record.steps, self.layout, plan.dropped)
+            self._composer = self._new_composer(self.layout)
             for step in range(len(self.record.rows)):
                 self._composer.row(step, self._decide)
         return self._composer
 
-    def _decide(self, bound: Assignment, at: Moment) -> Cell:
+    def _decide(self, index: int, at: Moment) -> Cell:
+        bound = self.plan.assignments[index]
         if isinstance(bound.target, Region) and bound.target.probe:
             return OPEN
-        memory = self.keeper.memories.of(bound.policy.name)
-        return self.keeper.vote(bound.policy.decide(bound.target, at, memory))
+        memories = self.keeper.memories
+        at = at._replace(memory=memories.of_target(index, (), 0), shared=memories.of(bound.policy.name))
+        action = asked(bound, "decide", at, lambda: bound.choice.when.decide(at))
+        return self.keeper.vote(agreed_action(bound, "decide", at, action))
 
     # -- branches and batch -------------------------------------------------------------------------------
 
@@ -149,7 +156,7 @@ class Run:
         for passed in self.clock.left_behind(mark):
             self.clock.tick(passed)
             self._begin_step()
-            self.keeper.skip(self.row(self.clock.step), self.guidance)
+            self.keeper.skip(self.row(self.clock.step))
 
     def tick(self, mark: Mark) -> None:
         """Advance the clock to the call at `mark`."""
@@ -169,12 +176,18 @@ class Run:
         step, caller = self.clock.step, (denoiser, self.calls.branch_of(self.clock.call, context))
         is_late = step > 0 and caller not in self.calls.seen
         self.keeper.drop_not_finite(len(self.record.rows) - 1)
-        call = Call(self.keeper, self.calls, self.row(step), caller, batch, self.calls.number(caller))
-        if call.needs_lost:
+        if is_late and all(name != denoiser for name, _ in self.calls.seen):
+            self._composing().restart(denoiser, step)
+        call = self._call(step, caller, batch, self.calls.number(caller))
+        if call.lacks_branch:
             call.widen()
         if not call.is_dropped:
             self._store_what_is_not_kept(call, is_late)
         return call
+
+    def _call(self, step: int, caller: Caller, batch: int, ordinal: int = 0) -> Call:
+        whole = self._whole.get(caller[0])
+        return Call(self.keeper, self.calls, self.row(step), caller, batch, ordinal, whole)
 
     def _begin_step(self) -> None:
         """Begin a step where the clock is at its first call."""
@@ -186,12 +199,19 @@ class Run:
             self.record.layout = layout
 
     def _store_what_is_not_kept(self, call: Call, is_late: bool) -> None:
+        if call.whole is not None:
+            self._store_if_lacking(call, call.whole, is_late)
+        if call.is_left_out:
+            return
         for index in self._sites if is_late else self._blocks:
-            is_here = self.plan.assignments[index].denoiser == call.denoiser
-            if is_here and call.actions[index] is Action.REUSE and not call.keeps(index):
-                if not is_late:
-                    call.miss(index)
-                call.actions[index] = Action.STORE
+            if self.plan.assignments[index].denoiser == call.denoiser:
+                self._store_if_lacking(call, index, is_late)
+
+    def _store_if_lacking(self, call: Call, index: int, is_late: bool) -> None:
+        if call.actions[index] is Action.REUSE and not call.keeps(index):
+            if not is_late:
+                call.miss(index)
+            call.actions[index] = Action.STORE
 
     @property
     def is_alone(self) -> bool:
@@ -202,8 +222,10 @@ class Run:
         """Plan the call of the next step before it is made; None where something lost may change it."""
         (caller,) = self.calls.seen
         self.keeper.drop_not_finite(len(self.record.rows) - 1)
-        call = Call(self.keeper, self.calls, self.row(step), caller, batch)
-        return None if call.needs_lost else call
+        call = self._call(step, caller, batch)
+        if call.is_left_out and call.whole is not None and not call.keeps(call.whole):
+            return None
+        return None if call.lacks_branch else call
 
     # -- the end ------------------------------------------------------------------------------------------
 

@@ -1,15 +1,16 @@
-"""Kept tensors of one run, by assignment and branches."""
+"""Kept tensors of one run, as histories by assignment and branches."""
 
 from __future__ import annotations
 
-from collections.abc import Set
-from typing import Any
+from collections.abc import Mapping, Sequence, Set
 
 import torch
+from torch import Tensor
 
-from cachekit.interface.policy import BranchChange
+from cachekit.interface.moment import Entry, History, Streams
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
-from cachekit.tensors import size_in_bytes, tensors, tree_map
+from cachekit.tensors import size_in_bytes
 
 #: An assignment's index, and the ordinal of the call within its step: calls never read each other's.
 Slot = tuple[int, int]
@@ -18,44 +19,54 @@ Slot = tuple[int, int]
 class Store:
     """What the policies of one run keep; nothing is shared between runs, branches or shapes.
 
-    What a guidance policy keeps of all branches together has the key of no branches, `()`.
+    Branches that always share a batch have one history. Once one of them is left out, each has its own, so that
+    branches may come and go. What guidance keeps of all branches together has the key of no branches, `()`.
     """
 
     def __init__(self, max_bytes: int | None = None, device: torch.device | None = None) -> None:
         """Start empty; keep at most `max_bytes`, and on `device` where that is another than the tensors' own."""
         self.max_bytes = max_bytes
         self.device = device
+        self._histories: dict[tuple[Slot, Branches], History] = {}
         self._homes: dict[tuple[Slot, Branches], list[torch.device]] = {}
-        self._entries: dict[tuple[Slot, Branches], Any] = {}
         self._bytes: dict[tuple[Slot, Branches], int] = {}
         self._fresh: dict[tuple[Slot, Branches], None] = {}
         self.bytes = 0
         self.peak_bytes = 0
 
-    def get(self, slot: Slot, branches: Branches) -> Any:
-        """Get what `slot` keeps for exactly these branches, on the device it was made on, or None."""
-        kept = self._entries.get((slot, branches))
-        return kept if self.device is None else _moved(kept, self._homes.get((slot, branches), []))
+    def read(self, slot: Slot, branches: Branches) -> list[tuple[Branches, History]]:
+        """Get the histories of these branches, on the devices they were made on: one for all, or one for each.
+
+        The list is empty unless something is kept for every branch.
+        """
+        if (slot, branches) in self._histories:
+            return [(branches, self._at_home(slot, branches))]
+        singles = [(branch,) for branch in branches]
+        if len(branches) < 2 or not all((slot, single) in self._histories for single in singles):
+            return []
+        return [(single, self._at_home(slot, single)) for single in singles]
 
     def has(self, slot: Slot, branches: Branches) -> bool:
-        """Whether `slot` keeps anything for exactly these branches."""
-        return self._entries.get((slot, branches)) is not None
+        """Whether `slot` keeps anything for each of these branches."""
+        if (slot, branches) in self._histories:
+            return True
+        return len(branches) > 1 and all((slot, (branch,)) in self._histories for branch in branches)
 
-    def put(self, slot: Slot, branches: Branches, kept: Any) -> bool:
-        """Keep, in place of what was kept for these branches before; False where there is no room."""
-        self.drop(slot, branches)
-        size = size_in_bytes(kept)
-        if self.max_bytes is not None and self.bytes + size > self.max_bytes:
-            return False
+    def is_joint(self, slot: Slot, branches: Branches) -> bool:
+        """Whether these branches have one history together."""
+        return (slot, branches) in self._histories
+
+    def push(self, slot: Slot, branches: Branches, entry: Entry, length: int | None) -> bool:
+        """Keep an entry before those kept already, at most `length` of them; False where there is no room."""
+        if len(branches) > 1 and any((slot, (branch,)) in self._histories for branch in branches):
+            parts = split((entry,), branches)
+            return all([self.push(slot, (branch,), parts[branch][0], length) for branch in branches])
+        before = self._histories.get((slot, branches), ())
         if self.device is not None:
-            homes = [tensor.device for tensor in tensors(kept)]
-            self._homes[slot, branches], kept = homes, _moved(kept, [self.device] * len(homes))
-        self._entries[slot, branches] = kept
-        self._fresh[slot, branches] = None
-        self._bytes[slot, branches] = size
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-        return True
+            self._homes[slot, branches] = [tensor.device for tensor in entry.tensors]
+            entry = entry._replace(tensors=tuple(tensor.to(self.device) for tensor in entry.tensors))
+        history = (entry, *before) if length is None else (entry, *before[: length - 1])
+        return self._set(slot, branches, history, is_fresh=True)
 
     def sizes(self) -> dict[int, int]:
         """Sum the bytes that each assignment keeps now."""
@@ -64,94 +75,133 @@ class Store:
             sizes[slot[0]] = sizes.get(slot[0], 0) + size
         return sizes
 
-    def take_fresh(self) -> list[tuple[Slot, Branches, Any]]:
-        """List what has been kept since this was last called, on the device that holds it."""
+    def count(self, index: int) -> int:
+        """Count the entries of an assignment's longest history."""
+        return max((len(kept) for (slot, _), kept in self._histories.items() if slot[0] == index), default=0)
+
+    def take_fresh(self) -> list[tuple[Slot, Branches, Streams]]:
+        """List the tensors that have been kept since this was last called, on the device that holds them."""
         fresh, self._fresh = self._fresh, {}
-        return [(slot, branches, self._entries[slot, branches]) for slot, branches in fresh]
+        return [(*key, self._histories[key][0].tensors) for key in fresh]
+
+    # -- dropping -----------------------------------------------------------------------------------------
 
     def drop_all(self, indices: Set[int]) -> None:
         """Forget what these assignments keep."""
-        for slot, branches in list(self._entries) if indices else ():
+        for slot, branches in list(self._histories) if indices else ():
             if slot[0] in indices:
                 self.drop(slot, branches)
 
-    def clear(self) -> None:
-        """Forget everything kept; the peak stays."""
-        for key in list(self._entries):
-            self.drop(*key)
+    def drop_read(self, ended: Set[tuple[int, str]]) -> None:
+        """Forget what assignments keep of branches that nothing reads any more: pairs of index and branch."""
+        for slot, branches in list(self._histories) if ended else ():
+            if branches and all((slot[0], branch) in ended for branch in branches):
+                self.drop(slot, branches)
 
-    def change_branches(self, branches: Branches, changes: list[BranchChange], before: Branches | None = None) -> None:
-        """Convert what is kept to what the remaining `branches` need, each by its policy's rule.
-
-        `before` are the branches until now: if given, what calls for other branches have kept is left as it is.
-        """
-        kept_for: dict[Slot, set[Branches]] = {}
-        for slot, named in self._entries:
-            if named and (before is None or {*named} <= {*before, *branches}):
-                kept_for.setdefault(slot, set()).add(named)
-        for slot, present in kept_for.items():
-            together = {named for named in present if len(named) > 1}
-            if present == {branches} or (branches in present and together):
-                # Kept in the form of these branches already, and never older than that of all.
-                for named in together:
-                    self.drop(slot, named)
-                continue
-            homes = next((self._homes[slot, named] for named in present if (slot, named) in self._homes), [])
-            narrowed = narrow_kept(self._take(slot, present), branches, changes[slot[0]])
-            if narrowed is not None:
-                self.put(slot, branches, narrowed)
-                self._homes.update({(slot, branches): homes} if homes else {})
-
-    def _take(self, slot: Slot, present: set[Branches]) -> dict[str, Any]:
-        parts: dict[str, Any] = {}
-        for named in present:
-            parts.update(split_kept(self._entries[slot, named], named))
-            self.drop(slot, named)
-        return parts
+    def drop_newest(self, slot: Slot, branches: Branches) -> None:
+        """Forget the newest entry of a history."""
+        history = self._histories[slot, branches][1:]
+        if history:
+            self._set(slot, branches, history)
+        else:
+            self.drop(slot, branches)
 
     def drop(self, slot: Slot, branches: Branches) -> None:
         """Forget what `slot` keeps for exactly these branches, if anything."""
-        if (slot, branches) in self._entries:
-            del self._entries[slot, branches]
+        if (slot, branches) in self._histories:
+            del self._histories[slot, branches]
             self._fresh.pop((slot, branches), None)
             self._homes.pop((slot, branches), None)
             self.bytes -= self._bytes.pop((slot, branches))
 
+    def clear(self) -> None:
+        """Forget everything kept; the peak stays."""
+        for key in list(self._histories):
+            self.drop(*key)
 
-def _moved(kept: Any, devices: list[torch.device]) -> Any:
-    """Move the tensors of `kept`, in order, to these devices."""
-    onto = iter(devices)
-    return tree_map(lambda tensor: tensor.to(next(onto)), kept)
+    # -- branches -----------------------------------------------------------------------------------------
+
+    def change_branches(self, branches: Branches, changes: Sequence[BranchChange], before: Branches) -> None:
+        """Convert what is kept for the branches until now to what the present `branches` read."""
+        for slot in {slot for slot, named in self._histories if named and {*named} <= {*before, *branches}}:
+            if changes[slot[0]] is BranchChange.MEAN:
+                self._take_mean(slot, branches, before)
+            elif (slot, before) in self._histories:
+                self.take_apart(slot, before, before)
+
+    def _take_mean(self, slot: Slot, branches: Branches, before: Branches) -> None:
+        if len(branches) > len(before):  # a mean stands for no single branch
+            self.drop(slot, before)
+        elif (slot, before) in self._histories:
+            self.take_apart(slot, before, branches, BranchChange.MEAN)
+        elif len(branches) == 1 and all((slot, (branch,)) in self._histories for branch in before):
+            parts = {branch: self._histories[slot, (branch,)] for branch in before}
+            for branch in before:
+                if (branch,) != branches:
+                    self.drop(slot, (branch,))
+            self._set(slot, branches, mean(parts), is_fresh=True)
+
+    def take_apart(
+        self, slot: Slot, joint: Branches, wanted: Branches, change: BranchChange = BranchChange.REMAINING
+    ) -> None:
+        """Replace a history of several branches by one for each wanted branch, or by their mean for it."""
+        history, is_fresh = self._histories[slot, joint], (slot, joint) in self._fresh
+        homes = self._homes.get((slot, joint))
+        parts = split(history, joint)
+        self.drop(slot, joint)
+        for branch in wanted:
+            kept = mean(parts) if change is BranchChange.MEAN else parts[branch]
+            self._set(slot, (branch,), kept, is_fresh or change is BranchChange.MEAN)
+            if homes is not None:
+                self._homes[slot, (branch,)] = homes
+
+    def _set(self, slot: Slot, branches: Branches, history: History, is_fresh: bool = False) -> bool:
+        key = (slot, branches)
+        size = sum(size_in_bytes(entry.tensors) for entry in history)
+        total = self.bytes - self._bytes.get(key, 0) + size
+        if self.max_bytes is not None and total > self.max_bytes:
+            self.drop(slot, branches)
+            return False
+        self._histories[key], self._bytes[key] = history, size
+        if is_fresh:
+            self._fresh[key] = None
+        self.bytes = total
+        self.peak_bytes = max(self.peak_bytes, total)
+        return True
+
+    def _at_home(self, slot: Slot, branches: Branches) -> History:
+        history = self._histories[slot, branches]
+        if self.device is None:
+            return history
+        homes = self._homes[slot, branches]
+        return tuple(entry._replace(tensors=_moved(entry.tensors, homes)) for entry in history)
 
 
-def split_kept(kept: Any, branches: Branches) -> dict[str, Any]:
-    """Split tensors `(branches * batch, ...)` by branch."""
-    if len(branches) == 1:
-        return {branches[0]: kept}
+def split(history: History, branches: Branches) -> dict[str, History]:
+    """Split tensors `(branches * batch, ...)` by branch; each part has memory of its own."""
     return {
-        branch: tree_map(lambda tensor, i=place: tensor.chunk(len(branches))[i], kept)  # type: ignore[misc]
+        branch: tuple(
+            entry._replace(tensors=tuple(tensor.chunk(len(branches))[place].clone() for tensor in entry.tensors))
+            for entry in history
+        )
         for place, branch in enumerate(branches)
     }
 
 
-def narrow_kept(parts: dict[str, Any], branches: Branches, change: BranchChange) -> Any:
-    """Choose what stays of `parts`, by branch, when only `branches` run on; None for nothing."""
-    if len(branches) != 1 or branches[0] not in parts or change is BranchChange.REFRESH:
-        return None
-    if change is BranchChange.MEAN:
-        return _mean(list(parts.values()))
-    # A slice would hold the memory of all branches.
-    return tree_map(torch.clone, parts[branches[0]])
+def mean(parts: Mapping[str, History]) -> History:
+    """Compute the mean over branches of each entry."""
+    return tuple(
+        entries[0]._replace(tensors=tuple(map(_mean, zip(*(entry.tensors for entry in entries)))))
+        for entries in zip(*parts.values())
+    )
 
 
-def _mean(parts: list[Any]) -> Any:
-    if isinstance(parts[0], torch.Tensor):
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        return total / len(parts)
-    if isinstance(parts[0], (tuple, list)):
-        return type(parts[0])(_mean(list(group)) for group in zip(*parts))
-    if isinstance(parts[0], dict):
-        return {key: _mean([part[key] for part in parts]) for key in parts[0]}
-    return parts[0]
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total / len(tensors)
+
+
+def _moved(tensors: Streams, devices: Sequence[torch.device]) -> Streams:
+    return tuple(tensor.to(device) for tensor, device in zip(tensors, devices))

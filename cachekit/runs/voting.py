@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.upstream.parallel import context_parallel_group
 
 #: The last of these that any rank asks for is taken: all compute, and keep, where one of them must.

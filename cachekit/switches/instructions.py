@@ -15,7 +15,7 @@ from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.hooks import run_group_offloading
 
 if TYPE_CHECKING:
-    from cachekit.interface.policy import Streams
+    from cachekit.interface.moment import Streams
     from cachekit.runs.call import Call
 
 

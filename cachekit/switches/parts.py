@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cachekit.interface.policy import OPEN, Action, Moment, Policy
-from cachekit.interface.sites import Region, Target
+from cachekit.errors import PolicyError, SiteError
+from cachekit.interface.moment import OPEN, Action
+from cachekit.interface.sites import Kind, Region
 from cachekit.planning.assignments import Assignment
+from cachekit.runs.quantities import matching
 from cachekit.switches.orders import Order
 from cachekit.switches.placeholders import Memory, Placeholder, Scratch, zeros, zeros_like
 from cachekit.tensors import tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
+from cachekit.upstream.attention import streams_of_site
 
 if TYPE_CHECKING:
-    from cachekit.interface.policy import Streams
+    from cachekit.interface.moment import Streams
     from cachekit.runs.call import Call
 
 #: Returned in place of a stand-in for the module's output: the module has to run.
@@ -50,6 +53,7 @@ class AssignedPart(Part):
     def __init__(self, index: int, bound: Assignment) -> None:
         """Bind the role to assignment `index`."""
         self.index = index
+        self.bound = bound
         self.policy = bound.policy
         self.target = bound.target
 
@@ -60,6 +64,14 @@ class AssignedPart(Part):
     def before_compiled(self, call: Call) -> Any:
         """Make the stand-in before the call, or a `Restoring` for within it; `RUN_IT` if the module has to run."""
         return self.before(call, (), {})
+
+    def refuse_open(self, call: Call) -> None:
+        """Raise `PolicyError` where the region is reached before its probe has decided."""
+        if call.actions[self.index] is OPEN:
+            probe = self.target.probe if isinstance(self.target, Region) else ""
+            raise PolicyError(
+                f"{self.policy}: probe {probe!r} does not run before {self.target.name!r}; give a module that does"
+            )
 
     def needs(self, call: Call) -> Order:
         """Choose how the module has to run in compiled code, for `after`: RUN, MEASURE or KEEP."""
@@ -74,25 +86,30 @@ class Exit(AssignedPart):
     def __init__(self, index: int, bound: Assignment) -> None:
         """Bind the role to assignment `index`."""
         super().__init__(index, bound)
-        self._needs_entry = needs_entry(bound.policy, bound.target)
-        self._needs_kept = _overrides(bound.policy, "to_keep")
+        self.quantity = bound.choice.what.of
         self._is_edited = isinstance(bound.target, Region) and bound.target.edited
+
+    @property
+    def needs_entry(self) -> bool:
+        """Whether what enters is needed for what is kept."""
+        return self.quantity == "residual"
 
     def is_open(self, call: Call) -> bool:
         """Whether values decide, or may decide how the tensors that enter the region are found."""
-        return super().is_open(call) or (self._needs_entry and OPEN in call.actions)
+        return super().is_open(call) or (self.needs_entry and OPEN in call.actions)
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Restore the output where the action is REUSE and something is kept."""
+        """Make the output where the action is REUSE and something is kept."""
+        self.refuse_open(call)
         found = self._restoring(call)
         return RUN_IT if found is None else found.output(call.entries.get(self.index, ()))
 
     def before_compiled(self, call: Call) -> Any:
-        """Restore the output, or make the `Restoring` that does from the tensors that enter the region."""
+        """Make the output, or the `Restoring` that does from the tensors that enter the region."""
         found = self._restoring(call)
         if found is None:
             return RUN_IT
-        return found if self._needs_entry else found.output(())
+        return found if self.needs_entry else found.output(())
 
     def needs(self, call: Call) -> Order:
         """Choose KEEP where something is kept, even if a reuse was planned that found nothing."""
@@ -109,12 +126,17 @@ class Exit(AssignedPart):
             call.count(self.index, Action.COMPUTE)
             return
         call.count(self.index, Action.STORE)
-        # What lies on another device is only fetched for policies that look at it.
-        before = call.kept(self.index) if self._needs_kept else None
-        entry = _leaving(call.entries.get(self.index, ()), output)
-        streams = self.own(tuple(tensors(output)))
-        call.keep(self.index, self.policy.to_keep(streams, entry, before, call.moment(self.index)))
-        call.keeper.templates[call.slot(self.index)] = tree_map(_no_elements, output)
+        entry = leaving(call.entries.get(self.index, ()), output)
+        call.keep(self.index, self._taken(tuple(tensors(output)), entry))
+        call.keeper.templates[call.slot(self.index)] = tree_map(no_elements, output)
+
+    def _taken(self, streams: Streams, entry: Streams) -> Streams:
+        if self.quantity == "output":
+            return self.own(streams)
+        try:
+            return tuple(made - into for made, into in zip(streams, matching(streams, entry)))
+        except SiteError as error:
+            raise SiteError(f"{self.policy}: {self.target.name!r}: {error}") from None
 
     def own(self, streams: Streams) -> Streams:
         """Copy the streams where later code edits them in place."""
@@ -123,27 +145,28 @@ class Exit(AssignedPart):
     def _restoring(self, call: Call) -> Restoring | None:
         if call.actions[self.index] is not Action.REUSE:
             return None
-        kept = call.kept(self.index)
-        if kept is None:
+        predicted = call.predicted(self.index)
+        if predicted is None:
             call.miss(self.index)
             call.actions[self.index] = Action.STORE
             return None
-        return Restoring(self, kept, call.keeper.templates[call.slot(self.index)], call.moment(self.index))
+        return Restoring(self, predicted, call.keeper.templates[call.slot(self.index)])
 
 
 @dataclass
 class Restoring:
-    """Makes an exit's output from what was kept and the tensors that enter its region, in compiled code too."""
+    """Makes an exit's output from what was predicted and the tensors that enter its region, in compiled code too."""
 
     exit: Exit
-    kept: Any
+    predicted: Streams
     template: Any
-    moment: Moment
 
     def output(self, entry: Streams) -> Any:
         """Make the output of a call in which the region's inputs are `entry`."""
-        streams = self.exit.policy.restore(self.kept, _leaving(entry, self.template), self.moment)
-        return with_tensors(self.template, self.exit.own(streams))
+        if not self.exit.needs_entry:
+            return with_tensors(self.template, self.exit.own(self.predicted))
+        entered = leaving(entry, self.template)
+        return with_tensors(self.template, tuple(into + added for into, added in zip(entered, self.predicted)))
 
 
 class Member(AssignedPart):
@@ -156,6 +179,7 @@ class Member(AssignedPart):
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a placeholder where the region is reused."""
+        self.refuse_open(call)
         if call.actions[self.index] is not Action.REUSE:
             return RUN_IT
         if call.scratch is None:
@@ -182,13 +206,12 @@ class Member(AssignedPart):
 
 
 class Entry(AssignedPart):
-    """Remembers the tensors that enter a region, for policies that keep or restore a residual."""
+    """Remembers the tensors that enter a site or region, for what is kept of a residual."""
 
-    def __init__(self, index: int, bound: Assignment, module: nn.Module) -> None:
-        """Bind the role to assignment `index`, whose region begins with `module`."""
+    def __init__(self, index: int, bound: Assignment, module: nn.Module, streams: tuple[str, ...]) -> None:
+        """Bind the role to assignment `index`, which begins with `module`; `streams` names its parameters."""
         super().__init__(index, bound)
-        assert isinstance(bound.target, Region)
-        self.streams = bound.target.streams
+        self.streams = streams
         self.places = {name: place for place, name in enumerate(parameters_of(module))}
 
     def is_open(self, call: Call) -> bool:
@@ -197,6 +220,7 @@ class Entry(AssignedPart):
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember the tensors, unless the region is only computed."""
+        self.refuse_open(call)
         if not computes(call, self.index):
             call.entries[self.index] = self.streams_of(args, kwargs)
         return RUN_IT
@@ -210,32 +234,42 @@ class Entry(AssignedPart):
         return tuple(kwargs[name] if name in kwargs else args[self.places[name]] for name in self.streams)
 
 
-class Probe(AssignedPart):
-    """Shows a policy one module's output, from which it decides whether its region is reused in the same call."""
+class Probe(Entry):
+    """Shows a schedule what enters and leaves one module: it decides whether its region is reused in the same call."""
+
+    def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Remember what enters the probe where the action is still open."""
+        if call.actions[self.index] is OPEN:
+            call.probes[self.index] = self.streams_of(args, kwargs)
+        return RUN_IT
 
     def after(self, call: Call, output: Any) -> None:
-        """Ask the policy where the action is still open."""
+        """Ask the schedule where the action is still open."""
         if call.actions[self.index] is OPEN:
-            call.decide(self.index, tuple(tensors(output)))
+            call.decide(self.index, tuple(tensors(output)), call.probes.get(self.index, ()))
 
 
-def region_parts(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedPart]]:
-    """Yield, by module name, the parts that skip and restore the region of assignment `index`."""
-    region = bound.target
-    assert isinstance(region, Region)
-    if region.probe:
-        yield region.probe, Probe(index, bound)
-    if needs_entry(bound.policy, region):
-        yield region.entry, Entry(index, bound, modules[region.entry])
-    for name in region.skipped:
+def parts_of(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedPart]]:
+    """Yield, by module name, the parts that skip and restore the target of assignment `index`."""
+    target = bound.target
+    if isinstance(target, Region) and target.probe:
+        module = modules[target.probe]
+        yield target.probe, Probe(index, bound, module, target.streams or streams_of_site(module, Kind.BLOCK))
+    entered = entry_of(bound, modules)
+    if entered is not None:
+        yield entered[0], Entry(index, bound, modules[entered[0]], entered[1])
+    for name in target.skipped if isinstance(target, Region) else ():
         yield name, Member(index, bound, name)
-    yield region.exit, Exit(index, bound)
+    yield target.exit, Exit(index, bound)
 
 
-def needs_entry(policy: Policy, target: Target) -> bool:
-    """Whether a policy uses the tensors that enter a region: where it keeps or restores more than the output."""
-    has_entry = isinstance(target, Region) and bool(target.entry)
-    return has_entry and (_overrides(policy, "to_keep") or _overrides(policy, "restore"))
+def entry_of(bound: Assignment, modules: Mapping[str, nn.Module]) -> tuple[str, tuple[str, ...]] | None:
+    """Find the module whose inputs enter a target, and which of its parameters; None where they are not needed."""
+    if bound.choice.what.of != "residual" or bound.is_guidance or bound.is_whole:
+        return None
+    if isinstance(bound.target, Region):
+        return bound.target.entry, bound.target.streams
+    return bound.target.name, streams_of_site(modules[bound.target.name], bound.target.kind)
 
 
 def computes(call: Call, index: int) -> bool:
@@ -243,16 +277,13 @@ def computes(call: Call, index: int) -> bool:
     return call.actions[index] is Action.COMPUTE
 
 
-def _overrides(policy: Policy, method: str) -> bool:
-    return getattr(type(policy), method) is not getattr(Policy, method)
-
-
-def _leaving(entry: Streams, output: Any) -> Streams:
+def leaving(entry: Streams, output: Any) -> Streams:
     """Drop the streams that end within the region, for which the exit's output has None."""
     if isinstance(output, tuple) and len(output) == len(entry):
         return tuple(tensor for tensor, left in zip(entry, output) if left is not None)
     return entry
 
 
-def _no_elements(tensor: Tensor) -> Tensor:
+def no_elements(tensor: Tensor) -> Tensor:
+    """Make a tensor without elements, of the same dtype and device."""
     return tensor.new_empty(0)

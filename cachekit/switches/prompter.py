@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.switches.instructions import Instruction, RegionInputs, instruct
 from cachekit.upstream.compiling import holds_compiled, keep_graphs
 

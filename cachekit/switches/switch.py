@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from cachekit.interface.policy import Action
+from cachekit.interface.moment import Action
 from cachekit.subclassing import intercept_calls, is_intercepted, stop_intercepting
 from cachekit.switches.instructions import Instruction
 from cachekit.switches.parts import RUN_IT, AssignedPart, Part

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.sites import Kind, Site
+from cachekit.upstream.arguments import parameters_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 _FEED_FORWARD = ("ff", "ffn", "mlp", "feed_forward")
 #: Query projections of the context, which then attends too and has an output of its own.
 _QUERIES_OF_CONTEXT = ("add_q_proj", "to_q_t", "to_added_qkv", "txt_attn_qkv")
+#: The streams of joint attention, in the order of its outputs.
+_STREAMS = ("hidden_states", "encoder_hidden_states")
 #: Denoisers that build self-attention as cross-attention over its own width.
 _SELF_ATTENTION_BY_WIDTH = ("Kandinsky3UNet", "OmniGenTransformer2DModel")
 
@@ -52,6 +55,13 @@ def attends(module: nn.Module) -> bool:
     from diffusers.models.attention import AttentionModuleMixin
 
     return hasattr(module, "processor") and (_has_query(module) or isinstance(module, AttentionModuleMixin))
+
+
+def streams_of_site(module: nn.Module, kind: Kind) -> tuple[str, ...]:
+    """Name the parameters of a module's forward that its outputs continue: the first, and the text in joint attention."""
+    parameters = parameters_of(module)
+    joint = tuple(name for name in _STREAMS if name in parameters)
+    return joint if kind is Kind.JOINT_ATTENTION and joint else parameters[:1]
 
 
 def _kind_of(module: nn.Module, name: str) -> Kind | None:

@@ -1,4 +1,4 @@
-"""Predict the clean sample, x0, from a denoiser's output under diffusers schedulers."""
+"""What diffusers schedulers show of a run: noise and signal at each step, and the clean sample, x0."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from cachekit.errors import GuidanceError
+from cachekit.interface.moment import Time
+from cachekit.upstream.schedulers import entry_of, shares_table
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
@@ -27,8 +29,8 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
     if table is None or prediction == "flow_prediction":
         flow: Tensor = sample - _flow_sigma(scheduler).to(sample) * output
         return flow
-    time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
-    sigma = _sigma(table.to(sample.device), time, scheduler).to(sample.dtype)
+    time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[:1]
+    sigma = _sigma(table.to(sample.device), time, scheduler)[0].to(sample.dtype)
     signal, noise = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
     if prediction == "v_prediction":
         clean: Tensor = signal * sample - noise * output
@@ -47,8 +49,45 @@ def _flow_sigma(scheduler: Any) -> Tensor:
     return share - 1 if getattr(scheduler.config, "invert_sigmas", False) else share
 
 
+def times_of(scheduler: Any, timestep: Any, steps: int, negated: bool = False) -> tuple[Time, ...]:
+    """List where a scheduler is in each step of a run that begins at `timestep`; empty where it has no table.
+
+    `negated` is whether the pipeline flips the output's sign. One device sync.
+    """
+    table = getattr(scheduler, "timesteps", None)
+    if not isinstance(table, Tensor) or table.is_meta or table.dim() != 1:
+        return ()
+    place = entry_of(timestep) if isinstance(timestep, Tensor) and shares_table(timestep, scheduler) else None
+    first = max(len(table) - steps, 0) if place is None else place[0]
+    stamps = table[first : first + steps].detach().double().cpu()
+    kind, scales = _scales(scheduler, stamps, first)
+    kind = "" if negated else kind
+    return tuple(
+        Time(step, stamp, sigma, alpha, kind)
+        for step, (stamp, (alpha, sigma)) in enumerate(zip(stamps.tolist(), scales))
+    )
+
+
+def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple[float | None, float | None]]]:
+    """Find what the denoiser predicts at these timesteps, and pairs (alpha, sigma) of its sample there."""
+    table, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
+    config = getattr(scheduler, "config", {})
+    kind = getattr(config, "prediction_type", "epsilon")
+    unknown: list[tuple[float | None, float | None]] = [(None, None)] * len(stamps)
+    if hasattr(scheduler, "precondition_outputs") or getattr(config, "invert_sigmas", False):
+        return "", unknown
+    if isinstance(table, Tensor) and kind != "flow_prediction":
+        ratio = _sigma(table.double().cpu(), stamps, scheduler)
+        alphas = (1 + ratio**2).rsqrt()
+        return kind, list(zip(alphas.tolist(), (ratio * alphas).tolist()))
+    if not isinstance(sigmas, Tensor) or len(sigmas) < first + len(stamps):
+        return "", unknown
+    shares = sigmas[first : first + len(stamps)].double().cpu().tolist()
+    return "flow", [(1 - share, share) for share in shares]
+
+
 def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
-    """Interpolate noise over signal at a timestep, which may lie between two of those used in training."""
+    """Interpolate noise over signal at timesteps, which may lie between two of those used in training."""
     if getattr(scheduler.config, "timestep_type", "") == "continuous":
         return (4 * time).exp()
     sigmas = ((1 - table) / table).sqrt()

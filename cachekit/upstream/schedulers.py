@@ -6,6 +6,7 @@ its storage is the table's.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,19 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
         return _table_length(timestep) - int(timestep.storage_offset())
     table = getattr(scheduler, "timesteps", None)
     return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN_STEPS
+
+
+def planned_scheduler(pipe: Any, steps: int) -> Any:
+    """Make a copy of a pipeline's scheduler that is set to `steps`; None where that needs more than their number."""
+    scheduler = scheduler_of(pipe)
+    if scheduler is None:
+        return None
+    planned = copy.deepcopy(scheduler)
+    try:
+        planned.set_timesteps(steps)
+    except Exception:  # noqa: BLE001 - schedulers raise whatever they like where they miss an argument
+        return None
+    return planned
 
 
 def step_index(scheduler: Any) -> int | None:

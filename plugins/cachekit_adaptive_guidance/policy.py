@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import OPEN, Action, Kind, Moment, Policy, Target
+from cachekit import OPEN, Action, After, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,20 +18,37 @@ if TYPE_CHECKING:
 _DEFAULT_M = 10
 
 
+class UntilCrossed(Schedule):
+    """Guided until the observed branches agree."""
+
+    name: ClassVar[str] = "until_crossed"
+    summary: ClassVar[str] = "full until adaptive guidance has seen the branches agree"
+
+    def action(self, at: Moment) -> Action | None:
+        """Leave every step to the run."""
+        return OPEN
+
+    def decide(self, at: Moment) -> Action:
+        """Drop the branch from the step after the crossing on."""
+        return Action.REUSE if at.shared.get("crossed") else Action.STORE
+
+
 class AdaptiveGuidance(Policy):
     """Adaptive guidance: both branches run up to some step, the conditional one alone from there on.
 
     Fixed: the first `m` steps are guided, 10 if neither `m` nor `threshold` is given. Observed: guidance ends after
     the first step whose gamma, the cosine between the conditional and the unconditional prediction, reaches
     `threshold` for every image of the batch; that step is still guided. `space` is what is compared: predictions
-    (`eps`) or the clean samples that they imply (`x0`). They are compared every `every` steps. `linear` goes on with
-    the last difference between the branches instead of dropping guidance: eps = c + (g - 1) (c - u)_kept.
+    (`eps`) or the clean samples that they imply (`x0`). They are compared every `every` steps. With neither `m` nor
+    `threshold`, `every` above 1 guides every so many steps for the whole run, and makes the unconditional output of
+    the others from its difference to the conditional one, on a line through the last two.
+
+    `linear` goes on with the last difference instead of dropping guidance: eps = c + (g - 1) (c - u)_kept.
     """
 
     name: ClassVar[str] = "adaptive_guidance"
     summary: ClassVar[str] = "stop guidance after m steps, or when both branches agree"
     paper: ClassVar[str] = "arXiv 2312.12487"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
 
     m: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=-1, le=1)
@@ -45,20 +62,14 @@ class AdaptiveGuidance(Policy):
             raise ValueError("m and threshold exclude each other; give one of them")
         return self
 
-    def action(self, target: Target, at: Moment) -> Action | None:
-        """Guide the first `m` steps; with a threshold every step is open."""
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose guidance, ended by the fixed or the observed rule, or thinned out."""
+        what = Reuse(of="residual") if self.linear else Drop()
         if self.threshold is not None:
-            return OPEN
-        m = self.m or _DEFAULT_M
-        if at.step >= m:
-            return Action.REUSE
-        return Action.STORE if self.linear and at.step == m - 1 else Action.COMPUTE
-
-    def decide(self, target: Target, at: Moment, memory: dict[str, Any]) -> Action:
-        """Drop the unconditional branch from the step after the crossing on."""
-        if memory.get("crossed"):
-            return Action.REUSE
-        return Action.STORE if self.linear else Action.COMPUTE
+            return {"guidance": Choice(Guidance(), UntilCrossed(), what)}
+        if self.m is None and self.every > 1:
+            return {"guidance": Choice(Guidance(), Every(n=self.every), Linear(of="residual"))}
+        return {"guidance": Choice(Guidance(), After(m=self.m or _DEFAULT_M), what)}
 
     @property
     def observes(self) -> bool:
@@ -67,7 +78,7 @@ class AdaptiveGuidance(Policy):
 
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
         """Record gamma (section 4), and whether it has reached the threshold."""
-        if self.threshold is None or seen.step % self.every:
+        if self.threshold is None or seen.step % self.every or len(seen.outputs) < 2:
             return
         gamma = float(self._gamma(seen).min())
         memory.setdefault("trace", []).append((seen.step, gamma))
@@ -81,11 +92,3 @@ class AdaptiveGuidance(Policy):
         values = [seen.denoised(name) if self.space == "x0" else seen.outputs[name] for name in branches]
         conditional, unconditional = (value.flatten(1).float() for value in values)
         return torch.cosine_similarity(conditional, unconditional)
-
-    def branches_to_keep(self, outputs: Mapping[str, Tensor]) -> Tensor | None:
-        """Keep the difference c - u `(batch, channels, ...)` for the linear variant."""
-        return outputs["cond"] - outputs["uncond"] if self.linear else None
-
-    def restore_branch(self, output: Tensor, kept: Tensor | None) -> Tensor:
-        """Make u = c - (c - u)_kept, or take c for it: guidance then gives c."""
-        return output if kept is None else output - kept

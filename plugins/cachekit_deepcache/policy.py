@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteError, SiteMap, Target
+from cachekit import BranchChange, Choice, Every, NestedRegion, Policy, Quadratic, Reuse, Window
 
 
 class DeepCache(Policy):
@@ -22,9 +22,6 @@ class DeepCache(Policy):
     name: ClassVar[str] = "deepcache"
     summary: ClassVar[str] = "skip everything deeper than one skip connection between full steps"
     paper: ClassVar[str] = "arXiv 2312.00858"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
-    # Features of guided steps are stale once guidance or attention changes: begin a new phase.
-    on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
 
     interval: int = Field(3, ge=1)
     branch: int = Field(0, ge=0)
@@ -34,33 +31,10 @@ class DeepCache(Policy):
     start: int = Field(0, ge=0)
     end: int | None = Field(None, ge=0)
 
-    def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Choose the region below skip connection `branch`."""
-        if not sites.regions:
-            cure = "use delta_dit" if sites.chains else "use a policy for attention or guidance"
-            raise SiteError(f"{self}: looked for paired down and up blocks, but {sites.describe()}; {cure}")
-        if self.branch >= len(sites.regions):
-            last = len(sites.regions) - 1
-            raise SiteError(f"{self}: branch={self.branch}, but {sites.model} has branches 0..{last}; use one of them")
-        return [sites.regions[self.branch]]
-
-    def action(self, target: Target, at: Moment) -> Action:
-        """Keep on full steps and reuse between them."""
-        in_use = at.step >= self.start and (self.end is None or at.step < self.end)
-        return Action.REUSE if in_use and not self._is_full(at) else Action.STORE
-
-    def _is_full(self, at: Moment) -> bool:
-        if self.schedule == "uniform":
-            return (at.step - max(at.origin, self.start)) % self.interval == 0
-        return at.step in (at.origin, self.start) or at.step in self.full_steps(at.steps)
-
-    def full_steps(self, steps: int) -> frozenset[int]:
-        """Compute the full steps of the quadratic schedule for a run of `steps`: c + sign(l) |l|^p, with l linear."""
-        count = -(-steps // self.interval)
-        low, high = (_root(end - self.center, self.power) for end in (0, steps))
-        places = (low + (high - low) * k / count for k in range(count))
-        return frozenset({0, *(int(self.center + _root(place, 1 / self.power)) for place in places)})
-
-
-def _root(value: float, power: float) -> float:
-    return float(abs(value) ** (1 / power)) * (1 if value >= 0 else -1)
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose the region below a skip connection, and reuse what leaves it."""
+        uniform = Every(n=self.interval, start=self.start)
+        quadratic = Quadratic(n=self.interval, center=self.center, power=self.power, start=self.start)
+        when = Window(first=self.start, stop=self.end, when=uniform if self.schedule == "uniform" else quadratic)
+        # Features of guided steps are stale once guidance or attention changes: begin a new phase.
+        return {"region": Choice(NestedRegion(branch=self.branch), when, Reuse(), BranchChange.REFRESH)}

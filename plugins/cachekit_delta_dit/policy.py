@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import Action, BranchChange, Kind, Moment, Policy, Region, SiteError, SiteMap, Target
+from cachekit import (
+    Action, BranchChange, Choice, Every, Moment, Policy, Reuse, SiteError, SiteMap, Span, Target, Where,
+)  # fmt: skip
 
-if TYPE_CHECKING:
-    from cachekit import Streams
-
-#: Prefixes of the names of the two spans.
-_FRONT, _BACK = "front: ", "back: "
 #: Share of the chain's blocks that a span has by default.
 _SHARE = 0.75
+
+
+class Share(Span):
+    """The first or the last `blocks` blocks of a chain, three quarters of it by default."""
+
+    side: Literal["front", "back"]
+    blocks: int | None = None
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the span; where it is the whole chain, the front alone stands for both."""
+        chain = self.chain_of(sites)
+        length = len(sites.chains[chain])
+        count = max(1, round(_SHARE * length)) if self.blocks is None else self.blocks
+        if count > length:
+            raise SiteError(f"{count} blocks, but chain {chain} of {sites.model} has {length}; give fewer")
+        first = 0 if self.side == "front" else length - count
+        region = Span(first=first, stop=first + count, chain=chain).region(sites)
+        return [replace(region, name=f"{self.side}: {region.name}")]
+
+
+class Staged(Every):
+    """A full step every `n` steps; between them reuse in one half of the run, and compute in the other.
+
+    The halves meet at step `boundary`, by default the middle of the run.
+    """
+
+    boundary: int | None = None
+    half: Literal["early", "late"] | None = None
+
+    def action(self, at: Moment) -> Action | None:
+        """Keep on full steps; between them reuse in this half alone."""
+        boundary = at.steps // 2 if self.boundary is None else self.boundary
+        in_use = self.half is None or (at.step < boundary) == (self.half == "early")
+        return Action.STORE if self.full(at) else Action.REUSE if in_use else Action.COMPUTE
 
 
 class DeltaDiT(Policy):
@@ -33,9 +64,6 @@ class DeltaDiT(Policy):
     name: ClassVar[str] = "delta_dit"
     summary: ClassVar[str] = "skip a run of transformer blocks between full steps and add what it added last"
     paper: ClassVar[str] = "arXiv 2406.01125"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
-    # What was added in guided steps is stale once guidance or attention changes: begin a new phase.
-    on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
 
     interval: int = Field(2, ge=1)
     boundary: int | None = Field(None, ge=0)
@@ -54,62 +82,16 @@ class DeltaDiT(Policy):
     def _has_one_span(self) -> bool:
         return self.first is not None or self.stop is not None
 
-    # -- where --------------------------------------------------------------------------------------------
-
-    def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Choose one span, or one at the back and one at the front; each has an entry, for the residual."""
-        chain = self._chain(sites)
-        length = len(sites.chains[chain])
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose one span for all steps, or one at the back and one at the front; both keep what they add."""
         if self._has_one_span:
-            found = [self._span(sites, chain, self.first or 0, length if self.stop is None else self.stop)]
-        else:
-            count = max(1, round(_SHARE * length)) if self.blocks is None else self.blocks
-            back, front = self._span(sites, chain, length - count, length), self._span(sites, chain, 0, count)
-            stages = [replace(back, name=_BACK + back.name), replace(front, name=_FRONT + front.name)]
-            found = [front] if count == length else stages
-        if not found[0].streams:
-            raise SiteError(f"{self}: what enters and leaves {found[0].entry!r} is not known; use another policy")
-        return found
+            return {"span": self._choice(Span(first=self.first or 0, stop=self.stop, chain=self.chain), None)}
+        return {
+            "back": self._choice(Share(side="back", blocks=self.blocks, chain=self.chain), "early"),
+            "front": self._choice(Share(side="front", blocks=self.blocks, chain=self.chain), "late"),
+        }
 
-    def _chain(self, sites: SiteMap) -> int:
-        if not sites.chains:
-            cure = "deepcache" if sites.regions else "a policy for attention or guidance"
-            raise SiteError(f"{self}: looked for a chain of blocks, but {sites.describe()}; use {cure}")
-        if self.chain is None:
-            return max(range(len(sites.chains)), key=lambda index: len(sites.chains[index]))
-        if self.chain >= len(sites.chains):
-            last = len(sites.chains) - 1
-            raise SiteError(f"{self}: chain={self.chain}, but {sites.model} has chains 0..{last}; use one of them")
-        return self.chain
-
-    def _span(self, sites: SiteMap, chain: int, first: int, stop: int) -> Region:
-        length = len(sites.chains[chain])
-        if not 0 <= first < stop <= length:
-            raise SiteError(
-                f"{self}: {stop - first} blocks up to block {stop - 1}, but chain {chain} of {sites.model} has blocks"
-                f" 0..{length - 1}; give a span within them"
-            )
-        return sites.span(first, stop, chain)
-
-    # -- when ---------------------------------------------------------------------------------------------
-
-    def action(self, target: Target, at: Moment) -> Action:
-        """Keep on full steps; between them reuse the span of the stage and compute the other."""
-        if (at.step - at.origin) % self.interval == 0:
-            return Action.STORE
-        boundary = at.steps // 2 if self.boundary is None else self.boundary
-        other = _FRONT if at.step < boundary else _BACK
-        return Action.COMPUTE if target.name.startswith(other) else Action.REUSE
-
-    # -- what ---------------------------------------------------------------------------------------------
-
-    def to_keep(self, output: Streams, entry: Streams, before: Any, at: Moment) -> Streams:
-        """Keep what the span added to each stream, `(branches * batch, tokens, channels)`."""
-        left, entered = ([tuple(stream.shape) for stream in streams] for streams in (output, entry))
-        if left != entered:
-            raise SiteError(f"{self}: {entered} entered the blocks, but {left} left them; use another policy")
-        return tuple(after - into for after, into in zip(output, entry))
-
-    def restore(self, kept: Streams, entry: Streams, at: Moment) -> Streams:
-        """Add to each stream, as it enters now, what the span added last."""
-        return tuple(into + added for into, added in zip(entry, kept))
+    def _choice(self, where: Where, half: Literal["early", "late"] | None) -> Choice:
+        when = Staged(n=self.interval, boundary=self.boundary, half=half)
+        # What was added in guided steps is stale once guidance or attention changes: begin a new phase.
+        return Choice(where, when, Reuse(of="residual"), BranchChange.REFRESH)

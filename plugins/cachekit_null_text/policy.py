@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import Action, Kind, Moment, Policy, Target
+from cachekit import Choice, Drop, Guidance, Moment, Policy, Schedule
 
-if TYPE_CHECKING:
-    from cachekit import Layout
+
+class WithText(Schedule):
+    """Full in the steps that get the caption."""
+
+    name: ClassVar[str] = "with_text"
+    summary: ClassVar[str] = "full before one step and from another on"
+
+    after: int | None = None
+    before: int | None = None
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is neither early nor late."""
+        is_late = self.after is not None and at.step >= self.after
+        return not is_late and (self.before is None or at.step >= self.before)
 
 
 class NullText(Policy):
@@ -23,7 +36,6 @@ class NullText(Policy):
     name: ClassVar[str] = "null_text"
     summary: ClassVar[str] = "feed the empty prompt from a step on, or up to it"
     paper: ClassVar[str] = "arXiv 2404.02747"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
 
     after: int | None = Field(None, ge=0)
     before: int | None = Field(None, ge=1)
@@ -34,12 +46,6 @@ class NullText(Policy):
             raise ValueError("give after=m, before=m or both")
         return self
 
-    def action(self, target: Target, at: Moment) -> Action:
-        """Drop the conditional branch on the steps without text."""
-        late = self.after is not None and at.step >= self.after
-        early = self.before is not None and at.step < self.before
-        return Action.REUSE if late or early else Action.COMPUTE
-
-    def stays(self, layout: Layout) -> str:
-        """Name the branch without text."""
-        return "uncond"
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose guidance, with the branch without text alone on those steps."""
+        return {"guidance": Choice(Guidance(keep="uncond"), WithText(after=self.after, before=self.before), Drop())}

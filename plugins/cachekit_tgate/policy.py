@@ -2,76 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import Action, BranchChange, Kind, Moment, Policy, SiteMap, Target
-
-if TYPE_CHECKING:
-    from cachekit import Layout
+from cachekit import (
+    Action, After, BranchChange, Choice, Drop, Guidance, Kind, Moment, Policy, Reuse, Schedule, SiteError, SiteMap,
+    Sites, Target, Where,
+)  # fmt: skip
 
 #: The branch that runs on after the gate.
 Keep = Literal["auto", "cond", "uncond"]
 
 
-class Gated(Policy):
-    """The rule of TGATE for a gate at step `gate`; subclasses have the fields."""
+class CrossAttention(Sites):
+    """Cross-attention, with a refusal that says what TGATE needs."""
 
-    paper: ClassVar[str] = "arXiv 2404.02747"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.CROSS_ATTENTION, Kind.SELF_ATTENTION, Kind.GUIDANCE})
-    # Equation 6 keeps the mean of the conditional and the unconditional output.
-    on_branch_change: ClassVar[BranchChange] = BranchChange.MEAN
+    kinds: tuple[Kind, ...] = (Kind.CROSS_ATTENTION,)
 
-    @property
-    def gate(self) -> int:
-        """The first step after the gate, which is the number of guided steps."""
-        raise NotImplementedError
-
-    @property
-    def self_attention(self) -> tuple[int, int, int]:
-        """How self-attention is reused: (sp_interval, fi_interval, warm_up), all in steps."""
-        return (1, 1, 0)
-
-    def select(self, sites: SiteMap) -> Sequence[Target]:
-        """Choose guidance and cross-attention, and self-attention if an interval reuses it."""
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the sites; raises `SiteError` where the text has no attention of its own."""
         if not sites.of(Kind.CROSS_ATTENTION):
-            raise self._refusal(sites)
-        reuses = self.self_attention[:2] != (1, 1)
-        return [site for site in sites.of(*self.kinds) if site.kind is not Kind.SELF_ATTENTION or reuses]
+            cure = "delta_dit or " if sites.chains else "deepcache or " if sites.regions else ""
+            raise SiteError(
+                f"looked for cross_attention, but {sites.describe()}; TGATE needs text in an attention of its"
+                f" own: use {cure}adaptive_guidance"
+            )
+        return sites.of(Kind.CROSS_ATTENTION)
 
-    def action(self, target: Target, at: Moment) -> Action:
-        """Follow section 4.2 of the paper, and the second version at self-attention."""
-        if target.kind is Kind.GUIDANCE:
-            return Action.COMPUTE if at.step < self.gate else Action.REUSE
-        if target.kind is Kind.CROSS_ATTENTION:
-            if at.step == self.gate - 1:
-                return Action.STORE
-            return Action.COMPUTE if at.step < self.gate else Action.REUSE
-        return self._self_attention(at.step)
 
-    def _self_attention(self, step: int) -> Action:
-        before, after, warm_up = self.self_attention
-        if step >= self.gate:
-            return Action.STORE if step % after == 0 else Action.REUSE
-        if step in (warm_up, self.gate - 1):
+class SelfAttention(Where):
+    """Self-attention, where there is any."""
+
+    name: ClassVar[str] = "self_attention"
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the sites."""
+        return sites.of(Kind.SELF_ATTENTION)
+
+
+class AroundGate(Schedule):
+    """The second version's schedule at self-attention, around the gate at step `gate`.
+
+    Kept at step `warm_up`, then every `before` steps up to the gate and every `after` steps from it on.
+    """
+
+    name: ClassVar[str] = "around_gate"
+    insists: ClassVar[bool] = True
+
+    gate: int
+    before: int
+    after: int
+    warm_up: int
+
+    def action(self, at: Moment) -> Action:
+        """Compute up to the warm-up, then keep every so many steps and reuse between them."""
+        if at.step >= self.gate:
+            return Action.STORE if at.step % self.after == 0 else Action.REUSE
+        if at.step in (self.warm_up, self.gate - 1):
             return Action.STORE
-        if step < warm_up:
+        if at.step < self.warm_up:
             return Action.COMPUTE
-        return Action.STORE if step % before == 0 else Action.REUSE
-
-    def _refusal(self, sites: SiteMap) -> Exception:
-        from cachekit import SiteError
-
-        cure = "delta_dit or " if sites.chains else "deepcache or " if sites.regions else ""
-        return SiteError(
-            f"{self}: looked for cross_attention, but {sites.describe()}; TGATE needs text in an attention of its"
-            f" own: use {cure}adaptive_guidance"
-        )
+        return Action.STORE if at.step % self.before == 0 else Action.REUSE
 
 
-class Tgate(Gated):
+def gated(m: int, keep: Keep) -> Mapping[str, Choice]:
+    """Keep cross-attention at step m - 1 and drop a branch from step m on; equation 6 keeps the branches' mean."""
+    return {
+        "cross_attention": Choice(CrossAttention(), After(m=m), Reuse(), BranchChange.MEAN),
+        "guidance": Choice(Guidance(keep=keep), After(m=m), Drop()),
+    }
+
+
+class Tgate(Policy):
     """TGATE: the first `m` steps are guided, the others reuse their cross-attention and run one branch.
 
     The cross-attention outputs of step m - 1 serve from step m on. Self-attention is kept at step `warm_up`, then
@@ -82,6 +86,7 @@ class Tgate(Gated):
 
     name: ClassVar[str] = "tgate"
     summary: ClassVar[str] = "keep cross-attention from step m - 1 on and drop one guidance branch"
+    paper: ClassVar[str] = "arXiv 2404.02747"
 
     m: int = Field(10, ge=1)
     sp_interval: int = Field(1, ge=1)
@@ -89,43 +94,25 @@ class Tgate(Gated):
     warm_up: int = Field(0, ge=0)
     keep: Keep = "auto"
 
-    @property
-    def gate(self) -> int:
-        """`m`."""
-        return self.m
-
-    @property
-    def self_attention(self) -> tuple[int, int, int]:
-        """As configured."""
-        return (self.sp_interval, self.fi_interval, self.warm_up)
-
-    def stays(self, layout: Layout) -> str:
-        """Name the branch that runs on after the gate."""
-        return _stays(self.keep, layout)
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose cross-attention and guidance, and self-attention if an interval reuses it."""
+        choices = gated(self.m, self.keep)
+        if (self.sp_interval, self.fi_interval) == (1, 1):
+            return choices
+        when = AroundGate(gate=self.m, before=self.sp_interval, after=self.fi_interval, warm_up=self.warm_up)
+        return {**choices, "self_attention": Choice(SelfAttention(), when, Reuse(), BranchChange.MEAN)}
 
 
-class Cair(Gated):
+class Cair(Policy):
     """CAIR, the schedule of TGATE under its other name: the first `n` steps are guided."""
 
     name: ClassVar[str] = "cair"
     summary: ClassVar[str] = "TGATE's schedule under its other name: n is m"
+    paper: ClassVar[str] = "arXiv 2404.02747"
 
     n: int = Field(10, ge=1)
     keep: Keep = "auto"
 
-    @property
-    def gate(self) -> int:
-        """`n`."""
-        return self.n
-
-    def stays(self, layout: Layout) -> str:
-        """Name the branch that runs on after the gate."""
-        return _stays(self.keep, layout)
-
-
-def _stays(keep: Keep, layout: Layout) -> str:
-    if keep != "auto":
-        return keep
-    if layout.separate:  # nothing can stand in for a branch before another one has run
-        return layout.order[0]
-    return "cond" if layout.condition == "image" else "uncond"
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose cross-attention and guidance."""
+        return gated(self.n, self.keep)

@@ -14,7 +14,7 @@ from cachekit.errors import SpecError
 from cachekit.interface.specs import is_name, parse, parse_all
 from cachekit.registry.catalog import installed
 
-POLICIES = installed().policies
+WORDS = installed()
 
 # Spec -> its canonical form.
 VALID = {

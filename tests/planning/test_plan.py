@@ -30,7 +30,7 @@ class Refreshed(Scripted):
 
 
 def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
-    policies = parse_all(specs, installed().policies)
+    policies = parse_all(specs, installed())
     return make_plan(assign((p, "", p.select(sites)) for p in policies), steps, Layout(order))
 
 

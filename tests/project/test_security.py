@@ -102,7 +102,7 @@ def test_a_picture_escapes_every_name():
 )
 def test_values_of_specs_are_not_evaluated(value):
     with pytest.raises(SpecError):
-        parse(f"tgate:m={value}", installed().policies)
+        parse(f"tgate:m={value}", installed())
 
 
 @pytest.fixture

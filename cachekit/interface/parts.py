@@ -1,0 +1,224 @@
+"""The three parts that a policy is made of: where it acts, when, and what stands in for what is skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cachekit.interface.moment import Action, History, Moment, Streams, Time
+from cachekit.interface.sites import SiteMap, Target
+
+if TYPE_CHECKING:
+    from cachekit.interface.adapter import Layout
+
+#: What a stand-in is made for: the output itself, the output minus what entered, or the clean sample it implies.
+Quantity = Literal["output", "residual", "x0"]
+
+
+class BranchChange(str, Enum):
+    """What becomes of kept tensors when a guidance branch is dropped.
+
+    `REMAINING` keeps the part of each branch, for as long as it may be read. `MEAN` keeps the mean over all branches
+    for the one that runs on. `REFRESH` keeps each part too, but where the branch is dropped for good the schedule
+    starts anew, with `Moment.origin` at that step.
+    """
+
+    REMAINING = "remaining"
+    MEAN = "mean"
+    REFRESH = "refresh"
+
+
+class Part(BaseModel):
+    """Base of everything that a spec can name: its fields are the keys, and it is written and parsed as text.
+
+    Instances are frozen, so that runs and threads can share them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    #: The word in a spec: lower case, digits and underscores.
+    name: ClassVar[str] = ""
+    #: One line for listings.
+    summary: ClassVar[str] = ""
+    #: Where the method was published, such as "arXiv 2404.02747".
+    paper: ClassVar[str] = ""
+    #: The key of a value that is given without one: `every(3)` is `every(n=3)`.
+    positional: ClassVar[str] = ""
+
+    @classmethod
+    def spelled(cls, word: str) -> Part | None:
+        """Make the instance that is written as this word alone, which isn't the name of the class; None if none is."""
+        return None
+
+    def __str__(self) -> str:
+        """Write the part as text that parses back to an equal one; defaults are left out."""
+        text = ",".join(f"{key}={word(value)}" for key, value in self.given())
+        return f"{self.name}({text})" if text else self.name
+
+    def given(self) -> Iterator[tuple[str, Any]]:
+        """Yield the keys whose values differ from their defaults, in the order of the fields."""
+        for key, described in type(self).model_fields.items():
+            value = getattr(self, key)
+            if described.is_required() or value != described.get_default(call_default_factory=True):
+                yield key, value
+
+
+class Where(Part):
+    """Selects the targets of a policy in a model."""
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the sites or regions to act on, once, in `apply`.
+
+        Raises `SiteError` where the model has none of them; the error says what was looked for and what to use instead.
+        """
+        raise NotImplementedError
+
+    def stays(self, layout: Layout) -> str:
+        """Name the branch that runs on where guidance drops one: "cond" or "uncond"."""
+        return "cond"
+
+
+class Schedule(Part):
+    """Decides in which steps a target is computed.
+
+    The answer must depend on the moment's step, steps, origin, time and target alone, because it is also asked for
+    plans and estimates. A whole schedule, which computes every second step:
+
+    >>> class EverySecond(Schedule):
+    ...     name: ClassVar[str] = "every_second"
+    ...     def full(self, at: Moment) -> bool:
+    ...         return (at.step - at.origin) % 2 == 0
+    >>> [EverySecond().action(Moment(step, steps=4)).value for step in range(4)]
+    ['store', 'reuse', 'store', 'reuse']
+    """
+
+    #: Whether a STORE must happen in its own step, so that blocks around the target run in full. Others are postponed
+    #: to the next step that runs in full.
+    insists: ClassVar[bool] = False
+
+    def full(self, at: Moment) -> bool:
+        """Whether the target is computed in this step."""
+        raise NotImplementedError
+
+    def action(self, at: Moment) -> Action | None:
+        """Decide what happens in a step: STORE in full ones, REUSE in the others.
+
+        `OPEN`, which is None, leaves it to the run: to `probe` for a region with a probe, to `decide` otherwise. STOREs
+        that no later REUSE reads are only computed.
+        """
+        return Action.STORE if self.full(at) else Action.REUSE
+
+    def decide(self, at: Moment) -> Action:
+        """Decide an open action at the beginning of a step, with the run's memory in `at.memory` and `at.shared`."""
+        return Action.COMPUTE
+
+    def probe(self, output: Streams, entry: Streams, at: Moment) -> Action:
+        """Decide an open action of a region within a call, from what its probe returned and what entered the probe."""
+        return Action.STORE
+
+
+class StandIn(Part):
+    """Makes the output of a skipped target from those kept before.
+
+    `predict` is a pure function of the history. Most stand-ins are weighted sums, for which `weights` is enough; one
+    that repeats half of the last value and half of the one before:
+
+    >>> class Average(StandIn):
+    ...     name: ClassVar[str] = "average"
+    ...     length: ClassVar[int | None] = 2
+    ...     def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
+    ...         return [1 / len(times)] * len(times)
+    >>> Average().weights([Time(4), Time(2)], Moment(5, 25))
+    [0.5, 0.5]
+    """
+
+    #: How many entries are read, None for all of the run. 0 keeps nothing.
+    length: ClassVar[int | None] = 1
+    #: Whether computed outputs are corrected by `amend`, which reads the history too.
+    amends: ClassVar[bool] = False
+
+    of: Quantity = "output"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The attributes of `Time` that are needed, for an error where a scheduler doesn't give them."""
+        return ("kind", "sigma") if self.of == "x0" else ()
+
+    def missing(self, times: Sequence[Time]) -> str:
+        """Name what is needed of the scheduler and not given at all of these times; "" if there is nothing."""
+        lacking = (name for name in self.reads if not times or any(not getattr(time, name) for time in times))
+        return " and ".join(lacking)
+
+    @property
+    def entries(self) -> int | None:
+        """How many entries this stand-in reads: `length`, unless a field decides."""
+        return self.length
+
+    def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
+        """Weigh the entries made at `times`, the newest first; the moment's `time` is what they are to predict."""
+        raise NotImplementedError
+
+    def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
+        """Make the tensors of a skipped target, like those of the newest entry in number, shape, dtype and device.
+
+        `history` has at least one entry unless `length` is 0. `given` is, at guidance, the output of the branch that
+        runs, and at the denoiser the sample; elsewhere it is empty. What is predicted is the output, or what `of` names.
+        """
+        return combine(history, self.weights([entry.at for entry in history], at))
+
+    def amend(self, output: Streams, history: History, at: Moment, given: Streams = ()) -> Streams:
+        """Correct a computed output of the denoiser, before it is kept and returned, if `amends` is set."""
+        return output
+
+
+def combine(history: History, weights: Sequence[float]) -> Streams:
+    """Add up the tensors of a history, each entry times its weight; low precision is added up in float32.
+
+    Entries with a weight of 0 are left out, and a single entry with a weight of 1 is returned as it is.
+    """
+    used = [(entry.tensors, weight) for entry, weight in zip(history, weights) if weight]
+    if len(used) == 1 and used[0][1] == 1:
+        return used[0][0]
+    return tuple(
+        _weighted([tensors[place] for tensors, _ in used], [weight for _, weight in used], like)
+        for place, like in enumerate(history[0].tensors)
+    )
+
+
+def _weighted(tensors: Sequence[Any], weights: Sequence[float], like: Any) -> Any:
+    if not tensors:
+        return like * 0
+    wide = [tensor.float() if tensor.element_size() < 4 else tensor for tensor in tensors]
+    total = wide[0] * weights[0]
+    for tensor, weight in zip(wide[1:], weights[1:]):
+        total = total + tensor * weight
+    return total.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One place, one schedule and one stand-in, and what a change of branches does to what is kept."""
+
+    where: Where
+    when: Schedule
+    what: StandIn
+    change: BranchChange = BranchChange.REMAINING
+
+    def with_parts(self, **parts: Part) -> Choice:
+        """Make a choice with some of its parts replaced."""
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+
+def word(value: Any) -> str:
+    """Write a value of a spec: a word, a number, a part, or a list with semicolons between its items."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    if isinstance(value, (tuple, list)):
+        return ";".join(map(word, value))
+    return str(value.value if isinstance(value, Enum) else value)

@@ -1,0 +1,1 @@
+"""The parts that ship: places, schedules and stand-ins, which policies and specs combine."""

@@ -1,0 +1,151 @@
+"""Places: kinds of sites, regions of a UNet, spans of a transformer's blocks, guidance, the denoiser as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from cachekit.errors import SiteError
+from cachekit.interface.parts import Where
+from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, Region, SiteMap, Target
+
+if TYPE_CHECKING:
+    from cachekit.interface.adapter import Layout
+
+
+def _as_list(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+class Sites(Where):
+    """All sites of one or several kinds; in a spec the name of a single kind is enough.
+
+    >>> str(Sites(kinds="cross_attention")), str(Sites(kinds=("cross_attention", "feed_forward")))
+    ('cross_attention', 'sites(cross_attention;feed_forward)')
+    """
+
+    name: ClassVar[str] = "sites"
+    summary: ClassVar[str] = "all sites of these kinds; a single kind is written as its own name"
+    positional: ClassVar[str] = "kinds"
+
+    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+
+    @classmethod
+    def spelled(cls, word: str) -> Sites | None:
+        """Make the sites of the kind with this name."""
+        return cls(kinds=word) if word in {str(kind) for kind in Kind} else None  # type: ignore[arg-type]
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the sites of these kinds; raises `SiteError` where the model has none of them."""
+        found = sites.of(*self.kinds)
+        if not found:
+            looked_for = ", ".join(sorted(map(str, self.kinds)))
+            raise SiteError(f"looked for {looked_for}, but {sites.describe()}; use another policy")
+        return found
+
+    def __str__(self) -> str:
+        """Write a single kind as its own name."""
+        kinds = ";".join(map(str, self.kinds))
+        return kinds if len(self.kinds) == 1 else f"{self.name}({kinds})"
+
+
+class WholeDenoiser(Where):
+    """The denoiser as a whole: a reuse leaves its call out."""
+
+    name: ClassVar[str] = "denoiser"
+    summary: ClassVar[str] = "the denoiser as a whole: a reuse leaves its call out"
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the denoiser."""
+        return [DENOISER]
+
+
+class Guidance(Where):
+    """The guidance of a run: a reuse drops one branch, and the stand-in makes its output.
+
+    `keep` is the branch that runs on. `auto` is the unconditional one, as TGATE publishes it (the conditional one
+    where the condition is an image), or the branch called first where each has a call of its own.
+    """
+
+    name: ClassVar[str] = "guidance"
+    summary: ClassVar[str] = "one branch of guidance, given its other branch"
+    positional: ClassVar[str] = "keep"
+
+    keep: Literal["cond", "uncond", "auto"] = "cond"
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the guidance site."""
+        return [GUIDANCE]
+
+    def stays(self, layout: Layout) -> str:
+        """Name the branch that runs on."""
+        if self.keep != "auto":
+            return self.keep
+        if layout.separate:  # nothing can stand in for a branch before another one has run
+            return layout.order[0]
+        return "cond" if layout.condition == "image" else "uncond"
+
+
+class NestedRegion(Where):
+    """Everything in a UNet that is deeper than one skip connection, counted from the shallowest, 0."""
+
+    name: ClassVar[str] = "region"
+    summary: ClassVar[str] = "all of a UNet that is deeper than one skip connection"
+    positional: ClassVar[str] = "branch"
+
+    branch: int = Field(0, ge=0)
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the region; raises `SiteError` for a model without skip connections, or with fewer."""
+        if not sites.regions:
+            cure = "use delta_dit" if sites.chains else "use a policy for attention or guidance"
+            raise SiteError(f"looked for paired down and up blocks, but {sites.describe()}; {cure}")
+        if self.branch >= len(sites.regions):
+            last = len(sites.regions) - 1
+            raise SiteError(f"branch={self.branch}, but {sites.model} has branches 0..{last}; use one of them")
+        return [sites.regions[self.branch]]
+
+
+class Span(Where):
+    """Blocks `first` to `stop` - 1 of a transformer's chain of blocks, skipped together.
+
+    `stop` is by default the end of the chain, and `chain`, counted from 0, the longest chain. Negative numbers count
+    from the end. What the blocks add to their input can stand in for them: `of=residual`.
+    """
+
+    name: ClassVar[str] = "span"
+    summary: ClassVar[str] = "a run of transformer blocks"
+
+    first: int = 0
+    stop: int | None = None
+    chain: int | None = Field(None, ge=0)
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the span; raises `SiteError` for a model without such blocks."""
+        return [self.region(sites)]
+
+    def region(self, sites: SiteMap) -> Region:
+        """Make the region; raises `SiteError` for a model without such blocks."""
+        chain = self.chain_of(sites)
+        length = len(sites.chains[chain])
+        first, stop, _ = slice(self.first, self.stop).indices(length)
+        if not first < stop or not -length <= self.first < length or (self.stop or 0) > length:
+            raise SiteError(
+                f"blocks {self.first} to {'the end' if self.stop is None else self.stop - 1}, but chain {chain} of"
+                f" {sites.model} has blocks 0..{length - 1}; give a span within them"
+            )
+        return sites.span(first, stop, chain)
+
+    def chain_of(self, sites: SiteMap) -> int:
+        """Find the number of the chain; raises `SiteError` where there is none."""
+        if not sites.chains:
+            cure = "deepcache" if sites.regions else "a policy for attention or guidance"
+            raise SiteError(f"looked for a chain of blocks, but {sites.describe()}; use {cure}")
+        if self.chain is None:
+            return max(range(len(sites.chains)), key=lambda index: len(sites.chains[index]))
+        if self.chain >= len(sites.chains):
+            last = len(sites.chains) - 1
+            raise SiteError(f"chain={self.chain}, but {sites.model} has chains 0..{last}; use one of them")
+        return self.chain

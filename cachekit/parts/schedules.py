@@ -1,0 +1,153 @@
+"""Static schedules: which steps are full, known before the run."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from cachekit.interface.moment import Action, Moment
+from cachekit.interface.parts import Schedule
+
+
+class Every(Schedule):
+    """A full step every `n` steps: the `first` steps of the run, then every `n`-th after them.
+
+    Counted from `start`, or from where the schedule last started anew. With `last` the last step of the run is full.
+
+    >>> [step for step in range(12) if Every(n=3, first=2, last=True).full(Moment(step, 12))]
+    [0, 1, 4, 7, 10, 11]
+    """
+
+    name: ClassVar[str] = "every"
+    summary: ClassVar[str] = "full every n steps"
+    positional: ClassVar[str] = "n"
+
+    n: int = Field(2, ge=1)
+    first: int = Field(1, ge=1)
+    last: bool = False
+    start: int = Field(0, ge=0)
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is one of the first, an `n`-th after them, or the last."""
+        since = at.step - max(at.origin, self.start) - (self.first - 1)
+        return since < 0 or since % self.n == 0 or (self.last and at.step == at.steps - 1)
+
+
+class After(Schedule):
+    """Full before step `m`, and never from it on: what step m - 1 makes serves all later ones.
+
+    >>> [After(m=2).action(Moment(step, 4)).value for step in range(4)]
+    ['store', 'store', 'reuse', 'reuse']
+    """
+
+    name: ClassVar[str] = "after"
+    summary: ClassVar[str] = "full before step m, never from it on"
+    positional: ClassVar[str] = "m"
+    insists: ClassVar[bool] = True
+
+    m: int = Field(10, ge=0)
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is before `m`."""
+        return at.step < self.m
+
+
+class Window(Schedule):
+    """Another schedule in a window of the run; outside of it the target is computed.
+
+    The window goes from step `first` to step `stop` - 1, and holds the timesteps above `low` and below `high`. A
+    bound that is None holds always, and bounds of timesteps hold nowhere without a scheduler. Steps outside that
+    `when` names as full are kept for the window.
+
+    >>> window = Window(first=2, stop=5, when=Every(n=2))
+    >>> [window.action(Moment(step, 6)).value for step in range(6)]
+    ['store', 'compute', 'store', 'reuse', 'store', 'compute']
+    """
+
+    name: ClassVar[str] = "window"
+    summary: ClassVar[str] = "another schedule between two steps or timesteps, full elsewhere"
+
+    first: int = Field(0, ge=0)
+    stop: int | None = Field(None, ge=0)
+    low: float | None = None
+    high: float | None = None
+    when: Schedule = Every(n=2)
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is outside of the window, or full by the schedule within."""
+        return not self.holds(at) or self.when.full(at)
+
+    def action(self, at: Moment) -> Action | None:
+        """Follow the inner schedule within the window; compute outside, and keep its full steps."""
+        action = self.when.action(at)
+        return action if self.holds(at) or action is Action.STORE else Action.COMPUTE
+
+    def holds(self, at: Moment) -> bool:
+        """Whether the step is in the window."""
+        if at.step < self.first or (self.stop is not None and at.step >= self.stop):
+            return False
+        if self.low is None and self.high is None:
+            return True
+        low, high = (float(end if bound is None else bound) for bound, end in ((self.low, "-inf"), (self.high, "inf")))
+        return at.timestep is not None and low < at.timestep < high
+
+
+class Mask(Schedule):
+    """Exactly these steps are full, and the first one of the run.
+
+    >>> [step for step in range(8) if Mask(steps=(0, 1, 4)).full(Moment(step, 8))]
+    [0, 1, 4]
+    """
+
+    name: ClassVar[str] = "mask"
+    summary: ClassVar[str] = "full in the listed steps"
+    positional: ClassVar[str] = "steps"
+
+    steps: tuple[int, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if min(self.steps) < 0 or list(self.steps) != sorted(set(self.steps)):
+            raise ValueError("give steps from 0 on, each once and in order")
+        return self
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is listed, or the schedule starts with it."""
+        return at.step == at.origin or at.step in self.steps
+
+
+class Quadratic(Schedule):
+    """As many full steps as `every(n)` has, densest around step `center` (DeepCache, arXiv 2312.00858, section 3.3).
+
+    The full steps are c + sign(l) |l|^p for values of l with equal gaps; p is `power`.
+
+    >>> [step for step in range(25) if Quadratic(n=5, center=10).full(Moment(step, 25))]
+    [0, 7, 10, 16]
+    """
+
+    name: ClassVar[str] = "quadratic"
+    summary: ClassVar[str] = "full every n steps on average, densest around a step"
+    paper: ClassVar[str] = "arXiv 2312.00858"
+    positional: ClassVar[str] = "n"
+
+    n: int = Field(3, ge=1)
+    center: int = Field(15, ge=0, le=10_000)
+    power: float = Field(1.4, ge=0.1, le=10)
+    start: int = Field(0, ge=0)
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is one of the full ones, or the schedule starts with it."""
+        return at.step in (at.origin, self.start) or at.step in self.full_steps(at.steps)
+
+    def full_steps(self, steps: int) -> frozenset[int]:
+        """Compute the full steps of a run of `steps`."""
+        count = -(-steps // self.n)
+        low, high = (_root(end - self.center, self.power) for end in (0, steps))
+        places = (low + (high - low) * k / count for k in range(count))
+        return frozenset({0, *(int(self.center + _root(place, 1 / self.power)) for place in places)})
+
+
+def _root(value: float, power: float) -> float:
+    return float(abs(value) ** (1 / power)) * (1 if value >= 0 else -1)

@@ -1,0 +1,59 @@
+"""Check what policies return, where it enters the engine: one line with policy, method, target and step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from cachekit.errors import CachekitError, PolicyError
+from cachekit.interface.moment import Action, Moment, Streams
+from cachekit.planning.assignments import Assignment
+
+Answer = TypeVar("Answer")
+
+
+def asked(bound: Assignment, method: str, at: Moment, ask: Callable[[], Answer]) -> Answer:
+    """Call a method of a part; raises `PolicyError` where it raises, but for errors that say what is wrong."""
+    try:
+        return ask()
+    except CachekitError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"{origin(bound, method, at)} raised {type(error).__name__}: {error}") from error
+
+
+def agreed_action(bound: Assignment, method: str, at: Moment, action: Any) -> Action:
+    """Check an action that must be decided by now."""
+    if not isinstance(action, Action):
+        raise PolicyError(f"{origin(bound, method, at)} returned {action!r}; return an Action")
+    return action
+
+
+def like_kept(bound: Assignment, method: str, at: Moment, made: Any, kept: Streams) -> Streams:
+    """Check that tensors are as many, of the same shapes, dtypes and devices, as those kept."""
+    if type(made) is not tuple or len(made) != len(kept):
+        found = f"a tuple of {len(made)}" if isinstance(made, tuple) else f"a {type(made).__name__}"
+        raise PolicyError(f"{origin(bound, method, at)} returned {found}; return a tuple of {len(kept)} tensors")
+    for place, (tensor, like) in enumerate(zip(made, kept)):
+        if tensor is like:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise PolicyError(f"{origin(bound, method, at)} returned a {type(tensor).__name__} as stream {place}")
+        if tensor.shape != like.shape or tensor.dtype is not like.dtype or tensor.device != like.device:
+            raise PolicyError(
+                f"{origin(bound, method, at)} returned {_described(tensor)} as stream {place};"
+                f" it must be {_described(like)}"
+            )
+    return made
+
+
+def origin(bound: Assignment, method: str, at: Moment) -> str:
+    """Name the policy, the method of a part of it, the target and the step."""
+    part = bound.choice.what if method in ("predict", "amend") else bound.choice.when
+    return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

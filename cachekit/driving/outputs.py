@@ -13,7 +13,6 @@ from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
-from cachekit.interface.moment import Action
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState

@@ -15,8 +15,8 @@ from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
 from cachekit.reports.record import CallRecord
-from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.border import agreed_action, asked, like_kept
+from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.quantities import give_back, give_whole, take, take_whole
 from cachekit.runs.store import Slot

@@ -79,7 +79,7 @@ def output_of(sample: Tensor, clean: Tensor, time: Time) -> Tensor:
 
 
 def _scales(time: Time) -> tuple[float, float]:
-    if not time.alpha and time.kind != "flow" or not time.sigma:
+    if (not time.alpha and time.kind != "flow") or not time.sigma:
         raise PolicyError(
             f"of=x0: the scheduler gives no alpha and sigma at step {time.step}; use of=output, or a scheduler of"
             " diffusers that does"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 from support import tiny
 
 import cachekit
-from cachekit import DENOISER, Kind
 
 STEPS = 9
 PIPES = {"sd": tiny.sd, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "sd3": tiny.sd3, "flux": tiny.flux, "wan": tiny.wan}

@@ -8,7 +8,7 @@ import torch
 
 from cachekit.costs.rehearsal import Rehearsal, Usage
 from cachekit.driving.setup import Setup
-from cachekit.errors import BudgetError, CostError
+from cachekit.errors import BudgetError, CostError, PolicyError
 from cachekit.planning.plan import Plan
 from cachekit.reports.record import Fit
 from cachekit.runs.limit import Limit
@@ -43,7 +43,7 @@ def _rehearse_and_fit(setup: Setup, start: RunStart, max_bytes: int) -> Fit:
     try:
         with torch.inference_mode(False), torch.no_grad():
             return fit(Rehearsal(setup, start), max_bytes)
-    except (CostError, NotImplementedError, RuntimeError) as error:
+    except (CostError, PolicyError, NotImplementedError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise BudgetError(f"max_cache_bytes cannot be planned for: {reason}; leave it out") from error
 

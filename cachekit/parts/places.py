@@ -130,11 +130,11 @@ class Span(Where):
         """Make the region; raises `SiteError` for a model without such blocks."""
         chain = self.chain_of(sites)
         length = len(sites.chains[chain])
-        first, stop, _ = slice(self.first, self.stop).indices(length)
-        if not first < stop or not -length <= self.first < length or (self.stop or 0) > length:
+        first, stop = (end + length if end < 0 else end for end in (self.first, length if self.stop is None else self.stop))
+        if not 0 <= first < stop <= length:
             raise SiteError(
-                f"blocks {self.first} to {'the end' if self.stop is None else self.stop - 1}, but chain {chain} of"
-                f" {sites.model} has blocks 0..{length - 1}; give a span within them"
+                f"{stop - first} blocks up to block {stop - 1}, but chain {chain} of {sites.model} has blocks"
+                f" 0..{length - 1}; give a span within them"
             )
         return sites.span(first, stop, chain)
 

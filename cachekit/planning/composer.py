@@ -150,21 +150,21 @@ class Composer:
         ]
 
     def _is_for_good(self, step: int) -> bool:
-        """Whether the schedule that dropped a branch never brings it back, as far as it is known before the run."""
+        """Whether a dropped branch never comes back, as far as the schedule shows before the run."""
         index = self.narrowed_by
-        if index is None:
-            return False
+        if index is None:  # the pipeline has ended its guidance
+            return True
         origin = self._origin[index]
         return all(cell in (Action.REUSE, OPEN) for cell in self._schedule(index, origin)[step - origin :])
 
     # -- blocks and what is inside ------------------------------------------------------------------------
 
     def _force_full(self, cells: list[Cell], step: int, decide: Decide) -> None:
-        """Force blocks around a STORE that insists. All blocks of such a choice restart, to stay in phase."""
+        """Force blocks around a STORE that insists. All blocks of such a policy restart, to stay in phase."""
         forced = [index for index in self._blocks if self._must_run(index, cells)]
-        choices = [self.assignments[index].choice for index in forced]
+        policies = [self.assignments[index].policy for index in forced]
         for index in self._blocks:
-            if self.assignments[index].choice in choices:
+            if self.assignments[index].policy in policies:
                 self._restart(index, step)
                 cells[index] = Action.STORE if index in forced else self._cell(index, step, decide)
 

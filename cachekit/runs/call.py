@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cachekit.interface.moment import Action, Entry, Moment, Streams
-from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
@@ -131,19 +130,9 @@ class Call:
 
     def keep(self, index: int, tensors: Streams) -> None:
         """Keep tensors of this call, reduced to the branches that will read them where the plan shows these."""
-        slot, entry = self.slot(index), Entry(tensors, time_of(self.keeper.record.times, self.row.step))
-        self.keeper.push(slot, self.branches, entry)
-        last = self.row.last_branches.get(index)
-        if last is not None and self.keeper.store.has(slot, self.branches):
-            self._narrow(index, last)
-
-    def _narrow(self, index: int, last: Branches) -> None:
-        slot, change = self.slot(index), self.keeper.assignments[index].choice.change
-        if self.keeper.store.is_joint(slot, self.branches):
-            self.keeper.store.take_apart(slot, self.branches, last, change)
-        elif change is not BranchChange.MEAN:
-            for branch in {*self.branches} - {*last}:
-                self.keeper.store.drop(slot, (branch,))
+        last = self.row.last_branches.get(index) if len(self.branches) > 1 else None
+        entry = Entry(tensors, time_of(self.keeper.record.times, self.row.step))
+        self.keeper.push(self.slot(index), self.branches, entry, last)
 
     def predicted(self, index: int, given: Streams = ()) -> Streams | None:
         """Predict the tensors of a skipped target from what is kept; None where nothing is.

@@ -37,10 +37,19 @@ class Keeper:
         self.templates: dict[Slot, Any] = {}
         self._changes = [bound.choice.change for bound in assignments]
 
-    def push(self, slot: Slot, branches: Branches, entry: Entry) -> None:
-        """Keep what a call made before what earlier ones made; without room for it, later steps compute."""
-        length = self.assignments[slot[0]].choice.what.entries
-        if length != 0 and not self.store.push(slot, branches, entry, length):
+    def push(self, slot: Slot, branches: Branches, entry: Entry, last: Branches | None = None) -> None:
+        """Keep what a call made before what earlier ones made; without room for it, later steps compute.
+
+        `last` are the branches that will read it, where they are fewer.
+        """
+        what, change = self.assignments[slot[0]].choice.what, self._changes[slot[0]]
+        if what.entries == 0:
+            return
+        if last is None:
+            is_kept = self.store.push(slot, branches, entry, what.entries)
+        else:
+            is_kept = self.store.push_narrowed(slot, branches, entry, what.entries, last, change)
+        if not is_kept:
             self._discard(slot, len(self.record.rows) - 1, "beyond max_cache_bytes")
 
     def enter(self, row: Row, before: Row | None) -> None:

@@ -52,10 +52,6 @@ class Store:
             return True
         return len(branches) > 1 and all((slot, (branch,)) in self._histories for branch in branches)
 
-    def is_joint(self, slot: Slot, branches: Branches) -> bool:
-        """Whether these branches have one history together."""
-        return (slot, branches) in self._histories
-
     def push(self, slot: Slot, branches: Branches, entry: Entry, length: int | None) -> bool:
         """Keep an entry before those kept already, at most `length` of them; False where there is no room."""
         if len(branches) > 1 and any((slot, (branch,)) in self._histories for branch in branches):
@@ -64,9 +60,19 @@ class Store:
         before = self._histories.get((slot, branches), ())
         if self.device is not None:
             self._homes[slot, branches] = [tensor.device for tensor in entry.tensors]
-            entry = entry._replace(tensors=tuple(tensor.to(self.device) for tensor in entry.tensors))
+            entry = entry._replace(tensors=_moved(entry.tensors, [self.device] * len(entry.tensors)))
         history = (entry, *before) if length is None else (entry, *before[: length - 1])
         return self._set(slot, branches, history, is_fresh=True)
+
+    def push_narrowed(
+        self, slot: Slot, branches: Branches, entry: Entry, length: int | None, last: Branches, change: BranchChange
+    ) -> bool:
+        """Keep, of an entry made for all these branches, what the `last` of them will read."""
+        if (slot, branches) in self._histories:
+            self.take_apart(slot, branches, last, change)
+        parts = split((entry,), branches)
+        kept = dict.fromkeys(last, mean(parts)) if change is BranchChange.MEAN else parts
+        return all([self.push(slot, (branch,), kept[branch][0], length) for branch in last])
 
     def sizes(self) -> dict[int, int]:
         """Sum the bytes that each assignment keeps now."""
@@ -126,15 +132,15 @@ class Store:
         for slot in {slot for slot, named in self._histories if named and {*named} <= {*before, *branches}}:
             if changes[slot[0]] is BranchChange.MEAN:
                 self._take_mean(slot, branches, before)
-            elif (slot, before) in self._histories:
+            elif len(before) > 1 and (slot, before) in self._histories:
                 self.take_apart(slot, before, before)
 
     def _take_mean(self, slot: Slot, branches: Branches, before: Branches) -> None:
         if len(branches) > len(before):  # a mean stands for no single branch
             self.drop(slot, before)
-        elif (slot, before) in self._histories:
+        elif len(before) > 1 and (slot, before) in self._histories:
             self.take_apart(slot, before, branches, BranchChange.MEAN)
-        elif len(branches) == 1 and all((slot, (branch,)) in self._histories for branch in before):
+        elif len(before) > 1 and len(branches) == 1 and all((slot, (branch,)) in self._histories for branch in before):
             parts = {branch: self._histories[slot, (branch,)] for branch in before}
             for branch in before:
                 if (branch,) != branches:

@@ -35,14 +35,19 @@ class Share(Span):
     blocks: int | None = None
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
-        """Choose the span; where it is the whole chain, the front alone stands for both."""
+        """Choose the span; the whole chain is one span, used in both halves of the run."""
         chain = self.chain_of(sites)
         length = len(sites.chains[chain])
         count = max(1, round(_SHARE * length)) if self.blocks is None else self.blocks
         if count > length:
-            raise SiteError(f"{count} blocks, but chain {chain} of {sites.model} has {length}; give fewer")
+            raise SiteError(
+                f"{count} blocks up to block {length - 1}, but chain {chain} of {sites.model} has blocks"
+                f" 0..{length - 1}; give a span within them"
+            )
+        if count == length:
+            return [sites.span(0, length, chain)] if self.side == "back" else []
         first = 0 if self.side == "front" else length - count
-        region = Span(first=first, stop=first + count, chain=chain).region(sites)
+        region = sites.span(first, first + count, chain)
         return [replace(region, name=f"{self.side}: {region.name}")]
 
 
@@ -58,7 +63,8 @@ class Staged(Every):
     def action(self, at: Moment) -> Action | None:
         """Keep on full steps; between them reuse in this half alone."""
         boundary = at.steps // 2 if self.boundary is None else self.boundary
-        in_use = self.half is None or (at.step < boundary) == (self.half == "early")
+        is_half = self.half is not None and at.target is not None and at.target.name.startswith(("front: ", "back: "))
+        in_use = not is_half or (at.step < boundary) == (self.half == "early")
         return Action.STORE if self.full(at) else Action.REUSE if in_use else Action.COMPUTE
 
 

@@ -63,7 +63,6 @@ class AroundGate(Schedule):
     """
 
     name: ClassVar[str] = "around_gate"
-    insists: ClassVar[bool] = True
 
     gate: int
     before: int

@@ -21,7 +21,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from support import tiny
 
 import cachekit
-from cachekit import Action, Kind, Moment, Observation, Policy, Target
+from cachekit import After, Choice, Drop, Guidance, Observation, Policy
 from cachekit.errors import AttachmentError
 from cachekit.switches.parts import Member
 from cachekit.switches.switch import Switch
@@ -590,11 +590,10 @@ class Shared(Policy):
     """Drops a branch, looks at both, and holds what cannot be copied."""
 
     name: ClassVar[str] = "shared"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
     lock: Any = None
 
-    def action(self, target: Target, at: Moment) -> Action:
-        return Action.REUSE if at.step > 1 else Action.COMPUTE
+    def choices(self) -> dict[str, Choice]:
+        return {"guidance": Choice(Guidance(), After(m=2), Drop())}
 
     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
         with self.lock:

@@ -10,15 +10,29 @@ import pytest
 import torch
 from support import tiny
 from support.commands import printed
-from support.policies import FirstBlock, Forecast
+from support.policies import FirstBlock
 
 import cachekit
+from cachekit import (
+    Choice,
+    Entry,
+    Every,
+    Layout,
+    Policy,
+    Reuse,
+    SiteMap,
+    Target,
+    Time,
+    Where,
+    WholeDenoiser,
+)  # fmt: skip
 from cachekit.costs import fitting
 from cachekit.errors import BudgetError
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
 from cachekit.runs import limit, store
 from cachekit.runs.store import Store
+from cachekit.tensors import tree_map
 from cachekit.upstream.pipelines import denoiser_of
 
 STEPS = 5
@@ -49,14 +63,29 @@ def unlimited(name: str) -> tuple[torch.Tensor, Any]:
     return cached(name, SPECS[name])
 
 
+class Without(Where):
+    """Another place, less some of its targets."""
+
+    where: Where
+    dropped: tuple[str, ...]
+
+    def find(self, sites: SiteMap) -> list[Target]:
+        return [target for target in self.where.find(sites) if target.name not in self.dropped]
+
+    def stays(self, layout: Layout) -> str:
+        return self.where.stays(layout)
+
+
 def without(name: str, dropped: list[tuple[str, str]]) -> list[Any]:
     """Make policies like those of SPECS that never select the dropped places."""
 
-    def select(policy: Any, sites: Any) -> Any:
-        return [it for it in type(policy).__base__.select(policy, sites) if (str(policy), it.name) not in dropped]
+    def choices(policy: Policy) -> dict[str, Choice]:
+        names = tuple(target for spec, target in dropped if spec == str(policy))
+        chosen = type(policy).__base__.choices(policy)
+        return {key: it.with_parts(where=Without(where=it.where, dropped=names)) for key, it in chosen.items()}
 
-    policies = [parse(spec, installed().policies) for spec in SPECS[name]]
-    return [type("Some", (type(it),), {"select": select, "__module__": __name__})(**dict(it)) for it in policies]
+    policies = [parse(spec, installed()) for spec in SPECS[name]]
+    return [type("Some", (type(it),), {"choices": choices, "__module__": __name__})(**dict(it)) for it in policies]
 
 
 @pytest.mark.parametrize(("name", "share"), [("sd", 0.2), ("pixart", 0.7), ("pixart", 0.34)])
@@ -125,7 +154,7 @@ def test_a_run_is_refused_before_it_begins_if_nothing_fits(name: str) -> None:
 OPEN = {
     "observed": ("tgate:m=5,sp_interval=2", "adaptive_guidance:threshold=-1,linear=true"),
     "probed": (FirstBlock(limit=0.7),),
-    "history": (Forecast(interval=3), "adaptive_guidance:m=3"),
+    "history": ("cache:where=span(first=1,stop=3),when=every(3),what=linear(of=residual)", "adaptive_guidance:m=3"),
 }
 
 
@@ -183,13 +212,21 @@ def test_unforeseen_calls_stay_within_the_limit() -> None:
     assert all(torch.equal(found[i], whole[i] if i in firsts else without[i]) for i in range(len(found)))
 
 
-class ByValue(Forecast):
-    """Keep more or less depending on values, which aren't known before the run."""
+class Rounded(Reuse):
+    """Look at values of what is computed, which aren't known before the run."""
 
+    name: ClassVar[str] = "rounded"
+    amends: ClassVar[bool] = True
+
+    def amend(self, output: Any, *rest: Any) -> Any:
+        return output if output[0].sum().item() > 0 else tuple(tensor.round() for tensor in output)
+
+
+class ByValue(Policy):
     name: ClassVar[str] = "by_value"
 
-    def to_keep(self, output: Any, *rest: Any) -> Any:
-        return output if output[0].sum().item() > 0 else super().to_keep(output, *rest)
+    def choices(self) -> dict[str, Choice]:
+        return {"denoiser": Choice(WholeDenoiser(), Every(n=2), Rounded())}
 
 
 def test_what_depends_on_values_cannot_be_planned() -> None:
@@ -228,7 +265,7 @@ class Elsewhere:
 
     def move(self, kept: Any, devices: list[torch.device]) -> Any:
         onto = iter(devices)
-        return store.tree_map(lambda tensor: self.one(tensor, next(onto)), kept)
+        return tree_map(lambda tensor: self.one(tensor, next(onto)), kept)
 
     def one(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
         self.moves.append(f"{tensor.device}->{device}")
@@ -246,9 +283,9 @@ def test_what_is_kept_elsewhere_comes_back(name: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(store, "_moved", elsewhere.move)
 
     class Watched(Store):
-        def put(self, *given: Any) -> bool:
-            kept = super().put(*given)
-            seen.update(tensor.device.type for entry in self._entries.values() for tensor in entry)
+        def push(self, *given: Any) -> bool:
+            kept = super().push(*given)
+            seen.update(it.device.type for past in self._histories.values() for entry in past for it in entry.tensors)
             return kept
 
     monkeypatch.setattr(limit, "Store", Watched)
@@ -266,8 +303,8 @@ def test_on_the_same_device_nothing_moves() -> None:
     found, _ = cached("pixart", SPECS["pixart"], cache_device="cpu")
     assert torch.equal(found, unlimited("pixart")[0])
     here, kept = Store(device=torch.device("cpu")), torch.ones(3)
-    here.put((0, 0), ("cond",), (kept,))
-    assert here.get((0, 0), ("cond",))[0] is kept
+    here.push((0, 0), ("cond",), Entry((kept,), Time(0)), 1)
+    assert here.read((0, 0), ("cond",))[0][1][0].tensors[0] is kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")

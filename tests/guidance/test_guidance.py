@@ -27,8 +27,9 @@ from cachekit.coverage.building import arguments, build
 from cachekit.errors import GuidanceError
 from cachekit.guidance.detection import Layout
 from cachekit.guidance.slicing import pick
-from cachekit.interface.policy import Action, BranchChange, Policy
-from cachekit.interface.sites import Kind
+from cachekit.interface.moment import Entry, Time
+from cachekit.interface.parts import BranchChange, Choice
+from cachekit.interface.policy import Policy
 from cachekit.runs.store import Store
 from cachekit.upstream.prediction import predict_x0
 
@@ -349,10 +350,9 @@ class Clean(Policy):
     """Write down what each branch's clean sample would be."""
 
     name: ClassVar[str] = "clean"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.GUIDANCE})
 
-    def action(self, target: Any, at: Any) -> Action:
-        return Action.COMPUTE
+    def choices(self) -> dict[str, Choice]:
+        return {}
 
     def observe(self, seen: Any, memory: dict[str, Any]) -> None:
         memory.setdefault("trace", []).append({branch: seen.denoised(branch) for branch in seen.outputs})
@@ -539,61 +539,78 @@ def kept(*values: float) -> torch.Tensor:
         (BranchChange.MEAN, COND, [2.0, 30.0]),
         (BranchChange.REMAINING, UNCOND, [1.0, 20.0]),
         (BranchChange.REMAINING, COND, [3.0, 40.0]),
-        (BranchChange.REFRESH, COND, None),
+        (BranchChange.REFRESH, COND, [3.0, 40.0]),
     ],
 )
 def test_kept_tensors_follow_the_branches(
-    change: BranchChange, remaining: tuple[str, ...], expected: list[float] | None
+    change: BranchChange, remaining: tuple[str, ...], expected: list[float]
 ) -> None:
     store = Store()
-    store.put(SLOT, PAIR, (kept(1, 20, 3, 40), {"more": [kept(1, 20, 3, 40)]}))
-    store.change_branches(remaining, [change])
-    found = store.get(SLOT, remaining)
-    assert store.get(SLOT, PAIR) is None
-    assert store.get(SLOT, UNCOND if remaining == COND else COND) is None
-    if expected is None:
-        assert found is None
-        assert store.bytes == 0
-    else:
-        assert found[0].flatten().tolist() == expected
-        assert found[1]["more"][0].flatten().tolist() == expected
-        assert store.bytes == 16
+    store.push(SLOT, PAIR, entry(kept(1, 20, 3, 40), kept(1, 20, 3, 40)), 1)
+    store.change_branches(remaining, [change], PAIR)
+    ((branches, ((tensors, _),)),) = store.read(SLOT, remaining)
+    assert branches == remaining
+    assert [tensor.flatten().tolist() for tensor in tensors] == [expected, expected]
+    # A mean stands for all branches; other histories are kept for each of them.
+    other = UNCOND if remaining == COND else COND
+    assert store.has(SLOT, other) is store.has(SLOT, PAIR) is (change is not BranchChange.MEAN)
+    assert store.bytes == (16 if change is BranchChange.MEAN else 32)
+
+
+def test_branches_come_and_go() -> None:
+    """Each has a history of its own once they have parted, and both are read together again."""
+    store = Store()
+    store.push(SLOT, PAIR, entry(kept(1.0, 10.0)), 2)
+    store.change_branches(COND, [BranchChange.REMAINING], PAIR)
+    store.push(SLOT, COND, entry(kept(20.0), step=1), 2)
+    store.change_branches(PAIR, [BranchChange.REMAINING], COND)
+    found = {branches: [(it.at.step, it.tensors[0].item()) for it in past] for branches, past in store.read(SLOT, PAIR)}
+    assert found == {UNCOND: [(0, 1.0)], COND: [(1, 20.0), (0, 10.0)]}
+    store.push(SLOT, PAIR, entry(kept(3.0, 30.0), step=2), 2)
+    found = {branches: [(it.at.step, it.tensors[0].item()) for it in past] for branches, past in store.read(SLOT, PAIR)}
+    assert found == {UNCOND: [(2, 3.0), (0, 1.0)], COND: [(2, 30.0), (1, 20.0)]}
 
 
 def test_kept_tensors_of_one_branch_are_not_given_to_the_other() -> None:
     store = Store()
-    store.put(SLOT, UNCOND, kept(1.0))
-    store.change_branches(COND, [BranchChange.REMAINING])
-    assert store.get(SLOT, COND) is None
-    store.put(SLOT, COND, kept(2.0))
-    store.change_branches(PAIR, [BranchChange.REMAINING])
-    assert store.get(SLOT, PAIR) is None
+    store.push(SLOT, UNCOND, entry(kept(1.0)), 1)
+    store.change_branches(COND, [BranchChange.REMAINING], UNCOND)
+    assert not store.read(SLOT, COND)
+    assert not store.has(SLOT, PAIR)
 
 
 def test_a_part_that_remains_does_not_hold_the_memory_of_the_whole() -> None:
     store = Store()
-    store.put(SLOT, PAIR, kept(1.0, 3.0))
-    store.change_branches(COND, [BranchChange.REMAINING])
-    assert store.get(SLOT, COND).untyped_storage().nbytes() == 4
+    store.push(SLOT, PAIR, entry(kept(1.0, 3.0)), 1)
+    store.change_branches(COND, [BranchChange.REMAINING], PAIR)
+    ((_, (only,)),) = store.read(SLOT, COND)
+    assert only.tensors[0].untyped_storage().nbytes() == 4
 
 
 def test_bytes_and_their_peak() -> None:
     store = Store()
-    store.put(SLOT, PAIR, kept(1.0, 2.0))
-    store.put((1, 0), PAIR, [kept(1.0, 2.0), kept(3.0)])
-    assert (store.bytes, store.peak_bytes) == (20, 20)
-    store.put((1, 0), PAIR, kept(3.0))
-    assert (store.bytes, store.peak_bytes) == (12, 20)
+    store.push(SLOT, PAIR, entry(kept(1.0, 2.0)), 1)
+    store.push((1, 0), PAIR, entry(kept(1.0, 2.0), kept(3.0, 4.0)), 2)
+    assert (store.bytes, store.peak_bytes) == (24, 24)
+    store.push((1, 0), PAIR, entry(kept(3.0, 4.0), kept(5.0, 6.0)), 2)
+    assert (store.bytes, store.peak_bytes) == (40, 40)
+    store.push((1, 0), PAIR, entry(kept(3.0, 4.0), kept(5.0, 6.0)), 2)  # the oldest goes
+    store.drop_newest((1, 0), PAIR)
+    assert (store.bytes, store.peak_bytes) == (24, 40)
     store.clear()
-    assert (store.bytes, store.peak_bytes) == (0, 20)
-    assert store.get(SLOT, PAIR) is None
+    assert (store.bytes, store.peak_bytes) == (0, 40)
+    assert not store.has(SLOT, PAIR)
 
 
-def test_what_a_guidance_policy_keeps_of_all_branches_stays() -> None:
+def test_what_guidance_keeps_of_all_branches_stays() -> None:
     store = Store()
-    store.put(SLOT, (), kept(1.0))
-    store.change_branches(COND, [BranchChange.REMAINING])
-    assert store.get(SLOT, ()).item() == 1.0
+    store.push(SLOT, (), entry(kept(1.0)), 1)
+    store.change_branches(COND, [BranchChange.REMAINING], PAIR)
+    assert store.has(SLOT, ())
+
+
+def entry(*tensors: torch.Tensor, step: int = 0) -> Entry:
+    return Entry(tensors, Time(step))
 
 
 # -- runs that nobody may touch ---------------------------------------------------------------------------

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support import tiny
-from support.policies import Forecast
 
 import cachekit
-from cachekit.registry.catalog import installed
+from cachekit import Choice, Entry, Every, History, Linear, Moment, Policy, Span
+from cachekit.runs.quantities import take
 from cachekit.tensors import is_finite, tree_map
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -50,7 +50,7 @@ def forgetting(slots: Callable[[Any], list[Any]], at: int) -> Any:
 
     def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         run = denoiser_of(pipe)._cachekit_attachment.driver.state.run
-        for key in [key for key in run.keeper.store._entries if step == at and key[0] in slots(run)]:
+        for key in [key for key in run.keeper.store._histories if step == at and key[0] in slots(run)]:
             run.keeper.store.drop(*key)
         return given
 
@@ -104,51 +104,56 @@ def test_it_is_computed_instead(case: str, value: float) -> None:
 # -- the other things that are kept ----------------------------------------------------------------------------
 
 
-class Adaptive(installed().policies["adaptive_guidance"]):  # type: ignore[misc]
-    """Keep a difference of the branches that is not finite, the first time."""
-
-    name: ClassVar[str] = "spoiled_guidance"
-    seen: ClassVar[list[int]] = []
-
-    def branches_to_keep(self, outputs: Any) -> Any:
-        difference = super().branches_to_keep(outputs)
-        self.seen.append(len(self.seen))
-        return difference * NAN if len(self.seen) == 1 else difference
-
-
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("make", [tiny.small, tiny.pixart])
-def test_a_lost_difference_makes_one_more_guided_step(make: Callable[[], Any], batch: int) -> None:
-    pipe, call = make(), {"steps": STEPS, "batch": batch}
-    Adaptive.seen.clear()
-    with cachekit.apply(pipe, Adaptive(m=2, linear=True)) as attachment:
+def test_a_lost_difference_makes_one_more_guided_step(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any], batch: int
+) -> None:
+    pipe, call, taken = make(), {"steps": STEPS, "batch": batch}, itertools.count()
+
+    def spoiled(*given: Any) -> Any:
+        return tuple(tensor * (1 if next(taken) else NAN) for tensor in take(*given))
+
+    monkeypatch.setattr("cachekit.runs.call.take", spoiled)
+    with cachekit.apply(pipe, "adaptive_guidance:m=2,linear=true") as attachment:
         found, report = tiny.latents(pipe, **call), attachment.report()
+    monkeypatch.undo()
     with cachekit.apply(pipe, "adaptive_guidance:m=3,linear=true") as attachment:
         expected, longer = tiny.latents(pipe, **call), attachment.report()
     assert torch.equal(found, expected)
-    assert report.warnings == ["spoiled_guidance: 1 output at step 1 was not finite and was not kept: computed instead"]
+    assert report.warnings == ["adaptive_guidance: 1 output at step 1 was not finite and was not kept: computed instead"]
     assert [count.missed for count in report.counts] == [1]
     assert report.macs == longer.macs
 
 
-class Recording(Forecast):
-    """Write down at which steps there was something to build on."""
+class Recording(Linear):
+    """Write down which steps there were to build on."""
 
     name: ClassVar[str] = "recording"
-    before: ClassVar[list[bool]] = []
+    seen: ClassVar[dict[int, list[int]]] = {}
 
-    def to_keep(self, output: Any, entry: Any, before: Any, at: Any) -> Any:
-        self.before.append(before is not None)
-        return super().to_keep(output, entry, before, at)
+    def predict(self, history: History, at: Moment, given: Any = ()) -> Any:
+        self.seen[at.step] = [entry.at.step for entry in history]
+        return super().predict(history, at, given)
 
 
-def test_a_history_starts_anew() -> None:
+class Recorded(Policy):
+    """Skip two blocks in every second step from step 4 on; their residual is extrapolated."""
+
+    name: ClassVar[str] = "recorded"
+
+    def choices(self) -> dict[str, Choice]:
+        return {"span": Choice(Span(first=1, stop=3), Every(n=2, first=4), Recording(of="residual"))}
+
+
+@pytest.mark.parametrize(("bad", "left"), [(2, [3]), (3, [2])])
+def test_a_history_loses_what_is_not_finite_and_no_more(bad: int, left: list[int]) -> None:
     pipe, inner = tiny.pixart(), "transformer_blocks.2.ff"
-    Recording.before.clear()
-    with poisoned(pipe.transformer, inner, "", NAN, 2), cachekit.apply(pipe, Recording(warm_up=5)) as attachment:
-        found, report = tiny.latents(pipe, steps=7), attachment.report()
-    assert Recording.before == [False, True, True, False, True, True]
-    assert report.warnings == ["recording: 1 output at step 2 was not finite and was not kept: computed instead"]
+    Recording.seen.clear()
+    with poisoned(pipe.transformer, inner, "", NAN, bad), cachekit.apply(pipe, Recorded()) as attachment:
+        found, report = tiny.latents(pipe, steps=5), attachment.report()
+    assert Recording.seen == {4: left}
+    assert report.warnings == [f"recorded: 1 output at step {bad} was not finite and was not kept: computed instead"]
     assert torch.isfinite(found).all()
 
 
@@ -161,9 +166,9 @@ def test_what_a_change_of_branches_makes_is_looked_at_too() -> None:
         def enlarge(step: int, t: Any, latents: Any) -> None:
             store = attachment.driver.state.run.keeper.store
             if step == 0:
-                large.update(store._entries)
-                for key, kept in list(store._entries.items()):
-                    store.put(*key, tuple(torch.full_like(tensor, 3e38) for tensor in kept))
+                large.update(store._histories)
+                for key, (newest,) in list(store._histories.items()):
+                    store.push(*key, Entry(tuple(torch.full_like(it, 3e38) for it in newest.tensors), newest.at), 1)
 
         found = tiny.latents(pipe, steps=4, callback=enlarge)
         report = attachment.report()

@@ -1,71 +1,49 @@
-"""Policies that use what no shipped one does: a history of residuals, and probes inside a call."""
+"""A policy that decides in the run: from the output of a probe inside a call."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-from cachekit import Action, Kind, Policy
+from cachekit import OPEN, Action, Choice, Policy, Reuse, Schedule, SiteMap, Where
 
 
-class Forecast(Policy):
-    """Skip a span of blocks; its residual is extrapolated on a line through the last two computed ones."""
+class BehindTheFirst(Where):
+    """All blocks of the first chain but its first, which is the probe."""
 
-    name: ClassVar[str] = "forecast"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
-    keeps_history: ClassVar[bool] = True
+    name: ClassVar[str] = "behind_the_first"
 
-    interval: int = 2
-    warm_up: int = 0
-    first: int = 1
-    stop: int = 3
+    def find(self, sites: SiteMap):
+        chain = sites.chains[0]
+        return [dataclasses.replace(sites.span(1, len(chain)), probe=chain[0].name)]
 
-    def select(self, sites):
-        return [sites.span(self.first, self.stop)]
 
-    def action(self, target, at):
-        full = at.step < self.warm_up or (at.step - at.origin) % self.interval == 0
-        return Action.STORE if full else Action.REUSE
+class Changed(Schedule):
+    """Computed where the probe's output has changed by `limit` since it last was."""
 
-    def to_keep(self, output, entry, before, at):
-        residuals = tuple(after - into for after, into in zip(output, entry))
-        return (residuals, at.step, *(before[:2] if before else (None, None)))
+    name: ClassVar[str] = "changed"
+    limit: float = 0.5
 
-    def restore(self, kept, entry, at):
-        residuals, step, older, older_step = kept
-        if older is None:
-            return tuple(into + new for into, new in zip(entry, residuals))
-        ahead = (at.step - step) / (step - older_step)
-        return tuple(into + (new + ahead * (new - old)) for into, new, old in zip(entry, residuals, older))
+    def action(self, at):
+        return OPEN
+
+    def probe(self, output, entry, at):
+        last, new = at.memory.get("last"), output[0]
+        if last is not None and changed(new, last) < self.limit:
+            return Action.REUSE
+        at.memory["last"] = new
+        return Action.STORE
 
 
 class FirstBlock(Policy):
     """Reuse the residual of all blocks but the first while the first one's output changes little."""
 
     name: ClassVar[str] = "first_block"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
 
     limit: float = 0.5
 
-    def select(self, sites):
-        chain = sites.chains[0]
-        return [dataclasses.replace(sites.span(1, len(chain)), probe=chain[0].name)]
-
-    def action(self, target, at):
-        return None
-
-    def probe(self, target, at, value, memory):
-        last, new = memory.get("last"), value[0]
-        if last is not None and changed(new, last) < self.limit:
-            return Action.REUSE
-        memory["last"] = new
-        return Action.STORE
-
-    def to_keep(self, output, entry, before, at):
-        return tuple(after - into for after, into in zip(output, entry))
-
-    def restore(self, kept, entry, at):
-        return tuple(into + residual for into, residual in zip(entry, kept))
+    def choices(self):
+        return {"blocks": Choice(BehindTheFirst(), Changed(limit=self.limit), Reuse(of="residual"))}
 
 
 def changed(new, last):

@@ -44,8 +44,8 @@ def coverage(
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
-    policies = installed().policies
-    specs = [JOIN.join(map(str, parse_all(text.split(JOIN), policies))) for text in spec or SPECS]
+    catalog = installed()
+    specs = [JOIN.join(map(str, parse_all(text.split(JOIN), catalog))) for text in spec or SPECS]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
     Coverage(specs, []).updating(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))

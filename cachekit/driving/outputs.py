@@ -11,6 +11,7 @@ from torch import Tensor
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
+from cachekit.errors import CachekitError, PolicyError
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.runs.call import Call
@@ -107,7 +108,7 @@ class OutputFinisher:
         start = time.perf_counter()
         seen = self._observation(call, inputs, each)
         for policy in self._setup.observing:
-            policy.observe(seen, call.keeper.memories.of(policy.name))
+            _observed(policy, seen, call.keeper.memories.of(policy.name))
         call.keeper.record.deciding_seconds += time.perf_counter() - start
 
     def _observation(self, call: Call, inputs: CallInputs, each: Outputs) -> CallObservation:
@@ -115,6 +116,18 @@ class OutputFinisher:
         scheduler = self._pipelines.scheduler_behind(inputs.timestep, self._state.pipeline)
         outputs, negated = {name: of[0] for name, of in each.items()}, call.calls.layout.negated
         return CallObservation(call.row.step, outputs, sample, inputs.timestep, scheduler, negated)
+
+
+def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> None:
+    """Show outputs to one policy; raises `PolicyError` where it raises."""
+    try:
+        policy.observe(seen, memory)
+    except CachekitError:
+        raise
+    except Exception as error:
+        raise PolicyError(
+            f"{policy}: observe at step {seen.step} raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:

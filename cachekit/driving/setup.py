@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import CachekitError, SiteError
+from cachekit.errors import CachekitError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Time
-from cachekit.interface.parts import Choice
+from cachekit.interface.parts import Choice, Where
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Kind, Region, SiteMap, Target
+from cachekit.interface.sites import Kind, Region, Site, SiteMap, Target
 from cachekit.planning.assignments import Assignment, Bound, assign
 from cachekit.planning.plan import Plan, make_plan
 from cachekit.registry.catalog import Catalog
@@ -111,16 +111,25 @@ def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
     """Find the targets of each of the policy's choices; raises `SiteError` for one that it can't act on."""
     found: list[tuple[Target, Choice]] = []
     for choice in policy.chosen().values():
-        try:
-            targets = choice.where.find(sites)
-        except SiteError as error:
-            raise SiteError(f"{policy}: {error}") from None
-        for target in targets:
+        for target in _found(policy, choice.where, sites):
             reason = _refusal(target, choice)
             if reason:
                 raise SiteError(f"{policy}: {reason}")
             found.append((target, choice))
     return found
+
+
+def _found(policy: Policy, where: Where, sites: SiteMap) -> Sequence[Target]:
+    """Ask a place for its targets, and check the answer."""
+    try:
+        targets = where.find(sites)
+    except SiteError as error:
+        raise SiteError(f"{policy}: {error}") from None
+    except Exception as error:
+        raise PolicyError(f"{policy}: find of {where} raised {type(error).__name__}: {error}") from error
+    if not isinstance(targets, (list, tuple)) or not all(isinstance(target, (Site, Region)) for target in targets):
+        raise PolicyError(f"{policy}: find of {where} returned {targets!r}; return a list of sites and regions")
+    return targets
 
 
 def _refusal(target: Target, choice: Choice) -> str:

@@ -681,7 +681,7 @@ def test_a_pipeline_made_from_an_attached_one_is_cached(pipe: Any) -> None:
 
 
 def kept_by(attachment: Any) -> list[weakref.ref[torch.Tensor]]:
-    entries = attachment.driver.state.run.keeper.store._entries.values()
+    entries = attachment.driver.state.run.keeper.store._histories.values()
     return [weakref.ref(tensor) for entry in entries for tensor in tensors(entry)]
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from support import tiny
-from support.policies import FirstBlock, Forecast
+from support.policies import FirstBlock
 
 import cachekit
-from cachekit import Region
+from cachekit import PolicyError, Region
 from cachekit.registry.catalog import installed
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -48,7 +48,7 @@ COMPOSITIONS: list[tuple[str, tuple[Any, ...]]] = [
     ("sd", ("deepcache:interval=2,branch=1", "adaptive_guidance:m=2,linear=true")),
     ("pixart", ("tgate:m=2,sp_interval=2",)),
     ("pixart", ("adaptive_guidance:threshold=-1,linear=true", "null_text:before=1")),
-    ("pixart", ("tgate:m=3", Forecast(first=0, stop=2, interval=3))),
+    ("pixart", ("tgate:m=3", "cache:where=span(first=0,stop=2),when=every(3),what=linear(of=residual)")),
 ]
 ERRORS = (RuntimeError, KeyboardInterrupt)
 OUTSIDE = (("scheduler", "scheduler", "step"), ("vae", "vae", "decode"))
@@ -207,10 +207,27 @@ def test_a_module_that_does_not_give_up_its_class_is_left_as_it_was() -> None:
 
 Adaptive = installed().policies["adaptive_guidance"]
 METHODS = {
-    Adaptive(threshold=-1, linear=True): ["decide", "observe", "branches_to_keep", "restore_branch"],
-    Adaptive(m=2): ["select", "stays", "action"],
-    FirstBlock(limit=9.0): ["select", "action", "probe", "to_keep", "restore"],
+    Adaptive(threshold=-1, linear=True): ["when.decide", "what.predict", "observe"],
+    Adaptive(m=2): ["choices", "where.find", "where.stays", "when.action"],
+    FirstBlock(limit=9.0): ["where.find", "when.action", "when.probe", "what.predict"],
 }
+#: Methods that `apply` calls.
+EARLY = ("choices", "where.find", "where.stays", "when.action")
+
+
+def with_broken(policy: Any, method: str) -> Any:
+    """Make a policy like this one, with a method of it or of one of its parts that raises."""
+    part, _, inner = method.rpartition(".")
+
+    def choices(self: Any) -> dict[str, Any]:
+        return {key: choice.with_parts(**{part: broken_part(getattr(choice, part))}) for key, choice in given.items()}
+
+    def broken_part(part: Any) -> Any:
+        return type("Bad", (type(part),), {inner: broken, "__module__": __name__})(**dict(part))
+
+    given = policy.choices()
+    changed = {"choices": choices} if part else {method: broken}
+    return type("Bad", (type(policy),), {**changed, "__module__": __name__})(**dict(policy))
 
 
 @pytest.mark.parametrize(
@@ -221,14 +238,16 @@ def test_a_policy_that_fails_costs_no_later_image(policy: Any, method: str) -> N
     plain = tiny.latents(pipe, steps=4)
     with cachekit.apply(pipe, policy):
         expected = tiny.latents(pipe, steps=4)
-    bad = type("Bad", (type(policy),), {method: broken, "__module__": __name__})(**policy.model_dump())
-    if method in ("select", "action", "stays"):
-        with tiny.leaves_no_trace(pipe), pytest.raises(Broken):
+    bad = with_broken(policy, method)
+    # The error names the policy, and keeps what was raised; what says nothing of a step is raised as it is.
+    if method in EARLY:
+        with tiny.leaves_no_trace(pipe), pytest.raises((PolicyError, Broken)) as caught:
             cachekit.apply(pipe, bad)
     else:
         cachekit.apply(pipe, bad)
-        with pytest.raises(Broken):
+        with pytest.raises(PolicyError, match=rf"^{policy.name}.*{method.rpartition('.')[2]}.* raised Broken") as caught:
             tiny.latents(pipe, steps=4)
+    assert Broken in (type(caught.value), type(caught.value.__cause__))
     cachekit.remove(pipe)
     assert torch.equal(tiny.latents(pipe, steps=4), plain)
     with cachekit.apply(pipe, policy):

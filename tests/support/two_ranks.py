@@ -17,8 +17,9 @@ from diffusers import ContextParallelConfig, FluxPipeline, WanPipeline
 from torch import distributed
 
 import cachekit
-from cachekit import Action, Kind, Policy
+from cachekit import Action, Choice, Policy, Reuse, Schedule, Where
 from cachekit.interface.sites import Region
+from cachekit.runs.keeping import Keeper
 from cachekit.runs.voting import Vote
 from support import tiny
 
@@ -55,13 +56,54 @@ def embedded(seed: int) -> torch.Tensor:
 # -- policies that decide by what they see -------------------------------------------------------------------------
 
 
-def behind_the_first(sites: Any) -> list[Region]:
-    """All blocks of the last chain but its first, as one region."""
-    return [sites.span(1, len(sites.chains[-1]), len(sites.chains) - 1)]
+class BehindTheFirst(Where):
+    """All blocks of the last chain but its first, as one region; with the first as its probe if `probed`."""
+
+    name: ClassVar[str] = "behind_the_first"
+    probed: bool = True
+
+    def find(self, sites: Any) -> list[Region]:
+        chain = sites.chains[-1]
+        region = sites.span(1, len(chain), len(sites.chains) - 1)
+        return [replace(region, probe=chain[0].name) if self.probed else region]
 
 
 #: Actions that the policies of this process asked for in the current run, before the vote.
 WISHES: list[Action] = []
+
+
+class Open(Schedule):
+    """Base of schedules that decide in the run."""
+
+    name: ClassVar[str] = "open"
+
+    def action(self, at: Any) -> None:
+        return None
+
+
+class Changed(Open):
+    """Computed where one part of the tokens has changed since the last step by `limit`."""
+
+    limit: float
+    parts: int
+
+    def probe(self, output: Any, entry: Any, at: Any) -> Action:
+        last, at.memory["last"] = at.memory.get("last"), output[0]
+        if last is None:
+            return noted(Action.STORE)
+        pairs = zip(output[0].chunk(self.parts, 1), last.chunk(self.parts, 1))
+        changes = [float((new - old).abs().mean() / new.abs().mean()) for new, old in pairs]
+        return noted(Action.REUSE if max(changes) < self.limit else Action.STORE)
+
+
+class Wished(Open):
+    """Reused on the first process only, from the second step on."""
+
+    def decide(self, at: Any) -> Action:
+        return wish(at.step)
+
+    def probe(self, output: Any, entry: Any, at: Any) -> Action:
+        return wish(at.step)
 
 
 class ByProbe(Policy):
@@ -71,25 +113,12 @@ class ByProbe(Policy):
     """
 
     name: ClassVar[str] = "by_probe"
-    kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.BLOCK})
 
     limit: float = 0.3
     parts: int = 1
 
-    def select(self, sites: Any) -> Any:
-        (region,) = behind_the_first(sites)
-        return [replace(region, probe=sites.chains[-1][0].name)]
-
-    def action(self, target: Any, at: Any) -> None:
-        return None
-
-    def probe(self, target: Any, at: Any, value: Any, memory: Any) -> Action:
-        last, memory["last"] = memory.get("last"), value[0]
-        if last is None:
-            return noted(Action.STORE)
-        pairs = zip(value[0].chunk(self.parts, 1), last.chunk(self.parts, 1))
-        changes = [float((new - old).abs().mean() / new.abs().mean()) for new, old in pairs]
-        return noted(Action.REUSE if max(changes) < self.limit else Action.STORE)
+    def choices(self) -> dict[str, Choice]:
+        return {"blocks": Choice(BehindTheFirst(), Changed(limit=self.limit, parts=self.parts), Reuse())}
 
 
 def noted(action: Action) -> Action:
@@ -97,44 +126,40 @@ def noted(action: Action) -> Action:
     return action
 
 
-class Stubborn(ByProbe):
+class Stubborn(Policy):
     """Skip on the first process only, from the second step on, whatever its probe shows."""
 
     name: ClassVar[str] = "stubborn"
+    probed: bool = True
 
-    def probe(self, target: Any, at: Any, value: Any, memory: Any) -> Action:
-        return wish(at.step)
-
-
-class StubbornAhead(ByProbe):
-    """Skip as `Stubborn` does, decided at the beginning of a step."""
-
-    name: ClassVar[str] = "stubborn_ahead"
-
-    def select(self, sites: Any) -> Any:
-        return behind_the_first(sites)
-
-    def decide(self, target: Any, at: Any, memory: Any) -> Action:
-        return wish(at.step)
-
-
-class Poisoned(ByProbe):
-    """Compute every second step; the second process keeps NaN at step 2."""
-
-    name: ClassVar[str] = "poisoned"
-
-    def select(self, sites: Any) -> Any:
-        return behind_the_first(sites)
-
-    def action(self, target: Any, at: Any) -> Action:
-        return Action.REUSE if at.step % 2 else Action.STORE
-
-    def to_keep(self, output: Any, entry: Any, before: Any, at: Any) -> Any:
-        return tuple(stream * float("nan") for stream in output) if at.step == 2 and rank() == 1 else output
+    def choices(self) -> dict[str, Choice]:
+        return {"blocks": Choice(BehindTheFirst(probed=self.probed), Wished(), Reuse())}
 
 
 def wish(step: int) -> Action:
     return noted(Action.REUSE if step and distributed.get_rank() == 0 else Action.STORE)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """Keep NaN at step 2 on the second process."""
+
+    def push(keeper: Any, slot: Any, branches: Any, entry: Any, *rest: Any) -> None:
+        if entry.at.step == 2 and rank() == 1:
+            entry = entry._replace(tensors=tuple(stream * float("nan") for stream in entry.tensors))
+        held(keeper, slot, branches, entry, *rest)
+
+    held, Keeper.push = Keeper.push, push
+    try:
+        yield
+    finally:
+        Keeper.push = held
+
+
+def run_poisoned(pipe: Any) -> dict[str, Any]:
+    """Compute every second step, and keep NaN once."""
+    with poisoned():
+        return run(pipe, "cache:where=span(first=1),when=every(2)")
 
 
 # -- what both processes do ----------------------------------------------------------------------------------------
@@ -231,8 +256,8 @@ SHARED = {
     "wan, observed": shared(wan, OBSERVED),
     "wan, probed": shared(wan, ByProbe()),
     "wan, stubborn": shared(wan, Stubborn()),
-    "wan, stubborn ahead": shared(wan, StubbornAhead()),
-    "wan, poisoned": shared(wan, Poisoned()),
+    "wan, stubborn ahead": shared(wan, Stubborn(probed=False)),
+    "wan, poisoned": lambda: run_poisoned(split(wan())),
 }
 OWN = {
     "observed": functools.partial(images_of_its_own, OBSERVED),

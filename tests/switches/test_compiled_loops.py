@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import tiny
 from support.compiling import Graphs, Way, blocks, counts, draw, eager, graphs, in_place, module, pixart
-from support.policies import FirstBlock, Forecast
+from support.policies import FirstBlock
 
 import cachekit
 from cachekit.errors import AttachmentError
@@ -19,7 +19,8 @@ __all__ = ["graphs"]
 
 # -- policies that look at what enters a region, or decide within a call -----------------------------------
 
-LINE, PROBE = Forecast(first=0, stop=2, interval=3), FirstBlock(limit=0.9)
+LINE = "cache:where=span(first=0,stop=2),when=every(3),what=linear(of=residual)"
+PROBE = FirstBlock(limit=0.9)
 
 
 @pytest.mark.parametrize("specs", [(LINE,), (PROBE,), (PROBE, "tgate:m=3")], ids=str)
@@ -42,7 +43,7 @@ def test_one_graph_of_the_whole_holds_a_forecast(graphs: Graphs) -> None:
         for _ in range(2):
             assert torch.equal(draw(pipe), expected)
             assert counts(attachment) == counted
-            assert graphs.count == 3  # steps that keep, that restore from one, and from two
+            assert graphs.count == 2  # steps that keep, and that add what was predicted before the call
 
 
 def test_a_graph_of_the_whole_is_left_for_a_probe(graphs: Graphs) -> None:

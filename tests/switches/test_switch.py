@@ -13,7 +13,7 @@ from support import tiny
 from torch import nn
 
 import cachekit
-from cachekit import Action, Kind, Policy, Region, Site
+from cachekit import Action, Choice, Every, Kind, Policy, Region, Reuse, Site, Sites
 from cachekit.planning.assignments import Assignment
 from cachekit.switches.parts import Exit, Member, Part
 from cachekit.switches.placeholders import Placeholder, Scratch, zeros_like
@@ -60,7 +60,7 @@ class Noting(Part):
 
 
 def bound(target: Any = SITE) -> Assignment:
-    return Assignment(Policy(), target)
+    return Assignment(Policy(), Choice(Sites(kinds="block"), Every(n=2), Reuse()), target)
 
 
 def switched(call: Any, *parts: Part) -> tuple[Double, Switch]:

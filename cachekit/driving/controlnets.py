@@ -19,7 +19,7 @@ from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
 from cachekit.switches.parts import Part
-from cachekit.switches.placeholders import Placeholder, zeros_like
+from cachekit.switches.placeholders import Placeholder, zeros, zeros_like
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import parameters_of
@@ -93,7 +93,8 @@ class ControlNetInterceptor:
             return self._present.note(forward(*args, **kwargs))
         if call.is_left_out and self._present.output is not None:
             call.keeper.record.shortened += 1
-            return tree_map(Placeholder(1, 1), self._present.output)
+            # Several ControlNets add up their outputs in place.
+            return tree_map(lambda like: zeros(like.shape, like), self._present.output)
         layout, skipped = call.calls.layout, self._skipped(call)
         call.keeper.record.shortened += bool(skipped) or call.narrowed_by is not None
         with self._present.skipping(skipped, len(layout.order) // len(call.branches)):

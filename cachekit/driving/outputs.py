@@ -125,9 +125,7 @@ def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> 
     except CachekitError:
         raise
     except Exception as error:
-        raise PolicyError(
-            f"{policy}: observe at step {seen.step} raised {type(error).__name__}: {error}"
-        ) from error
+        raise PolicyError(f"{policy}: observe at step {seen.step} raised {type(error).__name__}: {error}") from error
 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:

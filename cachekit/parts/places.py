@@ -130,7 +130,9 @@ class Span(Where):
         """Make the region; raises `SiteError` for a model without such blocks."""
         chain = self.chain_of(sites)
         length = len(sites.chains[chain])
-        first, stop = (end + length if end < 0 else end for end in (self.first, length if self.stop is None else self.stop))
+        first, stop = (
+            end + length if end < 0 else end for end in (self.first, length if self.stop is None else self.stop)
+        )
         if not 0 <= first < stop <= length:
             raise SiteError(
                 f"{stop - first} blocks up to block {stop - 1}, but chain {chain} of {sites.model} has blocks"

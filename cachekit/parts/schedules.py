@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.interface.moment import Action, Moment
+from cachekit.interface.moment import OPEN, Action, Moment
 from cachekit.interface.parts import Schedule
 
 
@@ -80,15 +80,24 @@ class Window(Schedule):
         return not self.holds(at) or self.when.full(at)
 
     def action(self, at: Moment) -> Action | None:
-        """Follow the inner schedule within the window; compute outside, and keep its full steps."""
+        """Follow the inner schedule within the window; compute outside, and keep its full steps.
+
+        Without a scheduler a window of timesteps leaves the steps between to the run, which computes them.
+        """
         action = self.when.action(at)
+        if self._has_timesteps and at.timestep is None and action is not Action.STORE:
+            return OPEN
         return action if self.holds(at) or action is Action.STORE else Action.COMPUTE
+
+    @property
+    def _has_timesteps(self) -> bool:
+        return self.low is not None or self.high is not None
 
     def holds(self, at: Moment) -> bool:
         """Whether the step is in the window."""
         if at.step < self.first or (self.stop is not None and at.step >= self.stop):
             return False
-        if self.low is None and self.high is None:
+        if not self._has_timesteps:
             return True
         low, high = (float(end if bound is None else bound) for bound, end in ((self.low, "-inf"), (self.high, "inf")))
         return at.timestep is not None and low < at.timestep < high

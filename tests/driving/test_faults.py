@@ -245,7 +245,9 @@ def test_a_policy_that_fails_costs_no_later_image(policy: Any, method: str) -> N
             cachekit.apply(pipe, bad)
     else:
         cachekit.apply(pipe, bad)
-        with pytest.raises(PolicyError, match=rf"^{policy.name}.*{method.rpartition('.')[2]}.* raised Broken") as caught:
+        with pytest.raises(
+            PolicyError, match=rf"^{policy.name}.*{method.rpartition('.')[2]}.* raised Broken"
+        ) as caught:
             tiny.latents(pipe, steps=4)
     assert Broken in (type(caught.value), type(caught.value.__cause__))
     cachekit.remove(pipe)

@@ -121,7 +121,9 @@ def test_a_lost_difference_makes_one_more_guided_step(
     with cachekit.apply(pipe, "adaptive_guidance:m=3,linear=true") as attachment:
         expected, longer = tiny.latents(pipe, **call), attachment.report()
     assert torch.equal(found, expected)
-    assert report.warnings == ["adaptive_guidance: 1 output at step 1 was not finite and was not kept: computed instead"]
+    assert report.warnings == [
+        "adaptive_guidance: 1 output at step 1 was not finite and was not kept: computed instead"
+    ]
     assert [count.missed for count in report.counts] == [1]
     assert report.macs == longer.macs
 

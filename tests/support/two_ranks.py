@@ -231,6 +231,7 @@ def unanimous() -> Iterator[None]:
         Vote.__call__ = held
 
 
+FORECAST = "forecast:interval=2"
 SPAN, OBSERVED = "delta_dit:boundary=3", "adaptive_guidance:threshold=0.925"
 #: Runs of one process, by the name of the scenario in `SHARED` that must give the same.
 ALONE = {
@@ -240,6 +241,8 @@ ALONE = {
     "wan, tgate": lambda: run(wan(), "tgate:keep=cond,m=3"),
     "wan, delta_dit": lambda: run(wan(), SPAN),
     "wan, observed": lambda: run(wan(), OBSERVED),
+    "wan, forecast": lambda: run(wan(), FORECAST),
+    "flux, forecast": lambda: run(flux(), FORECAST),
     "wan, probed": lambda: run(wan(), ByProbe(parts=2)),
 }
 SHARED = {
@@ -254,6 +257,8 @@ SHARED = {
     "wan, delta_dit, split late": lambda: late(wan(), SPAN),
     "wan, delta_dit, undone": lambda: undone(wan(), SPAN),
     "wan, observed": shared(wan, OBSERVED),
+    "wan, forecast": shared(wan, FORECAST),
+    "flux, forecast": shared(flux, FORECAST),
     "wan, probed": shared(wan, ByProbe()),
     "wan, stubborn": shared(wan, Stubborn()),
     "wan, stubborn ahead": shared(wan, Stubborn(probed=False)),

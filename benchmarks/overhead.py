@@ -1,17 +1,20 @@
 """Measure the overhead of attached policies, beside published packages and hand-written loops.
 
 `python -m benchmarks.overhead --model demo|sd15 --output FILE` alternates the contenders within one process and
-writes every time and the median ratios as JSON.
+writes every time and the median ratios as JSON. In the same rounds the plain pipeline is compared with its own copy:
+what that ratio differs from 1 by, the machine adds to the others. CPU times suffer less from other processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +30,9 @@ from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
 STEPS = {"demo": 25, "sd15": 10}
 PIXELS = {"sd15": 256}
 Run = Callable[[], Any]
+#: How the process allocates memory: freed memory is used again instead of being returned to the system, whose page
+#: faults would take half of the time on a CPU and differ from run to run.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
 
 
 def main() -> None:
@@ -39,11 +45,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
     options = parser.parse_args()
+    if MALLOC.items() - os.environ.items():
+        os.execve(
+            sys.executable, [sys.executable, "-m", "benchmarks.overhead", *sys.argv[1:]], {**os.environ, **MALLOC}
+        )
     torch.set_num_threads(options.threads)
     rounds = options.rounds or {"demo": 25, "sd15": 5}[options.model]
     measured: dict[str, Any] = {"comparisons": {}}
     for name, result in measure(options.model, rounds):
-        print(f"{options.model}: {name}: {result['ratio']:.4f}", flush=True)
+        noise = f", noise {result['noise']:.4f}" if "noise" in result else ""
+        print(f"{options.model}: {name}: {result['ratio']:.4f}, CPU {result['cpu_ratio']:.4f}{noise}", flush=True)
         measured["comparisons"][name] = result
         append(options.output, options.model, measured, options.threads)  # a run that is interrupted keeps these
     measured["deciding_ms"] = deciding_ms(options.model, rounds)
@@ -68,38 +79,52 @@ def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> 
 def measure(model: str, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measure the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
-    yield "attached no-op / plain", compare(*no_op(pipe, arguments), rounds)
+    yield "attached no-op / plain", compare(no_op(pipe, arguments), rounds)
     for branch in (0, 1):
         name = f"cachekit deepcache / published DeepCache, branch {branch}"
-        yield name, compare(*deepcache(pipe, arguments, branch), rounds)
-    yield "cachekit tgate / published tgate", compare(*tgate(pipe, arguments), rounds)
-    yield "plain / its copy: the noise", compare(*plain(pipe, arguments), rounds)
+        yield name, compare(deepcache(pipe, arguments, branch), rounds)
+    yield "cachekit tgate / published tgate", compare(tgate(pipe, arguments), rounds)
     if model == "demo":  # on a true size the loops by hand take long and say the same
         yield from measure_by_hand(pipe, arguments, rounds)
 
 
 def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Compare the speedup of TGATE with that of a minimal loop by hand."""
-    ours = compare(*cached_and_plain(pipe, arguments), rounds)
+    ours = compare(cached_and_plain(pipe, arguments), rounds)
     yield "cachekit tgate / plain", ours
-    hands = compare(*by_hand(pipe, arguments), rounds)
+    hands = compare(by_hand(pipe, arguments), rounds)
     yield "tgate by hand / plain loop by hand", hands
-    yield "speedup of cachekit tgate / of tgate by hand", {"ratio": hands["ratio"] / ours["ratio"], "seconds": []}
+    ratios = {name: hands[name] / ours[name] for name in ("ratio", "cpu_ratio")}
+    yield "speedup of cachekit tgate / of tgate by hand", {**ratios, "seconds": []}
 
 
-def compare(one: Run, other: Run, rounds: int) -> dict[str, Any]:
-    """Time both in turn, after one warm-up each: median seconds, and the median of the ratios of pairs."""
-    one(), other()
-    times: tuple[list[float], list[float]] = ([], [])
+def compare(runs: Sequence[Run], rounds: int) -> dict[str, Any]:
+    """Time two or three runs in turn, after a warm-up each: median seconds, and the medians of the ratios of pairs.
+
+    The first is compared with the second; the third, if there is one, with the second too: it does the same, so its
+    ratio is noise.
+    """
+    for run in runs:
+        run()
+    wall: list[list[float]] = [[] for _ in runs]
+    cpu: list[list[float]] = [[] for _ in runs]
+    orders = list(itertools.permutations(range(len(runs))))
     for round_ in range(rounds):
-        # They take turns to go first, so that a machine that slows down favours neither.
-        order = (0, 1) if round_ % 2 else (1, 0)
-        for place in order:
-            start = time.perf_counter()
-            (one, other)[place]()
-            times[place].append(time.perf_counter() - start)
-    ratio = median(first / second for first, second in zip(*times))
-    return {"ratio": ratio, "seconds": [median(times[0]), median(times[1])], "times": times}
+        # They take turns to go first, so that a machine that slows down favours none.
+        for place in orders[round_ % len(orders)]:
+            start = time.perf_counter(), time.process_time()
+            runs[place]()
+            wall[place].append(time.perf_counter() - start[0])
+            cpu[place].append(time.process_time() - start[1])
+    found = {"ratio": pairs(wall[0], wall[1]), "cpu_ratio": pairs(cpu[0], cpu[1])}
+    if len(runs) > 2:
+        found |= {"noise": pairs(wall[2], wall[1]), "cpu_noise": pairs(cpu[2], cpu[1])}
+    return {**found, "seconds": [median(wall[0]), median(wall[1])], "times": wall, "cpu_times": cpu}
+
+
+def pairs(one: Sequence[float], other: Sequence[float]) -> float:
+    """Compute the median of the ratios of pairs."""
+    return median(first / second for first, second in zip(one, other))
 
 
 def prepare(model: str) -> tuple[Any, dict[str, Any]]:
@@ -116,18 +141,13 @@ def prepare(model: str) -> tuple[Any, dict[str, Any]]:
     return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
 
 
-def plain(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Make the plain run twice: how far their ratio is from 1 is what the machine adds to every other."""
-    one, other = twins(pipe)
-    return lambda: one(**arguments), lambda: other(**arguments)
-
-
-def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Make a run with all switches installed that change nothing, and the plain run."""
+def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run, Run]:
+    """Make a run with all switches installed that change nothing, the plain run, and the plain run of a copy."""
     steps = arguments["num_inference_steps"]
     attached, plain = twins(pipe)
+    copy = twin(plain)
     cachekit.apply(attached, [f"tgate:m={steps}", "deepcache:interval=1", f"adaptive_guidance:m={steps}"])
-    return lambda: attached(**arguments), lambda: plain(**arguments)
+    return lambda: attached(**arguments), lambda: plain(**arguments), lambda: copy(**arguments)
 
 
 def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:

@@ -93,10 +93,14 @@ def overhead_table() -> str:
         title = f"{model}, {held['steps']} steps"
         for name, result in held["comparisons"].items():
             seconds = " / ".join(f"{value:.3f}" for value in result["seconds"]) or "-"
-            rows.append([title, name, seconds, f"{result['ratio']:.3f}"])
+            ratios = [f"{result[key]:.3f}" if key in result else "-" for key in ("ratio", "noise", "cpu_ratio")]
+            rows.append([title, name, seconds, *ratios])
         if "deciding_ms" in held:
-            rows.append([title, "deciding per step, tgate + deepcache", f"{held['deciding_ms'] / 1e3:.6f}", "-"])
-    return markdown(["model", "comparison", "seconds", "ratio of wall times"], rows, left=2) if rows else ""
+            rows.append(
+                [title, "deciding per step, tgate + deepcache", f"{held['deciding_ms'] / 1e3:.6f}", "-", "-", "-"]
+            )
+    header = ["model", "comparison", "seconds", "ratio of wall times", "of plain and its copy", "ratio of CPU times"]
+    return markdown(header, rows, left=2) if rows else ""
 
 
 def grid_table(name: str) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cachekit.applying import apply as apply
+    from cachekit.applying import attachment as attachment
+    from cachekit.applying import sites as sites
     from cachekit.attaching.attachment import Attachment as Attachment
     from cachekit.attaching.removal import remove as remove
     from cachekit.costs.estimate import Estimate as Estimate
@@ -79,7 +81,7 @@ __version__ = "0.1.0"
 
 #: The module that defines each public name.
 _HOMES = {
-    "applying": ["apply"],
+    "applying": ["apply", "attachment", "sites"],
     "attaching.attachment": ["Attachment"],
     "attaching.removal": ["remove"],
     "costs.estimate": ["Estimate", "estimate"],

@@ -11,6 +11,7 @@ from cachekit.costs.fitting import Fitter
 from cachekit.costs.replay import cost_of
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
+from cachekit.interface.sites import SiteMap
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.limit import Limit
@@ -63,3 +64,24 @@ def apply(
     attachment = Attachment(Setup.of(denoisers, policies, catalog), limit, cost_of, Fitter(limit))
     attachment.install(pipe)
     return attachment
+
+
+def attachment(pipe: Any) -> Attachment | None:
+    """Find the attachment of a pipeline or denoiser that `apply` has made; None where there is none.
+
+    Raises `AdapterError` for an object without a denoiser.
+    """
+    found = (attachment_of(denoiser) for denoiser in denoisers_of(pipe).values())
+    return next((one for one in found if isinstance(one, Attachment)), None)
+
+
+def sites(pipe: Any, *, catalog: Catalog | None = None) -> dict[str, SiteMap]:
+    """Find where policies can act in each denoiser of a pipeline, by its name in the pipeline.
+
+        for name, found in cachekit.sites(pipe).items():
+            print(name, found.describe())
+
+    Raises `AdapterError` where no adapter matches, or more than one.
+    """
+    known = catalog or installed()
+    return {name: known.adapter_for(module).sites(module) for name, module in denoisers_of(pipe).items()}

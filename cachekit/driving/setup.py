@@ -116,6 +116,8 @@ def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
             if reason:
                 raise SiteError(f"{policy}: {reason}")
             found.append((target, choice))
+    if not found and policy.choices():
+        raise SiteError(f"{policy}: found nothing to act on, but {sites.describe()}; use another policy")
     return found
 
 

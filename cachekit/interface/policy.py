@@ -73,6 +73,11 @@ class Policy(Part):
         `memory` is what the policy's schedules have as `Moment.shared`.
         """
 
+    @property
+    def caution(self) -> str:
+        """What users should hear of these settings in the report of a run; "" if there is nothing."""
+        return ""
+
     # -- text ---------------------------------------------------------------------------------------------
 
     def given(self) -> Iterator[tuple[str, Any]]:

@@ -129,13 +129,15 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """A line for each policy that never reused anything, and for each whose outputs could not be kept."""
+        """A line for each policy that never reused anything, that calls for caution, or lost what it kept."""
         reused: dict[str, int] = defaultdict(int)
         for count in (count for report in (*self.earlier, self) for count in report.counts):
             reused[count.policy] += count.reused
         idle = (policy for policy, total in reused.items() if not total)
         never = [f"{policy} never fired in this run of {self.steps} {self._guided} steps" for policy in idle]
-        return [*never, *self._discarded()]
+        policies = dict.fromkeys(bound.policy for bound in self._assignments)
+        cautions = (policy.caution for policy in policies if str(policy) in reused and reused[str(policy)])
+        return [*never, *filter(None, cautions), *self._discarded()]
 
     def _discarded(self) -> Iterator[str]:
         places: dict[tuple[str, str], list[int]] = defaultdict(list)

@@ -32,6 +32,16 @@ class Forecast(Policy):
     last: bool = True
     first: int = Field(1, ge=1)
 
+    @property
+    def caution(self) -> str:
+        """Why a longer interval is a risk."""
+        if self.interval <= 2 or self.order == 0:
+            return ""
+        return (
+            f"{self}: above an interval of 2 an extrapolation can miss by far; compare with calibrated:interval="
+            f"{self.interval}"
+        )
+
     def choices(self) -> Mapping[str, Choice]:
         """Choose the denoiser as a whole."""
         what = {0: Reuse(of=self.of), 1: Linear(of=self.of)}.get(self.order, Taylor(order=self.order, of=self.of))

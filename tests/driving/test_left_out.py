@@ -407,3 +407,21 @@ def test_a_schedule_of_timesteps_is_open_without_a_scheduler() -> None:
     assert None not in planned
     assert planned == done
     assert Action.REUSE in planned
+
+
+def test_a_long_interval_points_to_calibrated() -> None:
+    pipe = tiny.small()
+    for spec, expected in (("forecast:interval=2", []), ("forecast:interval=3,order=0", [])):
+        assert drawn(pipe, spec)[1].warnings == expected
+    (line,) = drawn(pipe, "forecast:interval=3")[1].warnings
+    assert line.startswith("forecast:interval=3: above an interval of 2")
+    assert line.endswith("compare with calibrated:interval=3")
+
+
+def test_what_is_attached_and_where_policies_can_act() -> None:
+    pipe = tiny.small()
+    assert cachekit.attachment(pipe) is None
+    with cachekit.apply(pipe, FORECAST) as attachment:
+        assert cachekit.attachment(pipe) is cachekit.attachment(pipe.unet) is attachment
+    assert cachekit.attachment(pipe) is None
+    assert cachekit.sites(pipe)["unet"].model == "UNet2DConditionModel"

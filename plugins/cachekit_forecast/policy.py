@@ -7,7 +7,19 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import Choice, Every, Linear, Policy, Reuse, Schedule, StandIn, Taylor, Where, WholeDenoiser
+from cachekit import (
+    Calibrated,
+    Choice,
+    Every,
+    Linear,
+    Policy,
+    Reuse,
+    Schedule,
+    StandIn,
+    Taylor,
+    Where,
+    WholeDenoiser,
+)
 
 
 class Forecast(Policy):
@@ -36,6 +48,26 @@ class Forecast(Policy):
         """Choose the denoiser as a whole."""
         what = {0: Reuse(of=self.of), 1: Linear(of=self.of)}.get(self.order, Taylor(order=self.order, of=self.of))
         return {"denoiser": Choice(WholeDenoiser(), Every(n=self.interval, first=self.first, last=self.last), what)}
+
+
+class CalibratedForecast(Policy):
+    """Calibrated forecast: the denoiser runs every `interval` steps; between them its output is a weighted sum.
+
+    v_i = sum_j w_ij q_j, where the q are the last two outputs of each guidance branch and the sample; in full steps,
+    the last one included, what was computed is corrected by the same kind of sum. The weights are in `file`, which
+    `cachekit calibrate` makes for one model, scheduler, number of steps, interval and guidance scale: a run that
+    differs is refused. Without a file, the calibrations of the embedded models are looked through.
+    """
+
+    name: ClassVar[str] = "calibrated"
+    summary: ClassVar[str] = "run the denoiser every few steps, with weights measured on the model between them"
+
+    file: str | None = None
+    interval: int = Field(4, ge=1)
+
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose the denoiser as a whole."""
+        return {"denoiser": Choice(WholeDenoiser(), Every(n=self.interval, last=True), Calibrated(file=self.file))}
 
 
 class Cache(Policy):

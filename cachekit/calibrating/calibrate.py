@@ -6,22 +6,23 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Union
 
 from pydantic import PrivateAttr
+from typing_extensions import Self
 
 from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
-from cachekit.calibrating.calibration import Calibration, Fit, StepFit, versions
+from cachekit.calibrating.calibration import Calibration, Fit, versions
 from cachekit.calibrating.key import guidance_of, key_of
 from cachekit.calibrating.lockstep import Exchange, Lockstep, alone
 from cachekit.calibrating.standins import Recorder
-from cachekit.calibrating.sums import Sums
 from cachekit.calibrating.trajectories import Batch, Reference
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
-from cachekit.interface.parts import Choice
+from cachekit.interface.parts import Choice, StandIn
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import DENOISER
 from cachekit.interface.specs import Spec, parse
@@ -36,6 +37,8 @@ Prompt = Union[str, Mapping[str, Any]]
 Progress = Callable[[int, int], None]
 #: One guidance scale or several; None is the pipeline's own.
 Scales = Union[float, Sequence[float], None]
+#: What a pipeline's copy runs within, given its arguments.
+Within = Callable[[Any, dict[str, Any]], AbstractContextManager[None]]
 #: Where a batch has the seeds of its noise.
 _SEEDS = "seeds"
 
@@ -73,7 +76,7 @@ def calibrate(
     if not prompts:
         raise CalibrationError("no prompts to calibrate with; give a few, such as 16")
     scales = [guidance_scale] if guidance_scale is None or isinstance(guidance_scale, (int, float)) else guidance_scale
-    choice = _choice(spec, catalog or installed())
+    choice = choice_of(spec, catalog or installed())
     aim = reference_steps or num_inference_steps
     length = aim + num_inference_steps
     found = []
@@ -84,7 +87,7 @@ def calibrate(
     return Calibration.merge(*found)
 
 
-def _choice(spec: Spec, catalog: Catalog) -> Choice:
+def choice_of(spec: Spec, catalog: Catalog) -> Choice:
     """Find the one choice of a policy, at the denoiser."""
     policy = parse(spec, catalog)
     choices = list(policy.chosen().values())
@@ -99,16 +102,23 @@ def _shifted(progress: Progress | None, before: int, total: int) -> Callable[[in
     return lambda done: progress(before + done, total) if progress else None
 
 
-class _Calibrating(Policy):
-    """A choice whose stand-in records."""
+class Whole(Policy):
+    """A choice at the denoiser, with another stand-in in place of its own."""
 
-    name: ClassVar[str] = "calibrate"
-    summary: ClassVar[str] = "records what a calibration is made of"
+    name: ClassVar[str] = "whole"
+    summary: ClassVar[str] = "a choice with another stand-in"
 
     _choice: Choice = PrivateAttr()
 
+    @classmethod
+    def of(cls, choice: Choice, what: StandIn) -> Self:
+        """Replace the stand-in of a choice."""
+        policy = cls()
+        policy._choice = choice.with_parts(what=what)
+        return policy
+
     def choices(self) -> Mapping[str, Choice]:
-        """Choose what is calibrated."""
+        """Choose the denoiser."""
         return {"denoiser": self._choice}
 
 
@@ -121,8 +131,7 @@ class _Calibrator:
             raise CalibrationError(f"{type(pipe).__name__} has the denoisers {names}; only one can be calibrated")
         self._pipe, self._steps, self._reference_steps, self._arguments = pipe, steps, reference_steps, arguments
         self._recorder = Recorder()
-        self._policy = _Calibrating()
-        self._policy._choice = choice.with_parts(what=self._recorder)
+        self._policy = Whole.of(choice, self._recorder)
 
     def run(
         self,
@@ -135,7 +144,7 @@ class _Calibrator:
         lock = Lockstep(len(batches), _turns(self._pipe), exchange)
         with apply(self._pipe, self._policy, catalog=catalog) as attachment:
             works = [
-                partial(self._run_batch, attachment, batch, partial(lock.meet, place), () if place else (show,))
+                partial(self._run_batch, attachment, batch, lock, place, () if place else (show,))
                 for place, batch in enumerate(batches)
             ]
             run, *_ = lock.run(works)
@@ -146,28 +155,33 @@ class _Calibrator:
         self,
         attachment: Attachment,
         batch: Mapping[str, Any],
-        meet: Callable[[int, Sums], StepFit],
+        lock: Lockstep,
+        place: int,
         shows: Sequence[Callable[[int], None]],
     ) -> Beginning:
         """Run one batch uncached, then cached, and get what the cached run began with."""
-        reference = Reference()
-        done = itertools.count(1)
+        reference, done = Reference(), itertools.count(1)
+        cached = Batch(self._recorder, reference, partial(lock.meet, place))
 
-        def watch(make: Callable[[StepCall], Any], call: StepCall) -> Any:
-            made = make(call)
-            for show in shows:
-                show(next(done))
-            return made
+        def watched_run(watch: Callable[[StepCall], Any], steps: int, within: Within) -> Any:
+            given = self._call(batch, steps)
+            with lock.entering() as enter:
 
-        with attachment.paused():
-            twin = watched(self._pipe, partial(watch, reference.watch))
-            twin(**self._call(batch, self._reference_steps))
-        reference.finish(twin.scheduler)
-        cached = Batch(self._recorder, reference, meet)
-        twin = watched(self._pipe, partial(watch, cached.watch))
-        given = self._call(batch, self._steps)
-        with attachment.run_of(twin, (), given):
-            twin(**given)
+                def step(call: StepCall) -> Any:
+                    enter()
+                    made = watch(call)
+                    for show in shows:
+                        show(next(done))
+                    return made
+
+                twin = watched(self._pipe, step)
+                with within(twin, given):
+                    twin(**given)
+                return twin.scheduler
+
+        scheduler = watched_run(reference.watch, self._reference_steps, lambda twin, given: attachment.paused())
+        reference.finish(scheduler)
+        watched_run(cached.watch, self._steps, lambda twin, given: attachment.run_of(twin, (), given))
         return self._recorder.run
 
     def _call(self, batch: Mapping[str, Any], steps: int) -> dict[str, Any]:

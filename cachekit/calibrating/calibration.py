@@ -78,7 +78,7 @@ class Fit(Numbers):
 
     guidance: float
     prompts: int = Field(ge=1)
-    runs: int = Field(1, ge=1)
+    runs: int = Field(default=1, ge=1)
     steps: list[StepFit]
 
     def plus(self, other: Fit) -> Fit:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from operator import add
@@ -29,6 +30,7 @@ class Lockstep:
         """Wait for `batches` threads in each step."""
         self.fits: list[StepFit] = []
         self._turns = threading.Semaphore(turns)
+        self._entrance = threading.Lock()
         self._exchange = exchange
         self._sums: list[Sums | None] = [None] * batches
         self._barrier = threading.Barrier(batches, action=self._solve)
@@ -42,6 +44,16 @@ class Lockstep:
         finally:
             self._turns.acquire()
         return self.fits[step]
+
+    @contextlib.contextmanager
+    def entering(self) -> Iterator[Callable[[], None]]:
+        """Keep other threads out of this block until the function that it is given is called, or it ends.
+
+        Before their loop, pipelines use tokenizers, which are no good in several threads.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._entrance)
+            yield stack.close
 
     def _solve(self) -> None:
         # In the order of the batches, so that rounding doesn't depend on which thread came first.

@@ -11,12 +11,16 @@ if TYPE_CHECKING:
     from cachekit.applying import sites as sites
     from cachekit.attaching.attachment import Attachment as Attachment
     from cachekit.attaching.removal import remove as remove
+    from cachekit.calibrating.calibrate import calibrate as calibrate
+    from cachekit.calibrating.calibration import Calibration as Calibration
+    from cachekit.calibrating.standins import Calibrated as Calibrated
     from cachekit.costs.estimate import Estimate as Estimate
     from cachekit.costs.estimate import estimate as estimate
     from cachekit.errors import AdapterError as AdapterError
     from cachekit.errors import AttachmentError as AttachmentError
     from cachekit.errors import BudgetError as BudgetError
     from cachekit.errors import CachekitError as CachekitError
+    from cachekit.errors import CalibrationError as CalibrationError
     from cachekit.errors import ConflictError as ConflictError
     from cachekit.errors import CostError as CostError
     from cachekit.errors import GuidanceError as GuidanceError
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from cachekit.errors import SpecError as SpecError
     from cachekit.interface.adapter import Adapter as Adapter
     from cachekit.interface.adapter import Layout as Layout
+    from cachekit.interface.beginning import Beginning as Beginning
     from cachekit.interface.moment import OPEN as OPEN
     from cachekit.interface.moment import Action as Action
     from cachekit.interface.moment import Entry as Entry
@@ -84,12 +89,16 @@ _HOMES = {
     "applying": ["apply", "attachment", "sites"],
     "attaching.attachment": ["Attachment"],
     "attaching.removal": ["remove"],
+    "calibrating.calibrate": ["calibrate"],
+    "calibrating.calibration": ["Calibration"],
+    "calibrating.standins": ["Calibrated"],
     "costs.estimate": ["Estimate", "estimate"],
     "errors": [
         "AdapterError",
         "AttachmentError",
         "BudgetError",
         "CachekitError",
+        "CalibrationError",
         "ConflictError",
         "CostError",
         "GuidanceError",
@@ -100,6 +109,7 @@ _HOMES = {
         "SpecError",
     ],
     "interface.adapter": ["Adapter", "Layout"],
+    "interface.beginning": ["Beginning"],
     "interface.observation": ["Observation"],
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],

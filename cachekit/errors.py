@@ -53,6 +53,10 @@ class GuidanceError(CachekitError):
     """Guidance that a policy cannot handle: branches that cannot be separated safely, or outputs without a known x0."""
 
 
+class CalibrationError(CachekitError):
+    """A calibration that can't be made or read, or that was made for something else than the present run."""
+
+
 class PluginError(CachekitError):
     """A plugin that raised within a hook, or that registered a name already taken."""
 

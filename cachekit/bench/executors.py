@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -18,6 +17,7 @@ from typing import Any
 from cachekit.bench.cells import BenchError, Cell, Setting
 from cachekit.bench.results import Result
 from cachekit.bench.workbench import measure
+from cachekit.clusters import cluster, imported_ray
 from cachekit.errors import nearest
 
 __all__ = ["EXECUTORS", "Outcome", "executor"]
@@ -98,9 +98,9 @@ def _choose_gpu(place: int, device: str | None) -> None:
 
 
 def _ray(setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
-    ray = _imported()
+    ray = imported_ray()
     count = min(workers, len(cells))
-    with _cluster(ray, count, setting.threads or 1):
+    with cluster(ray, count, setting.threads or 1):
         begin = partial(ray.remote(**_share(ray, setting, count))(_Actor).remote, setting)
         left = iter(cells)
         busy = {one.attempt.remote(cell): (one, cell) for cell in islice(left, count) for one in [begin()]}
@@ -124,39 +124,6 @@ class _Actor:
     def attempt(self, cell: Cell) -> Result | str:
         """Measure a cell; return its result, or one line with the reason of its failure."""
         return attempt(self._setting, cell)
-
-
-def _imported() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise BenchError("the ray executor needs Ray: pip install 'cachekit-diffusion[ray]'") from error
-    return ray
-
-
-@contextmanager
-def _cluster(ray: Any, workers: int, threads: int) -> Iterator[None]:
-    """Use the running or named cluster, or else start one on this machine; shut down only what was started here."""
-    begun = not ray.is_initialized()
-    if begun:
-        # Ray runs its workers at low priority, so on a busy machine their times would grow.
-        first = {"worker_niceness": 0}
-        own = {"address": "local", "num_cpus": workers * threads, "include_dashboard": False, "_system_config": first}
-        _begin(ray, {} if os.environ.get("RAY_ADDRESS") else own)
-    try:
-        yield
-    finally:
-        if begun:
-            ray.shutdown()
-
-
-def _begin(ray: Any, given: dict[str, Any]) -> None:
-    try:
-        ray.init(log_to_driver=False, configure_logging=False, **given)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = f"the cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}" if not given else "Ray on this machine"
-        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        raise BenchError(f"cannot use {where}: {reason}") from error
 
 
 def _share(ray: Any, setting: Setting, workers: int) -> dict[str, Any]:

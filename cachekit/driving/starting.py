@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from cachekit.driving.inputs import CallInputs
@@ -19,8 +20,11 @@ from cachekit.guidance.detection import (
     refuse_narrowing,
 )
 from cachekit.interface.adapter import Layout
-from cachekit.interface.moment import Time
+from cachekit.interface.beginning import Beginning
+from cachekit.interface.moment import Moment, Time
+from cachekit.interface.parts import StandIn
 from cachekit.reports.record import Fit
+from cachekit.runs.border import asked
 from cachekit.runs.clock import Clock
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
@@ -81,7 +85,7 @@ class RunStarter:
         times = times_of(scheduler, inputs.timestep, steps, layout.negated)
         self._refuse_unknown(times, scheduler)
         fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps, times))
-        return Run(
+        run = Run(
             self._setup.plan(steps, layout, fit.dropped, times),
             layout,
             steps,
@@ -93,6 +97,28 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
+        self._begin(run, scheduler, pipeline)
+        return run
+
+    def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:
+        """Prepare the stand-ins for a run; one that doesn't serve it raises."""
+        for index, bound in enumerate(self._setup.assignments):
+            what = bound.choice.what
+            if type(what).begin is StandIn.begin or bound.is_guidance or index in run.plan.dropped:
+                continue
+            beginning = Beginning(
+                self._setup.denoisers[bound.denoiser].module,
+                scheduler,
+                pipeline.arguments if pipeline else {},
+                run.record.steps,
+                run.plan.times,
+                run.layout,
+                bound.choice.when,
+                run.plan.full(index),
+            )
+            shared = run.keeper.memories.of(bound.policy.name)
+            at = Moment(0, run.record.steps, target=bound.target, shared=shared)
+            asked(bound, "begin", at, partial(what.begin, beginning, shared))
 
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None

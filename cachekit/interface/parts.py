@@ -14,6 +14,7 @@ from cachekit.interface.sites import SiteMap, Target
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
+    from cachekit.interface.beginning import Beginning
 
 #: What a stand-in is made for: the output itself, the output minus what entered, or the clean sample it implies.
 Quantity = Literal["output", "residual", "x0"]
@@ -157,6 +158,12 @@ class StandIn(Part):
     def entries(self) -> int | None:
         """How many entries this stand-in reads: `length`, unless a field decides."""
         return self.length
+
+    def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
+        """Prepare for a run, or refuse it with a `CachekitError` before anything is computed.
+
+        `shared` is what the other methods have as `Moment.shared`, except where costs are counted: there it is empty.
+        """
 
     def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
         """Weigh the entries made at `times`, the newest first; the moment's `time` is what they are to predict."""

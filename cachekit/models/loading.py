@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 #: The embedded models, by their names on the command line.
 DEMOS = {"demo": "unet", "demo-dit": "dit"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
+#: Short names of schedulers: the first class of each that a pipeline takes.
+SCHEDULERS = {
+    "euler": ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+    "dpm++": ("DPMSolverMultistepScheduler",),
+    "unipc": ("UniPCMultistepScheduler",),
+    "ddim": ("DDIMScheduler",),
+}
 DTYPES = ("float32", "float16", "bfloat16")
 #: Errors that diffusers raises for files that are missing, damaged or not what it expects.
 _DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError)
@@ -97,12 +104,13 @@ def precision(name: str | None) -> dict[str, Any]:
 
 
 def scheduler_for(pipe: Any, name: str) -> Any:
-    """Make a scheduler with the settings of the pipeline's own; `name` may lack the suffix "Scheduler".
+    """Make a scheduler with the settings of the pipeline's own; `name` may lack the suffix "Scheduler" or be short.
 
     Raises `ModelError` where the pipeline doesn't take it.
     """
     known = {kind.__name__: kind for kind in pipe.scheduler.compatibles}
-    kind = known.get(name) or known.get(f"{name}Scheduler")
+    names = (name, f"{name}Scheduler", *SCHEDULERS.get(name, ()))
+    kind = next((known[one] for one in names if one in known), None)
     if kind is None:
         allowed = ", ".join(sorted(known))
         raise ModelError(f"unknown scheduler {name!r}{nearest(name, known)}; {type(pipe).__name__} takes: {allowed}")

@@ -70,6 +70,10 @@ class Plan:
                         found[step].add((index, branch))
         return tuple(map(frozenset, found))
 
+    def full(self, index: int) -> tuple[int, ...]:
+        """List the steps in which assignment `index` isn't known to be reused."""
+        return tuple(row.step for row in self.rows if row.actions[index] is not Action.REUSE)
+
     def columns(self) -> list[Column]:
         """List (spec, name of the target, kind, a mark for each step) for each assignment."""
         return [

@@ -51,7 +51,7 @@ def like_kept(bound: Assignment, method: str, at: Moment, made: Any, kept: Strea
 
 def origin(bound: Assignment, method: str, at: Moment) -> str:
     """Name the policy, the method of a part of it, the target and the step."""
-    part = bound.choice.what if method in ("predict", "amend") else bound.choice.when
+    part = bound.choice.what if method in ("begin", "predict", "amend") else bound.choice.when
     return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit import Policy, hookimpl
+from cachekit import Policy, StandIn, hookimpl
 
 
 @hookimpl
 def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
-    """Register `forecast` and `cache`."""
-    from .policy import Cache, Forecast
+    """Register `forecast`, `calibrated` and `cache`."""
+    from .policy import Cache, CalibratedForecast, Forecast
 
-    register(Forecast)
-    register(Cache)
+    for policy in (Forecast, CalibratedForecast, Cache):
+        register(policy)
+
+
+@hookimpl
+def cachekit_register_stand_ins(register: Callable[[type[StandIn]], None]) -> None:
+    """Register `calibrated`."""
+    from cachekit import Calibrated
+
+    register(Calibrated)

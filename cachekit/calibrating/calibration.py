@@ -1,0 +1,252 @@
+"""Calibrations: the weights of each step, what they were made for, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+from typing_extensions import Self
+
+from cachekit.calibrating.key import Key, Numbers
+from cachekit.calibrating.sums import Sums
+from cachekit.errors import CalibrationError
+
+#: The version of the file.
+VERSION = 1
+#: Where the calibrations of the embedded models are; `benchmarks/calibrations.py` makes them.
+FOLDER = Path(__file__).parents[1] / "models" / "demo" / "calibrations"
+#: Weights of a step, by the name of the term.
+Weights = Mapping[str, float]
+
+
+class StepFit(Numbers):
+    """One step: its weights by term, the error they leave, and the sums that they were solved from.
+
+    `products` has the rows of the lower triangle, `error` is relative to the root mean square of what was wanted.
+    """
+
+    weights: dict[str, float] = Field(min_length=1)
+    error: float = Field(ge=0)
+    products: list[list[float]]
+    targets: list[float]
+    square: float = Field(ge=0)
+    elements: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> Self:
+        sizes = [len(row) for row in self.products]
+        if sizes != list(range(1, len(self.weights) + 1)) or len(self.targets) != len(self.weights):
+            raise ValueError(f"{len(self.weights)} weights, but sums of other sizes")
+        return self
+
+    @classmethod
+    def of(cls, sums: Sums) -> Self:
+        """Solve sums."""
+        weights = sums.solve()
+        rows = [row[: place + 1] for place, row in enumerate(sums.products.tolist())]
+        return cls(
+            weights=dict(zip(sums.names, weights.tolist())),
+            error=sums.error(weights),
+            products=rows,
+            targets=sums.targets.tolist(),
+            square=sums.square,
+            elements=sums.elements,
+        )
+
+    @property
+    def sums(self) -> Sums:
+        """The sums, to which others can be added."""
+        lower = np.zeros((len(self.weights),) * 2)
+        for place, row in enumerate(self.products):
+            lower[place, : place + 1] = row
+        whole = lower + np.tril(lower, -1).T
+        return Sums(tuple(self.weights), whole, np.array(self.targets), self.square, self.elements)
+
+
+class Fit(Numbers):
+    """The steps of one guidance scale; `runs` counts the calibrations whose sums were added.
+
+    Separate runs follow trajectories of their own, so their sums add up only nearly.
+    """
+
+    guidance: float
+    prompts: int = Field(ge=1)
+    runs: int = Field(default=1, ge=1)
+    steps: list[StepFit]
+
+    def plus(self, other: Fit) -> Fit:
+        """Add the sums of another run at the same scale, and solve anew."""
+        steps = [StepFit.of(one.sums + two.sums) for one, two in zip(self.steps, other.steps)]
+        return Fit(
+            guidance=self.guidance, prompts=self.prompts + other.prompts, runs=self.runs + other.runs, steps=steps
+        )
+
+
+class Calibration(Numbers):
+    """Weights for one model, scheduler, number of steps and schedule, at one guidance scale or several.
+
+        calibration = cachekit.calibrate(pipe, "calibrated:interval=4", prompts, num_inference_steps=25)
+        calibration.save("weights.json")
+        cachekit.apply(pipe, "calibrated:file=weights.json")
+
+    `fits` has a set of weights for each scale, in order. `reference_steps` is the number of steps of the uncached run
+    that was the target.
+    """
+
+    version: int = VERSION
+    key: Key
+    reference_steps: int = Field(ge=1)
+    versions: dict[str, str] = Field(default_factory=dict)
+    fits: list[Fit] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        scales = [fit.guidance for fit in self.fits]
+        if scales != sorted(set(scales)):
+            raise ValueError(f"guidance scales {scales} are not in order")
+        for fit in self.fits:
+            if len(fit.steps) != self.key.steps:
+                raise ValueError(f"{len(fit.steps)} fits for {self.key.steps} steps")
+            if any(one.weights.keys() != two.weights.keys() for one, two in zip(fit.steps, self.fits[0].steps)):
+                raise ValueError("terms differ between guidance scales")
+        return self
+
+    # -- files --------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the calibration as JSON, in one piece: an interrupted call leaves the file as it was.
+
+        Raises `CalibrationError` where it can't be written.
+        """
+        target = Path(path)
+        try:
+            with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+                file.write(self.model_dump_json())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, target)
+        except OSError as error:
+            raise CalibrationError(f"cannot write {str(target)!r}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read and check a calibration; raises `CalibrationError` where anything about it is wrong."""
+        name = os.fspath(path)
+        try:
+            data = json.loads(Path(path).read_text())
+        except OSError as error:
+            raise CalibrationError(f"cannot read {name!r}: {error.strerror}; make it with cachekit calibrate") from None
+        except ValueError as error:
+            raise CalibrationError(
+                f"{name!r} is no calibration, or only a part of one: {error}; make it anew"
+            ) from None
+        found = data.get("version") if isinstance(data, dict) else None
+        if found != VERSION:
+            raise CalibrationError(f"{name!r} has version {found!r}, this cachekit reads {VERSION}; make it anew")
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "calibration"
+            raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it anew") from None
+
+    @classmethod
+    def merge(cls, first: Calibration, *others: Calibration) -> Calibration:
+        """Put calibrations of the same thing together: sets for other scales, and sums of the same scale added.
+
+        Raises `CalibrationError` where one was made for something else.
+        """
+        fits = {fit.guidance: fit for fit in first.fits}
+        for other in others:
+            difference = first.key.difference(other.key)
+            if not difference and first.reference_steps != other.reference_steps:
+                difference = f"reference steps {first.reference_steps}, not {other.reference_steps}"
+            if difference:
+                raise CalibrationError(f"calibrations to merge differ: {difference}; merge those of one kind")
+            for fit in other.fits:
+                fits[fit.guidance] = fits[fit.guidance].plus(fit) if fit.guidance in fits else fit
+        return first.model_copy(update={"fits": [fits[scale] for scale in sorted(fits)]})
+
+    # -- use ----------------------------------------------------------------------------------------------
+
+    @property
+    def scales(self) -> list[float]:
+        """The guidance scales, in order."""
+        return [fit.guidance for fit in self.fits]
+
+    def refuse_others(self, key: Key, source: str) -> None:
+        """Raise `CalibrationError` where the calibration, which was read from `source`, wasn't made for `key`."""
+        difference = key.difference(self.key)
+        if difference:
+            raise CalibrationError(f"{source}: the run has {difference}; calibrate for it with cachekit calibrate")
+
+    def weights_at(self, guidance: float, source: str) -> list[Weights]:
+        """Find the weights of each step at a guidance scale, on the line between the scales around it.
+
+        Raises `CalibrationError` outside of the scales.
+        """
+        for fit in self.fits:
+            if abs(fit.guidance - guidance) < 1e-6:
+                return [step.weights for step in fit.steps]
+        for low, high in pairwise(self.fits):
+            if low.guidance < guidance < high.guidance:
+                share = (guidance - low.guidance) / (high.guidance - low.guidance)
+                return [_between(one.weights, two.weights, share) for one, two in zip(low.steps, high.steps)]
+        scales = " to ".join(f"{scale:g}" for scale in dict.fromkeys((self.scales[0], self.scales[-1])))
+        raise CalibrationError(
+            f"{source}: the run has guidance scale {guidance:g}, not {scales}; calibrate at it with cachekit calibrate"
+        )
+
+
+@lru_cache(maxsize=64)
+def _read(path: str, changed: int) -> Calibration:
+    return Calibration.load(path)
+
+
+def read(path: str) -> Calibration:
+    """Load a calibration, or take the one loaded before if the file is unchanged since."""
+    try:
+        changed = os.stat(path).st_mtime_ns
+    except OSError:
+        changed = 0
+    return _read(path, changed)
+
+
+def _between(one: Weights, two: Weights, share: float) -> Weights:
+    return {name: (1 - share) * weight + share * two[name] for name, weight in one.items()}
+
+
+def versions() -> dict[str, str]:
+    """Collect the versions that a calibration was made with."""
+    import diffusers
+    import torch
+
+    from cachekit import __version__
+
+    return {"cachekit": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def path_of(key: Key) -> Path:
+    """Name the file of a calibration that ships."""
+    kind = key.scheduler.removesuffix("Scheduler").lower()
+    return FOLDER / f"{key.model}-{kind}-{key.steps}-{len(key.full)}.json"
+
+
+def shipped(key: Key) -> str:
+    """Find the calibration that ships for a run.
+
+    Raises `CalibrationError` where there is none.
+    """
+    path = path_of(key)
+    if not path.is_file():
+        raise CalibrationError(
+            f"{key.schedule}: no calibration ships for model {key.model}, {key.scheduler} and {key.steps} steps; make"
+            " one with cachekit calibrate and give it as file="
+        )
+    return str(path)

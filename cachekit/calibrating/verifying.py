@@ -1,0 +1,54 @@
+"""Compare calibrated images with uncached ones, beside plain steps of equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from cachekit.applying import apply
+from cachekit.calibrating.calibrate import Whole, choice_of
+from cachekit.calibrating.calibration import Calibration
+from cachekit.calibrating.executors import Request
+from cachekit.calibrating.standins import Calibrated
+from cachekit.models import loading
+from cachekit.registry.catalog import installed
+from cachekit.upstream.scales import scale_argument
+
+#: What is added to the seeds of a calibration, so that the noise is another.
+_OTHER_NOISE = 100_000
+
+
+def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tuple[float, str, int, float]]:
+    """Yield guidance scale, kind of images, calls of the denoiser, and the median PSNR in dB to uncached images."""
+    made, pipe = Calibration.load(path), request.load()
+    pipe.set_progress_bar_config(disable=True)
+    calls = len(made.key.full)
+    policy = Whole.of(choice_of(request.spec, installed()), Calibrated(file=path))
+    for scale in made.scales:
+        wanted = _images(request, pipe, prompts, request.steps, scale)
+        with apply(pipe, policy):
+            cached = _images(request, pipe, prompts, request.steps, scale)
+        yield scale, "calibrated", calls, psnr(cached, wanted)
+        yield scale, f"{calls} plain steps", calls, psnr(_images(request, pipe, prompts, calls, scale), wanted)
+
+
+def psnr(images: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
+    """Compute the median PSNR in dB of images or videos with values from 0 to 1."""
+    errors = [max(float(((one - other) ** 2).mean()), 1e-12) for one, other in zip(images, wanted)]
+    return float(np.median([-10 * np.log10(error) for error in errors]))
+
+
+def _images(request: Request, pipe: Any, prompts: Sequence[str], steps: int, scale: float) -> list[np.ndarray]:
+    """Make an image or video of each prompt, one by one."""
+    import torch
+
+    fixed = loading.call_arguments(request.model, pipe)
+    made = []
+    for place, prompt in enumerate(prompts):
+        noise = torch.Generator().manual_seed(request.seed + _OTHER_NOISE + place)
+        given = {"prompt": prompt, "num_inference_steps": steps, "generator": noise, "output_type": "np", **fixed}
+        result = pipe(**given, **{scale_argument(fixed): scale})
+        made.append(np.asarray(getattr(result, "images", getattr(result, "frames", None)))[0])
+    return made

@@ -1,0 +1,131 @@
+"""`cachekit calibrate`: weights of calibrated forecasts, measured on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.errors import CachekitError, nearest
+from cachekit.models.loading import EMBEDDED, SCHEDULERS
+
+if TYPE_CHECKING:
+    from cachekit.calibrating.calibration import Calibration
+    from cachekit.calibrating.executors import Request
+
+_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+_PROMPTS = "File with one prompt per line, MS-COCO annotations (.json), or a number of held-out captions."
+_SCHEDULER = f"Scheduler of diffusers, or {', '.join(SCHEDULERS)}; default: the model's own."
+_REFERENCE = "Steps of the uncached run that is the target; default: as many."
+
+
+def calibrate(
+    model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
+    output: Annotated[Path, typer.Option(help="File of the calibration; scales that it has are left out.")] = Path(
+        "calibration.json"
+    ),
+    spec: Annotated[str, typer.Option(help="Policy that skips whole calls of the denoiser.")] = "calibrated:interval=4",
+    prompts: Annotated[str, typer.Option(help=_PROMPTS)] = "16",
+    steps: Annotated[int, typer.Option(min=2, help="Number of steps.")] = 25,
+    guidance: Annotated[
+        str | None, typer.Option(help="Guidance scales, such as '3;5;7': a set of weights for each.")
+    ] = None,
+    reference_steps: Annotated[int | None, typer.Option(min=2, help=_REFERENCE)] = None,
+    scheduler: Annotated[str | None, typer.Option(help=_SCHEDULER)] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Most prompts in one call of the denoiser.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
+    executor: Annotated[str, typer.Option(help="Where batches run: serial or ray.")] = "serial",
+    workers: Annotated[int, typer.Option(min=1, help="Processes of the ray executor.")] = 2,
+    device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Calibration to put together with the others given; needs no model.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare with uncached images, beside plain steps of equal cost.")
+    ] = False,
+) -> None:
+    """Measure the weights of calibrated forecasts on a model, and write them to a file."""
+    from cachekit.bench.captions import read_captions
+    from cachekit.calibrating.calibration import Calibration
+    from cachekit.calibrating.executors import Request
+
+    if merge:
+        _finish(Calibration.merge(*map(Calibration.load, merge)), output)
+        return
+    if model is None:
+        raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
+    request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
+    texts = read_captions(prompts).texts
+    made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
+    _finish(made, output)
+    if verify:
+        _verify(request, texts, output)
+
+
+def _calibrated(
+    request: Request, texts: Sequence[str], scales: Sequence[float | None], output: Path, where: tuple[str, int]
+) -> Calibration:
+    """Calibrate at each scale that the file lacks, and write it after each."""
+    from cachekit.calibrating.calibration import Calibration
+    from cachekit.calibrating.executors import EXECUTORS
+
+    name, workers = where
+    if name not in EXECUTORS:
+        raise CachekitError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {', '.join(EXECUTORS)}")
+    made = Calibration.load(output) if output.exists() else None
+    with progress_bar("calibrate") as show:
+        for scale in scales:
+            if made and (scale in made.scales or scale is None):
+                continue
+            label = "calibrate" if scale is None else f"guidance {scale:g}"
+            found = EXECUTORS[name](request, texts, scale, partial(show, name=label), workers)
+            made = Calibration.merge(made, found) if made else found
+            made.save(output)
+    assert made is not None, "there is at least one scale"
+    return made
+
+
+def _scales(text: str | None, model: str) -> list[float | None]:
+    from cachekit.models.demo import DEMO_GUIDANCE
+    from cachekit.models.loading import DEMOS
+
+    if text is None:
+        return [DEMO_GUIDANCE if model in DEMOS else None]
+    try:
+        return [float(item) for item in text.split(";") if item.strip()] or [None]
+    except ValueError:
+        raise CachekitError(f"guidance {text!r} is no list of numbers; write '3;5;7'") from None
+
+
+def _finish(made: Calibration, output: Path) -> None:
+    """Write a calibration, and print how well each scale fits."""
+    made.save(output)
+    rows = []
+    for fit in made.fits:
+        errors = [step.error for step in fit.steps]
+        runs = f"{fit.runs} merged" if fit.runs > 1 else "one"
+        rows.append(
+            [f"{fit.guidance:g}", str(fit.prompts), runs, f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}"]
+        )
+    print_table(
+        ["guidance", "prompts", "runs", "mean error", "greatest error"],
+        rows,
+        "Errors are of a step's output, relative to what would lead back to the uncached trajectory.",
+    )
+    say(f"wrote {output}")
+
+
+def _verify(request: Request, texts: Sequence[str], output: Path) -> None:
+    """Print how close images of other noise come to the uncached ones, calibrated and by fewer plain steps."""
+    from cachekit.calibrating.verifying import compare
+
+    rows = [
+        [f"{scale:g}", name, str(calls), f"{psnr:.1f}"]
+        for scale, name, calls, psnr in compare(request, texts, str(output))
+    ]
+    print_table(["guidance", "images", "calls", "PSNR (dB)"], rows, "Medians over the prompts, with other noise.")

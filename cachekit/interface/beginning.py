@@ -1,0 +1,29 @@
+"""What is known of a run when it begins, before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from cachekit.interface.adapter import Layout
+    from cachekit.interface.moment import Time
+    from cachekit.interface.parts import Schedule
+
+
+class Beginning(NamedTuple):
+    """What a run begins with, for stand-ins whose numbers hold for one model, scheduler or length of the loop alone.
+
+    `denoiser` is the module, and `scheduler` the pipeline's, or None. `arguments` are those of the pipeline's call by
+    name, defaults included, and empty in a bare loop. `times` has the steps' places in the scheduler's table, or is
+    empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule` is the choice's own.
+    """
+
+    denoiser: Any
+    scheduler: Any
+    arguments: Mapping[str, Any]
+    steps: int
+    times: tuple[Time, ...]
+    layout: Layout
+    schedule: Schedule
+    full: tuple[int, ...]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.interface.specs import parse_all
+from cachekit.interface.specs import Vocabulary, parse_all, split_outside
 
 __all__ = ["BenchError", "Cell", "Method", "Setting", "digest", "expand"]
 
@@ -112,12 +112,12 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[tuple[Policy, ...]]:
-    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once."""
+def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:
+    """Expand grids such as `tgate:m=3|5+cache:where=denoiser,when=every(2|3)` into compositions, each listed once."""
     found: dict[tuple[str, ...], tuple[Policy, ...]] = {}
     for text in texts:
         for specs in product(*map(_choices, Configuration.parse(text, 1).specs)):
-            parsed = parse_all(specs, policies)
+            parsed = parse_all(specs, words)
             found.setdefault(tuple(sorted(map(str, parsed))), parsed)
     return list(found.values())
 
@@ -125,10 +125,20 @@ def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[t
 def _choices(spec: str) -> Iterator[str]:
     """Expand one spec with alternatives, such as `tgate:m=3|5`."""
     name, colon, text = spec.partition(":")
-    keys, values = [], []
-    for pair in text.split(","):
-        key, equals, alternatives = pair.partition("=")
-        keys.append(key + equals)
-        values.append(alternatives.split("|"))
-    for chosen in product(*values):
-        yield name + colon + ",".join(key + value for key, value in zip(keys, chosen))
+    return (name + colon + keys for keys in _keys(text))
+
+
+def _keys(text: str) -> Iterator[str]:
+    """Expand the alternatives among keys joined by commas."""
+    return (",".join(chosen) for chosen in product(*map(_alternatives, split_outside(text, ","))))
+
+
+def _alternatives(item: str) -> Iterator[str]:
+    """Expand one key with alternatives, between its values and within the brackets of each."""
+    key, equals, values = item.partition("=")
+    if "(" in key or not equals:
+        key, equals, values = "", "", item
+    for value in split_outside(values, "|"):
+        name, bracket, rest = value.partition("(")
+        inner = (f"({keys})" for keys in _keys(rest[:-1])) if bracket and rest.endswith(")") else (bracket + rest,)
+        yield from (key + equals + name + brackets for brackets in inner)

@@ -25,6 +25,7 @@ from cachekit.bench.suite import Suite, fitting
 from cachekit.bench.summary import groups
 from cachekit.bench.tables import texts
 from cachekit.bench.workbench import measure
+from cachekit.registry.catalog import installed
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
@@ -73,7 +74,7 @@ def cells(file):
 
 
 def test_a_grid_is_the_product_of_its_alternatives():
-    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], cachekit.policies())
+    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], installed())
     assert [sorted(map(str, made)) for made in found] == [
         ["deepcache:interval=2", "tgate:m=3"],
         ["deepcache", "tgate:m=3"],
@@ -83,8 +84,17 @@ def test_a_grid_is_the_product_of_its_alternatives():
     ]
 
 
+def test_alternatives_stand_for_parts_and_within_their_brackets():
+    found = expand(["cache:where=denoiser,when=every(3|4,first=2)|mask(0;4),what=linear"], installed())
+    assert [str(made) for (made,) in found] == [
+        "cache:where=denoiser,when=every(n=3,first=2),what=linear",
+        "cache:where=denoiser,when=every(n=4,first=2),what=linear",
+        "cache:where=denoiser,when=mask(steps=0;4),what=linear",
+    ]
+
+
 def test_equal_compositions_are_measured_once():
-    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], cachekit.policies())
+    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], installed())
     assert len(found) == 2
 
 
@@ -154,7 +164,7 @@ def test_compiled_blocks_draw_the_same(measured, folder, captions, tmp_path):
 def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
     suite = Suite(
         Setting(model=folder, captions=("a",)),
-        expand(["tgate:m=2|3"], cachekit.policies()),
+        expand(["tgate:m=2|3"], installed()),
         schedulers=["DDIM", "EulerDiscreteScheduler"],
         steps=(4, 6),
         seeds=(0, 1),
@@ -167,7 +177,7 @@ def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
 
 def test_an_architecture_is_timed_with_random_weights_and_never_judged():
     setting = Setting(model="sd15", captions=("a",), height=64, width=64, threads=1)
-    (cell,) = Suite(setting, expand(["deepcache:interval=2"], cachekit.policies()), steps=(2,), peers=False).cells()
+    (cell,) = Suite(setting, expand(["deepcache:interval=2"], installed()), steps=(2,), peers=False).cells()
     assert cell.model_hash
     assert cell.scheduler == "DDIMScheduler"
 
@@ -175,7 +185,7 @@ def test_an_architecture_is_timed_with_random_weights_and_never_judged():
 def test_without_specs_those_are_measured_that_fit(folder, captions, tmp_path):
     denoiser = tiny.pixart()
     denoiser.save_pretrained(tmp_path / "pixart")
-    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], cachekit.policies())
+    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], installed())
     assert fitting(folder, usual) == usual
     assert fitting(str(tmp_path / "pixart"), usual) == usual[:1]
     with pytest.raises(BenchError, match=r"none of the usual specs fits PixArtTransformer2DModel; name others"):
@@ -348,7 +358,7 @@ def test_an_unwritable_output_is_told_before_anything_is_measured(folder, tmp_pa
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     setting = Setting(model=folder, captions=("a",), threads=1)
-    good, bad = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    good, bad = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     bad = bad.model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})
     outcomes = dict(executor("serial")(setting, [bad, good], 1))
     assert "adaptive_guidance" in outcomes[bad]
@@ -357,7 +367,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
 
 def test_two_workers_measure_what_one_does(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = dict(executor("process")(setting, wanted, 2))
     assert set(outcomes) == set(wanted)
     for cell in wanted:
@@ -368,7 +378,7 @@ def test_two_workers_measure_what_one_does(folder):
 
 def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=1|2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = {}
     for cell, outcome in executor("process")(setting, wanted, 1):
         if not outcomes:

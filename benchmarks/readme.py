@@ -143,7 +143,7 @@ def verdict() -> str:
 
 
 def plain_steps(row: Row) -> str:
-    """Number of plain steps of a row, with the name of another spacing than the scheduler's own."""
+    """Write the number of plain steps of a row, with the name of another spacing than the scheduler's own."""
     return f"{row.cell.steps}" + (f", {row.cell.spelled}" if row.cell.spacing else "")
 
 

@@ -12,11 +12,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from support import tiny
+from support.cells import cell
 
 import cachekit
 from cachekit.attaching.lookup import attachment_of
 from cachekit.bench import demo, workbench
-from cachekit.bench.cells import Cell, Method, Setting
+from cachekit.bench.cells import Method, Setting
 from cachekit.bench.grid import picture_grid
 from cachekit.bench.measuring import Configuration
 from cachekit.bench.results import Result, Sample
@@ -26,13 +27,6 @@ from cachekit.bench.tables import texts
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 SPECS = [("tgate:m=2",), ("tgate:m=2", "deepcache:interval=2"), ("forecast",)]
-
-
-def cell(specs, steps=6, seed=5, scheduler="DPMSolverMultistepScheduler"):
-    shared = {"model": "tiny", "model_hash": "", "captions": "", "metrics": (), "environment": "", "uncached_steps": 6}
-    none = dict.fromkeys(("dtype", "device", "compiled", "height", "width", "guidance"))
-    method = Method.CACHEKIT if specs else Method.PLAIN
-    return Cell(method=method, specs=specs, steps=steps, scheduler=scheduler, seed=seed, **shared, **none)
 
 
 class Recorded(StableDiffusionPipeline):

@@ -109,6 +109,7 @@ def test_each_composition_comes_with_its_peer_and_its_baselines(measured):
     for row in group.rows:
         if row.cell.method is not Method.PLAIN:
             assert all(group.plain(steps) is not None for steps in row.plain_steps().values())
+            assert all(group.best_plain(steps) is not None for steps in row.plain_steps().values())
 
 
 def test_published_packages_cost_and_draw_the_same(measured):
@@ -173,6 +174,27 @@ def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
     found = suite.cells()
     assert len({cell.id for cell in found}) == len(found) == 16
     assert {cell.scheduler for cell in found} == {"DDIMScheduler", "EulerDiscreteScheduler"}
+
+
+def test_a_forecast_is_compared_with_every_spacing_of_plain_steps(folder, captions, tmp_path):
+    file = tmp_path / "r.jsonl"
+    given = ["--spec", "forecast:interval=2", "--steps", "5", "--threads", "1", "--no-peers", "--captions", captions]
+    text = printed(folder, *given, "--scheduler", "EulerDiscrete", "--output", file)
+    assert "plain steps left out: EulerDiscreteScheduler takes no use_lu_lambdas" in text
+    spaced = [cell for cell in cells(file) if cell.steps == 3]
+    assert {cell.spacing for cell in spaced} == {"", "karras", "full_steps:forecast"}
+    assert all(cell.method is Method.PLAIN and cell.uncached_steps == 5 for cell in spaced)
+    (group,) = groups(read(file)[0])
+    (row,) = (row for row in group.rows if row.cell.specs)
+    best, own = group.best_plain(3), group.plain(3)
+    assert best.psnr == max(row.psnr for row in group.rows if row.cell.steps == 3)
+    assert group.gain_by_spacing(3) == best.psnr - own.psnr
+    shown = texts(group, row)["plain steps at equal MACs"]
+    assert shown.startswith(f"3, {best.cell.spelled}: {best.psnr:.1f} dB" if best is not own else "3: ")
+    assert {round(row.macs / group.uncached.macs, 6) for row in group.rows if row.cell.steps == 3} == {0.6}
+    before = file.read_bytes()
+    printed(folder, *given, "--scheduler", "EulerDiscrete", "--output", file)
+    assert file.read_bytes() == before
 
 
 def test_an_architecture_is_timed_with_random_weights_and_never_judged():
@@ -282,6 +304,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
     cell = cells(measured)[0]
     others = {"method": Method.PLAIN, "specs": ("x",), "metrics": ("x",), "guidance": 2.5}
     numbers = ("steps", "uncached_steps", "seed", "height", "width")
+    assert cell.spacing == ""
     for name, _ in cell:
         other = cell.model_copy(update={name: others.get(name, 99 if name in numbers else "x")})
         assert other.id != cell.id, name
@@ -291,6 +314,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
 def test_the_stored_results_can_be_read(name):
     results, problems = read(STORED / f"{name}.jsonl")
     assert problems == []
+    assert all(result.cell.id == result.id for result in results)
     for group in groups(results):
         for row in (group.uncached, *group.rows):
             shown = texts(group, row)

@@ -14,8 +14,8 @@ from typing import Any
 from cachekit.bench import demo
 from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
-from cachekit.bench.summary import Group, groups
-from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts, title
+from cachekit.bench.summary import Group, Row, groups
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,10 +26,13 @@ def main() -> None:
     """Store the demo's files with the results, then fill every marker."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--demo", type=Path, help="folder written by `cachekit demo`; default: the stored results")
+    parser.add_argument("--demo-euler", type=Path, help="folder written by `cachekit demo --scheduler EulerDiscrete`")
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a document is stale")
     options = parser.parse_args()
     if options.demo:
         store_demo(options.demo)
+    if options.demo_euler:
+        shutil.copy(options.demo_euler / "table.json", RESULTS / "demo-table-euler.json")
     stale = {document: text for document, text in filled().items() if document.read_text() != text}
     if options.check and stale:
         raise SystemExit("stale: " + ", ".join(str(document.relative_to(ROOT)) for document in stale))
@@ -48,7 +51,9 @@ def store_demo(folder: Path) -> None:
 def filled() -> dict[Path, str]:
     """Each document with markers, and the text it should have."""
     parts = {
-        "demo table": demo_table(),
+        "demo table": demo_table("demo-table.json"),
+        "demo table with Euler": demo_table("demo-table-euler.json"),
+        "frontier": frontier_tables(),
         "overhead table": overhead_table(),
         "soak table": soak_table(),
         "model figures": model_figures(),
@@ -80,10 +85,18 @@ def stored(name: str) -> Any:
     return json.loads(source.read_text()) if source.exists() else None
 
 
-def demo_table() -> str:
-    """Table of the demo."""
-    data = stored("demo-table.json")
+def demo_table(name: str) -> str:
+    """Table of a stored run of the demo."""
+    data = stored(name)
     return demo.page(demo.from_json(data)) if data else ""
+
+
+def frontier_tables() -> str:
+    """Tables of forecasts beside fewer steps, and what explains their columns."""
+    from .frontier import tables
+
+    found = tables()
+    return f"{found}\n{EQUAL_LEGEND}" if found else ""
 
 
 def overhead_table() -> str:
@@ -112,7 +125,10 @@ def grid_table(name: str) -> str:
         rows = [texts(group, row) for row in (group.uncached, *group.rows)]
         names = [CONFIGURATION, *headings(keys), equal_time]
         shown = [name for name in names if any(row[name] != "-" for row in rows)]
-        parts.append(f"**{title(group)}**\n\n{markdown(shown, [[row[name] for name in shown] for row in rows])}")
+        table = markdown(shown, [[row[name] for name in shown] for row in rows])
+        # Results from before there were other spacings aren't lacking them for want of a setting.
+        notes = group.notes if any(row.cell.spacing for row in group.rows) else []
+        parts.append("\n\n".join([f"**{title(group)}**", table, *notes]))
     return "\n".join(parts)
 
 
@@ -121,13 +137,18 @@ def verdict() -> str:
     match, rows = FIGURES["caption_match"], []
     for group in grid("demo"):
         for row in group.rows:
-            plain = group.plain(row.plain_steps()["wall time"])
+            plain = group.best_plain(row.plain_steps()["wall time"])
             if len(row.cell.specs) < 2 or plain is None or row.caption_match is None or plain.caption_match is None:
                 continue
-            compared = [FIGURES["speedup"].text(row), match.text(row), str(plain.cell.steps), match.text(plain)]
+            compared = [FIGURES["speedup"].text(row), match.text(row), plain_steps(plain), match.text(plain)]
             rows.append([group.cell.scheduler, row.label, *compared])
     header = ["scheduler", "composition", FIGURES["speedup"].name, match.name, "plain steps as fast", match.name]
     return markdown(header, rows, left=len(header)) if rows else ""
+
+
+def plain_steps(row: Row) -> str:
+    """Write the number of plain steps of a row, with the name of another spacing than the scheduler's own."""
+    return f"{row.cell.steps}" + (f", {row.cell.spelled}" if row.cell.spacing else "")
 
 
 def grid(name: str) -> list[Group]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
 from typing import Any
@@ -14,9 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.interface.specs import parse_all
+from cachekit.interface.specs import Vocabulary, parse_all, split_outside
 
-__all__ = ["BenchError", "Cell", "Method", "Setting", "digest", "expand"]
+__all__ = ["FULL_STEPS", "BenchError", "Cell", "Method", "Setting", "Spacing", "digest", "expand"]
+
+#: The beginning of the spacing whose timesteps are those of the full steps of specs, which follow joined by `+`.
+FULL_STEPS = "full_steps:"
 
 
 class BenchError(CachekitError):
@@ -31,6 +34,13 @@ class Method(str, Enum):
     PUBLISHED = "published"
     DIFFUSERS = "diffusers"
     CACHE_DIT = "cache-dit"
+
+
+class Spacing(str, Enum):
+    """Where plain steps lie that differ from the scheduler's own: by its settings `use_lu_lambdas` and so on."""
+
+    LU_LAMBDAS = "lu_lambdas"
+    KARRAS = "karras"
 
 
 class _Frozen(BaseModel):
@@ -57,7 +67,8 @@ class Cell(_Frozen):
     """One measurement: everything that its figures depend on, and so the key of its result.
 
     `steps` are those of the contender, `uncached_steps` those of the uncached pipeline beside it; `model_hash`,
-    `captions` and `environment` are digests.
+    `captions` and `environment` are digests. `spacing` is where plain steps lie: "" for the scheduler's own, a
+    `Spacing`, or `full_steps:SPECS` for the timesteps of the uncached run in which these specs compute the denoiser.
     """
 
     model: str
@@ -77,11 +88,13 @@ class Cell(_Frozen):
     guidance: float | None
     metrics: tuple[str, ...]
     environment: str
+    spacing: str = ""
 
     @property
     def id(self) -> str:
         """A digest of all fields."""
-        return digest(self.model_dump(mode="json"))
+        # Without a spacing as it was before there were any, so that older results still count.
+        return digest(self.model_dump(mode="json", exclude=None if self.spacing else {"spacing"}))
 
     @property
     def row(self) -> tuple[Any, ...]:
@@ -91,19 +104,26 @@ class Cell(_Frozen):
     @property
     def group(self) -> tuple[Any, ...]:
         """The fields that cells compared with each other share."""
-        return tuple(value for name, value in self if name not in ("seed", "method", "specs", "steps"))
+        return tuple(value for name, value in self if name not in ("seed", "method", "specs", "steps", "spacing"))
 
     @property
     def label(self) -> str:
         """The name of the contender in tables."""
-        name = Configuration(self.steps, self.specs).label
+        name = Configuration(self.steps, self.specs).label + (f", {self.spelled}" if self.spacing else "")
         if self.method in (Method.DIFFUSERS, Method.CACHE_DIT):
             return f"{self.method.value}: {name}"
         return f"{name} (published)" if self.method is Method.PUBLISHED else name
 
-    def plain(self, steps: int) -> Cell:
+    @property
+    def spelled(self) -> str:
+        """The spacing in words."""
+        if self.spacing.startswith(FULL_STEPS):
+            return f"timesteps of {self.spacing.removeprefix(FULL_STEPS)}"
+        return self.spacing
+
+    def plain(self, steps: int, spacing: str = "") -> Cell:
         """Cell of that many plain steps, with all else the same."""
-        return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps})
+        return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps, "spacing": spacing})
 
 
 def digest(data: Any) -> str:
@@ -112,12 +132,12 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[tuple[Policy, ...]]:
-    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once."""
+def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:
+    """Expand grids such as `tgate:m=3|5+cache:where=denoiser,when=every(2|3)` into compositions, each listed once."""
     found: dict[tuple[str, ...], tuple[Policy, ...]] = {}
     for text in texts:
         for specs in product(*map(_choices, Configuration.parse(text, 1).specs)):
-            parsed = parse_all(specs, policies)
+            parsed = parse_all(specs, words)
             found.setdefault(tuple(sorted(map(str, parsed))), parsed)
     return list(found.values())
 
@@ -125,10 +145,20 @@ def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[t
 def _choices(spec: str) -> Iterator[str]:
     """Expand one spec with alternatives, such as `tgate:m=3|5`."""
     name, colon, text = spec.partition(":")
-    keys, values = [], []
-    for pair in text.split(","):
-        key, equals, alternatives = pair.partition("=")
-        keys.append(key + equals)
-        values.append(alternatives.split("|"))
-    for chosen in product(*values):
-        yield name + colon + ",".join(key + value for key, value in zip(keys, chosen))
+    return (name + colon + keys for keys in _keys(text))
+
+
+def _keys(text: str) -> Iterator[str]:
+    """Expand the alternatives among keys joined by commas."""
+    return (",".join(chosen) for chosen in product(*map(_alternatives, split_outside(text, ","))))
+
+
+def _alternatives(item: str) -> Iterator[str]:
+    """Expand one key with alternatives, between its values and within the brackets of each."""
+    key, equals, values = item.partition("=")
+    if "(" in key or not equals:
+        key, equals, values = "", "", item
+    for value in split_outside(values, "|"):
+        name, bracket, rest = value.partition("(")
+        inner = (f"({keys})" for keys in _keys(rest[:-1])) if bracket and rest.endswith(")") else (bracket + rest,)
+        yield from (key + equals + name + brackets for brackets in inner)

@@ -1,4 +1,4 @@
-"""The bench on the embedded model: all configurations side by side, with the plain pipeline at the cost of the best.
+"""The bench on the embedded model: configurations side by side, with the best plain steps at the cost of each.
 
 A preset of the bench: the cells, measurements and figures are those of any other suite.
 """
@@ -6,110 +6,193 @@ A preset of the bench: the cells, measurements and figures are those of any othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cachekit.bench.cells import Cell, Method, Setting, digest
 from cachekit.bench.figures import FIGURES
 from cachekit.bench.measuring import Configuration, steps_at
 from cachekit.bench.results import Result, Sample
+from cachekit.bench.spacing import absent, rivals
 from cachekit.bench.suite import Suite
 from cachekit.bench.summary import Group, Row
-from cachekit.bench.tables import CONFIGURATION, headings, legend, markdown, texts
-from cachekit.bench.workbench import Workbench
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, legend, markdown, texts
+from cachekit.bench.workbench import Contender, Workbench
+from cachekit.errors import CachekitError
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
 
-__all__ = ["HEADER", "LEGEND", "cells", "compare", "equal_cost", "from_json", "measure", "page", "table", "to_json"]
+__all__ = [
+    "HEADER",
+    "LEGEND",
+    "Comparison",
+    "compare",
+    "comparison",
+    "from_json",
+    "measure",
+    "page",
+    "shown",
+    "table",
+    "to_json",
+]
 
 MODEL = "demo"
+EQUAL_MACS = next(name for name, cost in EQUAL_COST.items() if cost == "MACs")
 HEADER = (
     CONFIGURATION,
-    *headings(("seconds", "speedup", "macs", "mac_reduction", "psnr", "ssim", "caption_match", "cache_bytes")),
+    *headings(("macs", "mac_reduction", "seconds", "speedup", "psnr", "caption_match", "ssim", "cache_bytes")),
+    EQUAL_MACS,
 )
-LEGEND = f"{legend(HEADER)} The last row spends on plain steps what the cheapest composed row costs."
+LEGEND = f"{legend(HEADER)} {EQUAL_LEGEND}"
 
 #: The figures of an image in JSON, which are fields of a sample.
 _IMAGE = ("seconds", "macs", "cache_bytes", "psnr", "ssim", "shown")
 
-#: Called after each run with the number of runs done and of all runs.
+#: Called after each run with the number of runs done and of all runs, 0 where it is not known yet.
 Progress = Callable[[int, int], None]
 
 
-def cells(configurations: Sequence[Configuration], captions: Sequence[str], seed: int) -> tuple[Setting, list[Cell]]:
+@dataclass(frozen=True)
+class Comparison:
+    """Cells to measure side by side with one setting, and a line for each configuration that is left out before.
+
+    `optional` are specs of cells that are left out where they raise a `CachekitError`.
+    """
+
+    setting: Setting
+    cells: Sequence[Cell]
+    optional: Collection[tuple[str, ...]] = ()
+    left_out: Sequence[str] = ()
+
+
+def comparison(
+    configurations: Sequence[Configuration],
+    captions: Sequence[str],
+    seed: int,
+    scheduler: str | None = None,
+    optional: Collection[Configuration] = (),
+) -> Comparison:
     """List the cells of cached configurations with the same number of steps, and the setting that measures them.
 
-    Raises a `CachekitError` where a spec is wrong or does not fit the model.
+    Raises a `CachekitError` where a spec is wrong or does not fit the model, or a scheduler does not; an `optional`
+    configuration is left out with that reason instead.
     """
     # On a busy machine threads wait for each other, and that would be measured instead of the policies.
     setting = Setting(model=MODEL, captions=tuple(captions), device="cpu", threads=1, pictures=len(captions))
-    catalog = installed()
-    compositions = [parse_all(configuration.specs, catalog) for configuration in configurations]
-    suite = Suite(setting, compositions, steps=(configurations[0].steps,), seeds=(seed,), peers=False)
+    found: list[Cell] = []
+    left_out: list[str] = []
+    for configuration in configurations:
+        try:
+            found.append(_cell(setting, configuration, seed, scheduler))
+        except CachekitError as error:
+            if configuration not in optional:
+                raise
+            left_out.append(_left_out(configuration.label, error))
+    return Comparison(setting, found, [configuration.specs for configuration in optional], left_out)
+
+
+def _cell(setting: Setting, configuration: Configuration, seed: int, scheduler: str | None) -> Cell:
+    policies = parse_all(configuration.specs, installed())
+    schedulers, steps = [scheduler] if scheduler else [], (configuration.steps,)
+    (cell,) = Suite(setting, [policies], schedulers=schedulers, steps=steps, seeds=(seed,), peers=False).cells()
     # Tables show specs as they were given, and not as policies write them.
-    named = zip(suite.cells(), configurations)
-    return setting, [cell.model_copy(update={"specs": configuration.specs}) for cell, configuration in named]
+    return cell.model_copy(update={"specs": configuration.specs})
 
 
-def measure(setting: Setting, chosen: Sequence[Cell], progress: Progress) -> Group:
-    """Measure the cells of a setting, and the plain pipeline at the cost of the cheapest composed one."""
-    # The uncached pipeline and each cached one are warmed up once, the plain one twice: to be counted and to be timed.
-    total, done = 1 + len(chosen) + 2 + (len(chosen) + 2) * len(setting.captions), 0
+def _left_out(label: str, error: CachekitError) -> str:
+    return f"{label} is left out: {error}"
+
+
+def measure(chosen: Comparison, progress: Progress) -> Group:
+    """Measure cells beside the uncached pipeline and plain steps at the cost of each; see `compare`."""
+    done, total = 0, 0
 
     def ran() -> None:
         nonlocal done
         done += 1
         progress(done, total)
 
-    return compare(Workbench(setting, ran=ran), chosen)
+    def prepared(contenders: int) -> None:
+        nonlocal total
+        total = done + (1 + contenders) * len(chosen.setting.captions)
+
+    group = compare(Workbench(chosen.setting, ran=ran), chosen.cells, chosen.optional, prepared)
+    return Group(group.rows, [*chosen.left_out, *group.left_out])
 
 
-def compare(bench: Workbench, chosen: Sequence[Cell]) -> Group:
-    """Measure cells side by side on a bench, and the plain pipeline at the cost of the cheapest composed one.
+def compare(
+    bench: Workbench,
+    chosen: Sequence[Cell],
+    optional: Collection[tuple[str, ...]] = (),
+    prepared: Callable[[int], None] = lambda count: None,
+) -> Group:
+    """Measure cells side by side on a bench, and plain steps that cost as much, with every spacing.
 
-    All run once before anything is timed, and then take turns caption by caption.
+    All run once before anything is timed, and then take turns caption by caption; `prepared` is called in between with
+    the number of contenders. Cells with `optional` specs that raise a `CachekitError` are left out with that reason.
     """
-    contenders = [bench.prepare(cell) for cell in chosen]
-    costs = {contender.cell: contender.first.macs for contender in contenders}
-    contenders.append(bench.prepare(equal_cost(costs, bench.uncached_macs(chosen[0]))))
-    return Group([Row(result.cell, [result]) for result in bench.measure(contenders)])
+    contenders: list[Contender] = []
+    left_out: list[str] = []
+    for cell in chosen:
+        try:
+            contenders.append(bench.prepare(cell))
+        except CachekitError as error:
+            if cell.specs not in optional:
+                raise
+            left_out.append(_left_out(cell.label, error))
+    contenders += [bench.prepare(cell) for cell in _plain_cells(bench, contenders)]
+    prepared(len(contenders))
+    return Group([Row(result.cell, [result]) for result in bench.measure(contenders)], left_out)
 
 
-def equal_cost(costs: Mapping[Cell, int], uncached: int) -> Cell:
-    """Cell of plain steps that cost most nearly as much as the best cached cell.
-
-    The best is the cheapest of those that compose several policies, or of all where none does. Costs are MACs, of each
-    cell and of the uncached pipeline.
-    """
-    composed = [cost for cell, cost in costs.items() if len(cell.specs) > 1]
-    cell = next(iter(costs))
-    return cell.plain(steps_at(min(composed or costs.values()) / uncached, cell.uncached_steps))
+def _plain_cells(bench: Workbench, contenders: Sequence[Contender]) -> list[Cell]:
+    wanted = []
+    for contender in contenders:
+        cell = contender.cell
+        steps = steps_at(contender.first.macs / bench.uncached_macs(cell), cell.uncached_steps)
+        wanted.append((cell, steps, bench.plan(cell, cell.specs)))
+    return [cell for cell in rivals(wanted) if not absent(cell)]
 
 
 # -- how it is shown ---------------------------------------------------------------------------------------
 
 
+def shown(group: Group) -> list[Row]:
+    """Rows of the table: cached ones, and then the best spacing of each number of plain steps, most steps first."""
+    cached = [row for row in group.rows if row.cell.method is not Method.PLAIN]
+    steps = {row.cell.steps for row in group.rows if row.cell.method is Method.PLAIN}
+    best = (group.best_plain(count) for count in sorted(steps, reverse=True))
+    return [*cached, *(row for row in best if row is not None)]
+
+
 def table(group: Group) -> list[list[str]]:
-    """Texts of all rows, in the order of `HEADER`."""
-    found = (texts(group, row) for row in (group.uncached, *group.rows))
+    """Texts of the uncached row and of those shown, in the order of `HEADER`."""
+    found = (texts(group, row) for row in (group.uncached, *shown(group)))
     return [[text[name] for name in HEADER] for text in found]
 
 
 def page(group: Group) -> str:
-    """Table and its legend as Markdown."""
-    return f"{markdown(HEADER, table(group))}\n{LEGEND}\n"
+    """Table, its legend and its notes as Markdown."""
+    return "\n\n".join([markdown(HEADER, table(group)).rstrip(), LEGEND, *group.notes]) + "\n"
 
 
 def to_json(group: Group) -> dict[str, Any]:
     """All figures, image by image, as plain data; JSON has no infinity, so an infinite PSNR is null."""
-    prompts = [sample.caption for sample in group.uncached.samples]
-    return {"prompts": prompts, "rows": [_row(row) for row in (group.uncached, *group.rows)]}
+    return {
+        "scheduler": group.cell.scheduler,
+        "prompts": [sample.caption for sample in group.uncached.samples],
+        "left_out": group.left_out,
+        "rows": [_row(row) for row in (group.uncached, *group.rows)],
+    }
 
 
 def _row(row: Row) -> dict[str, Any]:
     return {
         "specs": list(row.cell.specs),
         "steps": row.cell.steps,
+        "spacing": row.cell.spacing,
+        "plan": row.results[0].plan,
         **{key: _finite(figure.value(row)) for key, figure in FIGURES.items()},
         "images": [{name: _finite(getattr(sample, name)) for name in _IMAGE} for sample in row.samples],
     }
@@ -122,7 +205,8 @@ def _finite(value: Any) -> Any:
 def from_json(data: Mapping[str, Any]) -> Group:
     """Read back what `to_json` wrote, beside the settings of the command; figures are computed from the images."""
     uncached, *rows = data["rows"]
-    return Group([Row(result.cell, [result]) for result in (_result(data, row, uncached) for row in rows)])
+    results = [_result(data, row, uncached) for row in rows]
+    return Group([Row(result.cell, [result]) for result in results], data["left_out"])
 
 
 def _result(data: Mapping[str, Any], row: Mapping[str, Any], uncached: Mapping[str, Any]) -> Result:
@@ -132,8 +216,9 @@ def _result(data: Mapping[str, Any], row: Mapping[str, Any], uncached: Mapping[s
         method=Method.CACHEKIT if row["specs"] else Method.PLAIN,
         specs=tuple(row["specs"]),
         steps=row["steps"],
+        spacing=row["spacing"],
         uncached_steps=uncached["steps"],
-        scheduler="",
+        scheduler=data["scheduler"],
         seed=data["seed"],
         captions=digest(data["prompts"]),
         **dict.fromkeys(("dtype", "device", "compiled", "height", "width", "guidance")),
@@ -142,7 +227,7 @@ def _result(data: Mapping[str, Any], row: Mapping[str, Any], uncached: Mapping[s
     )
     images = zip(data["prompts"], row["images"], uncached["images"])
     samples = [_sample(caption, image, plain) for caption, image, plain in images]
-    return Result(id=cell.id, cell=cell, environment=data["versions"], first_seconds=None, samples=samples)
+    return Result(id=cell.id, cell=cell, environment=data["versions"], first_seconds=None, samples=samples, plan=row["plan"])
 
 
 def _sample(caption: str, image: Mapping[str, Any], plain: Mapping[str, Any]) -> Sample:

@@ -12,7 +12,7 @@ from cachekit.bench.cells import BenchError, Method
 from cachekit.bench.figures import FIGURES
 from cachekit.bench.plots import plots
 from cachekit.bench.summary import Group, Row
-from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, learned, legend, texts, title
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, learned, legend, texts, title
 from cachekit.planning.drawing import draw
 
 __all__ = ["write_page"]
@@ -46,12 +46,13 @@ def _section(group: Group) -> dict[str, Any]:
         "title": title(group),
         "columns": ["", CONFIGURATION, *names, *EQUAL_COST],
         "rows": [[*_table_cells(group, row, names, tags[row.cell.id])] for row in rows],
-        "legend": legend(names),
+        "legend": f"{legend(names)} {EQUAL_LEGEND}",
         "plots": [*plots(rows, tags)],
         "plans": [_plan(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
         "pictures": [_pictures(row) for row in group.rows if row.results[0].pictures],
         "environment": {name: value for name, value in group.environment.items() if value is not None},
         "warnings": group.warnings,
+        "notes": group.notes,
     }
 
 
@@ -68,7 +69,7 @@ def _table_cells(group: Group, row: Row, names: Sequence[str], tag: str) -> Iter
     for name in names:
         yield shown.get(name, "-"), _sort_key(values.get(name))
     for name in EQUAL_COST:
-        yield shown[name], shown[name].partition(":")[0].strip("-")
+        yield shown[name], shown[name].strip("-").partition(":")[0].partition(",")[0]
 
 
 def _sort_key(value: float | None) -> str:
@@ -78,13 +79,16 @@ def _sort_key(value: float | None) -> str:
 
 
 def _tags(group: Group) -> dict[str, str]:
-    """Short name of each row in plots: the number of its specs, for every method the same, or its plain steps."""
+    """Short name of each row in plots: the number of its specs, the same for every method, or its plain steps.
+
+    A star marks plain steps with another spacing than the scheduler's own.
+    """
     numbers: dict[tuple[str, ...], int] = {}
     for row in group.rows:
         if row.cell.method is not Method.PLAIN:
             numbers.setdefault(row.cell.specs, len(numbers) + 1)
     return {
-        row.cell.id: str(numbers.get(row.cell.specs, f"{row.cell.steps} steps"))
+        row.cell.id: str(numbers.get(row.cell.specs, f"{row.cell.steps} steps{'*' if row.cell.spacing else ''}"))
         for row in [group.uncached, *group.rows]
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from cachekit.bench.cells import BenchError, Cell
 from cachekit.bench.frechet import GaussianStats
@@ -40,6 +40,11 @@ class Sample(BaseModel):
     uncached_features: list[float] | None = None
     metrics: dict[str, float] = {}
     uncached_metrics: dict[str, float] = {}
+
+    @model_serializer(mode="wrap")
+    def _measured(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not measured."""
+        return {name: value for name, value in serialize(self).items() if value is not None and value != {}}
 
 
 class Result(BaseModel):

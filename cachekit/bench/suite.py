@@ -13,6 +13,7 @@ from cachekit.bench.cells import BenchError, Cell, Method, Setting, digest
 from cachekit.bench.executors import executor
 from cachekit.bench.peers import peer_exists
 from cachekit.bench.results import Result, Results
+from cachekit.bench.spacing import absent
 from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
 from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
@@ -112,8 +113,12 @@ def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[st
     run = partial(_run, suite, results)
     failures = [*run(cells, progress, 0)]
     measured = [result for result in results.all if result.id in chosen]
+    pipeline = class_of_pipeline(suite.setting.model)
     baselines = [cell for group in groups(measured) for cell in group.baselines()]
-    return [*failures, *run(baselines, progress, len(cells))]
+    reasons = {cell: absent(cell, pipeline) for cell in baselines}
+    for reason in dict.fromkeys(reasons[cell] for cell in baselines if not absent(cell)):
+        progress(len(cells), len(cells), reason and f"plain steps: {reason}")
+    return [*failures, *run([cell for cell in baselines if not reasons[cell]], progress, len(cells))]
 
 
 def _run(suite: Suite, results: Results, cells: Sequence[Cell], progress: Progress, before: int) -> Iterator[str]:

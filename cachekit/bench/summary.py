@@ -13,6 +13,7 @@ from cachekit.bench.cells import Cell, Method
 from cachekit.bench.frechet import distance, gaussian_stats, is_enough
 from cachekit.bench.measuring import steps_at
 from cachekit.bench.results import Result, Sample
+from cachekit.bench.spacing import absent, rivals
 
 __all__ = ["Group", "Row", "groups"]
 
@@ -156,6 +157,8 @@ class Group:
     """Rows that are compared with each other: one model, scheduler, number of steps and environment."""
 
     rows: list[Row]
+    #: A line for each contender that could not be measured.
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def cell(self) -> Cell:
@@ -189,24 +192,47 @@ class Group:
         own = {"cell": cell, "samples": [*runs.values()], "counts": [], "warnings": [], "first_seconds": None}
         return Row(cell, [first.model_copy(update=own)])
 
+    @property
+    def notes(self) -> list[str]:
+        """A line for each contender that is left out, and for each spacing of plain steps that is."""
+        reasons = dict.fromkeys(filter(None, map(absent, self.baselines())))
+        return [*self.left_out, *(f"plain steps left out: {reason}" for reason in reasons)]
+
     def plain(self, steps: int) -> Row | None:
-        """Row of that many plain steps, if it was measured."""
+        """Row of that many plain steps with the scheduler's own spacing, if it was measured."""
+        return next((row for row in self._plains(steps) if not row.cell.spacing), None)
+
+    def best_plain(self, steps: int) -> Row | None:
+        """Row of that many plain steps that is most similar to the uncached image, of all spacings measured."""
+        rows = self._plains(steps)
+        return max(rows, key=lambda row: -math.inf if row.psnr is None else row.psnr) if rows else None
+
+    def gain_by_spacing(self, steps: int) -> float | None:
+        """PSNR of the best spacing of plain steps over the scheduler's own, in dB; None without one of them."""
+        own, best = self.plain(steps), self.best_plain(steps)
+        if own is None or best is None or own.psnr is None or best.psnr is None:
+            return None
+        return 0.0 if own is best else best.psnr - own.psnr
+
+    def _plains(self, steps: int) -> list[Row]:
         if steps == self.cell.uncached_steps:
-            return self.uncached
-        found = [row for row in self.rows if row.cell.method is Method.PLAIN and row.cell.steps == steps]
-        return found[0] if found else None
+            return [self.uncached]
+        return [row for row in self.rows if row.cell.method is Method.PLAIN and row.cell.steps == steps]
 
     def baselines(self) -> list[Cell]:
-        """Cells of plain steps that the contenders must be compared with, for each of their seeds."""
-        wanted: dict[str, Cell] = {}
-        for row in self.rows:
-            if row.cell.method is Method.PLAIN:
-                continue
-            for steps in row.plain_steps().values():
-                for result in row.results:
-                    cell = result.cell.plain(steps)
-                    wanted.setdefault(cell.id, cell)
-        return [cell for cell in wanted.values() if cell.steps < cell.uncached_steps]
+        """Cells of plain steps that the contenders must be compared with, for each of their seeds.
+
+        Without images there is only the scheduler's own spacing: another one costs the same.
+        """
+        contenders = [row for row in self.rows if row.cell.method is not Method.PLAIN]
+        wanted = (
+            (result.cell, steps, result.plan)
+            for row in contenders
+            for steps in row.plain_steps().values()
+            for result in row.results
+        )
+        judged = any(row.psnr is not None for row in contenders)
+        return [cell for cell in rivals(wanted) if judged or not cell.spacing]
 
 
 def groups(results: Iterable[Result]) -> list[Group]:

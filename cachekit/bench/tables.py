@@ -8,12 +8,16 @@ from cachekit.bench.cells import Method
 from cachekit.bench.figures import FIGURES, decimals
 from cachekit.bench.summary import Group, Row
 
-__all__ = ["CONFIGURATION", "EQUAL_COST", "headings", "learned", "legend", "markdown", "texts", "title"]
+__all__ = ["CONFIGURATION", "EQUAL_COST", "EQUAL_LEGEND", "headings", "learned", "legend", "markdown", "texts", "title"]
 
 #: The heading of the first column.
 CONFIGURATION = "configuration"
 #: The columns that compare a row with plain steps, and the cost that is equal.
 EQUAL_COST = {"plain steps at equal MACs": "MACs", "plain steps at equal wall time": "wall time"}
+EQUAL_LEGEND = (
+    "Plain steps at equal cost: the number of steps, with the spacing whose images are most similar to the uncached"
+    " ones, their PSNR, how much of that is due to the spacing, and their caption match."
+)
 
 
 def title(group: Group) -> str:
@@ -45,16 +49,18 @@ def texts(group: Group, row: Row) -> dict[str, str]:
 
 
 def _plain_steps(group: Group, row: Row, cost: str) -> str:
-    """Plain steps that cost as much as a row: how many, and the quality that they reach."""
+    """Plain steps that cost as much as a row: how many, how they are spaced, and the quality that they reach."""
     if row.cell.method is Method.PLAIN:
         return "-"
     steps = row.plain_steps()[cost]
-    plain = group.plain(steps)
+    plain = group.best_plain(steps)
     if plain is None or plain.psnr is None:
         return str(steps)
-    match = FIGURES["caption_match"]
+    match, gain = FIGURES["caption_match"], group.gain_by_spacing(steps)
+    spelled = f", {plain.cell.spelled}" if plain.cell.spacing else ""
+    part = f" ({gain:.1f} by spacing)" if gain else ""
     shown = "" if plain.caption_match is None else f", {match.format(plain.caption_match)} match"
-    return f"{steps}: {FIGURES['psnr'].format(plain.psnr)} dB{shown}"
+    return f"{steps}{spelled}: {FIGURES['psnr'].format(plain.psnr)} dB{part}{shown}"
 
 
 def legend(names: Iterable[str]) -> str:

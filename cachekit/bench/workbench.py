@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import apply
 from cachekit.bench.caches import Cache
-from cachekit.bench.cells import Cell, Method, Setting
+from cachekit.bench.cells import FULL_STEPS, Cell, Method, Setting
 from cachekit.bench.frechet import rendered
 from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log, similarity
 from cachekit.bench.peers import Peer
 from cachekit.bench.quality import Metric, load_metrics
 from cachekit.bench.results import Result, Sample
+from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, table_of
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
-from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -120,7 +120,7 @@ class Workbench:
             first_seconds=contender.first.seconds,
             samples=[self._sample(caption, *pair) for caption, pair in zip(captions, pairs)],
             counts=[asdict(count) for count in pairs[0][0].counts],
-            plan=self._plan(cell) if cell.method is Method.CACHEKIT else None,
+            plan=self.plan(cell, cell.specs) if cell.method is Method.CACHEKIT else None,
             pictures=pictures[: self._setting.pictures],
             reference=rendered(captions) if self._subject.draws_scenes else None,
             warnings=list(dict.fromkeys(warning for result, _ in pairs for warning in result.warnings)),
@@ -137,10 +137,28 @@ class Workbench:
 
     def _contender(self, cell: Cell) -> Run:
         if cell.method is Method.PLAIN:
-            return self._plain(cell, cell.steps)
+            return self._spaced(cell) if cell.spacing else self._plain(cell, cell.steps)
         if cell.method is Method.CACHEKIT:
             return self._counted(partial(self._runners[cell.scheduler].run, Configuration(cell.steps, cell.specs)))
         return self._counted(partial(self._other(cell).run, cell.steps))
+
+    def _spaced(self, cell: Cell) -> Run:
+        """Plain pipeline with another spacing of its steps, warmed up and counted as `_plain` is."""
+        pipe, arguments = self._subject.pipe, self._subject.arguments
+        scheduler, table = scheduler_with(pipe, cell.scheduler, cell.spacing), {}
+        if cell.spacing.startswith(FULL_STEPS):
+            specs = Configuration.parse(cell.spacing.removeprefix(FULL_STEPS), cell.steps).specs
+            computed = computed_steps(self.plan(cell, specs))
+            table = table_of(pipe, scheduler, cell.uncached_steps, computed)
+        runner = ImageRunner(pipe, lambda prompt: {**arguments(prompt), **table})
+
+        def run(caption: str, seed: int) -> RunResult:
+            with call_with(pipe, scheduler):
+                return runner.run(Configuration(cell.steps), caption, seed)
+
+        counted = self._counted(run)
+        counted(self._setting.captions[0], cell.seed)
+        return counted
 
     def _other(self, cell: Cell) -> Peer | Cache:
         pipe, arguments = self._subject.pipe, self._subject.arguments
@@ -183,10 +201,11 @@ class Workbench:
             "uncached_metrics": {name: metric(plain, plain, caption) for name, metric in self._metrics.items()},
         }
 
-    def _plan(self, cell: Cell) -> dict[str, Any]:
-        """Plan of a cell as marks: the number of branches of each row, and the columns."""
-        with apply(denoiser_of(self._subject.pipe), cell.specs) as attachment:
-            plan = attachment.plan(cell.steps)
+    def plan(self, cell: Cell, specs: Sequence[str]) -> dict[str, Any]:
+        """Plan of specs with a cell's scheduler and uncached steps: the number of branches of each row, the columns."""
+        set_scheduler(self._subject.pipe, cell.scheduler)
+        with apply(self._subject.pipe, specs) as attachment:
+            plan = attachment.plan(cell.uncached_steps)
         return {"branches": [len(row.branches) for row in plan.rows], "columns": plan.columns()}
 
 

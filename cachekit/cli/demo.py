@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from cachekit.bench.summary import Group
 
 #: Specs compared by default, besides those of the user.
-SPECS = ("tgate:m=10", "deepcache:interval=3", "adaptive_guidance:m=10", "tgate:m=10+deepcache:interval=3")
+SPECS = ("forecast:interval=2", "deepcache:interval=3", "tgate:m=10", "tgate:m=10+deepcache:interval=3")
+#: Specs that are compared too where their policy is installed and has a calibration for what is compared.
+CALIBRATED = ("calibrated:interval=3", "calibrated:interval=4", "calibrated:interval=6")
 
 
 def demo(
@@ -23,20 +25,27 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the uncached pipeline.")] = 25,
     seed: Annotated[int, typer.Option(help="Seed of the captions and the noise.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the table.")] = Path("cachekit-demo"),
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers; default: the model's own.")] = None,
     spec: Annotated[
         list[str] | None, typer.Option(help="Specs to compare as well, joined by +; may be repeated.")
     ] = None,
 ) -> None:
     """Compare policies on the embedded model, which needs no download, and write a table and pictures."""
-    from cachekit.bench.demo import HEADER, LEGEND, cells, measure, table
+    from cachekit.bench.demo import HEADER, LEGEND, comparison, measure, table
     from cachekit.bench.measuring import Configuration
     from cachekit.models.demo import heldout_captions
+    from cachekit.registry.catalog import installed
 
-    configurations = [Configuration.parse(text, steps) for text in (*SPECS, *(spec or []))]
-    setting, chosen = cells(configurations, heldout_captions(captions, seed), seed)
+    first, *others = SPECS
+    calibrated = CALIBRATED if CALIBRATED[0].partition(":")[0] in installed().policies else ()
+    configurations = [Configuration.parse(text, steps) for text in (first, *calibrated, *others, *(spec or []))]
+    optional = configurations[1 : 1 + len(calibrated)]
+    chosen = comparison(configurations, heldout_captions(captions, seed), seed, scheduler, optional)
     with progress_bar("generating") as progress:
-        group = measure(setting, chosen, progress)
+        group = measure(chosen, progress)
     print_table(HEADER, table(group), LEGEND)
+    for note in group.notes:
+        say(note)
     for warning in group.warnings:
         say(f"warning: {warning}")
     for path in _write(group, {"captions": captions, "steps": steps, "seed": seed, **_machine()}, output):
@@ -44,12 +53,13 @@ def demo(
 
 
 def _write(group: Group, settings: dict[str, Any], folder: Path) -> list[Path]:
-    from cachekit.bench.demo import page, to_json
+    from cachekit.bench.demo import page, shown, to_json
     from cachekit.bench.grid import picture_grid
+    from cachekit.bench.summary import Group
 
     folder.mkdir(parents=True, exist_ok=True)
     picture, table, data = folder / "pictures.png", folder / "table.md", folder / "table.json"
-    picture_grid(group).save(picture)
+    picture_grid(Group(shown(group))).save(picture)
     table.write_text(page(group))
     data.write_text(json.dumps({**settings, **to_json(group)}, indent=1, allow_nan=False) + "\n")
     return [picture, table, data]

@@ -131,5 +131,7 @@ def _print(group: Group) -> None:
     for names in (headings([*_COST, *memory]), [*headings(_QUALITY), *learned(rows), *EQUAL_COST]):
         header = [CONFIGURATION, *names]
         print_table(header, [[text.get(name, "-") for name in header] for text in found])
+    for note in group.notes:
+        say(note)
     for warning in group.warnings:
         say(f"warning: {warning}")

@@ -25,6 +25,7 @@ from cachekit.bench.suite import Suite, fitting
 from cachekit.bench.summary import groups
 from cachekit.bench.tables import texts
 from cachekit.bench.workbench import measure
+from cachekit.registry.catalog import installed
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
@@ -73,7 +74,7 @@ def cells(file):
 
 
 def test_a_grid_is_the_product_of_its_alternatives():
-    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], cachekit.policies())
+    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], installed())
     assert [sorted(map(str, made)) for made in found] == [
         ["deepcache:interval=2", "tgate:m=3"],
         ["deepcache", "tgate:m=3"],
@@ -83,8 +84,17 @@ def test_a_grid_is_the_product_of_its_alternatives():
     ]
 
 
+def test_alternatives_stand_for_parts_and_within_their_brackets():
+    found = expand(["cache:where=denoiser,when=every(3|4,first=2)|mask(0;4),what=linear"], installed())
+    assert [str(made) for (made,) in found] == [
+        "cache:where=denoiser,when=every(n=3,first=2),what=linear",
+        "cache:where=denoiser,when=every(n=4,first=2),what=linear",
+        "cache:where=denoiser,when=mask(steps=0;4),what=linear",
+    ]
+
+
 def test_equal_compositions_are_measured_once():
-    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], cachekit.policies())
+    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], installed())
     assert len(found) == 2
 
 
@@ -99,6 +109,7 @@ def test_each_composition_comes_with_its_peer_and_its_baselines(measured):
     for row in group.rows:
         if row.cell.method is not Method.PLAIN:
             assert all(group.plain(steps) is not None for steps in row.plain_steps().values())
+            assert all(group.best_plain(steps) is not None for steps in row.plain_steps().values())
 
 
 def test_published_packages_cost_and_draw_the_same(measured):
@@ -154,7 +165,7 @@ def test_compiled_blocks_draw_the_same(measured, folder, captions, tmp_path):
 def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
     suite = Suite(
         Setting(model=folder, captions=("a",)),
-        expand(["tgate:m=2|3"], cachekit.policies()),
+        expand(["tgate:m=2|3"], installed()),
         schedulers=["DDIM", "EulerDiscreteScheduler"],
         steps=(4, 6),
         seeds=(0, 1),
@@ -165,9 +176,30 @@ def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
     assert {cell.scheduler for cell in found} == {"DDIMScheduler", "EulerDiscreteScheduler"}
 
 
+def test_a_forecast_is_compared_with_every_spacing_of_plain_steps(folder, captions, tmp_path):
+    file = tmp_path / "r.jsonl"
+    given = ["--spec", "forecast:interval=2", "--steps", "5", "--threads", "1", "--no-peers", "--captions", captions]
+    text = printed(folder, *given, "--scheduler", "EulerDiscrete", "--output", file)
+    assert "plain steps left out: EulerDiscreteScheduler takes no use_lu_lambdas" in text
+    spaced = [cell for cell in cells(file) if cell.steps == 3]
+    assert {cell.spacing for cell in spaced} == {"", "karras", "full_steps:forecast"}
+    assert all(cell.method is Method.PLAIN and cell.uncached_steps == 5 for cell in spaced)
+    (group,) = groups(read(file)[0])
+    (row,) = (row for row in group.rows if row.cell.specs)
+    best, own = group.best_plain(3), group.plain(3)
+    assert best.psnr == max(row.psnr for row in group.rows if row.cell.steps == 3)
+    assert group.gain_by_spacing(3) == best.psnr - own.psnr
+    shown = texts(group, row)["plain steps at equal MACs"]
+    assert shown.startswith(f"3, {best.cell.spelled}: {best.psnr:.1f} dB" if best is not own else "3: ")
+    assert {round(row.macs / group.uncached.macs, 6) for row in group.rows if row.cell.steps == 3} == {0.6}
+    before = file.read_bytes()
+    printed(folder, *given, "--scheduler", "EulerDiscrete", "--output", file)
+    assert file.read_bytes() == before
+
+
 def test_an_architecture_is_timed_with_random_weights_and_never_judged():
     setting = Setting(model="sd15", captions=("a",), height=64, width=64, threads=1)
-    (cell,) = Suite(setting, expand(["deepcache:interval=2"], cachekit.policies()), steps=(2,), peers=False).cells()
+    (cell,) = Suite(setting, expand(["deepcache:interval=2"], installed()), steps=(2,), peers=False).cells()
     assert cell.model_hash
     assert cell.scheduler == "DDIMScheduler"
 
@@ -175,7 +207,7 @@ def test_an_architecture_is_timed_with_random_weights_and_never_judged():
 def test_without_specs_those_are_measured_that_fit(folder, captions, tmp_path):
     denoiser = tiny.pixart()
     denoiser.save_pretrained(tmp_path / "pixart")
-    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], cachekit.policies())
+    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], installed())
     assert fitting(folder, usual) == usual
     assert fitting(str(tmp_path / "pixart"), usual) == usual[:1]
     with pytest.raises(BenchError, match=r"none of the usual specs fits PixArtTransformer2DModel; name others"):
@@ -272,6 +304,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
     cell = cells(measured)[0]
     others = {"method": Method.PLAIN, "specs": ("x",), "metrics": ("x",), "guidance": 2.5}
     numbers = ("steps", "uncached_steps", "seed", "height", "width")
+    assert cell.spacing == ""
     for name, _ in cell:
         other = cell.model_copy(update={name: others.get(name, 99 if name in numbers else "x")})
         assert other.id != cell.id, name
@@ -281,6 +314,7 @@ def test_every_field_of_a_cell_is_in_its_key(measured):
 def test_the_stored_results_can_be_read(name):
     results, problems = read(STORED / f"{name}.jsonl")
     assert problems == []
+    assert all(result.cell.id == result.id for result in results)
     for group in groups(results):
         for row in (group.uncached, *group.rows):
             shown = texts(group, row)
@@ -348,7 +382,7 @@ def test_an_unwritable_output_is_told_before_anything_is_measured(folder, tmp_pa
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     setting = Setting(model=folder, captions=("a",), threads=1)
-    good, bad = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    good, bad = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     bad = bad.model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})
     outcomes = dict(executor("serial")(setting, [bad, good], 1))
     assert "adaptive_guidance" in outcomes[bad]
@@ -357,7 +391,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
 
 def test_two_workers_measure_what_one_does(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = dict(executor("process")(setting, wanted, 2))
     assert set(outcomes) == set(wanted)
     for cell in wanted:
@@ -368,7 +402,7 @@ def test_two_workers_measure_what_one_does(folder):
 
 def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=1|2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = {}
     for cell, outcome in executor("process")(setting, wanted, 1):
         if not outcomes:

@@ -14,12 +14,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support import tiny
 
-import cachekit
 from cachekit.bench.cells import Setting, expand
 from cachekit.bench.page import write_page
 from cachekit.bench.results import Results
 from cachekit.bench.suite import Suite, measure_suite
 from cachekit.bench.summary import groups
+from cachekit.registry.catalog import installed
 
 HOSTILE = '<script>alert(1)</script> " onerror="x'
 FLAGS = (
@@ -52,7 +52,7 @@ def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
     tiny.small().save_pretrained(folder / "model")
     setting = Setting(model=str(folder / "model"), captions=(HOSTILE,), device="cpu", threads=1)
-    suite = Suite(setting, expand(["tgate:m=2"], cachekit.policies()), steps=(4,), peers=False)
+    suite = Suite(setting, expand(["tgate:m=2"], installed()), steps=(4,), peers=False)
     results = Results(folder / "r.jsonl")
     assert measure_suite(suite, results, lambda *news: None) == []
     write_page(groups(results.all), folder / "r.html")

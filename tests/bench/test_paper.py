@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from support import commands, networks
 
-import cachekit
 from cachekit.bench.cells import expand
 from cachekit.bench.paper import measurable, tables
 from cachekit.models.architectures import architecture
 from cachekit.models.demo import heldout_captions, scenes
+from cachekit.registry.catalog import installed
 
 KEPT = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "paper.json").read_text())
 PRINTED = [row for part in ("rows", "cair", "scaling") for row in tables()[part]]
@@ -77,7 +77,7 @@ def test_every_command_is_one_that_bench_takes():
         name, given = commands.parsed(found.commands[-1])
         assert name == "bench coco"
         assert len(given["models"]) == 1
-        expand(given["spec"] or [], cachekit.policies())
+        expand(given["spec"] or [], installed())
         for name in given["scheduler"] or []:
             assert f"{name}Scheduler" in {kind.__name__ for kind in diffusers.EulerDiscreteScheduler().compatibles}
         assert str(given["steps"][0]) in found.name

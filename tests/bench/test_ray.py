@@ -9,10 +9,10 @@ import pytest
 import ray
 from support import commands, tiny
 
-import cachekit
 from cachekit.bench.cells import BenchError, Method, Setting, expand
 from cachekit.bench.executors import executor
 from cachekit.bench.suite import Suite
+from cachekit.registry.catalog import installed
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def setting(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cells(setting):
-    suite = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False)
+    suite = Suite(setting, expand(["tgate:m=1|2|3"], installed()), steps=(4,), peers=False)
     cells = suite.cells()
     return [*cells, cells[0].model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})]
 

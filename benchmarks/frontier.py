@@ -1,0 +1,162 @@
+"""Measure forecasts beside fewer plain steps with every spacing: `python -m benchmarks.frontier [demo|demo-dit]`.
+
+Each model has a results file of its own, so that two can be measured at once, on a processor each. Captions come in
+blocks; a block that the file holds isn't measured again, so an interrupted run is resumed, and `--captions` can be
+raised later. Within a block all contenders take turns with the uncached pipeline, caption by caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from cachekit.bench.cells import Cell, Setting
+from cachekit.bench.figures import FIGURES
+from cachekit.bench.measuring import Configuration
+from cachekit.bench.results import Result, Results, Sample, read
+from cachekit.bench.spacing import absent, computed_steps, rivals
+from cachekit.bench.suite import Suite
+from cachekit.bench.summary import Group, groups
+from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts
+from cachekit.bench.workbench import Contender, Workbench
+from cachekit.errors import CachekitError
+from cachekit.interface.specs import parse_all
+from cachekit.models.demo import heldout_captions
+from cachekit.registry.catalog import installed
+
+from .readme import RESULTS
+
+MODELS = ("demo", "demo-dit")
+SCHEDULERS = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+GUIDANCE = (3.5, 5.0)
+STEPS = 25
+SPECS = (
+    *(f"forecast:interval={interval}" for interval in (2, 3)),
+    *(f"calibrated:interval={interval}" for interval in (2, 3, 4, 5, 6)),
+)
+#: Captions in a block. The seed of a block's noise is the place of its first caption.
+BLOCK = 24
+#: Seed of the captions, and of those that may have served for calibration or that the demo shows.
+FRESH, USED = 1000, range(100)
+
+
+def main() -> None:
+    """Parse the command line and measure what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: both, one after the other")
+    parser.add_argument("--scheduler", action="append", choices=SCHEDULERS, help="default: both")
+    parser.add_argument("--guidance", action="append", type=float, help=f"default: {GUIDANCE}")
+    parser.add_argument("--spec", action="append", help=f"default: {', '.join(SPECS)}")
+    parser.add_argument("--captions", type=int, default=96, help=f"a multiple of {BLOCK}; default: 96")
+    options = parser.parse_args()
+    blocks = range(0, options.captions, BLOCK)
+    for model, guidance, start in product(options.models or MODELS, options.guidance or GUIDANCE, blocks):
+        setting = Setting(
+            model=model,
+            captions=fresh_captions(options.captions)[start : start + BLOCK],
+            device="cpu",
+            threads=1,
+            guidance=guidance,
+            pictures=0,
+        )
+        for scheduler in options.scheduler or SCHEDULERS:
+            measure(setting, scheduler, options.spec or SPECS, start, Results(RESULTS / f"frontier-{model}.jsonl"))
+
+
+def fresh_captions(count: int) -> tuple[str, ...]:
+    """List held-out captions that neither a calibration nor the demo uses."""
+    used = {caption for seed in USED for caption in heldout_captions(64, seed)}
+    found = dict.fromkeys(heldout_captions(4 * count, FRESH))
+    return tuple(caption for caption in found if caption not in used)[:count]
+
+
+def measure(setting: Setting, scheduler: str, specs: Sequence[str], seed: int, results: Results) -> None:
+    """Measure the cells of one block that `results` lacks, and add them."""
+    bench = Workbench(setting)
+    planned = list(cells(bench, setting, scheduler, specs, seed))
+    wanted = [cell for cell, _ in planned]
+    wanted += rivals((cell, len(computed_steps(plan)), plan) for cell, plan in planned)
+    missing = [cell for cell in wanted if not absent(cell) and cell not in results]
+    contenders = list(prepared(bench, missing))
+    where = f"{setting.model}, {scheduler}, guidance {setting.guidance:g}, captions {seed} to {seed + BLOCK - 1}"
+    print(f"{where}: {len(contenders)} cells", flush=True)
+    if contenders:
+        results.add(map(slim, bench.measure(contenders)))
+
+
+def cells(
+    bench: Workbench, setting: Setting, scheduler: str, specs: Sequence[str], seed: int
+) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """Yield the cells of one block and their plans; a policy that isn't installed or doesn't fit is reported."""
+    for spec in specs:
+        try:
+            specs_given = Configuration.parse(spec, STEPS).specs
+            policies = parse_all(specs_given, installed())
+            suite = Suite(setting, [policies], schedulers=[scheduler], steps=(STEPS,), seeds=(seed,), peers=False)
+            # Tables show specs as they were given, and not as policies write them.
+            cell = suite.cells()[0].model_copy(update={"specs": specs_given})
+            yield cell, bench.plan(cell, cell.specs)
+        except CachekitError as error:
+            print(f"left out: {error}", flush=True)
+
+
+def prepared(bench: Workbench, missing: Sequence[Cell]) -> Iterator[Contender]:
+    """Run each contender once; one that can't run is reported, such as a forecast without a calibration."""
+    for cell in missing:
+        try:
+            yield bench.prepare(cell)
+        except CachekitError as error:
+            print(f"left out: {cell.label}: {error}", flush=True)
+
+
+def slim(result: Result) -> Result:
+    """Leave out what the tables don't show, and digits beyond what was measured."""
+    return result.model_copy(update={"reference": None, "samples": [*map(_rounded, result.samples)]})
+
+
+def _rounded(sample: Sample) -> Sample:
+    figures: dict[str, Any] = {"features": None, "uncached_features": None}
+    for name, digits in (("seconds", 5), ("uncached_seconds", 5), ("deciding_seconds", 6), ("psnr", 3), ("ssim", 5)):
+        value = getattr(sample, name)
+        figures[name] = None if value is None else round(value, digits)
+    return sample.model_copy(update=figures)
+
+
+# -- how it is shown --------------------------------------------------------------------------------------
+
+
+def tables() -> str:
+    """Table of each model, guidance scale and scheduler measured."""
+    found = (group for model in MODELS for group in stored(RESULTS / f"frontier-{model}.jsonl"))
+    return "\n".join(map(table, found))
+
+
+def stored(path: Path) -> list[Group]:
+    """Read results, those of all blocks together."""
+    if not path.exists():
+        return []
+    # Blocks have captions of their own, whose digests keep them apart in a group; their seeds differ too.
+    found = ((result, result.cell.model_copy(update={"captions": ""})) for result in read(path)[0])
+    return groups(result.model_copy(update={"cell": cell}) for result, cell in found)
+
+
+def table(group: Group) -> str:
+    """Table of one group: a row for each forecast, with the best plain steps at the same cost beside it."""
+    keys = ("mac_reduction", "speedup", "psnr", "caption_match")
+    equal = next(name for name, cost in EQUAL_COST.items() if cost == "MACs")
+    speedup = FIGURES["speedup"]
+    rows = []
+    for row in (group.uncached, *(row for row in group.rows if row.cell.specs)):
+        shown, plain = texts(group, row), group.best_plain(row.plain_steps()["MACs"]) if row.cell.specs else None
+        listed = [shown[name] for name in (CONFIGURATION, *headings(keys), equal)]
+        rows.append([*listed, speedup.text(plain) if plain else "-"])
+    title = f"**{group.cell.model}, {group.cell.scheduler}, guidance {group.cell.guidance:g}**"
+    notes = "".join(f"\n{note}\n" for note in group.notes)
+    return f"{title}\n\n{markdown([CONFIGURATION, *headings(keys), equal, f'their {speedup.name}'], rows)}{notes}"
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from cachekit.errors import SpecError
 from cachekit.interface.moment import Action, History, Moment, Streams, Time
 from cachekit.interface.sites import SiteMap, Target
 
@@ -50,10 +51,17 @@ class Part(BaseModel):
     #: The key of a value that is given without one: `every(3)` is `every(n=3)`.
     positional: ClassVar[str] = ""
 
+    def __init__(self, **values: Any) -> None:
+        """Check the values of the fields; raises `SpecError` where one of them is wrong."""
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise SpecError(f"{type(self).__name__}: {_reason(error)}") from error
+
     @classmethod
-    def spelled(cls, word: str) -> Part | None:
-        """Make the instance that is written as this word alone, which isn't the name of the class; None if none is."""
-        return None
+    def spellings(cls) -> Mapping[str, Part]:
+        """Words that stand for instances of this class, besides its name."""
+        return {}
 
     def __str__(self) -> str:
         """Write the part as text that parses back to an equal one; defaults are left out."""
@@ -215,17 +223,39 @@ class Choice:
     what: StandIn
     change: BranchChange = BranchChange.REMAINING
 
+    def misfit(self) -> str:
+        """Name a part that is none, with the cure; "" if there is nothing wrong."""
+        for key, base in (("where", Where), ("when", Schedule), ("what", StandIn), ("change", BranchChange)):
+            part = getattr(self, key)
+            if isinstance(part, type):
+                return f"has the class {part.__name__} as {key}; write {part.__name__}()"
+            if not isinstance(part, base):
+                return f"has {part!r} as {key}; give an instance of {base.__name__}"
+        return ""
+
     def with_parts(self, **parts: Part) -> Choice:
         """Make a choice with some of its parts replaced."""
         return replace(self, **parts)  # type: ignore[arg-type]
 
 
 def word(value: Any) -> str:
-    """Write a value of a spec: a word, a number, a part, or a list with semicolons between its items."""
+    """Write a value of a spec: a word, a number, a part, or a list with semicolons between its items, ";" if it has none."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:
         return "none"
     if isinstance(value, (tuple, list)):
-        return ";".join(map(word, value))
+        return ";".join(map(word, value)) or ";"
     return str(value.value if isinstance(value, Enum) else value)
+
+
+def _reason(error: ValidationError) -> str:
+    """Write the first reason of an error of pydantic, after the key and the value that are wrong."""
+    first = error.errors()[0]
+    key, given = ".".join(map(str, first["loc"])), first["input"]
+    if first["type"] == "missing":
+        return f"{key} is needed; give {key}=..."
+    if isinstance(given, type):
+        return f"{key} is the class {given.__name__}, not an instance; write {given.__name__}()"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}={repr(given)[1:-1] if isinstance(given, str) else given}: {message}" if key else message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cachekit.errors import SpecError
+from cachekit.errors import CachekitError, PolicyError, SpecError
 from cachekit.interface.parts import Choice, Part, Schedule, StandIn, Where, word
 
 if TYPE_CHECKING:
@@ -49,9 +49,10 @@ class Policy(Part):
     def chosen(self) -> Mapping[str, Choice]:
         """Make the choices, with the parts that the spec replaces.
 
-        Raises `SpecError` where a part is given for a policy with several choices.
+        Raises `SpecError` where a part is given for a policy with several choices, and `PolicyError` where `choices`
+        raises, or returns what can't be used.
         """
-        choices = self.choices()
+        choices = self._checked_choices()
         given = {key: getattr(self, key) for key in PARTS if getattr(self, key) is not None}
         if not given:
             return choices
@@ -61,6 +62,21 @@ class Policy(Part):
                 f" {next(iter(given))}= could mean any of them; leave it out, or write it as cache:where=,when=,what="
             )
         return {name: choice.with_parts(**given) for name, choice in choices.items()}
+
+    def _checked_choices(self) -> Mapping[str, Choice]:
+        try:
+            choices = self.choices()
+        except CachekitError:
+            raise
+        except Exception as error:
+            raise PolicyError(f"{self}: choices raised {type(error).__name__}: {error}") from error
+        if not isinstance(choices, Mapping) or not choices:
+            raise PolicyError(f"{self}: choices returned {choices!r}; return at least one Choice, by name")
+        for name, choice in choices.items():
+            reason = choice.misfit() if isinstance(choice, Choice) else f"is {choice!r}; make it a Choice"
+            if reason:
+                raise PolicyError(f"{self}: the choice {name!r} {reason}")
+        return choices
 
     @property
     def observes(self) -> bool:

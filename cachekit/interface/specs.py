@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar, Union, get_args, get_origin
-
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from types import UnionType
+from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from cachekit.errors import SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
@@ -47,8 +45,8 @@ def parse(spec: Spec, words: Vocabulary) -> Policy:
     A value is a word, a number, a list with semicolons, or a part with keys of its own in brackets.
 
     >>> from cachekit.registry.catalog import installed
-    >>> parse("deepcache: interval=5, end=none", installed())
-    DeepCache(where=None, when=None, what=None, interval=5, branch=0, schedule='uniform', center=15, power=1.4, start=0, end=None)
+    >>> parse("null_text: after=5, before=none", installed())
+    NullText(where=None, when=None, what=None, after=5, before=None)
     >>> str(parse("cache:where=denoiser,when=every(3),what=linear(of=residual)", installed()))
     'cache:where=denoiser,when=every(n=3),what=linear(of=residual)'
     >>> parse("deepcache:intervall=3", installed())
@@ -58,8 +56,12 @@ def parse(spec: Spec, words: Vocabulary) -> Policy:
 
     Raises `SpecError` with the spec, the part that is wrong, and what is allowed.
     """
-    if isinstance(spec, Policy):
-        return spec
+    policy = spec if isinstance(spec, Policy) else _built(spec, words)
+    policy.chosen()  # refuses parts that the policy has no place for
+    return policy
+
+
+def _built(spec: str, words: Vocabulary) -> Policy:
     if not isinstance(spec, str):
         raise SpecError(f"spec {spec!r}: is a {_described(spec)}; give a string or a policy")
     name, colon, text = (part.strip() for part in spec.partition(":"))
@@ -130,8 +132,8 @@ class _Parser:
             values[key] = self._value(fields[key].annotation, value, f"{path}{key}=")
         try:
             return made(**values)
-        except ValidationError as error:
-            raise self._error(path, _reason(error.errors()[0], made)) from None
+        except SpecError as error:
+            raise self._error(path, str(error).removeprefix(f"{made.__name__}: ")) from None
 
     def _pairs(self, made: type[Part], text: str, path: str) -> Iterator[tuple[str, str]]:
         seen = set()
@@ -148,15 +150,22 @@ class _Parser:
 
     def _value(self, annotation: Any, text: str, path: str) -> Any:
         """Convert the text of a value as far as its type needs; pydantic does the rest."""
-        types = (annotation, *get_args(annotation))
+        types = _alternatives(annotation)
         if text == "none" and type(None) in types:
             return None
-        for base in self._words:
-            if base in types:
-                return self._part(base, text, path)
-        if any(get_origin(one) in (tuple, list) for one in types):
-            return tuple(item.strip() for item in split_outside(text, ";") if item.strip())
+        for one in types:
+            if get_origin(one) in (tuple, list):
+                return tuple(self._value(get_args(one)[0], item, path) for item in self._items(text, path))
+            bases = [base for base in self._words if isinstance(one, type) and issubclass(one, base)]
+            if bases:
+                return self._part(bases[0], text, path)
         return text
+
+    def _items(self, text: str, path: str) -> list[str]:
+        items = [item.strip() for item in split_outside(text, ";")] if text != ";" else []
+        if not all(items):
+            raise self._error(path, f"an item of the list {text!r} is empty; write them as a;b")
+        return items
 
     def _part(self, base: type[Part], text: str, path: str) -> Part:
         self._refuse_unbalanced(text, path)
@@ -165,11 +174,13 @@ class _Parser:
             raise self._error(path, f"{rest.rpartition(')')[2]!r} follows the bracket; write {name}(key=value)")
         if name in self._words[base]:
             return self.build(self._words[base][name], rest[:-1].strip(), f"{path}{name}.")
-        spelled = [found for made in self._words[base].values() if (found := made.spelled(name))]
-        if spelled and not bracket:
-            return spelled[0]
-        known = ", ".join(sorted(self._words[base])) or "none"
-        raise self._error(path, f"unknown word {name!r}{nearest(name, self._words[base])}; known: {known}")
+        spelled = {word: part for made in self._words[base].values() for word, part in made.spellings().items()}
+        if name in spelled and bracket:
+            raise self._error(path, f"{name!r} has no keys; write it without a bracket")
+        if name in spelled:
+            return spelled[name]
+        known = sorted({*self._words[base], *spelled})
+        raise self._error(path, f"unknown word {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
 
     def _refuse_unbalanced(self, text: str, path: str) -> None:
         depth = 0
@@ -188,13 +199,10 @@ def _described(value: Any) -> str:
     return f"class, not an instance; write {value.__name__}()" if isinstance(value, type) else type(value).__name__
 
 
-def _reason(error: ErrorDetails, made: type[Part]) -> str:
-    message = error["msg"].removeprefix("Value error, ")
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"{where} is needed; write {made.name}{':' if issubclass(made, Policy) else '('}{where}=..."
-    return f"{where}={_quoted(error['input'])}: {message}" if where else message
-
-
-def _quoted(value: Any) -> str:
-    return repr(value)[1:-1] if isinstance(value, str) else str(value)
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """List the types that an annotation allows: those of a union, or itself."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(one for part in get_args(annotation) for one in _alternatives(part))
+    return (annotation,)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from cachekit.errors import SiteError
-from cachekit.interface.parts import Where
+from cachekit.interface.parts import Part, Where
 from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, Region, SiteMap, Target
 
 if TYPE_CHECKING:
@@ -32,10 +32,18 @@ class Sites(Where):
 
     kinds: Annotated[tuple[Kind, ...], BeforeValidator(_as_list)] = Field(min_length=1)
 
+    @field_validator("kinds")
     @classmethod
-    def spelled(cls, word: str) -> Sites | None:
-        """Make the sites of the kind with this name."""
-        return cls(kinds=word) if word in {str(kind) for kind in Kind} else None  # type: ignore[arg-type]
+    def _of_modules(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+        for kind in kinds:
+            if kind in (Kind.GUIDANCE, Kind.DENOISER):
+                raise ValueError(f"{kind} is no kind of site, but a place of its own; write where={kind}")
+        return kinds
+
+    @classmethod
+    def spellings(cls) -> Mapping[str, Part]:
+        """Sites of a single kind, by its name."""
+        return {str(kind): cls(kinds=(kind,)) for kind in Kind if kind not in (Kind.GUIDANCE, Kind.DENOISER)}
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites of these kinds; raises `SiteError` where the model has none of them."""
@@ -95,7 +103,7 @@ class NestedRegion(Where):
     summary: ClassVar[str] = "all of a UNet that is deeper than one skip connection"
     positional: ClassVar[str] = "branch"
 
-    branch: int = Field(0, ge=0)
+    branch: int = Field(default=0, ge=0)
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the region; raises `SiteError` for a model without skip connections, or with fewer."""
@@ -120,7 +128,7 @@ class Span(Where):
 
     first: int = 0
     stop: int | None = None
-    chain: int | None = Field(None, ge=0)
+    chain: int | None = Field(default=None, ge=0)
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the span; raises `SiteError` for a model without such blocks."""

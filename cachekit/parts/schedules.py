@@ -24,10 +24,10 @@ class Every(Schedule):
     summary: ClassVar[str] = "full every n steps"
     positional: ClassVar[str] = "n"
 
-    n: int = Field(2, ge=1)
-    first: int = Field(1, ge=1)
+    n: int = Field(default=2, ge=1)
+    first: int = Field(default=1, ge=1)
     last: bool = False
-    start: int = Field(0, ge=0)
+    start: int = Field(default=0, ge=0)
 
     def full(self, at: Moment) -> bool:
         """Whether the step is one of the first, an `n`-th after them, or the last."""
@@ -47,7 +47,7 @@ class After(Schedule):
     positional: ClassVar[str] = "m"
     insists: ClassVar[bool] = True
 
-    m: int = Field(10, ge=0)
+    m: int = Field(default=10, ge=0)
 
     def full(self, at: Moment) -> bool:
         """Whether the step is before `m`."""
@@ -69,8 +69,8 @@ class Window(Schedule):
     name: ClassVar[str] = "window"
     summary: ClassVar[str] = "another schedule between two steps or timesteps, full elsewhere"
 
-    first: int = Field(0, ge=0)
-    stop: int | None = Field(None, ge=0)
+    first: int = Field(default=0, ge=0)
+    stop: int | None = Field(default=None, ge=0)
     low: float | None = None
     high: float | None = None
     when: Schedule = Every(n=2)
@@ -141,10 +141,10 @@ class Quadratic(Schedule):
     paper: ClassVar[str] = "arXiv 2312.00858"
     positional: ClassVar[str] = "n"
 
-    n: int = Field(3, ge=1)
-    center: int = Field(15, ge=0, le=10_000)
-    power: float = Field(1.4, ge=0.1, le=10)
-    start: int = Field(0, ge=0)
+    n: int = Field(default=3, ge=1)
+    center: int = Field(default=15, ge=0, le=10_000)
+    power: float = Field(default=1.4, ge=0.1, le=10)
+    start: int = Field(default=0, ge=0)
 
     def full(self, at: Moment) -> bool:
         """Whether the step is one of the full ones, or the schedule starts with it."""

@@ -112,7 +112,7 @@ class Taylor(Differences):
     paper: ClassVar[str] = "arXiv 2503.06923"
     positional: ClassVar[str] = "order"
 
-    order: int = Field(1, ge=0, le=8)
+    order: int = Field(default=1, ge=0, le=8)
 
     @property
     def degree(self) -> int:
@@ -130,7 +130,7 @@ class Hermite(Taylor):
     summary: ClassVar[str] = "Taylor's differences with scaled Hermite polynomials"
     paper: ClassVar[str] = "arXiv 2508.16984"
 
-    sigma: float = Field(0.5, gt=0, le=1)
+    sigma: float = Field(default=0.5, gt=0, le=1)
 
     def factor(self, degree: int, distance: float) -> float:
         """Compute the scaled polynomial over the factorial of its degree."""
@@ -152,8 +152,8 @@ class Chebyshev(Extrapolation):
     positional: ClassVar[str] = "degree"
     length: ClassVar[int | None] = None
 
-    degree: int = Field(4, ge=1, le=16)
-    ridge: float = Field(0.1, ge=0)
+    degree: int = Field(default=4, ge=1, le=16)
+    ridge: float = Field(default=0.1, ge=0)
 
     def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
         """Solve the normal equations of the polynomials' coefficients for each value's weight."""

@@ -71,7 +71,7 @@ class Composer:
                 self._restart(index, step)
                 cells[index] = self._cell(index, step, decide)
         self._force_full(cells, step, decide)
-        self._postpone(cells)
+        self._postpone(cells, step)
         for index, cell in enumerate(cells):
             if cell is Action.STORE:
                 self._stored[index].update(self.branches)
@@ -175,7 +175,7 @@ class Composer:
             for inner in self._inside[index]
         )
 
-    def _postpone(self, cells: list[Cell]) -> None:
+    def _postpone(self, cells: list[Cell], step: int) -> None:
         """Postpone each STORE inside what is reused, and carry out those postponed before that no longer are."""
         for index, cell in enumerate(cells):
             if cell is not Action.STORE and index not in self._owed:
@@ -185,7 +185,13 @@ class Composer:
                 cells[index] = Action.COMPUTE if cell is Action.STORE else cell
             else:
                 self._owed.discard(index)
-                cells[index] = Action.STORE if cell is Action.REUSE and index != self.narrowed_by else cell
+                is_due = cell is Action.REUSE or (cell is Action.COMPUTE and self._is_read_next(index, step))
+                cells[index] = Action.STORE if is_due and index not in self._guidance else cell
+
+    def _is_read_next(self, index: int, step: int) -> bool:
+        """Whether a schedule reads what is kept before it keeps anew."""
+        later = self._schedule(index, self._origin[index])[step - self._origin[index] + 1 :]
+        return next((cell for cell in later if cell is not Action.COMPUTE), Action.STORE) is not Action.STORE
 
     def _is_skipped(self, index: int, cells: list[Cell]) -> bool:
         return any(cells[block] is Action.REUSE and index in self._inside[block] for block in self._blocks)

@@ -9,11 +9,14 @@ import sys
 from typing import ClassVar
 
 import pytest
-from support.scripted import TOY, Scripted
+from support.scripted import TOY, Script, Scripted
 
-from cachekit.errors import ConflictError, SiteError
+from cachekit import Chebyshev, Drop, Linear, Reuse
+from cachekit.driving.setup import _targets
+from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
-from cachekit.interface.policy import OPEN, Action, BranchChange
+from cachekit.interface.moment import OPEN, Action
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
@@ -26,12 +29,12 @@ BOTH = ("uncond", "cond")
 
 class Refreshed(Scripted):
     name: ClassVar[str] = "refreshed"
-    on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
+    change: ClassVar[BranchChange] = BranchChange.REFRESH
 
 
 def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
     policies = parse_all(specs, installed())
-    return make_plan(assign((p, "", p.select(sites)) for p in policies), steps, Layout(order))
+    return make_plan(assign((p, "", _targets(p, sites)) for p in policies), steps, Layout(order))
 
 
 def columns(plan):
@@ -122,10 +125,31 @@ def test_quadratic_schedule_is_dense_around_its_centre():
 # -- rules of composition --------------------------------------------------------------------------------------
 
 
-def test_a_store_inside_forces_a_full_step_and_a_new_phase():
-    inner = Scripted(script="....Srrr")
+def test_a_store_that_insists_forces_a_full_step_and_a_new_phase():
+    inner = Scripted(script="....Srrr", insists=True)
     plan = plan_of(inner, "deepcache:interval=3", steps=10)
     assert columns(plan)["deepcache", "region 0"] == "SrrSSrrSrr"
+    assert columns(plan)["scripted", "mid.cross"] == "....Srrrrr"
+
+
+def test_any_other_store_inside_a_skipped_block_is_postponed():
+    """A periodic schedule once forced full steps like a gate, and cost most of what the block's policy saves."""
+    inner = Scripted(script="....Srrr")
+    plan = plan_of(inner, "deepcache:interval=3", steps=9)
+    assert columns(plan)["deepcache", "region 0"] == "SrrSrrSrr"
+    assert columns(plan)["scripted", "mid.cross"] == ".....rSrr"
+
+
+def test_a_postponed_store_takes_the_place_of_a_step_that_only_computes():
+    inner = Scripted(script=".S...rrr")
+    plan = plan_of(inner, "deepcache:interval=3", steps=9)
+    assert columns(plan)["scripted", "mid.cross"] == "...S.rrrr"
+
+
+def test_a_postponed_store_that_is_no_longer_read_is_left_out():
+    inner = Scripted(script=".Sr.....")
+    plan = plan_of(inner, "deepcache:interval=3", steps=9)
+    assert columns(plan)["scripted", "mid.cross"] == "..r......"
 
 
 def test_a_store_outside_the_region_forces_nothing():
@@ -141,7 +165,8 @@ def test_a_store_inside_a_reused_block_forces_it_to_run():
 
 
 def test_assignments_are_shared_by_copies():
-    (bound,) = assign([(Scripted(script="S"), "", [GUIDANCE])])
+    policy = Scripted(script="S", at="guidance")
+    (bound,) = assign([(policy, "", _targets(policy, TOY))])
     assert copy.deepcopy([bound])[0] is bound
 
 
@@ -154,22 +179,25 @@ def test_idle_stores_are_computes():
     assert columns(plan_of(Scripted(script="SSSrSS.SrrS"), steps=11))["scripted", "mid.cross"] == "..Sr...Srr."
 
 
-class Remembering(Scripted):
-    name: ClassVar[str] = "remembering"
-    keeps_history: ClassVar[bool] = True
-
-
 @pytest.mark.parametrize(
-    ("policy", "script", "steps"),
+    ("what", "script", "steps"),
     [
-        (Scripted, "SrrS.rr..", [3, 7]),  # before it is kept anew, and after it was last read
-        (Scripted, "Sr..r.Sr", [5]),
-        (Remembering, "SSrrS..", [5]),  # a forecast reads the last one when it keeps the next
+        (Reuse(), "SrrS.rr..", [3, 7]),  # before it is kept anew, and after it was last read
+        (Reuse(), "Sr..r.Sr", [5]),
+        (Linear(), "SSrrS..", [4]),  # histories are kept by the engine: a STORE reads none of the older ones
+        (Linear(), "SSrSr..", [5]),  # the line at step 4 reads what step 1 kept
     ],
 )
-def test_what_is_no_longer_read_is_listed_as_unread(policy, script, steps):
-    plan = plan_of(policy(script=script), steps=len(script))
+def test_what_is_no_longer_read_is_listed_as_unread_for_each_branch(what, script, steps):
+    plan = plan_of(Scripted(script=script, stand_in=what), steps=len(script))
     assert [step for step, unread in enumerate(plan.unread) if unread] == steps
+    assert all(unread in (frozenset(), {(0, "uncond"), (0, "cond")}) for unread in plan.unread)
+
+
+def test_a_stand_in_keeps_the_stores_that_fill_its_history():
+    assert columns(plan_of(Scripted(script="SSSr", stand_in=Linear()), steps=4))["scripted", "mid.cross"] == ".SSr"
+    everything = Scripted(script="SSSr", stand_in=Chebyshev())
+    assert columns(plan_of(everything, steps=4))["scripted", "mid.cross"] == "SSSr"
 
 
 def test_a_change_of_branches_restarts_the_policies_that_refresh():
@@ -216,6 +244,33 @@ def test_a_region_covers_only_what_is_inside():
 def test_span_is_a_region_of_consecutive_blocks():
     assert TOY.span(0, 2) == Region("down.0..down.1", "down.1", ("down.0",), entry="down.0", streams=("x",))
     assert TOY.span(2, 3).skipped == ()
+
+
+# -- what schedules and policies return ------------------------------------------------------------------------
+
+
+class Odd(Script):
+    def action(self, at):
+        return "reuse" if at.step == 2 else super().action(at)
+
+
+class Raising(Script):
+    def action(self, at):
+        return super().action(at) if at.step < 2 else 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("when", "reason"),
+    [(Odd, "returned 'reuse'; return an Action, or OPEN"), (Raising, "raised ZeroDivisionError: division by zero")],
+)
+def test_a_schedule_that_fails_is_one_line_with_policy_target_and_step(when, reason):
+    class Bad(Scripted):
+        def choices(self):
+            return {name: choice.with_parts(when=when(actions="S")) for name, choice in super().choices().items()}
+
+    with pytest.raises(PolicyError) as caught:
+        plan_of(Bad(script="S"), steps=4)
+    assert str(caught.value) == (f"scripted:script=S: action of script(actions=S) for 'mid.cross' at step 2 {reason}")
 
 
 # -- conflicts -------------------------------------------------------------------------------------------------
@@ -295,15 +350,16 @@ def test_steps_with_one_signature_cost_the_same():
 # -- without torch ---------------------------------------------------------------------------------------------
 
 WITHOUT_TORCH = """
-import sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.registry.catalog
-for name in ("tgate", "deepcache", "adaptive_guidance", "null_text"):
-    __import__(f"cachekit_{name}.policy")
-tgate = sys.modules["cachekit_tgate.policy"].Tgate
-print(cachekit.interface.specs.parse("tgate:m=5", {"tgate": tgate}))
+import importlib.metadata, sys, cachekit.planning.plan, cachekit.interface.specs, cachekit.registry.catalog
+points = importlib.metadata.entry_points(group="cachekit")
+words = cachekit.registry.catalog.build(points, disabled=["unet", "dit"])  # adapters need torch
+assert len(words.policies) >= 8, words.failures
+print(cachekit.interface.specs.parse("tgate:m=5", words))
+print(cachekit.interface.specs.parse("cache:where=denoiser,when=quadratic,what=hermite", words))
 print(sorted({"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)))
 """
 
 
 def test_specs_plans_and_every_policy_need_no_torch():
     output = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True).stdout
-    assert output.split() == ["tgate:m=5", "[]"]
+    assert output.split() == ["tgate:m=5", "cache:where=denoiser,when=quadratic,what=hermite", "[]"]

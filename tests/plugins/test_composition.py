@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support import tiny
-from support.scripted import TOY, ByString, Scripted
+from support.scripted import TOY, InsistingScript, Scripted
 from torch import nn
 
 import cachekit
@@ -333,7 +333,7 @@ def test_what_is_reused_was_kept_last_and_by_the_same_branches(
 
 def scripted(number: int, place: str, script: str, rule: BranchChange) -> Any:
     names = {"name": f"scripted_{number}", "change": rule, "__module__": __name__}
-    return type("Ruled", (Scripted,), names)(script=script, at=place)
+    return type("Ruled", (Scripted,), names)(script=script, at=place, insists=True)
 
 
 def test_costs_count_a_reuse_of_what_was_dropped_and_kept_anew() -> None:
@@ -345,7 +345,7 @@ def test_costs_count_a_reuse_of_what_was_dropped_and_kept_anew() -> None:
         column: str
 
         def choices(self) -> dict[str, Choice]:
-            return {"column": Choice(Sites(kinds=self.kind), ByString(script=self.column), Reuse())}
+            return {"column": Choice(Sites(kinds=self.kind), InsistingScript(actions=self.column), Reuse())}
 
     class OnAttention(Columns):
         name: ClassVar[str] = "on_attention"

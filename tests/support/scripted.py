@@ -5,21 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cachekit import (
-    DENOISER,
-    GUIDANCE,
-    Action,
-    BranchChange,
-    Choice,
-    Drop,
-    Kind,
-    Moment,
-    Policy,
-    Region,
-    Reuse,
-    Schedule,
-    Site,
-    SiteMap,
-    Where,
+    DENOISER, GUIDANCE, OPEN, Action, BranchChange, Choice, Kind, Moment, Policy, Region, Reuse, Schedule, Site,
+    SiteMap, StandIn, Where,
 )  # fmt: skip
 
 #: Sites of a UNet: an attention outside every region, one inside the middle region, one in the deepest.
@@ -43,37 +30,45 @@ TOY = SiteMap(
 )
 
 
-class ByString(Schedule):
-    """Take actions from a string: one of `.Sr` a step since the origin, the last one repeated."""
-
-    name: ClassVar[str] = "by_string"
-    insists: ClassVar[bool] = True
-    script: str
-
-    def action(self, at: Moment):
-        place = min(at.step - at.origin, len(self.script) - 1)
-        return {".": Action.COMPUTE, "S": Action.STORE, "r": Action.REUSE}[self.script[place]]
-
-
 class Named(Where):
-    """Targets by name, joined by `+`."""
+    """The sites, regions and guidance with these names."""
 
     name: ClassVar[str] = "named"
-    names: str
+    names: tuple[str, ...]
 
     def find(self, sites: SiteMap):
         everything = (GUIDANCE, DENOISER, *sites.sites, *sites.regions)
-        return [target for target in everything if target.name in self.names.split("+")]
+        return [target for target in everything if target.name in self.names]
+
+
+class Script(Schedule):
+    """Actions from a string: one of `.Sr?` a step since the origin, the last one repeated."""
+
+    name: ClassVar[str] = "script"
+    actions: str
+
+    def action(self, at: Moment):
+        place = min(at.step - at.origin, len(self.actions) - 1)
+        return {".": Action.COMPUTE, "S": Action.STORE, "r": Action.REUSE, "?": OPEN}[self.actions[place]]
+
+
+class InsistingScript(Script):
+    """The same, of which each STORE must happen in its own step."""
+
+    name: ClassVar[str] = "insisting_script"
+    insists: ClassVar[bool] = True
 
 
 class Scripted(Policy):
-    """Take actions on named targets from a string; every STORE insists on its step."""
+    """Take actions on named targets, joined by "+", from a string."""
 
     name: ClassVar[str] = "scripted"
     change: ClassVar[BranchChange] = BranchChange.REMAINING
     script: str
     at: str = "mid.cross"
+    insists: bool = False
+    stand_in: StandIn = Reuse()
 
     def choices(self):
-        what = Drop() if self.at == "guidance" else Reuse()
-        return {"script": Choice(Named(names=self.at), ByString(script=self.script), what, self.change)}
+        when = (InsistingScript if self.insists else Script)(actions=self.script)
+        return {"script": Choice(Named(names=tuple(self.at.split("+"))), when, self.stand_in, self.change)}

@@ -227,7 +227,9 @@ def _result(data: Mapping[str, Any], row: Mapping[str, Any], uncached: Mapping[s
     )
     images = zip(data["prompts"], row["images"], uncached["images"])
     samples = [_sample(caption, image, plain) for caption, image, plain in images]
-    return Result(id=cell.id, cell=cell, environment=data["versions"], first_seconds=None, samples=samples, plan=row["plan"])
+    return Result(
+        id=cell.id, cell=cell, environment=data["versions"], first_seconds=None, samples=samples, plan=row["plan"]
+    )
 
 
 def _sample(caption: str, image: Mapping[str, Any], plain: Mapping[str, Any]) -> Sample:

@@ -214,6 +214,11 @@ class Group:
             return None
         return 0.0 if own is best else best.psnr - own.psnr
 
+    def best_match(self, steps: int) -> Row | None:
+        """Row of that many plain steps with the highest caption match, of all spacings measured; None without any."""
+        rows = [row for row in self._plains(steps) if row.caption_match is not None]
+        return max(rows, key=lambda row: row.caption_match or 0.0) if rows else None
+
     def _plains(self, steps: int) -> list[Row]:
         if steps == self.cell.uncached_steps:
             return [self.uncached]

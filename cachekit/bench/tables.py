@@ -16,7 +16,8 @@ CONFIGURATION = "configuration"
 EQUAL_COST = {"plain steps at equal MACs": "MACs", "plain steps at equal wall time": "wall time"}
 EQUAL_LEGEND = (
     "Plain steps at equal cost: the number of steps, with the spacing whose images are most similar to the uncached"
-    " ones, their PSNR, how much of that is due to the spacing, and their caption match."
+    " ones, their PSNR, how much of that is due to the spacing, and their caption match, with that of another spacing"
+    " where it is higher."
 )
 
 
@@ -56,11 +57,19 @@ def _plain_steps(group: Group, row: Row, cost: str) -> str:
     plain = group.best_plain(steps)
     if plain is None or plain.psnr is None:
         return str(steps)
-    match, gain = FIGURES["caption_match"], group.gain_by_spacing(steps)
-    spelled = f", {plain.cell.spelled}" if plain.cell.spacing else ""
+    gain = group.gain_by_spacing(steps)
     part = f" ({gain:.1f} by spacing)" if gain else ""
-    shown = "" if plain.caption_match is None else f", {match.format(plain.caption_match)} match"
-    return f"{steps}{spelled}: {FIGURES['psnr'].format(plain.psnr)} dB{part}{shown}"
+    spelled = f", {plain.cell.spelled}" if plain.cell.spacing else ""
+    return f"{steps}{spelled}: {FIGURES['psnr'].format(plain.psnr)} dB{part}{_match(plain, group.best_match(steps))}"
+
+
+def _match(plain: Row, best: Row | None) -> str:
+    """Caption match of plain steps, and that of another spacing where it is higher."""
+    if plain.caption_match is None or best is None or best.caption_match is None:
+        return ""
+    text = FIGURES["caption_match"].format
+    higher = f" ({text(best.caption_match)} with {best.cell.spelled or 'the own spacing'})"
+    return f", {text(plain.caption_match)} match" + (higher if best.caption_match > plain.caption_match else "")
 
 
 def legend(names: Iterable[str]) -> str:

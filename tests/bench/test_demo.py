@@ -258,8 +258,8 @@ def test_the_table_as_markdown(drawn):
     ]
 
 
-def plain_row(spacing, psnr):
-    samples = [sample(name, 0.25, 10**9, True).model_copy(update={"psnr": psnr}) for name in ("first", "second")]
+def plain_row(spacing, psnr, shown=True):
+    samples = [sample(name, 0.25, 10**9, shown).model_copy(update={"psnr": psnr}) for name in ("first", "second")]
     made = cell(("a", "b")).plain(2, spacing)
     return Row(made, [Result(id=made.id, cell=made, environment={}, first_seconds=None, samples=samples)])
 
@@ -270,6 +270,13 @@ def test_the_best_spacing_stands_for_its_number_of_steps(drawn):
     assert cached[-1] == "2, lu_lambdas: 23.5 dB (3.5 by spacing), 100% match"
     assert plain[0] == "2 plain steps, lu_lambdas"
     assert len(demo.table(drawn)) == 3
+
+
+@pytest.mark.parametrize(("spacing", "name"), [("", "the own spacing"), ("karras", "karras")])
+def test_a_spacing_that_shows_more_captions_is_named_too(drawn, spacing, name):
+    drawn.rows += [plain_row("lu_lambdas", 23.5, False), plain_row(spacing, 21.0)]
+    shown = texts(drawn, drawn.rows[0])["plain steps at equal MACs"]
+    assert shown.endswith(f", 0% match (100% with {name})")
 
 
 def test_the_schedulers_own_spacing_can_be_the_best(drawn):

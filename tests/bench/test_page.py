@@ -96,6 +96,26 @@ def test_everything_is_there(page, file):
         assert f"<title>{meaning}</title>" in text
 
 
+def test_spacings_of_plain_steps_are_named(tmp_path):
+    tiny.sd().save_pretrained(tmp_path / "model")
+    setting = Setting(model=str(tmp_path / "model"), captions=("a",), device="cpu", threads=1)
+    compositions = expand(["forecast:interval=2"], installed())
+    suite = Suite(setting, compositions, schedulers=["EulerDiscrete"], steps=(5,), peers=False)
+    results = Results(tmp_path / "r.jsonl")
+    assert measure_suite(suite, results, lambda *news: None) == []
+    write_page(groups(results.all), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    for words in (
+        "3 plain steps, karras",
+        "3 plain steps, timesteps of forecast",
+        "plain steps left out: EulerDiscreteScheduler takes no use_lu_lambdas",
+        "how much of that is due to the spacing",
+    ):
+        assert words in text
+    (keys,) = re.findall(r"<tr>(?:(?!</tr>).)*>forecast<.*?</tr>", text, re.DOTALL)
+    assert re.search(r'data-value="3">3[:,]', keys)
+
+
 # -- in a browser -----------------------------------------------------------------------------------------
 
 

@@ -82,7 +82,7 @@ def key_of(run: Beginning) -> Key:
         settings=settings_of(run.scheduler),
         steps=run.steps,
         timesteps=[time.timestep for time in run.times],
-        schedule=str(run.schedule),
+        schedule=run.schedule,
         full=list(run.full),
         branches=list(run.layout.order),
         separate=run.layout.separate,

@@ -159,7 +159,8 @@ def shared_part(tensor: Tensor, other: Tensor) -> Tensor:
     if tensor.shape[1:] == other.shape[1:]:
         return tensor
     common = [slice(min(sizes)) for sizes in zip(tensor.shape[1:], other.shape[1:])]
-    return tensor[(slice(None), *common)]
+    whole = (slice(None), *common)
+    return tensor[whole]
 
 
 def weighted(terms: Terms, weights: Mapping[str, float]) -> Tensor:

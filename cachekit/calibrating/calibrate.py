@@ -79,11 +79,12 @@ def calibrate(
     choice = choice_of(spec, catalog or installed())
     aim = reference_steps or num_inference_steps
     length = aim + num_inference_steps
+    batches = _batched(prompts, batch, seed)
     found = []
     for place, scale in enumerate(scales):
-        work = _Calibrator(pipe, choice, num_inference_steps, aim, _arguments(pipe, scale, arguments))
+        work = _Calibrator(pipe, choice, num_inference_steps, aim, _arguments(pipe, scale, arguments, batches[0]))
         show = _shifted(progress, place * length, len(scales) * length)
-        found.append(work.run(_batched(prompts, batch, seed), exchange, show, catalog))
+        found.append(work.run(batches, exchange, show, catalog))
     return Calibration.merge(*found)
 
 
@@ -193,12 +194,15 @@ class _Calibrator:
         return {**self._arguments, **given, "num_inference_steps": steps, "generator": generators}
 
 
-def _arguments(pipe: Any, scale: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete the arguments of calls: the guidance scale, and latents as output, since images aren't looked at."""
+def _arguments(pipe: Any, scale: float | None, given: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete the arguments of calls: the guidance scale, and latents as output, since images aren't looked at.
+
+    Whether guidance is true guidance is seen from those of a batch too.
+    """
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments = {**({"output_type": "latent"} if "output_type" in taken else {}), **given}
     if scale is not None:
-        arguments[scale_argument({**dict.fromkeys(taken), **arguments})] = scale
+        arguments[scale_argument({**dict.fromkeys(taken), **arguments, **batch})] = scale
     return arguments
 
 

@@ -38,16 +38,19 @@ class Key(Numbers):
     separate: bool
     beside: dict[str, float] = Field(default_factory=dict)
 
+    @property
+    def _calls(self) -> str:
+        return f"{' and '.join(self.branches)} {'in calls of their own' if self.separate else 'in one call'}"
+
     def difference(self, other: Key) -> str:
         """Describe the first difference as "what it is here, what it is there"; "" if there is none."""
         named = {name: (getattr(self, name), getattr(other, name)) for name in ("model", "scheduler", "steps")}
         # A setting that only one release of diffusers has is at its default there.
         both = [key for key in self.settings if key in other.settings]
         named |= {f"the scheduler's {key}": (self.settings[key], other.settings[key]) for key in both}
-        calls = "branches with calls of their own", "branches in one call"
         named |= {
             "full steps": ((self.schedule, self.full), (other.schedule, other.full)),
-            "branches": tuple((it.branches, calls[not it.separate]) for it in (self, other)),
+            "branches": (self._calls, other._calls),
             "scales beside guidance": (self.beside, other.beside),
         }
         for name, (mine, theirs) in named.items():
@@ -79,7 +82,7 @@ def key_of(run: Beginning) -> Key:
         settings=settings_of(run.scheduler),
         steps=run.steps,
         timesteps=[time.timestep for time in run.times],
-        schedule=str(run.schedule),
+        schedule=run.schedule,
         full=list(run.full),
         branches=list(run.layout.order),
         separate=run.layout.separate,

@@ -158,7 +158,9 @@ def shared_part(tensor: Tensor, other: Tensor) -> Tensor:
     """Cut a tensor down to the sizes that another has too, but for dimension 0."""
     if tensor.shape[1:] == other.shape[1:]:
         return tensor
-    return tensor[(slice(None), *(slice(min(sizes)) for sizes in zip(tensor.shape[1:], other.shape[1:])))]
+    common = [slice(min(sizes)) for sizes in zip(tensor.shape[1:], other.shape[1:])]
+    whole = (slice(None), *common)
+    return tensor[whole]
 
 
 def weighted(terms: Terms, weights: Mapping[str, float]) -> Tensor:

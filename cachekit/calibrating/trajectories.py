@@ -123,7 +123,9 @@ class Batch:
             raise CalibrationError(
                 f"step {self._step} has {len(seen)} calls of the denoiser; use forecast in its place"
             )
-        names, terms, returned = [], [], []
+        names: list[str] = []
+        terms: list[Tensor] = []
+        returned: list[Tensor] = []
         for call, scale in zip(seen, scales):
             sample = next(term for name, term in call.terms.items() if name.startswith(SAMPLE))
             names += call.terms.keys()

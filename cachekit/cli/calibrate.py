@@ -109,9 +109,8 @@ def _finish(made: Calibration, output: Path) -> None:
     for fit in made.fits:
         errors = [step.error for step in fit.steps]
         runs = f"{fit.runs} merged" if fit.runs > 1 else "one"
-        rows.append(
-            [f"{fit.guidance:g}", str(fit.prompts), runs, f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}"]
-        )
+        mean, greatest = f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}"
+        rows.append([f"{fit.guidance:g}", str(fit.prompts), runs, mean, greatest])
     print_table(
         ["guidance", "prompts", "runs", "mean error", "greatest error"],
         rows,
@@ -124,8 +123,6 @@ def _verify(request: Request, texts: Sequence[str], output: Path) -> None:
     """Print how close images of other noise come to the uncached ones, calibrated and by fewer plain steps."""
     from cachekit.calibrating.verifying import compare
 
-    rows = [
-        [f"{scale:g}", name, str(calls), f"{psnr:.1f}"]
-        for scale, name, calls, psnr in compare(request, texts, str(output))
-    ]
+    found = compare(request, texts, str(output))
+    rows = [[f"{scale:g}", name, str(calls), f"{psnr:.1f}"] for scale, name, calls, psnr in found]
     print_table(["guidance", "images", "calls", "PSNR (dB)"], rows, "Medians over the prompts, with other noise.")

@@ -113,7 +113,7 @@ class RunStarter:
                 run.record.steps,
                 run.plan.times,
                 run.layout,
-                bound.choice.when,
+                str(bound.choice.when),
                 run.plan.full(index),
             )
             shared = run.keeper.memories.of(bound.policy.name)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
     from cachekit.interface.moment import Time
-    from cachekit.interface.parts import Schedule
 
 
 class Beginning(NamedTuple):
@@ -16,7 +15,8 @@ class Beginning(NamedTuple):
 
     `denoiser` is the module, and `scheduler` the pipeline's, or None. `arguments` are those of the pipeline's call by
     name, defaults included, and empty in a bare loop. `times` has the steps' places in the scheduler's table, or is
-    empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule` is the choice's own.
+    empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule`
+    is the spec of the choice's own.
     """
 
     denoiser: Any
@@ -25,5 +25,5 @@ class Beginning(NamedTuple):
     steps: int
     times: tuple[Time, ...]
     layout: Layout
-    schedule: Schedule
+    schedule: str
     full: tuple[int, ...]

@@ -51,6 +51,8 @@ class StepCall:
     def is_scaled(self) -> bool:
         """Whether the denoiser receives the sample divided, as under sigma-based schedulers."""
         twin = copy.deepcopy(self.scheduler)
+        if not hasattr(twin, "scale_model_input"):
+            return False
         given: Tensor = twin.scale_model_input(self.sample, self.arguments["timestep"])
         return not torch.equal(given, self.sample)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.interface.specs import parse_all
+from cachekit.interface.specs import Vocabulary, parse_all, split_outside
 
 __all__ = ["BenchError", "Cell", "Method", "Setting", "digest", "expand"]
 
@@ -112,12 +112,16 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def expand(texts: Iterable[str], policies: Mapping[str, type[Policy]]) -> list[tuple[Policy, ...]]:
-    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once."""
+def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:
+    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once.
+
+    Alternatives are whole values, such as `when=every(2)|mask(0;1;4)`: `|` is no separator within brackets, and binds
+    weaker than the `;` of lists.
+    """
     found: dict[tuple[str, ...], tuple[Policy, ...]] = {}
     for text in texts:
         for specs in product(*map(_choices, Configuration.parse(text, 1).specs)):
-            parsed = parse_all(specs, policies)
+            parsed = parse_all(specs, words)
             found.setdefault(tuple(sorted(map(str, parsed))), parsed)
     return list(found.values())
 
@@ -126,9 +130,9 @@ def _choices(spec: str) -> Iterator[str]:
     """Expand one spec with alternatives, such as `tgate:m=3|5`."""
     name, colon, text = spec.partition(":")
     keys, values = [], []
-    for pair in text.split(","):
+    for pair in split_outside(text, ","):
         key, equals, alternatives = pair.partition("=")
         keys.append(key + equals)
-        values.append(alternatives.split("|"))
+        values.append(split_outside(alternatives, "|"))
     for chosen in product(*values):
         yield name + colon + ",".join(key + value for key, value in zip(keys, chosen))

@@ -60,7 +60,7 @@ class ImagingSettings:
         from cachekit.bench.cells import expand
         from cachekit.registry.catalog import installed
 
-        return expand(self.spec or default, installed().policies)
+        return expand(self.spec or default, installed())
 
     def setting(self, model: str, metrics: Collection[str]) -> Setting:
         """Make the setting that a worker measures `model` with; `metrics` are the names of known metrics."""

@@ -12,7 +12,7 @@ from cachekit.interface.moment import OPEN, Action, Time
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer, still_needed, undecided
 from cachekit.planning.drawing import Column, draw
-from cachekit.planning.row import Cell, Row
+from cachekit.planning.row import Row
 
 _MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", OPEN: "?"}
 _LEGEND = ". compute  S compute and keep  r reuse  ? decided during the run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 from support import commands, tiny
 
 import cachekit
+from cachekit import CachekitError, Choice, Mask, Policy, Reuse, WholeDenoiser
 from cachekit.bench.cells import BenchError, Method, Setting, expand
 from cachekit.bench.executors import executor
 from cachekit.bench.figures import FIGURES
@@ -25,6 +27,7 @@ from cachekit.bench.suite import Suite, fitting
 from cachekit.bench.summary import groups
 from cachekit.bench.tables import texts
 from cachekit.bench.workbench import measure
+from cachekit.registry.catalog import installed
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
@@ -73,7 +76,7 @@ def cells(file):
 
 
 def test_a_grid_is_the_product_of_its_alternatives():
-    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], cachekit.policies())
+    found = expand(["tgate:m=3|5+deepcache:interval=2|3", "tgate:m=3"], installed())
     assert [sorted(map(str, made)) for made in found] == [
         ["deepcache:interval=2", "tgate:m=3"],
         ["deepcache", "tgate:m=3"],
@@ -83,8 +86,66 @@ def test_a_grid_is_the_product_of_its_alternatives():
     ]
 
 
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (
+            "cache:where=denoiser,when=every(2)|mask(0;1;4)",
+            [["cache:where=denoiser"], ["cache:where=denoiser,when=mask(steps=0;1;4)"]],
+        ),
+        (
+            "cache:where=denoiser,when=window(when=every(3),stop=8),what=linear|taylor(2,of=x0)",
+            [
+                ["cache:where=denoiser,when=window(stop=8,when=every(n=3)),what=linear"],
+                ["cache:where=denoiser,when=window(stop=8,when=every(n=3)),what=taylor(of=x0,order=2)"],
+            ],
+        ),
+        (
+            "cache:where=sites(cross_attention;feed_forward)|self_attention+deepcache:power=1e+0|2",
+            [
+                ["cache:where=sites(cross_attention;feed_forward)", "deepcache:power=1.0"],
+                ["cache:where=sites(cross_attention;feed_forward)", "deepcache:power=2.0"],
+                ["cache:where=self_attention", "deepcache:power=1.0"],
+                ["cache:where=self_attention", "deepcache:power=2.0"],
+            ],
+        ),
+    ],
+)
+def test_separators_within_brackets_separate_nothing(grid, expected):
+    assert [sorted(map(str, made)) for made in expand([grid], installed())] == expected
+
+
+def test_alternatives_bind_weaker_than_lists():
+    class Listed(Policy):
+        name = "listed"
+        steps: tuple[int, ...] = ()
+
+        def choices(self):
+            return {"denoiser": Choice(WholeDenoiser(), Mask(steps=self.steps or (0,)), Reuse())}
+
+    words = dataclasses.replace(installed(), policies={"listed": Listed})
+    assert [made.steps for (made,) in expand(["listed:steps=0;1|2;3|;"], words)] == [(0, 1), (2, 3), ()]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("cache:where=denoiser,when=every(2|3)", "when=every: n=2|3: "),
+        ("cache:where=denoiser,when=every(2+3)", "when=every: n=2+3: "),
+        ("cache:where=denoiser,when=every(2+tgate", "not closed"),
+        ("cache:where=denoiser,when=every(2)|", "'when=' is not key=value"),
+        ("tgate:m=2++deepcache", "nothing on one side of '+'"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_one_line(grid, said):
+    with pytest.raises(CachekitError) as caught:
+        expand([grid], installed())
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_equal_compositions_are_measured_once():
-    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], cachekit.policies())
+    found = expand(["tgate:m=10|10", "tgate", "deepcache+tgate", "tgate+deepcache"], installed())
     assert len(found) == 2
 
 
@@ -154,7 +215,7 @@ def test_compiled_blocks_draw_the_same(measured, folder, captions, tmp_path):
 def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
     suite = Suite(
         Setting(model=folder, captions=("a",)),
-        expand(["tgate:m=2|3"], cachekit.policies()),
+        expand(["tgate:m=2|3"], installed()),
         schedulers=["DDIM", "EulerDiscreteScheduler"],
         steps=(4, 6),
         seeds=(0, 1),
@@ -167,7 +228,7 @@ def test_schedulers_steps_and_seeds_are_cells_of_their_own(folder, captions):
 
 def test_an_architecture_is_timed_with_random_weights_and_never_judged():
     setting = Setting(model="sd15", captions=("a",), height=64, width=64, threads=1)
-    (cell,) = Suite(setting, expand(["deepcache:interval=2"], cachekit.policies()), steps=(2,), peers=False).cells()
+    (cell,) = Suite(setting, expand(["deepcache:interval=2"], installed()), steps=(2,), peers=False).cells()
     assert cell.model_hash
     assert cell.scheduler == "DDIMScheduler"
 
@@ -175,7 +236,7 @@ def test_an_architecture_is_timed_with_random_weights_and_never_judged():
 def test_without_specs_those_are_measured_that_fit(folder, captions, tmp_path):
     denoiser = tiny.pixart()
     denoiser.save_pretrained(tmp_path / "pixart")
-    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], cachekit.policies())
+    usual = expand(["tgate:m=2", "deepcache", "tgate:m=2+deepcache"], installed())
     assert fitting(folder, usual) == usual
     assert fitting(str(tmp_path / "pixart"), usual) == usual[:1]
     with pytest.raises(BenchError, match=r"none of the usual specs fits PixArtTransformer2DModel; name others"):
@@ -348,7 +409,7 @@ def test_an_unwritable_output_is_told_before_anything_is_measured(folder, tmp_pa
 
 def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     setting = Setting(model=folder, captions=("a",), threads=1)
-    good, bad = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    good, bad = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     bad = bad.model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})
     outcomes = dict(executor("serial")(setting, [bad, good], 1))
     assert "adaptive_guidance" in outcomes[bad]
@@ -357,7 +418,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
 
 def test_two_workers_measure_what_one_does(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = dict(executor("process")(setting, wanted, 2))
     assert set(outcomes) == set(wanted)
     for cell in wanted:
@@ -368,7 +429,7 @@ def test_two_workers_measure_what_one_does(folder):
 
 def test_a_worker_that_dies_is_told_and_what_is_measured_stays(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
-    wanted = Suite(setting, expand(["tgate:m=1|2|3"], cachekit.policies()), steps=(4,), peers=False).cells()
+    wanted = Suite(setting, expand(["tgate:m=1|2|3"], installed()), steps=(4,), peers=False).cells()
     outcomes = {}
     for cell, outcome in executor("process")(setting, wanted, 1):
         if not outcomes:

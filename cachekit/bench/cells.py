@@ -133,7 +133,11 @@ def digest(data: Any) -> str:
 
 
 def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:
-    """Expand grids such as `tgate:m=3|5+cache:where=denoiser,when=every(2|3)` into compositions, each listed once."""
+    """Expand grids such as `tgate:m=3|5+deepcache:interval=2|3` into compositions, each listed once.
+
+    Alternatives are whole values, such as `when=every(2)|mask(0;1;4)`: `|` is no separator within brackets, and binds
+    weaker than the `;` of lists.
+    """
     found: dict[tuple[str, ...], tuple[Policy, ...]] = {}
     for text in texts:
         for specs in product(*map(_choices, Configuration.parse(text, 1).specs)):
@@ -145,20 +149,10 @@ def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:
 def _choices(spec: str) -> Iterator[str]:
     """Expand one spec with alternatives, such as `tgate:m=3|5`."""
     name, colon, text = spec.partition(":")
-    return (name + colon + keys for keys in _keys(text))
-
-
-def _keys(text: str) -> Iterator[str]:
-    """Expand the alternatives among keys joined by commas."""
-    return (",".join(chosen) for chosen in product(*map(_alternatives, split_outside(text, ","))))
-
-
-def _alternatives(item: str) -> Iterator[str]:
-    """Expand one key with alternatives, between its values and within the brackets of each."""
-    key, equals, values = item.partition("=")
-    if "(" in key or not equals:
-        key, equals, values = "", "", item
-    for value in split_outside(values, "|"):
-        name, bracket, rest = value.partition("(")
-        inner = (f"({keys})" for keys in _keys(rest[:-1])) if bracket and rest.endswith(")") else (bracket + rest,)
-        yield from (key + equals + name + brackets for brackets in inner)
+    keys, values = [], []
+    for pair in split_outside(text, ","):
+        key, equals, alternatives = pair.partition("=")
+        keys.append(key + equals)
+        values.append(split_outside(alternatives, "|"))
+    for chosen in product(*values):
+        yield name + colon + ",".join(key + value for key, value in zip(keys, chosen))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachekit.errors import SpecError
+from cachekit.interface.specs import split_specs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,8 +43,7 @@ class Configuration:
     @classmethod
     def parse(cls, text: str, steps: int) -> Configuration:
         """Parse specs joined by `+`, such as `tgate:m=10+deepcache:interval=3`."""
-        # A plus sign before a digit belongs to an exponent, as in 1e+3: names begin with a letter.
-        specs = tuple(spec.strip() for spec in re.split(r"\+(?!\d)", text))
+        specs = tuple(spec.strip() for spec in split_specs(text))
         if not all(specs):
             raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
         return cls(steps, specs)

@@ -41,11 +41,10 @@ def coverage(
     """Build small pipelines, try policies on them, and report which work, are refused, stay idle or fail."""
     from cachekit.coverage.page import markdown as page
     from cachekit.coverage.results import JOIN, Coverage, read
-    from cachekit.interface.specs import parse_all
+    from cachekit.interface.specs import parse_all, split_specs
     from cachekit.registry.catalog import installed
 
-    catalog = installed()
-    specs = [JOIN.join(map(str, parse_all(text.split(JOIN), catalog))) for text in spec or SPECS]
+    specs = [JOIN.join(map(str, parse_all(split_specs(text), installed()))) for text in spec or SPECS]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
     Coverage(specs, []).updating(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))

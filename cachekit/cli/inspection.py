@@ -1,9 +1,11 @@
-"""`cachekit list`, `show`, `sites` and `plan`: installed policies, a model's sites, and the plan of a run."""
+"""`cachekit list`, `show`, `sites` and `plan`: installed policies and parts, a model's sites, and the plan of a run."""
 
 from __future__ import annotations
 
 import inspect
 from collections import defaultdict
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +15,9 @@ from cachekit.cli.output import say, write
 from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
-    from cachekit.interface.policy import Policy
+    from pydantic.fields import FieldInfo
+
+    from cachekit.interface.parts import Part
     from cachekit.interface.sites import SiteMap
     from cachekit.registry.catalog import Catalog
 
@@ -22,38 +26,67 @@ Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 
 def list_installed() -> None:
-    """List the installed policies and adapters, their keys, and the packages they come from."""
+    """List the installed policies, their parts and adapters, with their keys and the packages they come from."""
     from cachekit.registry.catalog import installed
 
     catalog = installed()
-    say("policies")
-    for name, policy in sorted(catalog.policies.items()):
-        say(f"  {name}: {policy.summary}")
-        say(f"      {_keys(policy) or 'no keys'}")
-        say(f"      from {_origin(catalog, 'policy', name)}{', ' * bool(policy.paper)}{policy.paper}")
+    for title, noun, found in _shelves(catalog):
+        say(title)
+        for name, part in sorted(found.items()):
+            say(f"  {name}: {part.summary}")
+            say(f"      {_keys(part) or 'no keys'}")
+            say(f"      from {_origin(catalog, noun, name)}{', ' * bool(part.paper)}{part.paper}")
     say("adapters")
     for name, adapter in sorted(catalog.adapters.items()):
         say(f"  {name}: {adapter.summary}")
         say(f"      from {_origin(catalog, 'adapter', name)}")
 
 
-def show(policy: Annotated[str, typer.Argument(help="Name of a policy, as in a spec.")]) -> None:
-    """Show one policy: its description, its keys with types, defaults and bounds, its kinds and its paper."""
+def show(name: Annotated[str, typer.Argument(help="Name of a policy or of a part, as in a spec.")]) -> None:
+    """Show one policy, schedule, stand-in or place: its description, its keys with types, defaults and bounds."""
     from cachekit.errors import SpecError, nearest
     from cachekit.registry.catalog import installed
 
     catalog = installed()
-    if policy not in catalog.policies:
-        known = ", ".join(sorted(catalog.policies)) or "none"
-        raise SpecError(f"unknown policy {policy!r}{nearest(policy, catalog.policies)}; known: {known}")
-    found = catalog.policies[policy]
-    say(f"{policy}: {found.summary}\n")
-    say(f"{inspect.cleandoc(found.__doc__ or '')}\n")
-    for name, field in found.model_fields.items():
-        say(f"  {name}={_word(field.default)}  {_type(field.annotation)}{_bounds(field.metadata)}")
-    say(f"kinds   {', '.join(sorted(str(kind) for kind in found.kinds))}")
-    say(f"paper   {found.paper or 'none'}")
-    say(f"from    {_origin(catalog, 'policy', policy)}")
+    shelves = [(noun, found) for _, noun, found in _shelves(catalog)]
+    if not any(name in found for _, found in shelves):
+        known = sorted({word for _, found in shelves for word in found})
+        raise SpecError(f"unknown policy or part {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
+    for noun, found in shelves:
+        if name in found:
+            _show(catalog, noun, found[name])
+
+
+def _show(catalog: Catalog, noun: str, part: type[Part]) -> None:
+    say(f"{part.name}: {part.summary}\n")
+    # Examples are for readers of the source.
+    say(f"{inspect.cleandoc(part.__doc__ or '').partition('>>>')[0].strip()}\n")
+    for key, field in _own_fields(part).items():
+        say(f"  {key}={_default(field)}  {_type(field.annotation)}{_bounds(field.metadata)}")
+    if noun == "policy":
+        _show_choices(part)
+    else:
+        say(f"spec    {_KEYS[noun]}={part.name}, in cache: or in a policy with one choice")
+    say(f"paper   {part.paper or 'none'}")
+    say(f"from    {_origin(catalog, noun, part.name)}")
+
+
+def _show_choices(policy: type[Any]) -> None:
+    """Print what a policy chooses with its defaults; a single choice can be replaced in the spec."""
+    from cachekit.errors import SpecError
+
+    try:
+        choices = policy().chosen()
+    except SpecError as error:
+        say(f"choices depend on the keys: {str(error).partition(': ')[2]}")
+        return
+    say("choices with these defaults")
+    for name, choice in choices.items():
+        say(f"  {name}")
+        say(f"      where={choice.where}")
+        say(f"      when={_in_full(choice.when)}")
+        say(f"      what={_in_full(choice.what)}")
+        say(f"      when branches change: {choice.change.value}")
 
 
 def sites(
@@ -97,16 +130,44 @@ def _origin(catalog: Catalog, what: str, name: str) -> str:
     return f"{catalog.plugins[plugin]} (plugin {plugin})"
 
 
-def _keys(policy: type[Policy]) -> str:
-    return ", ".join(f"{name}={_word(field.default)}" for name, field in policy.model_fields.items())
+#: The key by which a spec names a part.
+_KEYS = {"place": "where", "schedule": "when", "stand-in": "what"}
 
 
-def _word(value: Any) -> str:
-    from pydantic_core import PydanticUndefined
+def _shelves(catalog: Catalog) -> list[tuple[str, str, Mapping[str, type[Part]]]]:
+    """List the title, the noun and the classes of everything that a spec can name."""
+    return [
+        ("policies", "policy", catalog.policies),
+        ("places (where=)", "place", catalog.places),
+        ("schedules (when=)", "schedule", catalog.schedules),
+        ("stand-ins (what=)", "stand-in", catalog.stand_ins),
+    ]
 
-    if value is PydanticUndefined:
-        return "<needed>"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+def _own_fields(part: type[Part]) -> dict[str, FieldInfo]:
+    """Fields of a class, without the keys that replace parts of any policy."""
+    from cachekit.interface.policy import PARTS
+
+    replaced = {key for key in PARTS if key in part.model_fields and part.model_fields[key].default is None}
+    return {key: field for key, field in part.model_fields.items() if key not in replaced}
+
+
+def _keys(part: type[Part]) -> str:
+    return ", ".join(f"{key}={_default(field)}" for key, field in _own_fields(part).items())
+
+
+def _default(field: FieldInfo) -> str:
+    from cachekit.interface.parts import word
+
+    return "<needed>" if field.is_required() else word(field.get_default(call_default_factory=True))
+
+
+def _in_full(part: Part) -> str:
+    """Write a part with all of its keys, defaults included."""
+    from cachekit.interface.parts import word
+
+    keys = ",".join(f"{key}={word(getattr(part, key))}" for key in type(part).model_fields)
+    return f"{part.name}({keys})" if keys else part.name
 
 
 def _type(annotation: Any) -> str:
@@ -115,11 +176,15 @@ def _type(annotation: Any) -> str:
 
     if get_origin(annotation) is Literal:
         return " | ".join(str(word) for word in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"{_type(get_args(annotation)[0])}, or several joined by ;"
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return " | ".join(str(member.value) for member in annotation)
     if get_args(annotation):
         return " | ".join(_type(part) for part in get_args(annotation) if part is not type(None))
-    return {"int": "whole number", "float": "number", "bool": "true | false"}.get(
-        getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation))
-    )
+    words = {"int": "whole number", "float": "number", "bool": "true | false", "Where": "a place",
+             "Schedule": "a schedule", "StandIn": "a stand-in"}  # fmt: skip
+    return words.get(getattr(annotation, "__name__", ""), getattr(annotation, "__name__", str(annotation)))
 
 
 def _bounds(metadata: list[Any]) -> str:

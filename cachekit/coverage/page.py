@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from cachekit.coverage.results import JOIN, STATES, Coverage, Result, Sites, Trial
+from cachekit.interface.specs import split_specs
 
 _INTRODUCTION = """\
 # Coverage
@@ -77,7 +78,7 @@ def _counts(coverage: Coverage, spec: str) -> list[int]:
 
 
 def _names(coverage: Coverage) -> list[str]:
-    return [JOIN.join(one.partition(":")[0] for one in spec.split(JOIN)) for spec in coverage.specs]
+    return [JOIN.join(one.partition(":")[0] for one in split_specs(spec)) for spec in coverage.specs]
 
 
 def _row(trial: Trial, notes: dict[str, int]) -> list[str]:

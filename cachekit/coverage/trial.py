@@ -16,9 +16,10 @@ from cachekit.coverage.branches import agrees, branches_of, expected
 from cachekit.coverage.building import arguments, build
 from cachekit.coverage.facts import facts_of
 from cachekit.coverage.parts import NotBuiltError
-from cachekit.coverage.results import FAILS, IDLE, JOIN, REFUSED, WORKS, Result, Sites, Trial
+from cachekit.coverage.results import FAILS, IDLE, REFUSED, WORKS, Result, Sites, Trial
 from cachekit.errors import CachekitError
 from cachekit.interface.sites import Kind
+from cachekit.interface.specs import split_specs
 from cachekit.registry.catalog import installed
 from cachekit.reports.report import Report
 from cachekit.upstream.pipelines import denoisers_of
@@ -126,7 +127,7 @@ def _cached(subject: Subject, spec: str) -> tuple[Output, Report]:
 
     Raises `ArithmeticError` for an output that is not finite.
     """
-    with apply(subject.pipe, spec.split(JOIN)) as attachment:
+    with apply(subject.pipe, split_specs(spec)) as attachment:
         output, report = subject.run(), attachment.report()
     if not all(np.isfinite(part).all() for part in output):
         raise ArithmeticError("the output is not finite")

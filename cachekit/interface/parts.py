@@ -181,7 +181,8 @@ class StandIn(Part):
         """Make the tensors of a skipped target, like those of the newest entry in number, shape, dtype and device.
 
         `history` has at least one entry unless `length` is 0. `given` is, at guidance, the output of the branch that
-        runs, and at the denoiser the sample; elsewhere it is empty. What is predicted is the output, or what `of` names.
+        runs, and at the denoiser the sample; elsewhere it is empty. What is predicted is the output, or what `of`
+        names.
         """
         return combine(history, self.weights([entry.at for entry in history], at))
 
@@ -239,7 +240,7 @@ class Choice:
 
 
 def word(value: Any) -> str:
-    """Write a value of a spec: a word, a number, a part, or a list with semicolons between its items, ";" if it has none."""
+    """Write a value of a spec: a word, a number, a part, or a list with semicolons (";" where it is empty)."""
     if isinstance(value, bool):
         return str(value).lower()
     if value is None:

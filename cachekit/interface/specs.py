@@ -111,6 +111,21 @@ def split_outside(text: str, separator: str) -> list[str]:
     return [*found, text[start:]]
 
 
+def split_specs(text: str) -> list[str]:
+    """Split specs that are joined by `+`. A plus sign before a digit belongs to an exponent, as in 1e+3.
+
+    >>> split_specs("tgate:m=5+deepcache:power=1e+0")
+    ['tgate:m=5', 'deepcache:power=1e+0']
+    """
+    found: list[str] = []
+    for piece in split_outside(text, "+"):
+        if found and piece[:1].isdecimal():
+            found[-1] += f"+{piece}"
+        else:
+            found.append(piece)
+    return found
+
+
 class _Parser:
     """Parses the texts of one spec, so that errors can quote it."""
 

@@ -31,6 +31,8 @@ _SHARE = 0.75
 class Share(Span):
     """The first or the last `blocks` blocks of a chain, three quarters of it by default."""
 
+    name: ClassVar[str] = "share"
+
     side: Literal["front", "back"]
     blocks: int | None = None
 
@@ -56,6 +58,8 @@ class Staged(Every):
 
     The halves meet at step `boundary`, by default the middle of the run.
     """
+
+    name: ClassVar[str] = "staged"
 
     boundary: int | None = None
     half: Literal["early", "late"] | None = None

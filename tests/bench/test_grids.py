@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -16,6 +17,7 @@ import pytest
 from support import commands, tiny
 
 import cachekit
+from cachekit import CachekitError, Choice, Mask, Policy, Reuse, WholeDenoiser
 from cachekit.bench.cells import BenchError, Method, Setting, expand
 from cachekit.bench.executors import executor
 from cachekit.bench.figures import FIGURES
@@ -84,13 +86,62 @@ def test_a_grid_is_the_product_of_its_alternatives():
     ]
 
 
-def test_alternatives_stand_for_parts_and_within_their_brackets():
-    found = expand(["cache:where=denoiser,when=every(3|4,first=2)|mask(0;4),what=linear"], installed())
-    assert [str(made) for (made,) in found] == [
-        "cache:where=denoiser,when=every(n=3,first=2),what=linear",
-        "cache:where=denoiser,when=every(n=4,first=2),what=linear",
-        "cache:where=denoiser,when=mask(steps=0;4),what=linear",
-    ]
+@pytest.mark.parametrize(
+    ("grid", "expected"),
+    [
+        (
+            "cache:where=denoiser,when=every(2)|mask(0;1;4)",
+            [["cache:where=denoiser"], ["cache:where=denoiser,when=mask(steps=0;1;4)"]],
+        ),
+        (
+            "cache:where=denoiser,when=window(when=every(3),stop=8),what=linear|taylor(2,of=x0)",
+            [
+                ["cache:where=denoiser,when=window(stop=8,when=every(n=3)),what=linear"],
+                ["cache:where=denoiser,when=window(stop=8,when=every(n=3)),what=taylor(of=x0,order=2)"],
+            ],
+        ),
+        (
+            "cache:where=sites(cross_attention;feed_forward)|self_attention+deepcache:power=1e+0|2",
+            [
+                ["cache:where=sites(cross_attention;feed_forward)", "deepcache:power=1.0"],
+                ["cache:where=sites(cross_attention;feed_forward)", "deepcache:power=2.0"],
+                ["cache:where=self_attention", "deepcache:power=1.0"],
+                ["cache:where=self_attention", "deepcache:power=2.0"],
+            ],
+        ),
+    ],
+)
+def test_separators_within_brackets_separate_nothing(grid, expected):
+    assert [sorted(map(str, made)) for made in expand([grid], installed())] == expected
+
+
+def test_alternatives_bind_weaker_than_lists():
+    class Listed(Policy):
+        name = "listed"
+        steps: tuple[int, ...] = ()
+
+        def choices(self):
+            return {"denoiser": Choice(WholeDenoiser(), Mask(steps=self.steps or (0,)), Reuse())}
+
+    words = dataclasses.replace(installed(), policies={"listed": Listed})
+    assert [made.steps for (made,) in expand(["listed:steps=0;1|2;3|;"], words)] == [(0, 1), (2, 3), ()]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("cache:where=denoiser,when=every(2|3)", "when=every: n=2|3: "),
+        ("cache:where=denoiser,when=every(2+3)", "when=every: n=2+3: "),
+        ("cache:where=denoiser,when=every(2+tgate", "not closed"),
+        ("cache:where=denoiser,when=every(2)|", "'when=' is not key=value"),
+        ("tgate:m=2++deepcache", "nothing on one side of '+'"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_one_line(grid, said):
+    with pytest.raises(CachekitError) as caught:
+        expand([grid], installed())
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_equal_compositions_are_measured_once():

@@ -89,11 +89,26 @@ def test_the_installed_script_ends_with_two_and_one_line():
     script = Path(sys.executable).parent / "cachekit"
     done = subprocess.run([script, "show", "tgat"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: unknown policy 'tgat' (did you mean 'tgate'?); known: ")
+    assert done.stderr.startswith("error: unknown policy or part 'tgat' (did you mean 'tgate'?); known: ")
     assert done.stderr.count("\n") == 1
 
 
 # -- list and show ---------------------------------------------------------------------------------------------
+
+
+def own_keys(part):
+    """Return the keys of a policy or part, without those that replace parts of any policy."""
+    return [key for key in part.model_fields if part not in CHOOSING or key not in ("where", "when", "what")]
+
+
+CATALOG = catalogs.installed()
+#: Policies that make choices of their own: all but `cache`, whose keys are the parts.
+CHOOSING = [policy for name, policy in CATALOG.policies.items() if name != "cache"]
+PARTS = {
+    "places (where=)": CATALOG.places,
+    "schedules (when=)": CATALOG.schedules,
+    "stand-ins (what=)": CATALOG.stand_ins,
+}
 
 
 def test_list_names_all_policies_with_summary_keys_paper_and_origin():
@@ -101,10 +116,20 @@ def test_list_names_all_policies_with_summary_keys_paper_and_origin():
     for name, policy in cachekit.policies().items():
         assert f"  {name}: {policy.summary}\n" in text
         assert policy.paper in text
-        for key in policy.model_fields:
+        for key in own_keys(policy):
             assert f"{key}=" in text
     assert "from cachekit-diffusion (plugin tgate), arXiv 2404.02747" in text
     assert "m=none, threshold=none, space=eps, every=1, linear=false" in text
+
+
+@pytest.mark.parametrize("title", PARTS)
+def test_list_names_all_parts_with_summary_keys_paper_and_origin(title):
+    text = printed("list").partition(f"{title}\n")[2]
+    for name, part in PARTS[title].items():
+        entry = text.partition(f"  {name}: {part.summary}\n")[2]
+        keys, origin = entry.splitlines()[:2]
+        assert [key.partition("=")[0].strip() for key in keys.split(", ")] == (list(part.model_fields) or ["no keys"])
+        assert origin.strip() == f"from cachekit (plugin parts){', ' * bool(part.paper)}{part.paper}"
 
 
 def test_list_names_all_adapters():
@@ -113,12 +138,46 @@ def test_list_names_all_adapters():
 
 
 @pytest.mark.parametrize("name", sorted(cachekit.policies()))
-def test_show_gives_docstring_keys_kinds_and_paper(name):
+def test_show_gives_docstring_keys_and_paper(name):
     text, policy = printed("show", name), cachekit.policies()[name]
     assert policy.__doc__.split("\n")[0] in text
-    assert all(f"  {key}=" in text for key in policy.model_fields)
-    assert all(str(kind) in text for kind in policy.kinds)
+    assert [line for line in text.splitlines() if line.startswith("  ") and "=<" in line] == (
+        ["  where=<needed>  a place"] if name == "cache" else []
+    )
+    assert all(f"\n  {key}=" in text for key in own_keys(policy))
     assert policy.paper in text
+
+
+def test_show_gives_the_choices_that_the_defaults_make():
+    assert printed("show", "forecast").partition("choices with these defaults\n")[2].partition("paper")[0] == (
+        "  denoiser\n"
+        "      where=denoiser\n"
+        "      when=every(n=2,first=1,last=true,start=0)\n"
+        "      what=linear(of=output,axis=step)\n"
+        "      when branches change: remaining\n"
+    )
+    text = printed("show", "tgate")
+    assert "  cross_attention\n      where=cross_attention\n      when=after(m=10)\n" in text
+    assert "  guidance\n      where=guidance(keep=auto)\n" in text
+    assert "choices depend on the keys: give after=m, before=m or both\n" in printed("show", "null_text")
+
+
+@pytest.mark.parametrize("title", PARTS)
+def test_show_describes_every_part(title):
+    for name, part in PARTS[title].items():
+        text = printed("show", name)
+        assert text.startswith(f"{name}: {part.summary}\n\n{part.__doc__.splitlines()[0]}\n")
+        assert all(f"\n  {key}=" in text for key in part.model_fields)
+        assert ">>>" not in text
+        assert f"spec    {title[title.index('(') + 1 : -1]}{name}, in cache: " in text
+        assert f"paper   {part.paper or 'none'}\nfrom    cachekit (plugin parts)\n" in text
+
+
+def test_show_gives_types_of_parts():
+    assert "  n=2  whole number, >= 1\n" in printed("show", "every")
+    assert "  when=every  a schedule\n" in printed("show", "window")
+    assert "  steps=<needed>  whole number, or several joined by ;\n" in printed("show", "mask")
+    assert "  axis=step  step | sigma | log_snr\n" in printed("show", "linear")
 
 
 def test_show_gives_types_defaults_and_bounds():
@@ -201,7 +260,10 @@ def test_generate_without_specs_says_so_and_takes_another_scheduler(dit, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["show", "tgat"], "unknown policy 'tgat' (did you mean 'tgate'?); known: "),
+        (["show", "tgat"], "unknown policy or part 'tgat' (did you mean 'tgate'?); known: "),
+        (["show", "evry"], "unknown policy or part 'evry' (did you mean 'every'?); known: "),
+        (["plan", "tgate:what=linear", "--steps", "3", "--model", "SD"], "tgate has 2 choices"),
+        (["plan", "cache:where=denoiser,when=evry(3)", "--steps", "3"], "when: unknown word 'evry'"),
         (["plan", "tgat", "--steps", "3", "--model", "SD"], "unknown policy 'tgat' (did you mean 'tgate'?)"),
         (["plan", "tgate:n=3", "--steps", "3", "--model", "SD"], "unknown key 'n'"),
         (["plan", "tgate:m=x", "--steps", "3", "--model", "SD"], "m=x: "),

@@ -11,13 +11,13 @@ from typing import ClassVar
 import pytest
 from support.scripted import TOY, Script, Scripted
 
-from cachekit import Chebyshev, Drop, Linear, Reuse
+from cachekit import Chebyshev, Linear, Reuse
 from cachekit.driving.setup import _targets
 from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.parts import BranchChange
-from cachekit.interface.sites import GUIDANCE, Kind, Region, Site, SiteMap
+from cachekit.interface.sites import Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
 from cachekit.planning.assignments import assign
 from cachekit.planning.plan import make_plan

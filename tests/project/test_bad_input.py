@@ -74,7 +74,17 @@ def test_any_pair_of_the_command_line(text):
 @given(st.text("tgae:m=12|+, ", max_size=12).map(lambda text: "tgate:m=" + text) | st.text())
 @anything
 def test_any_grid(text):
-    accepts_or_refuses(expand, [text], installed().policies)
+    accepts_or_refuses(expand, [text], installed())
+
+
+NESTED_GRID = st.text("evry(n=2;|+, )", max_size=14).map(lambda text: f"cache:where=denoiser,when=window(when={text}")
+
+
+@given(NESTED_GRID)
+@example("cache:where=denoiser,when=window(when=every(2))|every(3)+tgate")
+@anything
+def test_any_nested_grid(text):
+    accepts_or_refuses(expand, [text], installed())
 
 
 PARTS = ("_class_name", "unet", "transformer", "vae", "UNet2DConditionModel", "utils", "PixArtTransformer2DModel")

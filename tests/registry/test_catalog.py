@@ -13,21 +13,38 @@ from support import tiny
 import cachekit
 from cachekit import CachekitError
 from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
-from cachekit.registry.catalog import DISABLE, build, installed
+from cachekit.interface.specs import parse
+from cachekit.registry.catalog import BUILT_IN, DISABLE, build, installed
 
-HEAD = "from typing import ClassVar\nfrom cachekit import Action, Kind, Policy, hookimpl\n"
+HEAD = """
+from typing import ClassVar
+from cachekit import Choice, Every, Policy, Reuse, Schedule, Sites, StandIn, Where, hookimpl
+"""
 POLICY = """
 class {cls}(Policy):
     name: ClassVar[str] = {name!r}
-    kinds: ClassVar[frozenset[Kind]] = frozenset({{Kind.SELF_ATTENTION}})
-    def action(self, target, at):
-        return Action.COMPUTE
+    def choices(self):
+        return {{"attention": Choice(Sites(kinds="self_attention"), Every(n=2), Reuse())}}
 """
 REGISTER = """
 @hookimpl
 def cachekit_register_policies(register):
     for policy in ({},):
         register(policy)
+"""
+#: A part of each kind, its hook and its method.
+PARTS = {
+    "place": ("places", "Where", "def find(self, sites): return sites.sites"),
+    "schedule": ("schedules", "Schedule", "def full(self, at): return True"),
+    "stand-in": ("stand_ins", "StandIn", "def weights(self, times, at): return [1.0]"),
+}
+PART = """
+class Part({base}):
+    name: ClassVar[str] = {name!r}
+    {method}
+@hookimpl
+def cachekit_register_{field}(register):
+    register(Part)
 """
 GOOD = HEAD + POLICY.format(cls="Good", name="good") + REGISTER.format("Good")
 
@@ -66,9 +83,45 @@ BROKEN = {
         HEAD + POLICY.format(cls="Odd", name="Odd-Name") + REGISTER.format("Odd"),
         "Odd.name is 'Odd-Name'; use lower case, digits and underscores",
     ),
-    "no kinds": (
+    "no choices": (
         HEAD + "class Bare(Policy):\n    name: ClassVar[str] = 'bare'\n" + REGISTER.format("Bare"),
-        "Bare.kinds is empty",
+        "Bare has no choices; write it",
+    ),
+    "misspelt method": (
+        HEAD
+        + POLICY.format(cls="Odd", name="odd")
+        + "    def observ(self, seen, memory): ...\n"
+        + REGISTER.format("Odd"),
+        "Odd.observ means nothing to cachekit (did you mean 'observe'?); rename it",
+    ),
+    **{
+        f"{noun} without method": (
+            HEAD + PART.format(base=base, field=field, name="bare", method="pass"),
+            "Part has no ",
+        )
+        for noun, (field, base, _) in PARTS.items()
+    },
+    **{
+        f"{noun} with a bad name": (
+            HEAD + PART.format(base=base, field=field, name="bad(name", method=method),
+            "Part.name is 'bad(name'",
+        )
+        for noun, (field, base, method) in PARTS.items()
+    },
+    **{
+        f"a policy as {noun}": (
+            HEAD
+            + POLICY.format(cls="Good", name="good")
+            + f"@hookimpl\ndef cachekit_register_{field}(register): register(Good)",
+            f"is not a subclass of cachekit.{base}",
+        )
+        for noun, (field, base, _) in PARTS.items()
+    },
+    "schedule with a misspelt method": (
+        HEAD
+        + PART.format(base="Schedule", field="schedules", name="odd", method="def full(self, at): return True")
+        + "Part.insist = True",
+        "Part.insist means nothing to cachekit (did you mean 'insists'?); rename it",
     ),
 }
 
@@ -83,7 +136,8 @@ def test_a_broken_plugin_is_recorded_and_the_others_survive(point, case):
     assert f"{DISABLE}=broken" in str(failure)
     assert "\n" not in str(failure)
     assert list(catalog.policies) == ["good"]
-    assert list(catalog.plugins) == ["good"]
+    assert list(catalog.plugins) == [BUILT_IN, "good"]
+    assert set(catalog.owners.values()) == {BUILT_IN, "good"}
 
 
 def test_a_plugin_that_fails_half_way_leaves_nothing_behind(point):
@@ -91,7 +145,7 @@ def test_a_plugin_that_fails_half_way_leaves_nothing_behind(point):
     catalog = build([point("half", source)])
     assert len(catalog.failures) == 1
     assert catalog.policies == {}
-    assert catalog.owners == {}
+    assert set(catalog.owners.values()) == {BUILT_IN}
 
 
 def test_of_two_plugins_under_one_name_the_first_stays(point):
@@ -105,6 +159,32 @@ def test_two_policies_with_one_name_name_both_plugins(point):
     with pytest.raises(PluginError, match="policy 'good' is registered by plugin 'a' and by plugin 'b'") as caught:
         build([point("a", GOOD), point("b", GOOD)])
     assert f"{DISABLE}=b" in str(caught.value)
+
+
+@pytest.mark.parametrize("noun", PARTS)
+def test_parts_of_plugins_are_words_of_specs_and_each_has_one_owner(point, noun):
+    field, base, method = PARTS[noun]
+    source = HEAD + PART.format(base=base, field=field, name="own", method=method)
+    catalog = build([point("a", source)])
+    assert catalog.failures == ()
+    assert catalog.owners[f"{noun} 'own'"] == "a"
+    key = {"place": "where", "schedule": "when", "stand-in": "what"}[noun]
+    spec = ",".join({"where": "where=denoiser", key: f"{key}=own"}.values())
+    with_cache = build([point("a", source), *entry_points(group="cachekit", name="forecast")])
+    assert str(parse(f"cache:{spec}", with_cache)) == f"cache:{spec}"
+    with pytest.raises(PluginError) as caught:
+        build([point("a", source), point("b", source)])
+    assert str(caught.value) == (
+        f"{noun} 'own' is registered by plugin 'a' and by plugin 'b'; uninstall one or set {DISABLE}=b"
+    )
+
+
+def test_a_plugin_cannot_replace_a_part_that_ships(point):
+    source = HEAD + PART.format(base="Schedule", field="schedules", name="every", method=PARTS["schedule"][2])
+    with pytest.raises(
+        PluginError, match=f"schedule 'every' is registered by plugin 'parts' and by plugin 'own'; .*{DISABLE}=own"
+    ):
+        build([point("own", source)])
 
 
 def test_order_of_installation_does_not_matter(point):
@@ -152,8 +232,10 @@ def test_everything_shipped_loads_and_has_a_summary():
     assert catalog.failures == ()
     assert {"adaptive_guidance", "cair", "deepcache", "null_text", "tgate"} <= set(catalog.policies)
     assert {"dit", "unet"} <= set(catalog.adapters)
-    for thing in (*catalog.policies.values(), *catalog.adapters.values()):
+    parts = (*catalog.places.values(), *catalog.schedules.values(), *catalog.stand_ins.values())
+    for thing in (*catalog.policies.values(), *catalog.adapters.values(), *parts):
         assert thing.summary
+    assert set(catalog.owners.values()) == set(catalog.plugins)
     assert {catalog.plugins[name] for name in ("tgate", "deepcache", "unet")} == {"cachekit-diffusion"}
 
 

@@ -5,8 +5,22 @@ from __future__ import annotations
 from typing import ClassVar
 
 from cachekit import (
-    DENOISER, GUIDANCE, OPEN, Action, BranchChange, Choice, Kind, Moment, Policy, Region, Reuse, Schedule, Site,
-    SiteMap, StandIn, Where,
+    DENOISER,
+    GUIDANCE,
+    OPEN,
+    Action,
+    BranchChange,
+    Choice,
+    Kind,
+    Moment,
+    Policy,
+    Region,
+    Reuse,
+    Schedule,
+    Site,
+    SiteMap,
+    StandIn,
+    Where,
 )  # fmt: skip
 
 #: Sites of a UNet: an attention outside every region, one inside the middle region, one in the deepest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cachekit import Policy, hookimpl
+from cachekit import Policy, Schedule, hookimpl
 
 
 @hookimpl
@@ -13,3 +13,11 @@ def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None
     from .policy import PyramidLite
 
     register(PyramidLite)
+
+
+@hookimpl
+def cachekit_register_schedules(register: Callable[[type[Schedule]], None]) -> None:
+    """Register its schedule, for other policies and for `cache`."""
+    from .policy import Broadcast
+
+    register(Broadcast)

@@ -49,10 +49,10 @@ def parse(spec: Spec, words: Vocabulary) -> Policy:
     NullText(where=None, when=None, what=None, after=5, before=None)
     >>> str(parse("cache:where=denoiser,when=every(3),what=linear(of=residual)", installed()))
     'cache:where=denoiser,when=every(n=3),what=linear(of=residual)'
-    >>> parse("deepcache:intervall=3", installed())
+    >>> parse("cair:m=3", installed())
     Traceback (most recent call last):
     ...
-    cachekit.errors.SpecError: spec 'deepcache:intervall=3': unknown key 'intervall' (did you mean 'interval'?); ...
+    cachekit.errors.SpecError: spec 'cair:m=3': unknown key 'm'; allowed: n, keep, where, when, what
 
     Raises `SpecError` with the spec, the part that is wrong, and what is allowed.
     """

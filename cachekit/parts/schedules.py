@@ -133,7 +133,7 @@ class Quadratic(Schedule):
     The full steps are c + sign(l) |l|^p for values of l with equal gaps; p is `power`.
 
     >>> [step for step in range(25) if Quadratic(n=5, center=10).full(Moment(step, 25))]
-    [0, 7, 10, 16]
+    [0, 5, 9, 12, 18]
     """
 
     name: ClassVar[str] = "quadratic"

@@ -126,7 +126,11 @@ class Schedule(Part):
         return Action.COMPUTE
 
     def probe(self, output: Streams, entry: Streams, at: Moment) -> Action:
-        """Decide an open action of a region within a call, from what its probe returned and what entered the probe."""
+        """Decide an open action of a region within a call, from what its probe returned and what entered the probe.
+
+        Both have the region's `streams`, `hidden_states` first, where the probe returns as many tensors; on Flux and
+        SD3, whose blocks return the text first, `output[0]` is the image all the same.
+        """
         return Action.STORE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Union
@@ -15,9 +16,11 @@ class Kind(str, Enum):
     """The role of a site. Policies ask for kinds and never see module classes.
 
     `CROSS_ATTENTION` reads another sequence (the text), `SELF_ATTENTION` its own; in `JOINT_ATTENTION` image and
-    text attend to each other. `FEED_FORWARD` is the MLP beside an attention, `BLOCK` a whole block of layers or a
-    region of several. `GUIDANCE` is not a module but the choice of the guidance branches that run. `DENOISER` is the
-    call of the denoiser as a whole, with everything inside.
+    text attend to each other. `TEMPORAL_ATTENTION` is the self-attention over a video's frames. `TEXT_KEY_VALUE` are
+    the projections of the text to keys and values inside cross-attention, the same in all steps while the text is.
+    `FEED_FORWARD` is the MLP beside an attention, `BLOCK` a whole block of layers or a region of several.
+    `GUIDANCE` is not a module but the choice of the guidance branches that run. `DENOISER` is the call of the denoiser as
+    a whole, with everything inside.
 
     >>> Kind("cross_attention")
     <Kind.CROSS_ATTENTION: 'cross_attention'>
@@ -28,6 +31,8 @@ class Kind(str, Enum):
     CROSS_ATTENTION = "cross_attention"
     SELF_ATTENTION = "self_attention"
     JOINT_ATTENTION = "joint_attention"
+    TEMPORAL_ATTENTION = "temporal_attention"
+    TEXT_KEY_VALUE = "text_key_value"
     FEED_FORWARD = "feed_forward"
     BLOCK = "block"
     GUIDANCE = "guidance"
@@ -149,10 +154,39 @@ class SiteMap:
 
         Raises `IndexError` for a chain that does not exist or a span without blocks.
         """
-        blocks = [site.name for site in self.chains[chain][first:stop]]
-        streams = self.streams[chain] if chain < len(self.streams) else ()
-        name = f"{blocks[0]}..{blocks[-1]}"
-        return Region(name, exit=blocks[-1], skipped=tuple(blocks[:-1]), entry=blocks[0], streams=streams)
+        return _region(self.chains[chain][first:stop], self._streams_of(chain))
+
+    @property
+    def joined(self) -> tuple[Site, ...]:
+        """The blocks of all chains in a row, or () where one chain doesn't take over what the one before it returns.
+
+        Chains with the same streams do if image and text are both among them, as in Flux. A single stream in common
+        shows nothing: chains may interleave, as spatial and temporal blocks, or refine image and text apart.
+        """
+        streams = {self._streams_of(chain) for chain in range(len(self.chains))}
+        consecutive = len(streams) == 1 and len(streams.pop()) > 1
+        return tuple(site for chain in self.chains for site in chain) if consecutive else ()
+
+    def join(self, first: int, stop: int | None = None) -> tuple[Region, ...]:
+        """Make one region of the blocks `first` to `stop - 1` over all chains, or where they don't join one in each.
+
+        Chains without such blocks have no region.
+
+        >>> double, single = (tuple(Site(f"{name}.{i}", Kind.BLOCK) for i in range(2)) for name in ("double", "single"))
+        >>> both = ("encoder_hidden_states", "hidden_states")
+        >>> sites = SiteMap("ToyTransformer", (), chains=(double, single), streams=(both, both))
+        >>> [region.name for region in sites.join(1)]
+        ['double.1..single.1']
+        """
+        if self.joined:
+            chains = [(self.joined, self._streams_of(0))]
+        else:
+            chains = [(blocks, self._streams_of(chain)) for chain, blocks in enumerate(self.chains)]
+        spans = [(blocks[first:stop], streams) for blocks, streams in chains]
+        return tuple(_region(blocks, streams) for blocks, streams in spans if blocks)
+
+    def _streams_of(self, chain: int) -> tuple[str, ...]:
+        return self.streams[chain] if chain < len(self.streams) else ()
 
     def describe(self) -> str:
         """Summarize the sites of this model in one line, for errors."""
@@ -161,6 +195,12 @@ class SiteMap:
         if self.regions:
             parts.append(f"nested regions 0..{len(self.regions) - 1}")
         return f"{self.model} has {', '.join(parts) or 'no sites'}"
+
+
+def _region(blocks: Sequence[Site], streams: tuple[str, ...]) -> Region:
+    names = [site.name for site in blocks]
+    name = f"{names[0]}..{names[-1]}"
+    return Region(name, exit=names[-1], skipped=tuple(names[:-1]), entry=names[0], streams=streams)
 
 
 def _is_inside(name: str, module: str) -> bool:

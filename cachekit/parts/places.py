@@ -120,7 +120,9 @@ class Span(Where):
     """Blocks `first` to `stop` - 1 of a transformer's chain of blocks, skipped together.
 
     `stop` is by default the end of the chain, and `chain`, counted from 0, the longest chain. Negative numbers count
-    from the end. What the blocks add to their input can stand in for them: `of=residual`.
+    from the end. `chain=all` takes the blocks of all chains in a row where each chain takes over what the one before
+    returns, as in Flux, and else those of each chain. What the blocks add to their input can stand in for them:
+    `of=residual`.
     """
 
     name: ClassVar[str] = "span"
@@ -128,11 +130,22 @@ class Span(Where):
 
     first: int = 0
     stop: int | None = None
-    chain: int | None = Field(default=None, ge=0)
+    chain: Annotated[int, Field(ge=0)] | Literal["all"] | None = None
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the span; raises `SiteError` for a model without such blocks."""
-        return [self.region(sites)]
+        if self.chain != "all":
+            return [self.region(sites)]
+        longest = self.chain_of(sites)
+        found = sites.join(self.first, self.stop)
+        if not found:
+            stop = "the end" if self.stop is None else self.stop - 1
+            length = len(sites.joined or sites.chains[longest])
+            raise SiteError(
+                f"blocks {self.first} to {stop}, but the chains of {sites.model} have blocks 0..{length - 1}; give a"
+                " span within them"
+            )
+        return found
 
     def region(self, sites: SiteMap) -> Region:
         """Make the region; raises `SiteError` for a model without such blocks."""
@@ -153,7 +166,7 @@ class Span(Where):
         if not sites.chains:
             cure = "deepcache" if sites.regions else "a policy for attention or guidance"
             raise SiteError(f"looked for a chain of blocks, but {sites.describe()}; use {cure}")
-        if self.chain is None:
+        if self.chain is None or self.chain == "all":
             return max(range(len(sites.chains)), key=lambda index: len(sites.chains[index]))
         if self.chain >= len(sites.chains):
             last = len(sites.chains) - 1

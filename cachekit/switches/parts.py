@@ -235,7 +235,15 @@ class Entry(AssignedPart):
 
 
 class Probe(Entry):
-    """Shows a schedule what enters and leaves one module: it decides whether its region is reused in the same call."""
+    """Shows a schedule what enters and leaves one module: it decides whether its region is reused in the same call.
+
+    Both come with `hidden_states` first, in whatever order the module returns its streams.
+    """
+
+    def __init__(self, index: int, bound: Assignment, module: nn.Module, streams: tuple[str, ...]) -> None:
+        """Bind the role to assignment `index`; `streams` are in the order in which `module` returns them."""
+        super().__init__(index, bound, module, tuple(sorted(streams, key=lambda name: name != "hidden_states")))
+        self.returned = streams
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember what enters the probe where the action is still open."""
@@ -246,7 +254,13 @@ class Probe(Entry):
     def after(self, call: Call, output: Any) -> None:
         """Ask the schedule where the action is still open."""
         if call.actions[self.index] is OPEN:
-            call.decide(self.index, tuple(tensors(output)), call.probes.get(self.index, ()))
+            call.decide(self.index, self._in_order(tuple(tensors(output))), call.probes.get(self.index, ()))
+
+    def _in_order(self, output: Streams) -> Streams:
+        """Put what the probe returned in the order of its streams, where each of them is returned."""
+        if len(output) != len(self.returned):
+            return output
+        return tuple(output[self.returned.index(name)] for name in self.streams)
 
 
 def parts_of(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedPart]]:

@@ -11,12 +11,23 @@ from cachekit.upstream.arguments import parameters_of
 if TYPE_CHECKING:
     from torch import nn
 
-#: Names that blocks give their feed-forward module where its class is not a `FeedForward`.
-_FEED_FORWARD = ("ff", "ffn", "mlp", "feed_forward")
+#: Names that blocks give their feed-forward module where its class is not a `FeedForward`. `proj_mlp` is all of it that
+#: is a module of its own in a block whose last projection serves the attention too.
+_FEED_FORWARD = ("ff", "ffn", "mlp", "feed_forward", "proj_mlp")
 #: Query projections of the context, which then attends too and has an output of its own.
 _QUERIES_OF_CONTEXT = ("add_q_proj", "to_q_t", "to_added_qkv", "txt_attn_qkv")
 #: The streams of joint attention, in the order of its outputs.
 _STREAMS = ("hidden_states", "encoder_hidden_states")
+#: Modules around attention over frames.
+_TEMPORAL = frozenset(
+    (
+        "temporal_transformer_blocks",
+        "temp_attentions",
+        "motion_modules",
+        "transformer_in",
+        "image_latents_temporal_encoder",
+    )
+)
 #: Denoisers that build self-attention as cross-attention over its own width.
 _SELF_ATTENTION_BY_WIDTH = ("Kandinsky3UNet", "OmniGenTransformer2DModel")
 
@@ -29,7 +40,8 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
     >>> from diffusers.models.attention import BasicTransformerBlock
     >>> block = BasicTransformerBlock(8, 2, 4, cross_attention_dim=8)
     >>> {site.name: str(site.kind) for site in module_sites(block)}
-    {'attn1': 'self_attention', 'attn2': 'cross_attention', 'ff': 'feed_forward'}
+    {'attn1': 'self_attention', 'attn2': 'cross_attention', 'attn2.to_k': 'text_key_value', \
+'attn2.to_v': 'text_key_value', 'ff': 'feed_forward'}
     """
     by_width = type(denoiser).__name__ in _SELF_ATTENTION_BY_WIDTH
     modules = dict(denoiser.named_modules())
@@ -42,9 +54,13 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
             continue
         if by_width and kind is Kind.CROSS_ATTENTION and _reads_its_own_width(module):
             kind = Kind.SELF_ATTENTION
+        if kind is Kind.SELF_ATTENTION and not _TEMPORAL.isdisjoint(name.split(".")):
+            kind = Kind.TEMPORAL_ATTENTION
         site = Site(name, kind)
         outer = site if kind is Kind.FEED_FORWARD else outer
         yield site
+        if kind is Kind.CROSS_ATTENTION:
+            yield from (Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE) for leaf in _key_value_projections(module))
 
 
 def attends(module: nn.Module) -> bool:
@@ -107,6 +123,13 @@ def _is_cross_attention(module: Any, name: str) -> bool:
         return flag
     leaf = name.rpartition(".")[2]
     return leaf.endswith("attn2") or "cross" in leaf or "Cross" in type(module).__name__
+
+
+def _key_value_projections(module: nn.Module) -> Iterator[str]:
+    """Yield the names of the layers that project the context, text or an image beside it, fused or apart."""
+    fused = getattr(module, "fused_projections", False)
+    names = ("to_kv", "to_added_kv") if fused else ("to_k", "to_v", "add_k_proj", "add_v_proj")
+    return (name for name in names if getattr(module, name, None) is not None)
 
 
 def _reads_its_own_width(module: Any) -> bool:

@@ -47,13 +47,13 @@ class CrossAttention(Sites):
 
 
 class SelfAttention(Where):
-    """Self-attention, where there is any."""
+    """Self-attention, over frames too, where there is any."""
 
     name: ClassVar[str] = "self_attention"
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites."""
-        return sites.of(Kind.SELF_ATTENTION)
+        return sites.of(Kind.SELF_ATTENTION, Kind.TEMPORAL_ATTENTION)
 
 
 class AroundGate(Schedule):

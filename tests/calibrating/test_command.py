@@ -1,0 +1,67 @@
+"""`cachekit calibrate`: files for several scales that go on where they were left, merging, and errors of one line."""
+
+from __future__ import annotations
+
+import pytest
+from support import commands
+
+from cachekit import Calibration
+
+ARGUMENTS = ("demo", "--prompts", "2", "--steps", "4", "--spec", "calibrated:interval=2", "--scheduler", "euler")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The file of a calibration at one scale, and what the command printed."""
+    path = tmp_path_factory.mktemp("made") / "weights.json"
+    result = commands.run("calibrate", *ARGUMENTS, "--guidance", "3", "--output", path)
+    assert result.exit_code == 0, result.output
+    return path, result.stdout
+
+
+def test_scales_that_the_file_has_are_left_out(made):
+    path, printed = made
+    assert "wrote" in printed
+    first = Calibration.load(path)
+    result = commands.run("calibrate", *ARGUMENTS, "--guidance", "3;5", "--output", path, "--verify")
+    assert result.exit_code == 0, result.output
+    both = Calibration.load(path)
+    assert both.scales == [3.0, 5.0]
+    assert both.fits[0] == first.fits[0]
+    assert "3 plain steps" in result.stdout
+
+
+def test_files_are_merged(made, tmp_path):
+    path, _ = made
+    output = tmp_path / "merged.json"
+    result = commands.run("calibrate", "--merge", path, "--merge", path, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert [fit.runs for fit in Calibration.load(output).fits] == [2] * len(Calibration.load(path).fits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "no model and nothing to merge"),
+        ((*ARGUMENTS, "--guidance", "3;x"), "guidance '3;x' is no list of numbers"),
+        ((*ARGUMENTS, "--executor", "rey"), "unknown executor 'rey' (did you mean 'ray'?)"),
+        ((*ARGUMENTS, "--spec", "tgate:m=2"), "skips more or other than whole calls"),
+        ((*ARGUMENTS, "--scheduler", "eular"), "unknown scheduler 'eular'"),
+        (("--merge", "nowhere.json"), "cannot read 'nowhere.json'"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, said):
+    result = commands.run("calibrate", *arguments, "--output", tmp_path / "no.json")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert said in result.stderr
+    assert not (tmp_path / "no.json").exists()
+
+
+def test_a_file_for_something_else_is_not_added_to(made):
+    path, _ = made
+    before = path.read_text()
+    other = (*ARGUMENTS, "--steps", "5", "--guidance", "7")
+    result = commands.run("calibrate", *other, "--output", path)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.endswith("error: calibrations to merge differ: steps 4, not 5; merge those of one kind\n")
+    assert path.read_text() == before

@@ -112,7 +112,8 @@ class ControlNetInterceptor:
 class Present(threading.local):
     """What the present call of each thread skips, and the shapes of what calls with such inputs return.
 
-    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is how many parts the batch has of which one is run.
+    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is how many parts the batch
+    has of which one is run.
     """
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError, PolicyError
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
+from cachekit.interface.policy import Policy
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
@@ -130,7 +131,8 @@ def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:
     """Cut the sample down to the branches that run."""
+    sample: Tensor = inputs.sample
     if not call.is_narrowed:
-        return inputs.sample
+        return sample
     order = call.calls.layout.order
-    return inputs.sample.chunk(len(order))[order.index(call.branches[0])]
+    return sample.chunk(len(order))[order.index(call.branches[0])]

@@ -150,10 +150,10 @@ class RunStarter:
         for bound in self._setup.narrowing:
             stays = bound.choice.where.stays(layout)
             if stays != called_first:
+                name = type(denoiser.module).__name__
                 raise GuidanceError(
-                    f"{bound.policy}: would keep the branch {stays!r}, but {type(denoiser.module).__name__} is called for"
-                    f" {called_first!r} first, when nothing stands in for it yet; use a policy that keeps"
-                    f" {called_first!r}"
+                    f"{bound.policy}: would keep the branch {stays!r}, but {name} is called for {called_first!r} first,"
+                    f" when nothing stands in for it yet; use a policy that keeps {called_first!r}"
                 )
 
     def _refuse_left_out(self, denoiser: Denoiser) -> None:

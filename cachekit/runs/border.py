@@ -14,10 +14,10 @@ from cachekit.planning.assignments import Assignment
 Answer = TypeVar("Answer")
 
 
-def asked(bound: Assignment, method: str, at: Moment, ask: Callable[[], Answer]) -> Answer:
+def asked(bound: Assignment, method: str, at: Moment, ask: Callable[..., Answer], *given: Any) -> Answer:
     """Call a method of a part; raises `PolicyError` where it raises, but for errors that say what is wrong."""
     try:
-        return ask()
+        return ask(*given)
     except CachekitError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekit.interface.moment import Action, Entry, Moment, Streams
+from cachekit.interface.moment import Action, Entry, History, Moment, Streams
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
@@ -26,8 +26,8 @@ class Call:
     """The actions of one forward of a denoiser.
 
     `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `entries` are
-    the tensors that entered regions, by assignment, `probes` those that entered probes; `scratch` is memory for the outputs of skipped modules. `whole` is
-    the assignment at the denoiser as a whole, if there is one.
+    the tensors that entered regions, by assignment, `probes` those that entered probes; `scratch` is memory for the
+    outputs of skipped modules. `whole` is the assignment at the denoiser as a whole, if there is one.
     """
 
     __slots__ = (
@@ -142,13 +142,13 @@ class Call:
         histories = self.keeper.store.read(self.slot(index), self.branches)
         if not histories:
             return None
-        bound = self.keeper.assignments[index]
-        made = []
-        for branches, history in histories:
-            at, own = self.moment(index, branches), self._part(given, branches)
-            found = asked(bound, "predict", at, lambda: bound.choice.what.predict(history, at, own))
-            made.append(like_kept(bound, "predict", at, found, history[0].tensors))
+        made = [self._predicted(index, branches, history, given) for branches, history in histories]
         return made[0] if len(made) == 1 else tuple(map(torch.cat, zip(*made)))
+
+    def _predicted(self, index: int, branches: Branches, history: History, given: Streams) -> Streams:
+        bound, at = self.keeper.assignments[index], self.moment(index, branches)
+        found = asked(bound, "predict", at, bound.choice.what.predict, history, at, self._part(given, branches))
+        return like_kept(bound, "predict", at, found, history[0].tensors)
 
     # -- the denoiser as a whole --------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Call:
         bound, at = self.keeper.assignments[index], self.moment(index)
         histories = self.keeper.store.read(self.slot(index), self.branches)
         history = histories[0][1] if len(histories) == 1 else ()
-        found = asked(bound, "amend", at, lambda: bound.choice.what.amend(streams, history, at, (sample,)))
+        found = asked(bound, "amend", at, bound.choice.what.amend, streams, history, at, (sample,))
         return like_kept(bound, "amend", at, found, streams)
 
     def _part(self, given: Streams, branches: Branches) -> Streams:
@@ -216,7 +216,7 @@ class Call:
         history = next((history for _, history in self.keeper.store.read(self.slot(index), ())), ())
         if not history:
             return output
-        found = asked(bound, "predict", at, lambda: what.predict(history, at, output))
+        found = asked(bound, "predict", at, what.predict, history, at, output)
         return give_back(what.of, like_kept(bound, "predict", at, found, history[0].tensors), output, at.time)
 
     # -- decisions and counts -----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class Call:
         A reuse becomes a store if nothing is kept.
         """
         bound, at = self.keeper.assignments[index], self.moment(index)
-        found = asked(bound, "probe", at, lambda: bound.choice.when.probe(output, entry, at))
+        found = asked(bound, "probe", at, bound.choice.when.probe, output, entry, at)
         action = self.keeper.vote(agreed_action(bound, "probe", at, found))
         if action is Action.REUSE and not self.keeps(index):
             self.miss(index)

@@ -113,7 +113,7 @@ class Run:
             return OPEN
         memories = self.keeper.memories
         at = at._replace(memory=memories.of_target(index, (), 0), shared=memories.of(bound.policy.name))
-        action = asked(bound, "decide", at, lambda: bound.choice.when.decide(at))
+        action = asked(bound, "decide", at, bound.choice.when.decide, at)
         return self.keeper.vote(agreed_action(bound, "decide", at, action))
 
     # -- branches and batch -------------------------------------------------------------------------------

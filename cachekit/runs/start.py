@@ -13,7 +13,7 @@ from cachekit.tensors import tensors
 
 @dataclass(frozen=True)
 class RunStart:
-    """What the first call of a run shows: its arguments by name, the size of its batch, the run's length and its times."""
+    """What the first call of a run shows: its arguments by name, its batch, the run's length and its times."""
 
     denoiser: Denoiser
     arguments: dict[str, Any]

@@ -56,7 +56,8 @@ class Store:
         """Keep an entry before those kept already, at most `length` of them; False where there is no room."""
         if len(branches) > 1 and any((slot, (branch,)) in self._histories for branch in branches):
             parts = split((entry,), branches)
-            return all([self.push(slot, (branch,), parts[branch][0], length) for branch in branches])
+            kept = [self.push(slot, (branch,), parts[branch][0], length) for branch in branches]
+            return all(kept)
         before = self._histories.get((slot, branches), ())
         if self.device is not None:
             self._homes[slot, branches] = [tensor.device for tensor in entry.tensors]
@@ -72,7 +73,8 @@ class Store:
             self.take_apart(slot, branches, last, change)
         parts = split((entry,), branches)
         kept = dict.fromkeys(last, mean(parts)) if change is BranchChange.MEAN else parts
-        return all([self.push(slot, (branch,), kept[branch][0], length) for branch in last])
+        pushed = [self.push(slot, (branch,), kept[branch][0], length) for branch in last]
+        return all(pushed)
 
     def sizes(self) -> dict[int, int]:
         """Sum the bytes that each assignment keeps now."""

@@ -74,7 +74,7 @@ def attends(module: nn.Module) -> bool:
 
 
 def streams_of_site(module: nn.Module, kind: Kind) -> tuple[str, ...]:
-    """Name the parameters of a module's forward that its outputs continue: the first, and the text in joint attention."""
+    """Name the parameters of a forward that its outputs continue: the first, and the text in joint attention."""
     parameters = parameters_of(module)
     joint = tuple(name for name in _STREAMS if name in parameters)
     return joint if kind is Kind.JOINT_ATTENTION and joint else parameters[:1]

@@ -19,8 +19,8 @@ class Kind(str, Enum):
     text attend to each other. `TEMPORAL_ATTENTION` is the self-attention over a video's frames. `TEXT_KEY_VALUE` are
     the projections of the text to keys and values inside cross-attention, the same in all steps while the text is.
     `FEED_FORWARD` is the MLP beside an attention, `BLOCK` a whole block of layers or a region of several.
-    `GUIDANCE` is not a module but the choice of the guidance branches that run. `DENOISER` is the call of the denoiser as
-    a whole, with everything inside.
+    `GUIDANCE` is not a module but the choice of the guidance branches that run. `DENOISER` is the call of the denoiser
+    as a whole, with everything inside.
 
     >>> Kind("cross_attention")
     <Kind.CROSS_ATTENTION: 'cross_attention'>

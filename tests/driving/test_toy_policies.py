@@ -1,4 +1,4 @@
-"""The two kinds of policy that nothing shipped needs yet: residuals with a history, and probes inside a call.
+"""Two kinds of policy on blocks: residuals with a history, and probes inside a call.
 
 Both run on a toy denoiser of whole numbers, against a loop written by hand, and on a tiny PixArt.
 """
@@ -14,13 +14,12 @@ from typing import ClassVar
 import pytest
 import torch
 from support import tiny
-from support.policies import FirstBlock, Forecast, changed
+from support.policies import Changed, Extrapolated, FirstBlock, changed
 from torch import nn
 
 import cachekit
-from cachekit import BranchChange, Kind, Layout, Site, SiteMap
+from cachekit import BranchChange, Kind, Layout, PolicyError, Site, SiteMap, Where
 from cachekit.registry.catalog import build, installed
-from cachekit.runs.store import Store
 
 # -- a denoiser of whole numbers -------------------------------------------------------------------------------
 
@@ -105,9 +104,9 @@ def guide(sample, output, guided):
 # -- two policies ----------------------------------------------------------------------------------------------
 
 
-class Refreshing(Forecast):
+class Refreshing(Extrapolated):
     name: ClassVar[str] = "refreshing"
-    on_branch_change: ClassVar[BranchChange] = BranchChange.REFRESH
+    change: ClassVar[BranchChange] = BranchChange.REFRESH
 
 
 # -- the same by hand ------------------------------------------------------------------------------------------
@@ -208,13 +207,14 @@ def cached(*policies, **call):
 
 def block_counts(report):
     (count,) = [count for count in report.counts if count.kind == "block"]
-    return count.stored, count.reused, count.missed
+    # What no later step reads is computed and not stored.
+    return count.stored + count.computed, count.reused, count.missed
 
 
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(("first", "stop"), [(1, 3), (0, 4), (2, 3), (3, 4), (0, 1)])
 def test_a_forecast_residual_equals_the_one_by_hand(first, stop, guided):
-    sample, ran, report = cached(Forecast(first=first, stop=stop), guided=guided)
+    sample, ran, report = cached(Extrapolated(first=first, stop=stop), guided=guided)
     expected, expected_ran = by_hand(Line(lambda step: step % 2 == 0), first, stop, guided=guided)
     assert torch.equal(sample, expected)
     assert ran == expected_ran == [4 if first <= index < stop else 8 for index in range(4)]
@@ -222,7 +222,7 @@ def test_a_forecast_residual_equals_the_one_by_hand(first, stop, guided):
 
 
 def test_stores_in_a_row_are_a_history():
-    sample, _, report = cached(Forecast(warm_up=3, interval=4))
+    sample, _, report = cached(Extrapolated(warm_up=3, interval=4))
     expected, _ = by_hand(Line(lambda step: step < 3 or step % 4 == 0), 1, 3)
     assert torch.equal(sample, expected)
     assert block_counts(report) == (4, 4, 0)
@@ -231,7 +231,7 @@ def test_stores_in_a_row_are_a_history():
 @pytest.mark.parametrize(("warm_up", "interval"), [(0, 2), (5, 8), (4, 8), (6, 8)])
 def test_a_history_follows_the_branch_that_stays(warm_up, interval):
     narrowing = installed().policies["adaptive_guidance"](m=5)
-    sample, ran, report = cached(narrowing, Forecast(warm_up=warm_up, interval=interval))
+    sample, ran, report = cached(narrowing, Extrapolated(warm_up=warm_up, interval=interval))
     hand = Line(lambda step: step < warm_up or step % interval == 0)
     expected, expected_ran = by_hand(hand, 1, 3, alone_from=5)
     assert torch.equal(sample, expected)
@@ -243,17 +243,8 @@ def test_a_refreshed_history_starts_anew_with_fewer_branches():
     narrowing = installed().policies["adaptive_guidance"](m=4)
     _, ran, _ = cached(narrowing, Refreshing(interval=3))
     assert ran == [8, 4, 4, 8]  # full at 0 and 3, then anew at 4 and 7
-    _, ran, _ = cached(narrowing, Forecast(interval=3))
+    _, ran, _ = cached(narrowing, Extrapolated(interval=3))
     assert ran == [8, 3, 3, 8]  # full at 0, 3 and 6
-
-
-def test_a_narrowed_entry_replaces_the_guided_one():
-    store, both = Store(), ("uncond", "cond")
-    store.put((0, 0), both, (torch.tensor([1.0, 3.0]),))
-    store.put((0, 0), ("uncond",), (torch.tensor([100.0]),))
-    store.change_branches(("uncond",), [BranchChange.MEAN])
-    assert store.get((0, 0), ("uncond",))[0].item() == 100
-    assert store.get((0, 0), both) is None
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.6, 0.9])
@@ -334,7 +325,7 @@ def layers_counted(pipe):
 
 
 CASES = {
-    "forecast": (Forecast(first=1, stop=3, interval=3), lambda: Line(lambda step: step % 3 == 0)),
+    "forecast": (Extrapolated(first=1, stop=3, interval=3), lambda: Line(lambda step: step % 3 == 0)),
     "probe": (FirstBlock(limit=0.7), lambda: Probed(0.7)),
 }
 
@@ -354,7 +345,8 @@ def test_on_a_real_transformer(case, guidance):
     with cachekit.apply(pipe, policy) as attachment:
         first = tiny.latents(pipe, **call)
         macs, report = counted["macs"], attachment.report()
-    assert torch.equal(first, expected)
+    # The weighted sum of two residuals is rounded otherwise than a line through them.
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4 if case == "forecast" else 0)
     assert not torch.equal(first, plain)
     assert torch.equal(tiny.latents(pipe, **call), plain)
     with cachekit.apply(pipe, policy):
@@ -378,7 +370,7 @@ def joint_loop(model):
 def test_two_streams_have_a_residual_each(stop):
     model = tiny.sd3(layers=3).transformer
     plain = joint_loop(model)
-    with cachekit.apply(model, Forecast(first=0, stop=stop, interval=3)):
+    with cachekit.apply(model, Extrapolated(first=0, stop=stop, interval=3)):
         cached = joint_loop(model)
     assert not torch.equal(cached, plain)
     assert torch.equal(joint_loop(model), plain)
@@ -404,3 +396,66 @@ def test_two_streams_have_a_residual_each(stop):
     for block, function in ((by_hand.transformer_blocks[0], at_first), (by_hand.transformer_blocks[stop - 1], at_last)):
         block.forward = functools.partial(function, block.forward)
     assert torch.equal(joint_loop(by_hand), cached)
+
+
+# -- where a probe may stand, and what it sees -----------------------------------------------------------------
+
+
+class Behind(Where):
+    """All blocks but the last, with a probe that runs too late."""
+
+    name: ClassVar[str] = "behind"
+
+    def find(self, sites):
+        chain = sites.chains[0]
+        return [dataclasses.replace(sites.span(0, len(chain) - 1), probe=chain[-1].name)]
+
+
+class TooLate(FirstBlock):
+    name: ClassVar[str] = "too_late"
+
+    def choices(self):
+        (choice,) = super().choices().values()
+        return {"blocks": choice.with_parts(where=Behind())}
+
+
+def test_a_probe_behind_its_region_is_an_error_of_the_first_call():
+    pipe = ToyPipeline()
+    plain = pipe()
+    line = r"^too_late: probe 'blocks.3' does not run before 'blocks.0..blocks.2'"
+    with cachekit.apply(pipe, TooLate(), catalog=CATALOG), pytest.raises(PolicyError, match=line):
+        pipe()
+    assert torch.equal(pipe(), plain)
+
+
+class Looking(Changed):
+    """Write down the shapes of what enters and leaves the probe."""
+
+    name: ClassVar[str] = "looking"
+    seen: ClassVar[list] = []
+
+    def probe(self, output, entry, at):
+        self.seen.append([[tuple(one.shape) for one in streams] for streams in (output, entry)])
+        return super().probe(output, entry, at)
+
+
+class Watching(FirstBlock):
+    name: ClassVar[str] = "watching"
+
+    def choices(self):
+        (choice,) = super().choices().values()
+        return {"blocks": choice.with_parts(when=Looking(limit=self.limit))}
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.sd3])
+def test_a_probe_sees_the_image_before_the_text(make):
+    pipe = make()
+    Looking.seen.clear()
+    with cachekit.apply(pipe, Watching(limit=9.0)) as attachment:
+        tiny.latents(pipe, steps=3)
+        (count,) = attachment.report().counts
+    output, entry = Looking.seen[0]
+    assert output == entry
+    assert output[0][1] != tiny.TOKENS
+    assert output[1][1] == tiny.TOKENS
+    assert count.reused > 0

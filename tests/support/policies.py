@@ -1,11 +1,38 @@
-"""A policy that decides in the run: from the output of a probe inside a call."""
+"""Policies that use what few shipped ones do: a history of residuals, and probes inside a call."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import ClassVar
 
-from cachekit import OPEN, Action, Choice, Policy, Reuse, Schedule, SiteMap, Where
+from cachekit import OPEN, Action, BranchChange, Choice, Linear, Policy, Reuse, Schedule, SiteMap, Span, Where
+
+
+class WarmedUp(Schedule):
+    """Full in the first `warm_up` steps, and in every `interval`-th."""
+
+    name: ClassVar[str] = "warmed_up"
+    warm_up: int
+    interval: int
+
+    def full(self, at):
+        return at.step < self.warm_up or (at.step - at.origin) % self.interval == 0
+
+
+class Extrapolated(Policy):
+    """Skip a span of blocks; its residual is extrapolated on a line through the last two computed ones."""
+
+    name: ClassVar[str] = "extrapolated"
+    change: ClassVar[BranchChange] = BranchChange.REMAINING
+
+    interval: int = 2
+    warm_up: int = 0
+    first: int = 1
+    stop: int = 3
+
+    def choices(self):
+        when = WarmedUp(warm_up=self.warm_up, interval=self.interval)
+        return {"span": Choice(Span(first=self.first, stop=self.stop), when, Linear(of="residual"), self.change)}
 
 
 class BehindTheFirst(Where):

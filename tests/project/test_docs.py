@@ -17,7 +17,9 @@ from diffusers import StableDiffusionPipeline
 from support import commands, tiny
 
 import cachekit
-from cachekit.interface.policy import Moment
+from cachekit.interface.moment import Moment
+from cachekit.interface.parts import word
+from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
@@ -101,9 +103,9 @@ def test_the_guide_and_the_example_are_the_same_policy(tmp_path, monkeypatch):
     assert written.model_json_schema()["properties"] == shipped.model_json_schema()["properties"]
     for values, steps in itertools.product([{}, {"interval": 3}, {"start": 0, "end": 1, "interval": 4}], [1, 7, 25]):
         moments = [Moment(step, steps) for step in range(steps)]
-        assert [written(**values).action(None, at) for at in moments] == [
-            shipped(**values).action(None, at) for at in moments
-        ]
+        (one,), (other,) = (made(**values).choices().values() for made in (written, shipped))
+        assert [one.when.action(at) for at in moments] == [other.when.action(at) for at in moments]
+        assert (str(one.where), str(one.what), one.change) == (str(other.where), str(other.what), other.change)
 
 
 def declared_hooks():
@@ -141,7 +143,9 @@ def test_every_policy_has_a_readme_with_its_paper_and_every_key(name):
     assert policy.paper in text
     assert f"`{name}`" in text
     for key, field in policy.model_fields.items():
-        default = "none" if field.default is None else str(field.default).lower()
+        if key in PARTS and field.default is None:  # replaces a part of any policy
+            continue
+        default = "needed" if field.is_required() else word(field.default)
         assert re.search(rf"^\| `{key}` \| {re.escape(default)} \| \S", text, re.MULTILINE), key
 
 

@@ -10,7 +10,18 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from cachekit import (
-    Action, BranchChange, Choice, Every, Moment, Policy, Reuse, SiteError, SiteMap, Span, Target, Where,
+    Action,
+    BranchChange,
+    Choice,
+    Every,
+    Moment,
+    Policy,
+    Reuse,
+    SiteError,
+    SiteMap,
+    Span,
+    Target,
+    Where,
 )  # fmt: skip
 
 #: Share of the chain's blocks that a span has by default.

@@ -8,8 +8,22 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from cachekit import (
-    Action, After, BranchChange, Choice, Drop, Guidance, Kind, Moment, Policy, Reuse, Schedule, SiteError, SiteMap,
-    Sites, Target, Where,
+    Action,
+    After,
+    BranchChange,
+    Choice,
+    Drop,
+    Guidance,
+    Kind,
+    Moment,
+    Policy,
+    Reuse,
+    Schedule,
+    SiteError,
+    SiteMap,
+    Sites,
+    Target,
+    Where,
 )  # fmt: skip
 
 #: The branch that runs on after the gate.

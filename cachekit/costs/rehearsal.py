@@ -56,7 +56,7 @@ class Rehearsal:
         self._setup, self._start = setup, start
         module = start.denoiser.module
         self._denoisers = [name for name, other in setup.denoisers.items() if type(other.module) is type(module)]
-        self._modules = dict(module.named_modules())
+        self._by_name = dict(module.named_modules())
         here = [bound for bound in setup.assignments if bound.denoiser in self._denoisers]
         self._forward = trace_forward(module, here, start.arguments)
         self._sample: torch.Tensor = on_meta(as_batch(find(start.arguments, SAMPLE)))
@@ -118,7 +118,7 @@ class Rehearsal:
     def _keep_output(self, exit_: Exit, call: Call) -> None:
         """Pass the traced output of a target's module to its exit, as the module's switch does."""
         share = len(call.branches) / call.calls.together
-        key = entry_of(exit_.bound, self._modules)
+        key = entry_of(exit_.bound, self._by_name)
         if key is not None:
             entered = self._forward.entered.get(key, ())
             call.entries[exit_.index] = tuple(_share(tensor, share) for tensor in entered)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
 import inspect
 import itertools
@@ -17,7 +18,9 @@ from diffusers import StableDiffusionPipeline
 from support import commands, tiny
 
 import cachekit
-from cachekit.interface.policy import Moment
+from cachekit.interface.moment import Moment
+from cachekit.interface.parts import word
+from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
@@ -93,17 +96,27 @@ def test_readme_and_guide_have_code():
 
 def test_the_guide_and_the_example_are_the_same_policy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    source = ROOT / "examples" / "cachekit-pyramid-lite" / "cachekit_pyramid_lite" / "policy.py"
-    spec = importlib.util.spec_from_file_location("example_policy", source)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    written, shipped = run(WRITING)["PyramidLite"], example.PyramidLite
+    written, shipped = run(WRITING)["PyramidLite"], EXAMPLE.PyramidLite
     assert written.model_json_schema()["properties"] == shipped.model_json_schema()["properties"]
     for values, steps in itertools.product([{}, {"interval": 3}, {"start": 0, "end": 1, "interval": 4}], [1, 7, 25]):
         moments = [Moment(step, steps) for step in range(steps)]
-        assert [written(**values).action(None, at) for at in moments] == [
-            shipped(**values).action(None, at) for at in moments
-        ]
+        (one,), (other,) = (made(**values).choices().values() for made in (written, shipped))
+        assert [one.when.action(at) for at in moments] == [other.when.action(at) for at in moments]
+        assert (str(one.where), str(one.what), one.change) == (str(other.where), str(other.what), other.change)
+
+
+def loaded_example():
+    source = ROOT / "examples" / "cachekit-pyramid-lite" / "cachekit_pyramid_lite" / "policy.py"
+    spec = importlib.util.spec_from_file_location("example_policy", source)
+    example = importlib.util.module_from_spec(spec)
+    sys.modules["example_policy"] = example
+    spec.loader.exec_module(example)
+    return example
+
+
+EXAMPLE = loaded_example()
+#: What is installed, and the schedule of the example.
+WORDS = dataclasses.replace(installed(), schedules={**installed().schedules, EXAMPLE.Broadcast.name: EXAMPLE.Broadcast})
 
 
 def declared_hooks():
@@ -118,7 +131,7 @@ def test_every_hook_is_documented_with_its_exact_signature(hook):
 
 
 def test_no_hook_is_documented_that_does_not_exist():
-    mentioned = set(re.findall(r"\bcachekit_[a-z]+_[a-z]+\b(?=\()", WRITING.read_text()))
+    mentioned = set(re.findall(r"\bcachekit_[a-z_]+\b(?=\()", WRITING.read_text()))
     assert mentioned == set(declared_hooks())
 
 
@@ -141,7 +154,9 @@ def test_every_policy_has_a_readme_with_its_paper_and_every_key(name):
     assert policy.paper in text
     assert f"`{name}`" in text
     for key, field in policy.model_fields.items():
-        default = "none" if field.default is None else str(field.default).lower()
+        if key in PARTS and field.default is None:  # replaces a part of any policy
+            continue
+        default = "needed" if field.is_required() else word(field.default)
         assert re.search(rf"^\| `{key}` \| {re.escape(default)} \| \S", text, re.MULTILINE), key
 
 
@@ -168,10 +183,47 @@ def test_relative_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_specs_in_the_documents_parse(path):
-    names = "|".join(SHIPPED)
-    for spec in re.findall(rf"[\"'`+ ]((?:{names}):\w+=[^\"'`+\s|)]+)[\"'`+ \n)]", path.read_text()):
-        if "intervall" not in spec and not re.search(r"=[mn]\b", spec):
-            parse(spec.rstrip(".,;:"), cachekit.policies())
+    for spec in specs_of(path.read_text()):
+        if "intervall" not in spec and "=..." not in spec and not re.search(r"=[mn]\b", spec):
+            parse(spec.rstrip(".,;:"), WORDS)
+
+
+def specs_of(text):
+    """Return the specs of shipped policies in a text; brackets may stand within each other once."""
+    value = r"(?:[^\"'`+\s|()]|\((?:[^()\s]|\([^()\s]*\))*\))+"
+    return re.findall(rf"[\"'`+ ]((?:{'|'.join(SHIPPED)}):\w+={value})[\"'`+ \n)]", text)
+
+
+def test_specs_with_brackets_are_found():
+    text = "`cache:where=denoiser,when=window(when=every(3),stop=9)`, (`tgate:m=5`) and cache:when=mask(0;1)\n"
+    assert specs_of(text) == [
+        "cache:where=denoiser,when=window(when=every(3),stop=9)",
+        "tgate:m=5",
+        "cache:when=mask(0;1)",
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_specs_with_brackets_are_quoted_for_the_shell(path):
+    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+        unquoted = re.sub(r"\"[^\"]*\"|'[^']*'", "", block)
+        assert not re.search(r"\w=\w*\(", unquoted), block
+
+
+@pytest.mark.parametrize("noun", ["place", "schedule", "stand-in"])
+def test_every_part_is_in_a_table_with_its_keys(noun):
+    title, found = {
+        "place": ("Places", installed().places),
+        "schedule": ("Schedules", installed().schedules),
+        "stand-in": ("Stand-ins", installed().stand_ins),
+    }[noun]
+    section = (ROOT / "docs" / "policies.md").read_text().partition(f"### {title}\n")[2].partition("\n#")[0]
+    for name, part in found.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", section, re.MULTILINE)
+        for key, field in part.model_fields.items():
+            default = "" if field.is_required() else f"={word(field.default)}"
+            assert key == "of" or f"`{key}{default}`" in row, (name, key)
+        assert part.paper in row
 
 
 @pytest.mark.parametrize("path", DOCS, ids=short)

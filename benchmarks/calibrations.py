@@ -2,7 +2,8 @@
 
 Calibrates on captions of scenes that the models may have been trained on, so that those held out stay for measuring.
 Then measures each on held-out captions, beside the linear forecast and plain steps of equal cost, and writes the
-figures to results/calibrations.json. Files that are there are made anew; `--measure` leaves them and measures alone.
+figures to results/calibrations.json and the table in docs/calibrating.md. `--measure` leaves the files as they are, and
+`--table` the figures too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ GUIDANCE = (3.5, 5.0)
 SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16
 RESULTS = Path(__file__).parent / "results" / "calibrations.json"
+PAGE = Path(__file__).parents[1] / "docs" / "calibrating.md"
+BEGIN, END = "<!-- calibrations: begin -->", "<!-- calibrations: end -->"
 
 
 def captions() -> list[str]:
@@ -101,7 +104,30 @@ def measure(count: int = 12) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """Write figures as a table in Markdown."""
+    names = {"unet": "UNet", "dit": "transformer", "euler": "Euler", "dpm++": "DPM++"}
+    lines = [
+        "| model | scheduler | guidance | interval | calls | plain steps | `forecast` | `calibrated` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        where = [names[row["model"]], names[row["scheduler"]], f"{row['guidance']:g}"]
+        figures = [row[name] for name in ("interval", "calls", "plain", "forecast", "calibrated")]
+        lines.append(f"| {' | '.join(map(str, [*where, *figures]))} |")
+    return "\n".join(lines)
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put the table between its marks."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+
+
 if __name__ == "__main__":
-    if "--measure" not in sys.argv:
+    if not {"--measure", "--table"} & {*sys.argv}:
         make()
-    RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    if "--table" not in sys.argv:
+        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
+    write(json.loads(RESULTS.read_text()))

@@ -27,7 +27,7 @@ from cachekit.interface.policy import Policy
 from cachekit.interface.sites import DENOISER
 from cachekit.interface.specs import Spec, parse
 from cachekit.registry.catalog import Catalog, installed
-from cachekit.upstream.pipelines import denoisers_of
+from cachekit.upstream.pipelines import denoisers_of, offloads
 from cachekit.upstream.scales import scale_argument
 from cachekit.upstream.stepping import StepCall, watched
 
@@ -82,7 +82,8 @@ def calibrate(
     batches = _batched(prompts, batch, seed)
     found = []
     for place, scale in enumerate(scales):
-        work = _Calibrator(pipe, choice, num_inference_steps, aim, _arguments(pipe, scale, arguments, batches[0]))
+        given = _arguments(pipe, scale, arguments, batches[0])
+        work = _Calibrator(pipe, choice, num_inference_steps, aim, len(batches), given)
         show = _shifted(progress, place * length, len(scales) * length)
         found.append(work.run(batches, exchange, show, catalog))
     return Calibration.merge(*found)
@@ -126,10 +127,17 @@ class Whole(Policy):
 class _Calibrator:
     """Calibrates a pipeline at one guidance scale."""
 
-    def __init__(self, pipe: Any, choice: Choice, steps: int, reference_steps: int, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, pipe: Any, choice: Choice, steps: int, reference_steps: int, batches: int, arguments: dict[str, Any]
+    ) -> None:
         if len(denoisers_of(pipe)) > 1:
             names = " and ".join(denoisers_of(pipe))
             raise CalibrationError(f"{type(pipe).__name__} has the denoisers {names}; only one can be calibrated")
+        if batches > 1 and offloads(pipe):
+            raise CalibrationError(
+                f"{type(pipe).__name__} moves its models to and from the CPU, which {batches} batches at once can't"
+                " share; give a batch= that holds all prompts"
+            )
         self._pipe, self._steps, self._reference_steps, self._arguments = pipe, steps, reference_steps, arguments
         self._recorder = Recorder()
         self._policy = Whole.of(choice, self._recorder)
@@ -191,7 +199,8 @@ class _Calibrator:
         given = dict(batch)
         seeds = given.pop(_SEEDS)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return {**self._arguments, **given, "num_inference_steps": steps, "generator": generators}
+        shared = {name: _for_each(name, value, len(seeds)) for name, value in self._arguments.items()}
+        return {**shared, **given, "num_inference_steps": steps, "generator": generators}
 
 
 def _arguments(pipe: Any, scale: float | None, given: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,6 +248,11 @@ def _joined(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         else:
             joined[name] = None if value is None else values
     return joined
+
+
+def _for_each(name: str, value: Any, count: int) -> Any:
+    """Repeat a negative prompt for each prompt, since some pipelines want one for each."""
+    return [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
 
 
 def _size(batch: Mapping[str, Any]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tup
         yield scale, f"{calls} plain steps", calls, psnr(_images(request, pipe, prompts, calls, scale), wanted)
 
 
-def psnr(images: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> float:
+def psnr(images: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> float:
     """Compute the median PSNR in dB of images or videos with values from 0 to 1."""
     errors = [max(float(((one - other) ** 2).mean()), 1e-12) for one, other in zip(images, wanted)]
     return float(np.median([-10 * np.log10(error) for error in errors]))

@@ -51,6 +51,11 @@ def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
         yield from getattr(found, "nets", [found])
 
 
+def offloads(pipe: Any) -> bool:
+    """Whether a pipeline moves its models to a device for their calls alone."""
+    return bool(getattr(pipe, "_all_hooks", None))
+
+
 def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Name the arguments of a pipeline's call, defaults included; none for a call that the pipeline will refuse."""
     signature = inspect.signature(type(pipe).__call__)

@@ -378,6 +378,27 @@ def test_what_cannot_be_calibrated_is_one_line_and_leaves_no_trace(prepare: Any,
     assert "\n" not in str(caught.value)
 
 
+def test_two_denoisers_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="transformer and transformer_2; only one can be calibrated"):
+        calibrated(tiny.wan(boundary=0.5))
+
+
+def test_models_that_are_moved_about_need_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = euler(tiny.small())
+    pipe._all_hooks = ["offloaded"]
+    with pytest.raises(CalibrationError, match="which 3 batches at once can't share; give a batch="):
+        calibrated(pipe, batch=1)
+    assert calibrated(pipe, batch=COUNT).fits[0].prompts == COUNT
+
+
+def test_a_negative_prompt_serves_all_prompts() -> None:
+    pipe = cachekit.demo_pipeline()
+    prompts = ["a large red circle top left on white", "a small blue star top right on black and a large red circle"]
+    given = {"num_inference_steps": 3, "guidance_scale": 3.0}
+    found = cachekit.calibrate(pipe, "calibrated:interval=2", prompts[:1] * 2, negative_prompt="a red circle", **given)
+    assert found.fits[0].prompts == 2
+
+
 def test_calibrating_leaves_no_trace(sd: Any) -> None:
     pipe, _, _ = sd
     with tiny.leaves_no_trace(pipe):

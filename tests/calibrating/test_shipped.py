@@ -1,0 +1,57 @@
+"""The calibrations that ship serve the embedded models, and beat plain steps of equal cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cachekit
+from cachekit import Calibration
+from cachekit.calibrating.calibration import FOLDER, path_of
+from cachekit.calibrating.verifying import psnr
+from cachekit.models.demo import call_arguments, heldout_captions
+from cachekit.models.demo.pipeline import PIPELINES
+from cachekit.models.loading import scheduler_for
+from cachekit.upstream.fingerprints import fingerprint
+from cachekit.upstream.pipelines import denoiser_of
+
+FILES = sorted(FOLDER.glob("*.json"))
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def pipe(request):
+    pipe = cachekit.demo_pipeline(request.param)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def images(pipe, steps):
+    prompts = heldout_captions(3, seed=8)
+    noise = [torch.Generator().manual_seed(place) for place in range(len(prompts))]
+    given = {"num_inference_steps": steps, "guidance_scale": 4.2, "generator": noise, "output_type": "np"}
+    return pipe(prompts, **given, **call_arguments(pipe)).images
+
+
+@pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
+def test_each_is_whole_and_named_for_what_it_serves(path):
+    found = Calibration.load(path)
+    assert path_of(found.key) == path
+    assert found.scales == [3.5, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_are_of_the_weights_that_ship(pipe, dtype):
+    kind = next(kind for kind, name in PIPELINES.items() if name == type(pipe).__name__)
+    found = {Calibration.load(path).key.model for path in FILES}
+    assert len(found) == len(PIPELINES)
+    assert fingerprint(denoiser_of(cachekit.demo_pipeline(kind, dtype))) in found
+
+
+@pytest.mark.parametrize("scheduler", ["euler", "dpm++"])
+def test_an_interval_is_enough_for_the_embedded_models(pipe, scheduler):
+    pipe.scheduler = scheduler_for(pipe, scheduler)
+    uncached = images(pipe, 25)
+    with cachekit.apply(pipe, "calibrated:interval=4") as attachment:
+        cached = images(pipe, 25)
+        assert (attachment.report().calls, attachment.report().left_out) == (7, 18)
+    assert psnr(cached, uncached) > psnr(images(pipe, 7), uncached) + 3

@@ -246,7 +246,7 @@ def shipped(key: Key) -> str:
     path = path_of(key)
     if not path.is_file():
         raise CalibrationError(
-            f"{key.schedule}: no calibration ships for model {key.model}, {key.scheduler} and {key.steps} steps; make"
+            f"no calibration ships for {key.schedule}, model {key.model}, {key.scheduler} and {key.steps} steps; make"
             " one with cachekit calibrate and give it as file="
         )
     return str(path)

@@ -37,10 +37,12 @@ SPECS = (
     *(f"forecast:interval={interval}" for interval in (2, 3)),
     *(f"calibrated:interval={interval}" for interval in (2, 3, 4, 5, 6)),
 )
-#: Captions in a block. The seed of a block's noise is the place of its first caption.
+#: Captions in a block.
 BLOCK = 24
 #: Seed of the captions, and of those that may have served for calibration or that the demo shows.
 FRESH, USED = 1000, range(100)
+#: Seed of the noise of the first caption's image, far from those of calibrations; the next one's follows.
+NOISE = 10_000
 
 
 def main() -> None:
@@ -95,7 +97,9 @@ def cells(
         try:
             specs_given = Configuration.parse(spec, STEPS).specs
             policies = parse_all(specs_given, installed())
-            suite = Suite(setting, [policies], schedulers=[scheduler], steps=(STEPS,), seeds=(seed,), peers=False)
+            suite = Suite(
+                setting, [policies], schedulers=[scheduler], steps=(STEPS,), seeds=(NOISE + seed,), peers=False
+            )
             # Tables show specs as they were given, and not as policies write them.
             cell = suite.cells()[0].model_copy(update={"specs": specs_given})
             yield cell, bench.plan(cell, cell.specs)

@@ -70,7 +70,7 @@ class Policy(Part):
             raise
         except Exception as error:
             raise PolicyError(f"{self}: choices raised {type(error).__name__}: {error}") from error
-        if not isinstance(choices, Mapping) or not choices:
+        if not isinstance(choices, Mapping) or not (choices or self.observes):
             raise PolicyError(f"{self}: choices returned {choices!r}; return at least one Choice, by name")
         for name, choice in choices.items():
             reason = choice.misfit() if isinstance(choice, Choice) else f"is {choice!r}; make it a Choice"

@@ -17,7 +17,7 @@ from cachekit.switches.orders import Order
 from cachekit.switches.placeholders import Memory, Placeholder, Scratch, zeros, zeros_like
 from cachekit.tensors import tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
-from cachekit.upstream.attention import streams_of_site
+from cachekit.upstream.attention import image_first, streams_of_site
 
 if TYPE_CHECKING:
     from cachekit.interface.moment import Streams
@@ -242,7 +242,7 @@ class Probe(Entry):
 
     def __init__(self, index: int, bound: Assignment, module: nn.Module, streams: tuple[str, ...]) -> None:
         """Bind the role to assignment `index`; `streams` are in the order in which `module` returns them."""
-        super().__init__(index, bound, module, tuple(sorted(streams, key=lambda name: name != "hidden_states")))
+        super().__init__(index, bound, module, image_first(streams))
         self.returned = streams
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

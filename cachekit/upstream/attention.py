@@ -80,6 +80,11 @@ def streams_of_site(module: nn.Module, kind: Kind) -> tuple[str, ...]:
     return joint if kind is Kind.JOINT_ATTENTION and joint else parameters[:1]
 
 
+def image_first(streams: tuple[str, ...]) -> tuple[str, ...]:
+    """Order the streams of a block so that the image comes before the text, whatever the block returns first."""
+    return tuple(sorted(streams, key=lambda name: name != _STREAMS[0]))
+
+
 def _kind_of(module: nn.Module, name: str) -> Kind | None:
     """Classify an attention or feed-forward module; None for any other.
 

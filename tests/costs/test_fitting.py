@@ -84,7 +84,13 @@ def without(name: str, dropped: list[tuple[str, str]]) -> list[Any]:
         chosen = type(policy).__base__.choices(policy)
         return {key: it.with_parts(where=Without(where=it.where, dropped=names)) for key, it in chosen.items()}
 
-    policies = [parse(spec, installed()) for spec in SPECS[name]]
+    (sites,) = cachekit.sites(shared(name)).values()
+
+    def is_left(policy: Policy) -> bool:
+        found = [target for choice in policy.choices().values() for target in choice.where.find(sites)]
+        return any((str(policy), target.name) not in dropped for target in found)
+
+    policies = [policy for policy in (parse(spec, installed()) for spec in SPECS[name]) if is_left(policy)]
     return [type("Some", (type(it),), {"choices": choices, "__module__": __name__})(**dict(it)) for it in policies]
 
 

@@ -16,7 +16,7 @@ WITHOUT_TORCH = {
     "cachekit.interface.moment": 1,
     "cachekit.interface.parts": 2,
     "cachekit.interface.policy": 1,
-    "cachekit.interface.sites": 4,
+    "cachekit.interface.sites": 5,
     "cachekit.parts.places": 1,
     "cachekit.parts.schedules": 5,
     "cachekit.parts.standins": 2,

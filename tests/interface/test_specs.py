@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import example, given, settings
@@ -268,8 +268,10 @@ def values(annotation, bounds, depth):
         for signs in (("ge", "gt"), ("le", "lt"))
     )
     if type(None) in get_args(annotation):
-        inner = next(one for one in get_args(annotation) if one is not type(None))
-        return st.none() | values(inner, bounds, depth)
+        inner = (one for one in get_args(annotation) if one is not type(None))
+        return st.one_of(st.none(), *(values(one, bounds, depth) for one in inner))
+    if get_origin(annotation) is Annotated:
+        return values(annotation.__origin__, annotation.__metadata__[0].metadata, depth)
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
     if annotation is int:
@@ -279,7 +281,11 @@ def values(annotation, bounds, depth):
         return st.floats(low, high, exclude_min=is_open, allow_nan=False, allow_infinity=False)
     if annotation is Schedule:
         return parts(WORDS.schedules, depth - 1) if depth else st.builds(Every)
-    return {bool: st.booleans(), Where: parts(WORDS.places), StandIn: parts(WORDS.stand_ins)}[annotation]
+    if annotation is str:
+        return st.from_regex(r"[a-z./_]+", fullmatch=True).filter(lambda word: word != "none")
+    if annotation is bool:
+        return st.booleans()
+    return parts({Where: WORDS.places, StandIn: WORDS.stand_ins}[annotation])
 
 
 #: Parts with rules between or within fields.
@@ -292,6 +298,7 @@ OF_THEIR_OWN = {
     ),
 }
 RULES = {
+    "calibrated": lambda given: given["interval"] is not None,
     "adaptive_guidance": lambda given: given["m"] is None or given["threshold"] is None,
     "delta_dit": lambda given: (
         (given["first"], given["stop"]) == (None, None) or (given["blocks"], given["boundary"]) == (None, None)

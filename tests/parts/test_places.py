@@ -88,10 +88,10 @@ def test_a_span_is_a_run_of_blocks_of_the_longest_chain(span, entry, exit_, stre
         (NestedRegion(branch=2), TOY, "branch=2, but ToyUNet has branches 0..1; use one of them"),
         (Span(), BARE, "looked for a chain of blocks, but Bare has feed_forward x 1; use a policy for attention"),
         (Span(chain=2), CHAINS, "chain=2, but Toy has chains 0..1; use one of them"),
-        (Span(first=4), CHAINS, "blocks 4 to the end, but chain 1 of Toy has blocks 0..3; give a span within them"),
-        (Span(stop=5), CHAINS, "blocks 0 to 4, but chain 1 of Toy has blocks 0..3"),
-        (Span(first=2, stop=2), CHAINS, "blocks 2 to 1, but"),
-        (Span(first=-5), CHAINS, "blocks -5 to the end, but"),
+        (Span(first=4), CHAINS, "0 blocks up to block 3, but chain 1 of Toy has blocks 0..3; give a span within them"),
+        (Span(stop=5), CHAINS, "5 blocks up to block 4, but chain 1 of Toy has blocks 0..3"),
+        (Span(first=2, stop=2), CHAINS, "0 blocks up to block 1, but"),
+        (Span(first=-5), CHAINS, "5 blocks up to block 3, but"),
     ],
 )
 def test_a_model_without_such_a_place_is_refused_in_a_line(place, sites, said):

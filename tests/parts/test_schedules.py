@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachekit import After, Every, Mask, Moment, Quadratic, SpecError, Time, Window
+from cachekit import OPEN, Action, After, Every, Mask, Moment, Quadratic, SpecError, Time, Window
 
 MARKS = {"compute": ".", "store": "S", "reuse": "r"}
 
@@ -100,8 +100,10 @@ def test_a_window_by_timesteps(bounds, expected):
     assert marks(window, 10, times=TIMES) == wanted
 
 
-def test_bounds_of_timesteps_hold_nowhere_without_a_scheduler():
-    assert marks(Window(low=0.0, when=Every(n=2)), 6) == "S.S.S."
+def test_a_window_of_timesteps_is_open_without_a_scheduler():
+    window = Window(low=0.0, when=Every(n=2))
+    assert [window.action(Moment(step, 4)) for step in range(4)] == [Action.STORE, OPEN] * 2
+    assert window.decide(Moment(1, 4)) is Action.COMPUTE
 
 
 def test_a_window_is_full_where_its_schedule_is_not_in_use():

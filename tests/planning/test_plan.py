@@ -356,7 +356,7 @@ words = cachekit.registry.catalog.build(points, disabled=["unet", "dit"])  # ada
 assert len(words.policies) >= 8, words.failures
 print(cachekit.interface.specs.parse("tgate:m=5", words))
 print(cachekit.interface.specs.parse("cache:where=denoiser,when=quadratic,what=hermite", words))
-print(sorted({"torch", "diffusers", "transformers", "numpy"} & set(sys.modules)))
+print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 """
 
 

@@ -55,6 +55,11 @@ def shape_of(tensor: Tensor) -> Tensor:
     return tensor.new_empty(()).expand(tensor.shape)
 
 
+def no_elements(tensor: Tensor) -> Tensor:
+    """Make a tensor without elements, of the same dtype and device."""
+    return tensor.new_empty(0)
+
+
 @torch.no_grad()
 def is_finite(kept: Sequence[Any]) -> list[bool]:
     """Whether each of these trees is free of NaN and inf, with one sync per device.

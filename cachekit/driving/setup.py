@@ -110,13 +110,14 @@ def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[Bound]:
 def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
     """Find the targets of each of the policy's choices; raises `SiteError` for one that it can't act on."""
     found: list[tuple[Target, Choice]] = []
-    for choice in policy.chosen().values():
+    choices = policy.chosen().values()
+    for choice in choices:
         for target in _found(policy, choice.where, sites):
             reason = _refusal(target, choice)
             if reason:
                 raise SiteError(f"{policy}: {reason}")
             found.append((target, choice))
-    if not found and policy.choices():
+    if not found and choices:
         raise SiteError(f"{policy}: found nothing to act on, but {sites.describe()}; use another policy")
     return found
 

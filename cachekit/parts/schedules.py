@@ -58,8 +58,7 @@ class Window(Schedule):
     """Another schedule in a window of the run; outside of it the target is computed.
 
     The window goes from step `first` to step `stop` - 1, and holds the timesteps above `low` and below `high`. A
-    bound that is None holds always, and bounds of timesteps hold nowhere without a scheduler. Steps outside that
-    `when` names as full are kept for the window.
+    bound that is None holds always. Steps outside that `when` names as full are kept for the window.
 
     >>> window = Window(first=2, stop=5, when=Every(n=2))
     >>> [window.action(Moment(step, 6)).value for step in range(6)]

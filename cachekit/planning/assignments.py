@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cachekit.errors import ConflictError
+from cachekit.interface.moment import Moment
 from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind, Target
@@ -48,6 +49,12 @@ class Assignment:
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
         """Share the assignment between copies of a model: it is immutable."""
         return self
+
+
+def origin(bound: Assignment, method: str, at: Moment) -> str:
+    """Name the policy, the method of a part of it, the target and the step."""
+    part = bound.choice.what if method in ("begin", "predict", "amend") else bound.choice.when
+    return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 
 #: What a policy acts on in one denoiser: its targets, and the choice that each belongs to.

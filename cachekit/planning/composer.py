@@ -10,7 +10,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
-from cachekit.planning.assignments import Assignment
+from cachekit.planning.assignments import Assignment, origin
 from cachekit.planning.row import Cell, Row
 
 #: Decides a cell that its schedule leaves open, by index of the assignment; `OPEN` leaves it to a probe.
@@ -238,11 +238,7 @@ def _asked(bound: Assignment, at: Moment) -> Cell:
     try:
         action = bound.choice.when.action(at)
     except Exception as error:
-        raise PolicyError(f"{_origin(bound, at)} raised {type(error).__name__}: {error}") from error
+        raise PolicyError(f"{origin(bound, 'action', at)} raised {type(error).__name__}: {error}") from error
     if action is not OPEN and not isinstance(action, Action):
-        raise PolicyError(f"{_origin(bound, at)} returned {action!r}; return an Action, or OPEN")
+        raise PolicyError(f"{origin(bound, 'action', at)} returned {action!r}; return an Action, or OPEN")
     return action
-
-
-def _origin(bound: Assignment, at: Moment) -> str:
-    return f"{bound.policy}: action of {bound.choice.when} for {bound.target.name!r} at step {at.step}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cachekit.errors import CachekitError, PolicyError
 from cachekit.interface.moment import Action, Moment, Streams
-from cachekit.planning.assignments import Assignment
+from cachekit.planning.assignments import Assignment, origin
 
 Answer = TypeVar("Answer")
 
@@ -47,12 +47,6 @@ def like_kept(bound: Assignment, method: str, at: Moment, made: Any, kept: Strea
                 f" it must be {_described(like)}"
             )
     return made
-
-
-def origin(bound: Assignment, method: str, at: Moment) -> str:
-    """Name the policy, the method of a part of it, the target and the step."""
-    part = bound.choice.what if method in ("begin", "predict", "amend") else bound.choice.when
-    return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 
 def _described(tensor: Tensor) -> str:

@@ -19,7 +19,7 @@ from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.quantities import give_back, give_whole, take, take_whole
 from cachekit.runs.store import Slot
-from cachekit.tensors import tensors, tree_map, with_tensors
+from cachekit.tensors import no_elements, tensors, tree_map, with_tensors
 
 
 class Call:
@@ -178,7 +178,7 @@ class Call:
         time = time_of(self.keeper.record.times, self.row.step)
         kept = take_whole(what.of, streams, sample, time)
         self.keep(index, tuple(map(torch.clone, kept)) if kept is streams else kept)
-        self.keeper.templates[slot] = tree_map(lambda tensor: tensor.new_empty(0), output)
+        self.keeper.templates[slot] = tree_map(no_elements, output)
         return output if amended is streams else with_tensors(output, amended)
 
     def _amended(self, index: int, streams: Streams, sample: Tensor) -> Streams:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from cachekit.errors import PolicyError, SiteError
 from cachekit.interface.moment import OPEN, Action
@@ -15,7 +15,7 @@ from cachekit.planning.assignments import Assignment
 from cachekit.runs.quantities import matching
 from cachekit.switches.orders import Order
 from cachekit.switches.placeholders import Memory, Placeholder, Scratch, zeros, zeros_like
-from cachekit.tensors import tensors, tree_map, with_tensors
+from cachekit.tensors import no_elements, tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
 from cachekit.upstream.attention import image_first, streams_of_site
 
@@ -296,8 +296,3 @@ def leaving(entry: Streams, output: Any) -> Streams:
     if isinstance(output, tuple) and len(output) == len(entry):
         return tuple(tensor for tensor, left in zip(entry, output) if left is not None)
     return entry
-
-
-def no_elements(tensor: Tensor) -> Tensor:
-    """Make a tensor without elements, of the same dtype and device."""
-    return tensor.new_empty(0)

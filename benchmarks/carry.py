@@ -2,7 +2,7 @@
 
 A calibration of the embedded models is used for something else than it was made for, beside one that is made for it,
 the linear forecast and plain steps of equal cost. Where its key refuses that, the weights are used under another key.
-Then fewer calls of longer runs are compared with images of many steps. Rows that the results have aren't measured again.
+Then fewer calls of longer runs are compared with images of many steps. Rows that the results have stay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cachekit.models.loading import scheduler_for
 from cachekit.upstream.pipelines import denoiser_of
 
 from .calibrations import PROMPTS, SCHEDULERS, captions
-from .nearness import best_plain, images
+from .nearness import best_of, images, plain_steps
 
 RESULTS = Path(__file__).parent / "results" / "carry.json"
 #: The run that calibrations are used in, and how many held-out captions it draws.
@@ -156,7 +156,7 @@ class Bench:
             add_lora(denoiser_of(pipe), lora)
         return pipe
 
-    @lru_cache(maxsize=4)  # noqa: B019
+    @lru_cache(maxsize=None)  # noqa: B019
     def calibration(self, conditions: Conditions) -> cachekit.Calibration:
         """Calibrate in these conditions."""
         pipe = self.pipe(conditions.lora)
@@ -203,7 +203,7 @@ def used(bench: Bench, name: str) -> dict[str, Any]:
             return round(psnr(draw(), uncached), 1)
 
     uncached, carried, own = draw(), bench.calibration(making), bench.calibration(using)
-    plain, spacing = best_plain(pipe, own.key.full, STEPS, uncached, draw)
+    plain, spacing = best_of(plain_steps(pipe, own.key.full, STEPS, uncached, draw))
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / f"{each}.json") for each in ("carried", "edited", "own")]
         for path, calibration in zip(paths, (carried, edited(carried, own, scale), own)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,7 @@ NOISE = 9000
 OWN, FULL = "own", "of the full steps"
 
 
-def images(
-    pipe: Any, prompts: Sequence[str], steps: int, scale: float, first: int = 0, **changes: Any
-) -> np.ndarray:
+def images(pipe: Any, prompts: Sequence[str], steps: int, scale: float, first: int = 0, **changes: Any) -> np.ndarray:
     """Draw all prompts in one batch, `(prompts, height, width, channels)` with values from 0 to 1.
 
     `first` is the number of the first one, on which its noise depends; `changes` are arguments of the pipeline's call.
@@ -33,22 +31,27 @@ def images(
     return found
 
 
-def best_plain(
+def plain_steps(
     pipe: Any, full: Sequence[int], steps: int, uncached: np.ndarray, draw: Callable[..., np.ndarray]
-) -> tuple[float, str]:
-    """Find the spacing of plain steps whose images are nearest to the uncached ones of `steps` steps.
+) -> dict[str, float]:
+    """Compare as many plain steps as `full` has with the uncached images of `steps` steps: median PSNR by spacing.
 
     The spacings are the scheduler's own, those that it has settings for, and the timesteps of the `full` steps. `draw`
-    makes images with a number of steps and other arguments of the pipeline's call. The result is the median PSNR in
-    dB and the name of the spacing.
+    makes images with a number of steps and other arguments of the pipeline's call.
     """
     name, own = type(pipe.scheduler).__name__, scheduler_with(pipe, type(pipe.scheduler).__name__, "")
-    found = [(psnr(draw(len(full)), uncached), OWN)]
+    found = {OWN: psnr(draw(len(full)), uncached)}
     for spacing in Spacing:
         other = scheduler_with(pipe, name, spacing.value)
         if dict(other.config) != dict(own.config):  # a setting that the scheduler lacks changes nothing
             with call_with(pipe, other):
-                found.append((psnr(draw(len(full)), uncached), spacing.value))
+                found[spacing.value] = psnr(draw(len(full)), uncached)
     table = table_of(pipe, own, steps, full)
-    found.append((psnr(draw(len(full), **table), uncached), FULL))
-    return max(found, key=lambda each: each[0])
+    found[FULL] = psnr(draw(len(full), **table), uncached)
+    return found
+
+
+def best_of(found: Mapping[str, float]) -> tuple[float, str]:
+    """Find the highest figure and its name."""
+    name = max(found, key=lambda each: found[each])
+    return found[name], name

@@ -86,21 +86,27 @@ def _strength(adapter: Any) -> str:
 
 def _values(parameters: Sequence[Tensor]) -> Tensor:
     """Read some values of each parameter, in bfloat16 and on the CPU."""
-    with torch.no_grad():
-        parts = [_some(parameter) for parameter in parameters]
+    with torch.inference_mode():
+        parts = [_some(parameter, *_places(parameter.shape)) for parameter in parameters]
         joined = torch.cat([part if part.dtype in _JOINED else part.to(torch.bfloat16) for part in parts])
         return joined.to("cpu", torch.bfloat16)
 
 
-def _some(parameter: Tensor) -> Tensor:
-    """Read up to `_VALUES` evenly spaced elements, in the order of a contiguous tensor; a view where it is one."""
-    count = parameter.numel()
+@lru_cache(maxsize=1024)
+def _places(shape: torch.Size) -> tuple[tuple[int], tuple[int]]:
+    """How many elements are read of a shape, and how far apart."""
+    count = shape.numel()
     stride = max(1, count // _VALUES)
-    size = min(_VALUES, -(-count // stride))
+    return (min(_VALUES, -(-count // stride)),), (stride,)
+
+
+def _some(parameter: Tensor, size: tuple[int], stride: tuple[int]) -> Tensor:
+    """Read evenly spaced elements, in the order of a contiguous tensor: a view where it is one."""
     if parameter.is_contiguous():
-        return parameter.as_strided((size,), (stride,))
+        return parameter.as_strided(size, stride)
     # Such as convolutions in channels_last; a reshape would copy all of it.
-    return parameter[torch.unravel_index(torch.arange(size, device=parameter.device) * stride, parameter.shape)]
+    places = torch.arange(size[0], device=parameter.device) * stride[0]
+    return parameter[torch.unravel_index(places, parameter.shape)]
 
 
 def settings_of(scheduler: Any) -> dict[str, str]:

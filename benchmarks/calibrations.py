@@ -31,7 +31,7 @@ from cachekit.models.loading import scheduler_for
 from .nearness import OWN, best_of, images, plain_steps
 
 STEPS = 25
-INTERVALS = (3, 4, 5, 6)
+INTERVALS = (2, 3, 4, 5, 6)
 GUIDANCE = (3.5, 5.0)
 SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16

@@ -96,7 +96,7 @@ def compared(pipe: Any, interval: int, uncached: np.ndarray, draw: Callable[...,
     for name in ("calibrated", "forecast"):
         with cachekit.apply(pipe, f"{name}:interval={interval}") as attachment:
             found[name] = round(psnr(draw(), uncached), 1)
-            full = attachment.report().plan.full(0)
+            full = attachment.plan(STEPS).full(0)
     plain = {name: round(value, 1) for name, value in plain_steps(pipe, full, STEPS, uncached, draw).items()}
     return {**found, "calls": len(full), "plain": plain}
 

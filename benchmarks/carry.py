@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class Bench:
             add_lora(denoiser_of(pipe), lora)
         return pipe
 
-    @lru_cache(maxsize=None)  # noqa: B019
+    @cache  # noqa: B019
     def calibration(self, conditions: Conditions) -> cachekit.Calibration:
         """Calibrate in these conditions."""
         pipe = self.pipe(conditions.lora)

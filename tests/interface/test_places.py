@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from support import tiny
 
 import cachekit
@@ -50,6 +51,34 @@ def test_projections_of_the_text_are_exact_to_reuse(make: Any) -> None:
         assert torch.equal(latents(pipe), plain)
     assert len(ran) * STEPS == uncached
     assert torch.equal(latents(pipe), plain)
+
+
+def under(pipe: Any, state: str) -> Any:
+    """Have one LoRA act, or none."""
+    denoiser = tiny.denoiser_of(pipe)
+    denoiser.enable_adapters()
+    if state == "off":
+        denoiser.disable_adapters()
+    else:
+        denoiser.set_adapter(state)
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.pixart])
+def test_projections_with_a_lora(make: Any) -> None:
+    """A LoRA in and around a projection is kept with it, whichever acts, and none is read after it is gone."""
+    pipe = make()
+    denoiser = tiny.denoiser_of(pipe)
+    found = names(pipe, "text_key_value")
+    without = latents(pipe)
+    with cachekit.apply(pipe, "cache:where=text_key_value,when=after(1)"):
+        for name in ("one", "two"):
+            denoiser.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=found, init_lora_weights=False), name)
+        drawn = {state: latents(under(pipe, state)) for state in ("one", "two", "off")}
+    for state, image in drawn.items():
+        assert torch.equal(latents(under(pipe, state)), image)
+    assert torch.equal(drawn["off"], without)
+    assert not torch.allclose(drawn["one"], drawn["two"], atol=1e-3)
 
 
 def test_projections_inside_reused_attention() -> None:

@@ -111,7 +111,7 @@ def stored() -> list[dict[str, Any]]:
 
 
 def table() -> str:
-    """Table of the results."""
+    """Table of the results, and in how many rows the calibrations are nearest."""
     header = ["model", "scheduler", "guidance", "interval", "calls", "plain steps", "best spaced", "spacing",
               "`forecast`", "`calibrated`"]  # fmt: skip
     rows = []
@@ -120,7 +120,16 @@ def table() -> str:
         figures = [row["plain"][OWN], best, spacing, row["forecast"], row["calibrated"]]
         where = [NAMES[row["model"]], NAMES[row["scheduler"]], f"{row['guidance']:g}", row["interval"], row["calls"]]
         rows.append([str(value) for value in (*where, *figures)])
-    return markdown(header, rows, left=2) if rows else ""
+    return f"{markdown(header, rows, left=2)}\n{_counted(stored())}" if rows else ""
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    plain = sum(row["calibrated"] > best_of(row["plain"])[0] for row in rows)
+    line = sum(row["calibrated"] > row["forecast"] for row in rows)
+    return (
+        f"`calibrated` is nearer than the best spaced plain steps in {plain} of {len(rows)} rows, and than `forecast` in"
+        f" {line}."
+    )
 
 
 if __name__ == "__main__":

@@ -174,9 +174,10 @@ class Bench:
 def add_lora(denoiser: Any, strength: float) -> None:
     """Add a LoRA of rank 4 with random weights to all attention, whose norm is a part of each weight's."""
     import torch
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    denoiser.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=targets), denoiser)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in (module for module in denoiser.modules() if hasattr(module, "lora_A")):

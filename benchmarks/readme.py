@@ -17,6 +17,8 @@ from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
+from . import calibrations, carry_tables
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL_FIGURES = ROOT / "cachekit" / "models" / "demo" / "weights" / "unet" / "figures.json"
@@ -60,6 +62,11 @@ def filled() -> dict[Path, str]:
         "paper table": paper_table(),
         **{f"{name} grid": grid_table(name) for name in ("demo", "demo-dit", "sd15", "pixart")},
         "verdict": verdict(),
+        "leads": leads(),
+        "calibrations": calibrations.table(),
+        "carried": carry_tables.uses(),
+        "longer runs": carry_tables.longer(),
+        "batches": carry_tables.batches(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -144,6 +151,24 @@ def verdict() -> str:
             rows.append([group.cell.scheduler, row.label, *compared])
     header = ["scheduler", "composition", FIGURES["speedup"].name, match.name, "plain steps as fast", match.name]
     return markdown(header, rows, left=len(header)) if rows else ""
+
+
+def leads() -> str:
+    """Table of the lead of each configuration of the demo over plain steps at equal MACs, under both schedulers."""
+    found = [demo.from_json(data) for data in map(stored, ("demo-table.json", "demo-table-euler.json")) if data]
+    lead = {
+        (row.label, group.cell.scheduler): row.psnr - plain.psnr
+        for group in found
+        for row in group.rows
+        if row.cell.specs and (plain := group.best_plain(row.plain_steps()["MACs"]))
+        if row.psnr is not None and plain.psnr is not None
+    }
+    schedulers = [group.cell.scheduler for group in found]
+    rows = [
+        [label, *(f"{lead[label, name]:+.1f}" if (label, name) in lead else "-" for name in schedulers)]
+        for label in dict.fromkeys(label for label, _ in lead)
+    ]
+    return markdown(["lead over plain steps in dB", *schedulers], rows) if rows else ""
 
 
 def plain_steps(row: Row) -> str:

@@ -127,8 +127,8 @@ def _counted(rows: list[dict[str, Any]]) -> str:
     plain = sum(row["calibrated"] > best_of(row["plain"])[0] for row in rows)
     line = sum(row["calibrated"] > row["forecast"] for row in rows)
     return (
-        f"`calibrated` is nearer than the best spaced plain steps in {plain} of {len(rows)} rows, and than `forecast` in"
-        f" {line}."
+        f"`calibrated` is nearer than the best spaced plain steps in {plain} of {len(rows)} rows, and than `forecast`"
+        f" in {line}."
     )
 
 

@@ -53,7 +53,7 @@ class Conditions:
     lora: float = 0.0
 
     @property
-    def size(self) -> dict[str, int]:
+    def size(self) -> dict[str, Any]:
         """Arguments of a call for the size."""
         return {"height": self.side, "width": self.side} if self.side else {}
 

@@ -27,8 +27,8 @@ def uses() -> str:
     lines = [[name, *(_cell(rows, name, column) for column in columns), _refused(rows, name)] for name in PARTS["uses"]]
     table = markdown(["used for", *(_title(*column) for column in columns), "the file as it is"], lines)
     legend = (
-        "Each cell: the calibration, one made for this use, `forecast`, and the best spaced plain steps of as many calls."
-        f" Median PSNR in dB to uncached images, of {COUNT} prompts each."
+        "Each cell: the calibration, one made for this use, `forecast`, and the best spaced plain steps of as many"
+        f" calls. Median PSNR in dB to uncached images, of {COUNT} prompts each."
     )
     return "\n\n".join([table.rstrip(), legend, " ".join(_reading(rows))])
 

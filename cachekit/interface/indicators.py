@@ -24,8 +24,8 @@ class Indicator(Schedule):
     """Decides from a signal of each call whether its target is computed.
 
     The place determines the signal: `tail` shows the first block, `modulated` the input of the first attention,
-    `denoiser` the sample. Memory is changed in `took` alone, which is called for each signal: no step that another
-    policy forces escapes. An indicator that computes while the sample changes by more than a tenth:
+    `denoiser` the sample. Memory is changed in `took` alone, which is called for each signal, so steps forced by other
+    policies are seen too. An indicator that computes while the sample changes by more than a tenth:
 
     >>> class Moving(Indicator):
     ...     name = "moving"

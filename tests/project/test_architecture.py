@@ -114,6 +114,12 @@ def test_the_rooms_are_those_of_the_linter():
     assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 17
 
 
+def test_the_page_about_the_architecture_lists_every_room():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
+    assert sorted(rooms()) == sorted(set(listed) & set(rooms()))
+
+
 @each([path for path in CORE if path != ROOT / "cachekit" / "__init__.py"])
 def test_imports_between_rooms_go_down(path):
     rank, own = rooms(), module_of(path)[0].split(".")[1]

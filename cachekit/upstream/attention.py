@@ -44,6 +44,7 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
 'attn2.to_v': 'text_key_value', 'ff': 'feed_forward'}
     """
     by_width = type(denoiser).__name__ in _SELF_ATTENTION_BY_WIDTH
+    has_text = not _attends_to_itself_alone(denoiser)
     modules = dict(denoiser.named_modules())
     outer = Site("", Kind.FEED_FORWARD)
     for name, module in modules.items():
@@ -59,7 +60,8 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
         site = Site(name, kind)
         outer = site if kind is Kind.FEED_FORWARD else outer
         yield site
-        yield from (Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE) for leaf in _projections_of_text(module, kind))
+        if has_text:
+            yield from (Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE) for leaf in _projections_of_text(module, kind))
 
 
 def attends(module: nn.Module) -> bool:
@@ -140,6 +142,13 @@ def _projections_of_text(module: nn.Module, kind: Kind) -> Iterator[str]:
     own, added = (("to_kv",), ("to_added_kv",)) if fused else (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
     names = (*own, *added) if kind is Kind.CROSS_ATTENTION else added
     yield from (name for name in names if getattr(module, name, None) is not None)
+
+
+def _attends_to_itself_alone(denoiser: Any) -> bool:
+    """Whether a UNet's cross-attention has the widths of its blocks: it is given no text, and reads the image."""
+    config = getattr(denoiser, "config", None)
+    widths, blocks = getattr(config, "cross_attention_dim", None), getattr(config, "block_out_channels", None)
+    return isinstance(widths, (list, tuple)) and list(widths) == list(blocks or ())
 
 
 def _reads_its_own_width(module: Any) -> bool:

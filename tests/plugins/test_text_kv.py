@@ -94,14 +94,21 @@ def test_projections_alone_are_told_apart_from_what_computes_with_the_image() ->
         cachekit.apply(tiny.flux(), "text_kv")
 
 
+def test_cross_attention_without_a_text_has_no_projections_of_one() -> None:
+    """The UNet of AudioLDM has its text in the class embedding, and its cross-attention reads the image."""
+    unet = tiny.small(cross_attention_dim=(8, 16)).unet
+    with pytest.raises(cachekit.SiteError, match=r"looked for text_key_value, but UNet2DConditionModel has"):
+        cachekit.apply(unet, "text_kv")
+
+
 def test_the_model_that_diffusers_serves() -> None:
     """Its text has keys and values within the attention of the image, and no queries."""
     name = NucleusMoEImagePipeline.__name__
 
     def drawn(pipe: Any) -> torch.Tensor:
-        return pipe(**arguments(pipe, name), output_type="latent").images
+        return pipe(**{**arguments(pipe, name), "output_type": "latent"}).images
 
-    pipe, theirs = build(name), build(name)
+    pipe, theirs, ran = build(name), build(name), []
     uncached = drawn(pipe)
     apply_text_kv_cache(theirs.transformer, TextKVCacheConfig())
     assert torch.equal(drawn(theirs), uncached)
@@ -111,4 +118,11 @@ def test_the_model_that_diffusers_serves() -> None:
     (count,) = report.counts
     assert count.reused > 0
     assert count.targets == 2 * len(pipe.transformer.transformer_blocks)
-    assert report.macs < report.baseline_macs
+    layer = pipe.transformer.transformer_blocks[0].attn.add_k_proj
+    handle = layer.register_forward_hook(lambda *_: ran.append(1))
+    drawn(pipe)
+    uncached_calls = len(ran)
+    with cachekit.apply(pipe, "text_kv"):
+        drawn(pipe)
+    handle.remove()
+    assert 0 < len(ran) - uncached_calls < uncached_calls

@@ -52,8 +52,7 @@ def test_the_latents_are_the_uncached_ones_for_fewer_macs(name: str) -> None:
     assert torch.equal(tiny.latents(pipe, steps=STEPS), uncached)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", ["sd", "pixart", "wan"])
+@pytest.mark.parametrize(("name", "batch"), [("sd", 2), ("wan", 1)])
 @pytest.mark.parametrize(
     "other",
     [

@@ -304,6 +304,12 @@ RULES = {
         (given["first"], given["stop"]) == (None, None) or (given["blocks"], given["boundary"]) == (None, None)
     ),
     "null_text": lambda given: (given["after"], given["before"]) != (None, None),
+    "pab": lambda given: given["low"] < given["high"],
+    "guidance_interval": lambda given: (
+        (given["stop"] is None or given["first"] < given["stop"])
+        and (None in (given["low"], given["high"]) or given["low"] < given["high"])
+        and (given["axis"] == "noise" or (given["low"], given["high"]) != (None, None))
+    ),
 }
 
 
@@ -314,7 +320,7 @@ def test_every_installed_policy_parses_back_whatever_its_keys_are(name, data):
     policy = WORDS.policies[name]
     own = {key: field for key, field in policy.model_fields.items() if name == "cache" or key not in PARTS}
     keys = {key: values(field.annotation, field.metadata, 1) for key, field in own.items()}
-    made = policy(**data.draw(st.fixed_dictionaries(keys).filter(RULES.get(name, bool))))
+    made = policy(**data.draw(st.fixed_dictionaries(keys).filter(RULES.get(name, lambda given: True))))
     if len(made.choices()) == 1 and name != "cache":
         replaced = {"where": WORDS.places, "when": WORDS.schedules, "what": WORDS.stand_ins}
         optional = {key: st.none() | parts(found) for key, found in replaced.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-
 #: The attributes by which torch's linear layers, and those that replace them, give the width of input and output.
 _WIDTHS = ("in_features", "out_features")
 

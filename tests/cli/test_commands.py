@@ -129,7 +129,8 @@ def test_list_names_all_parts_with_summary_keys_paper_and_origin(title):
         entry = text.partition(f"  {name}: {part.summary}\n")[2]
         keys, origin = entry.splitlines()[:2]
         assert [key.partition("=")[0].strip() for key in keys.split(", ")] == (list(part.model_fields) or ["no keys"])
-        plugin = "cachekit-diffusion (plugin forecast)" if name == "calibrated" else "cachekit (plugin parts)"
+        owner = catalogs.installed().owners[f"{title.removesuffix('s')} {name!r}"]
+        plugin = f"{catalogs.installed().plugins[owner]} (plugin {owner})"
         assert origin.strip() == f"from {plugin}{', ' * bool(part.paper)}{part.paper}"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.polynomial.chebyshev import chebvander
-from support import replays
+from support import replays, tiny
 
 import cachekit
 from cachekit import Moment
@@ -79,9 +79,9 @@ def test_how_many_of_50_steps_are_full(growth: float, count: int) -> None:
 
 
 def test_its_parts_serve_other_places() -> None:
-    pipe = replays.tiny.small()
-    plain = replays.tiny.latents(pipe, steps=STEPS)
+    pipe = tiny.small()
+    plain = tiny.latents(pipe, steps=STEPS)
     with cachekit.apply(pipe, "cache:where=denoiser,when=growing(first=3),what=spectral(mix=0.5)") as attachment:
-        assert not torch.equal(replays.tiny.latents(pipe, steps=STEPS), plain)
+        assert not torch.equal(tiny.latents(pipe, steps=STEPS), plain)
         assert replays.full_steps(attachment.plan(STEPS)) == [0, 1, 2, 4, 6, 9]
         assert attachment.report().left_out == STEPS - 6

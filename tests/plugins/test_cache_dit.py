@@ -61,7 +61,9 @@ def with_dbcache(cache_dit: Any, pipe: Any, full: list[int], order: int) -> torc
         steps_computation_mask=[int(step in full) for step in range(STEPS)],
         steps_computation_policy="static",
     )
-    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    calibrator = None
+    if order:  # one of the text would be asked for a residual that the last block does not have
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order, enable_encoder_calibrator=False)
     cache_dit.enable_cache(other, cache_config=config, calibrator_config=calibrator)
     try:
         return tiny.latents(other, steps=STEPS)
@@ -72,7 +74,8 @@ def with_dbcache(cache_dit: Any, pipe: Any, full: list[int], order: int) -> torc
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
 def test_residuals_of_the_later_blocks_equal_its_dbcache(cache_dit: Any, name: str, order: int) -> None:
-    pipe, full = getattr(tiny, name)(), [0, 1, 2, 4, 7]
+    """Within a pipeline its calibrator begins to count a step late, and takes no difference before step 3."""
+    pipe, full = getattr(tiny, name)(), [0, 1, 2, 3, 5, 7]
     plain, theirs = tiny.latents(pipe, steps=STEPS), with_dbcache(cache_dit, pipe, full, order)
     what = f"taylor(order={order},of=residual)" if order else "reuse(of=residual)"
     mask = ";".join(map(str, full))

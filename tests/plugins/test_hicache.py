@@ -39,7 +39,7 @@ def series(order: int, sigma: float) -> replays.Series:
         ("sd3", "hicache:interval=3,order=1,sigma=0.7", [0, 1, 2, 5, 8], 1, 0.7),
         ("flux", "hicache:interval=3,warm_up=1", [0, 3, 6], 2, 0.5),
         ("wan", "hicache:interval=2,order=3,sigma=0.3", [0, 1, 2, 4, 6, 8], 3, 0.3),
-        ("sd", "hicache:interval=4,warm_up=2", [0, 1, 5], 2, 0.5),
+        ("small", "hicache:interval=4,warm_up=2", [0, 1, 5], 2, 0.5),
     ],
 )
 def test_the_layers_equal_a_replay(name: str, spec: str, full: list[int], order: int, sigma: float) -> None:

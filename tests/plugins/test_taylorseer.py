@@ -136,7 +136,7 @@ def series(order: int) -> replays.Series:
         ("pixart", "taylorseer:at=features,interval=2", [0, 1, 2, 4, 6, 8], 1),
         ("flux", "taylorseer:at=features,interval=3,order=2", [0, 1, 2, 5, 8], 2),
         ("wan", "taylorseer:at=features,interval=3,warm_up=1", [0, 3, 6], 1),
-        ("sd", "taylorseer:at=features,interval=2,order=2,warm_up=2", [0, 1, 3, 5, 7], 2),
+        ("small", "taylorseer:at=features,interval=2,order=2,warm_up=2", [0, 1, 3, 5, 7], 2),
     ],
 )
 def test_the_last_block_alone_equals_a_replay(name: str, spec: str, full: list[int], order: int) -> None:
@@ -144,7 +144,7 @@ def test_the_last_block_alone_equals_a_replay(name: str, spec: str, full: list[i
 
 
 def test_the_last_block_alone_costs_less_than_all_layers() -> None:
-    pipe, macs = tiny.pixart(), {}
+    pipe, macs = tiny.flux(), {}
     for at in ("layers", "features"):
         with cachekit.apply(pipe, f"taylorseer:interval=3,at={at}") as attachment:
             tiny.latents(pipe, steps=STEPS)

@@ -17,7 +17,7 @@ from support import tiny
 #: Attention and feed-forward in the tiny pipelines, and the blocks whose output the final normalisation reads.
 LAYERS = re.compile(r".*\.(attn|attn1|attn2|ff|ff_context|ffn|proj_mlp)")
 LAST = {
-    "sd": "up_blocks.3",
+    "small": "up_blocks.1",
     "sdxl": "up_blocks.2",
     "pixart": "transformer_blocks.2",
     "sd3": "transformer_blocks.3",

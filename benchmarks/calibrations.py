@@ -27,7 +27,7 @@ from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
 
 STEPS = 25
-INTERVALS = (3, 4, 5, 6)
+INTERVALS = (2, 3, 4, 5, 6)
 GUIDANCE = (3.5, 5.0)
 SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16

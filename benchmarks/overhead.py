@@ -1,8 +1,10 @@
 """Measure the overhead of attached policies, beside published packages and hand-written loops.
 
-`python -m benchmarks.overhead --model demo|sd15 --output FILE` alternates the contenders within one process and
-writes every time and the median ratios as JSON. In the same rounds the plain pipeline is compared with its own copy:
-what that ratio differs from 1 by, the machine adds to the others. CPU times suffer less from other processes.
+`python -m benchmarks.overhead --model demo|sd15 --output FILE` runs the contenders of a comparison in turns, a step of
+the loop each, so that a machine that slows down slows all of them. Each has a copy of the pipeline with shared weights,
+and the copies change roles from round to round, so that none has the luckier place in memory. Of each step the median
+over the rounds is taken, and ratios are of the sums over the steps. In the same rounds the plain pipeline is compared
+with another copy of it: what that ratio differs from 1 by, the machine adds to the others. All times are written.
 """
 
 from __future__ import annotations
@@ -13,8 +15,13 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,10 +36,18 @@ from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
 
 STEPS = {"demo": 25, "sd15": 10}
 PIXELS = {"sd15": 256}
-Run = Callable[[], Any]
+#: A run of a loop, and the scheduler that it steps.
+Run = tuple[Callable[[], Any], Any]
+#: Makes runs of copies of a pipeline, and leaves the copies as they were.
+Contest = Callable[[Sequence[Any], dict[str, Any]], AbstractContextManager[Sequence[Run]]]
 #: How the process allocates memory: freed memory is used again instead of being returned to the system, whose page
 #: faults would take half of the time on a CPU and differ from run to run.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_TOP_PAD_": "67108864"}
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 
 def main() -> None:
@@ -40,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(STEPS), default="demo")
     parser.add_argument(
-        "--rounds", type=int, default=0, help="pairs of runs per comparison; default: 25 for demo, 5 for sd15"
+        "--rounds", type=int, default=0, help="rounds of each comparison; default: 24 for demo, 6 for sd15"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/overhead.json"))
@@ -50,7 +65,7 @@ def main() -> None:
             sys.executable, [sys.executable, "-m", "benchmarks.overhead", *sys.argv[1:]], {**os.environ, **MALLOC}
         )
     torch.set_num_threads(options.threads)
-    rounds = options.rounds or {"demo": 25, "sd15": 5}[options.model]
+    rounds = options.rounds or {"demo": 24, "sd15": 6}[options.model]
     measured: dict[str, Any] = {"comparisons": {}}
     for name, result in measure(options.model, rounds):
         noise = f", noise {result['noise']:.4f}" if "noise" in result else ""
@@ -79,52 +94,122 @@ def append(output: Path, model: str, measured: dict[str, Any], threads: int) -> 
 def measure(model: str, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Measure the times and ratios of each comparison on one model."""
     pipe, arguments = prepare(model)
-    yield "attached no-op / plain", compare(no_op(pipe, arguments), rounds)
+    copies = [twin(pipe) for _ in range(3)]
+    contest = Comparison(copies, arguments, rounds, warms_up=model == "demo")
+    yield "attached no-op / plain", contest.compare(no_op, 3)
     for branch in (0, 1):
         name = f"cachekit deepcache / published DeepCache, branch {branch}"
-        yield name, compare(deepcache(pipe, arguments, branch), rounds)
-    yield "cachekit tgate / published tgate", compare(tgate(pipe, arguments), rounds)
+        yield name, contest.compare(partial(deepcache, branch=branch), 2)
+    yield "cachekit tgate / published tgate", contest.compare(tgate, 2)
     if model == "demo":  # on a true size the loops by hand take long and say the same
-        yield from measure_by_hand(pipe, arguments, rounds)
+        ours = contest.compare(cached_and_plain, 2)
+        yield "cachekit tgate / plain", ours
+        hands = contest.compare(by_hand, 2)
+        yield "tgate by hand / plain loop by hand", hands
+        ratios = {name: hands[name] / ours[name] for name in ("ratio", "cpu_ratio")}
+        yield "speedup of cachekit tgate / of tgate by hand", {**ratios, "seconds": []}
 
 
-def measure_by_hand(pipe: Any, arguments: dict[str, Any], rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compare the speedup of TGATE with that of a minimal loop by hand."""
-    ours = compare(cached_and_plain(pipe, arguments), rounds)
-    yield "cachekit tgate / plain", ours
-    hands = compare(by_hand(pipe, arguments), rounds)
-    yield "tgate by hand / plain loop by hand", hands
-    ratios = {name: hands[name] / ours[name] for name in ("ratio", "cpu_ratio")}
-    yield "speedup of cachekit tgate / of tgate by hand", {**ratios, "seconds": []}
+@dataclass(frozen=True)
+class Comparison:
+    """How contenders are compared: copies of a pipeline, the arguments of a call, and the number of rounds.
 
-
-def compare(runs: Sequence[Run], rounds: int) -> dict[str, Any]:
-    """Time two or three runs in turn, after a warm-up each: median seconds, and the medians of the ratios of pairs.
-
-    The first is compared with the second; the third, if there is one, with the second too: it does the same, so its
-    ratio is noise.
+    `warms_up` is whether each round begins with a run that isn't timed, in which plans are made; where runs take long,
+    only the first round does.
     """
-    for run in runs:
-        run()
-    wall: list[list[float]] = [[] for _ in runs]
-    cpu: list[list[float]] = [[] for _ in runs]
-    orders = list(itertools.permutations(range(len(runs))))
-    for round_ in range(rounds):
-        # They take turns to go first, so that a machine that slows down favours none.
-        for place in orders[round_ % len(orders)]:
-            start = time.perf_counter(), time.process_time()
-            runs[place]()
-            wall[place].append(time.perf_counter() - start[0])
-            cpu[place].append(time.process_time() - start[1])
-    found = {"ratio": pairs(wall[0], wall[1]), "cpu_ratio": pairs(cpu[0], cpu[1])}
-    if len(runs) > 2:
-        found |= {"noise": pairs(wall[2], wall[1]), "cpu_noise": pairs(cpu[2], cpu[1])}
-    return {**found, "seconds": [median(wall[0]), median(wall[1])], "times": wall, "cpu_times": cpu}
+
+    copies: Sequence[Any]
+    arguments: dict[str, Any]
+    rounds: int
+    warms_up: bool
+
+    def compare(self, contest: Contest, count: int) -> dict[str, Any]:
+        """Time `count` runs in turns: their seconds, and the ratio of the first to the second.
+
+        A third run does the same as the second, so their ratio is noise.
+        """
+        found: list[list[list[Lap]]] = [[] for _ in range(count)]
+        orders = list(itertools.permutations(range(count)))
+        with ExitStack() as stack:
+            # A thread for each run, so that none has the warmer one.
+            threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in range(count)]
+            for round_ in range(self.rounds):
+                turned = [self.copies[(place + round_) % count] for place in range(count)]
+                with contest(turned, self.arguments) as runs:
+                    if self.warms_up or not round_:
+                        in_turns(threads, runs, orders[round_ % len(orders)])
+                    for place, laps in enumerate(in_turns(threads, runs, orders[round_ % len(orders)])):
+                        found[place].append(laps)
+        wall, cpu = ([typical([[lap[kind] for lap in laps] for laps in each]) for each in found] for kind in (0, 1))
+        ratios = {"ratio": wall[0] / wall[1], "cpu_ratio": cpu[0] / cpu[1]}
+        if count > 2:
+            ratios |= {"noise": wall[2] / wall[1], "cpu_noise": cpu[2] / cpu[1]}
+        times = [[[round(lap[0], 5) for lap in laps] for laps in each] for each in found]
+        return {**ratios, "seconds": wall[:2], "times": times}
 
 
-def pairs(one: Sequence[float], other: Sequence[float]) -> float:
-    """Compute the median of the ratios of pairs."""
-    return median(first / second for first, second in zip(one, other))
+#: The seconds of one turn, of wall and of CPU.
+Lap = tuple[float, float]
+
+
+def typical(rounds: Sequence[Sequence[float]]) -> float:
+    """Add up the medians over the rounds of each step's seconds."""
+    return float(sum(map(median, zip(*rounds))))
+
+
+def in_turns(threads: Sequence[ThreadPoolExecutor], runs: Sequence[Run], order: Sequence[int]) -> list[list[Lap]]:
+    """Make all runs in turns, and get the laps of each."""
+    turns = Turns(order)
+    waiting = [thread.submit(turns.take, place, *run) for place, (thread, run) in enumerate(zip(threads, runs))]
+    return [future.result() for future in waiting]
+
+
+class Turns:
+    """The turns of several loops, of which one runs at a time: each makes a step, and waits for all others.
+
+    A run that raises ends its turns like one that has finished, so the others are not left waiting.
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        """Begin with the first of `order`."""
+        self._waiting = list(order)
+        self._changed = threading.Condition()
+        self._laps: dict[int, list[Lap]] = {place: [] for place in order}
+        self._begun = (0.0, 0.0)
+
+    def take(self, place: int, run: Callable[[], Any], scheduler: Any) -> list[Lap]:
+        """Run a loop whose turns end with the scheduler's steps, and get its laps."""
+        step = scheduler.step
+
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            made = step(*args, **kwargs)
+            self._end(place)
+            self._begin(place)
+            return made
+
+        scheduler.step = stepped
+        self._begin(place)
+        try:
+            run()
+        finally:
+            del scheduler.step
+            self._end(place)
+            with self._changed:
+                self._waiting.remove(place)
+                self._changed.notify_all()
+        return self._laps[place]
+
+    def _begin(self, place: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[0] == place)
+        self._begun = (time.perf_counter(), time.process_time())
+
+    def _end(self, place: int) -> None:
+        now = (time.perf_counter(), time.process_time())
+        self._laps[place].append((now[0] - self._begun[0], now[1] - self._begun[1]))
+        with self._changed:
+            self._waiting.append(self._waiting.pop(0))
+            self._changed.notify_all()
 
 
 def prepare(model: str) -> tuple[Any, dict[str, Any]]:
@@ -141,25 +226,29 @@ def prepare(model: str) -> tuple[Any, dict[str, Any]]:
     return pipe, {**given, "num_inference_steps": STEPS[model], "output_type": "latent"}
 
 
-def no_op(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run, Run]:
-    """Make a run with all switches installed that change nothing, the plain run, and the plain run of a copy."""
+@contextmanager
+def no_op(copies: Sequence[Any], arguments: dict[str, Any]) -> Iterator[Sequence[Run]]:
+    """Make a run with all switches installed that change nothing, the plain run, and another plain run."""
     steps = arguments["num_inference_steps"]
-    attached, plain = twins(pipe)
-    copy = twin(plain)
-    cachekit.apply(attached, [f"tgate:m={steps}", "deepcache:interval=1", f"adaptive_guidance:m={steps}"])
-    return lambda: attached(**arguments), lambda: plain(**arguments), lambda: copy(**arguments)
+    with cachekit.apply(copies[0], [f"tgate:m={steps}", "deepcache:interval=1", f"adaptive_guidance:m={steps}"]):
+        yield [called(copy, arguments) for copy in copies]
 
 
-def tgate(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Make runs with TGATE by cachekit and by the published package, on the same weights."""
+def called(pipe: Any, arguments: dict[str, Any]) -> Run:
+    """Make a run of a pipeline."""
+    return lambda: pipe(**arguments), pipe.scheduler
+
+
+@contextmanager
+def tgate(copies: Sequence[Any], arguments: dict[str, Any]) -> Iterator[Sequence[Run]]:
+    """Make runs with TGATE by cachekit and by the published package, which can't be undone: on a copy of its own."""
     from tgate import TgateSDLoader
 
-    gate = gate_of(arguments)
-    ours, theirs = twins(pipe)
-    cachekit.apply(ours, f"tgate:m={gate}")
+    gate, theirs = gate_of(arguments), twin(copies[1])
     published = TgateSDLoader(theirs)
     schedule = {"gate_step": gate, "sp_interval": 1, "fi_interval": 1, "warm_up": 0}
-    return lambda: ours(**arguments), lambda: published.tgate(**arguments, **schedule)
+    with cachekit.apply(copies[0], f"tgate:m={gate}"):
+        yield called(copies[0], arguments), (lambda: published.tgate(**arguments, **schedule), theirs.scheduler)
 
 
 def deciding_ms(model: str, rounds: int) -> float:
@@ -179,20 +268,26 @@ def gate_of(arguments: dict[str, Any]) -> int:
     return max(1, int(arguments["num_inference_steps"]) * 2 // 5)
 
 
-def cached_and_plain(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
+@contextmanager
+def cached_and_plain(copies: Sequence[Any], arguments: dict[str, Any]) -> Iterator[Sequence[Run]]:
     """Make a run with TGATE, and the plain run."""
-    cached, plain = twins(pipe)
-    cachekit.apply(cached, f"tgate:m={gate_of(arguments)}")
-    return lambda: cached(**arguments), lambda: plain(**arguments)
+    with cachekit.apply(copies[0], f"tgate:m={gate_of(arguments)}"):
+        yield called(copies[0], arguments), called(copies[1], arguments)
 
 
-def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
-    """Make a minimal sampling loop with TGATE's schedule, and the same loop without it.
+@contextmanager
+def by_hand(copies: Sequence[Any], arguments: dict[str, Any]) -> Iterator[Sequence[Run]]:
+    """Make a minimal sampling loop with TGATE's schedule, and the same loop without it."""
+    gates = (gate_of(arguments), arguments["num_inference_steps"])
+    yield [loop_by_hand(copy, arguments, gate) for copy, gate in zip(copies, gates)]
 
-    From the gate on each cross-attention returns a constant and half of the batch runs; nothing is decided, counted or
-    checked.
+
+def loop_by_hand(pipe: Any, arguments: dict[str, Any], gate: int) -> Run:
+    """Make a sampling loop: from the gate on each cross-attention returns a constant and half of the batch runs.
+
+    Nothing is decided, counted or checked.
     """
-    unet, scheduler = twins(pipe)[1].unet, pipe.scheduler
+    unet, scheduler = pipe.unet, pipe.scheduler
     attentions = [module for name, module in unet.named_modules() if name.endswith("attn2")]
     side = arguments.get("height", 0) // pipe.vae_scale_factor or unet.config.sample_size
     start = torch.randn(1, unet.config.in_channels, side, side)
@@ -205,7 +300,7 @@ def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
         return torch.cat([empty, caption])
 
     @torch.no_grad()
-    def loop(gate: int) -> None:
+    def loop() -> None:
         embeddings, latents = text(), start * scheduler.init_noise_sigma
         scheduler.set_timesteps(steps)
         for step, t in enumerate(scheduler.timesteps):
@@ -224,7 +319,7 @@ def by_hand(pipe: Any, arguments: dict[str, Any]) -> tuple[Run, Run]:
         for module in attentions:
             vars(module).pop("forward", None)
 
-    return lambda: loop(gate_of(arguments)), lambda: loop(steps)
+    return loop, scheduler
 
 
 def hold(module: Any, args: Any, output: torch.Tensor) -> None:
@@ -234,27 +329,21 @@ def hold(module: Any, args: Any, output: torch.Tensor) -> None:
     module.forward = lambda *args, **kwargs: constant
 
 
-def deepcache(pipe: Any, arguments: dict[str, Any], branch: int) -> tuple[Run, Run]:
-    """Make runs with DeepCache by cachekit and by the published package, on the same weights."""
+@contextmanager
+def deepcache(copies: Sequence[Any], arguments: dict[str, Any], branch: int) -> Iterator[Sequence[Run]]:
+    """Make runs with DeepCache by cachekit and by the published package."""
     from DeepCache import DeepCacheSDHelper
 
-    ours, theirs = twins(pipe)
-    cachekit.apply(ours, f"deepcache:interval=3,branch={branch}")
-    helper = DeepCacheSDHelper(pipe=theirs)
+    helper = DeepCacheSDHelper(pipe=copies[1])
     helper.set_params(cache_interval=3, cache_branch_id=branch)
 
     def published() -> None:
         helper.enable()
-        theirs(**arguments)
+        copies[1](**arguments)
         helper.disable()
 
-    return lambda: ours(**arguments), published
-
-
-def twins(pipe: Any) -> tuple[Any, Any]:
-    """Remove all policies from a pipeline, and copy it with shared weights."""
-    cachekit.remove(pipe)
-    return pipe, twin(pipe)
+    with cachekit.apply(copies[0], f"deepcache:interval=3,branch={branch}"):
+        yield called(copies[0], arguments), (published, copies[1].scheduler)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cachekit.attaching.removal import remove as remove
     from cachekit.calibrating.calibrate import calibrate as calibrate
     from cachekit.calibrating.calibration import Calibration as Calibration
+    from cachekit.calibrating.measured import Measured as Measured
     from cachekit.calibrating.standins import Calibrated as Calibrated
     from cachekit.costs.estimate import Estimate as Estimate
     from cachekit.costs.estimate import estimate as estimate
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from cachekit.interface.adapter import Adapter as Adapter
     from cachekit.interface.adapter import Layout as Layout
     from cachekit.interface.beginning import Beginning as Beginning
+    from cachekit.interface.indicators import Indicator as Indicator
+    from cachekit.interface.indicators import Signal as Signal
     from cachekit.interface.moment import OPEN as OPEN
     from cachekit.interface.moment import Action as Action
     from cachekit.interface.moment import Entry as Entry
@@ -57,9 +60,11 @@ if TYPE_CHECKING:
     from cachekit.models.demo import demo_pipeline as demo_pipeline
     from cachekit.parts.places import Features as Features
     from cachekit.parts.places import Guidance as Guidance
+    from cachekit.parts.places import Modulated as Modulated
     from cachekit.parts.places import NestedRegion as NestedRegion
     from cachekit.parts.places import Sites as Sites
     from cachekit.parts.places import Span as Span
+    from cachekit.parts.places import Tail as Tail
     from cachekit.parts.places import WholeDenoiser as WholeDenoiser
     from cachekit.parts.schedules import After as After
     from cachekit.parts.schedules import Every as Every
@@ -92,6 +97,7 @@ _HOMES = {
     "attaching.removal": ["remove"],
     "calibrating.calibrate": ["calibrate"],
     "calibrating.calibration": ["Calibration"],
+    "calibrating.measured": ["Measured"],
     "calibrating.standins": ["Calibrated"],
     "costs.estimate": ["Estimate", "estimate"],
     "errors": [
@@ -111,13 +117,14 @@ _HOMES = {
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.beginning": ["Beginning"],
+    "interface.indicators": ["Indicator", "Signal"],
     "interface.observation": ["Observation"],
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
     "interface.policy": ["Policy"],
     "interface.sites": ["DENOISER", "GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
-    "parts.places": ["Features", "Guidance", "NestedRegion", "Sites", "Span", "WholeDenoiser"],
+    "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
     "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],
     "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],

@@ -5,88 +5,23 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
-from cachekit.calibrating.sums import Sums
 from cachekit.errors import CalibrationError
 
 #: The version of the file.
 VERSION = 1
 #: Where the calibrations of the embedded models are; `benchmarks/calibrations.py` makes them.
 FOLDER = Path(__file__).parents[1] / "models" / "demo" / "calibrations"
-#: Weights of a step, by the name of the term.
-Weights = Mapping[str, float]
-
-
-class StepFit(Numbers):
-    """One step: its weights by term, the error they leave, and the sums that they were solved from.
-
-    `products` has the rows of the lower triangle, `error` is relative to the root mean square of what was wanted.
-    """
-
-    weights: dict[str, float] = Field(min_length=1)
-    error: float = Field(ge=0)
-    products: list[list[float]]
-    targets: list[float]
-    square: float = Field(ge=0)
-    elements: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _sizes_agree(self) -> Self:
-        sizes = [len(row) for row in self.products]
-        if sizes != list(range(1, len(self.weights) + 1)) or len(self.targets) != len(self.weights):
-            raise ValueError(f"{len(self.weights)} weights, but sums of other sizes")
-        return self
-
-    @classmethod
-    def of(cls, sums: Sums) -> Self:
-        """Solve sums."""
-        weights = sums.solve()
-        rows = [row[: place + 1] for place, row in enumerate(sums.products.tolist())]
-        return cls(
-            weights=dict(zip(sums.names, weights.tolist())),
-            error=sums.error(weights),
-            products=rows,
-            targets=sums.targets.tolist(),
-            square=sums.square,
-            elements=sums.elements,
-        )
-
-    @property
-    def sums(self) -> Sums:
-        """The sums, to which others can be added."""
-        lower = np.zeros((len(self.weights),) * 2)
-        for place, row in enumerate(self.products):
-            lower[place, : place + 1] = row
-        whole = lower + np.tril(lower, -1).T
-        return Sums(tuple(self.weights), whole, np.array(self.targets), self.square, self.elements)
-
-
-class Fit(Numbers):
-    """The steps of one guidance scale; `runs` counts the calibrations whose sums were added.
-
-    Separate runs follow trajectories of their own, so their sums add up only nearly.
-    """
-
-    guidance: float
-    prompts: int = Field(ge=1)
-    runs: int = Field(default=1, ge=1)
-    steps: list[StepFit]
-
-    def plus(self, other: Fit) -> Fit:
-        """Add the sums of another run at the same scale, and solve anew."""
-        steps = [StepFit.of(one.sums + two.sums) for one, two in zip(self.steps, other.steps)]
-        return Fit(
-            guidance=self.guidance, prompts=self.prompts + other.prompts, runs=self.runs + other.runs, steps=steps
-        )
 
 
 class Calibration(Numbers):
@@ -96,15 +31,15 @@ class Calibration(Numbers):
         calibration.save("weights.json")
         cachekit.apply(pipe, "calibrated:file=weights.json")
 
-    `fits` has a set of weights for each scale, in order. `reference_steps` is the number of steps of the uncached run
-    that was the target.
+    `fits` has a set of weights for each scale, in order, or of figures for parts of policies that measure their own.
+    `reference_steps` is the number of steps of the uncached run that was the target.
     """
 
     version: int = VERSION
     key: Key
     reference_steps: int = Field(ge=1)
     versions: dict[str, str] = Field(default_factory=dict)
-    fits: list[Fit] = Field(min_length=1)
+    fits: Annotated[list[Fit], Field(min_length=1)] | Annotated[list[Figures], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -114,7 +49,7 @@ class Calibration(Numbers):
         for fit in self.fits:
             if len(fit.steps) != self.key.steps:
                 raise ValueError(f"{len(fit.steps)} fits for {self.key.steps} steps")
-            if any(one.weights.keys() != two.weights.keys() for one, two in zip(fit.steps, self.fits[0].steps)):
+            if fit.terms != self.fits[0].terms:
                 raise ValueError("terms differ between guidance scales")
         return self
 
@@ -153,7 +88,8 @@ class Calibration(Numbers):
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "calibration"
+            # Which of the two kinds of fits was tried is left out.
+            where = ".".join(part for part in map(str, first["loc"]) if "list" not in part) or "calibration"
             raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it anew") from None
 
     @classmethod
@@ -162,7 +98,7 @@ class Calibration(Numbers):
 
         Raises `CalibrationError` where one was made for something else.
         """
-        fits = {fit.guidance: fit for fit in first.fits}
+        fits: dict[float, Any] = {fit.guidance: fit for fit in first.fits}
         for other in others:
             difference = first.key.difference(other.key)
             if not difference and first.reference_steps != other.reference_steps:
@@ -186,20 +122,38 @@ class Calibration(Numbers):
         if difference:
             raise CalibrationError(f"{source}: the run has {difference}; calibrate for it with cachekit calibrate")
 
-    def weights_at(self, guidance: float, source: str) -> list[Weights]:
+    def weights_at(self, guidance: float, source: str) -> Sequence[Weights]:
         """Find the weights of each step at a guidance scale, on the line between the scales around it.
 
         Raises `CalibrationError` outside of the scales.
         """
-        for fit in self.fits:
-            if abs(fit.guidance - guidance) < 1e-6:
-                return [step.weights for step in fit.steps]
-        for low, high in pairwise(self.fits):
-            if low.guidance < guidance < high.guidance:
-                share = (guidance - low.guidance) / (high.guidance - low.guidance)
-                return [_between(one.weights, two.weights, share) for one, two in zip(low.steps, high.steps)]
+        steps: dict[float, list[Weights]] = {
+            fit.guidance: [step.weights for step in fit.steps] for fit in self.fits if isinstance(fit, Fit)
+        }
+        for scale, found in steps.items():
+            if abs(scale - guidance) < 1e-6:
+                return found
+        for low, high in pairwise(steps):
+            if low < guidance < high:
+                share = (guidance - low) / (high - low)
+                return [_between(one, two, share) for one, two in zip(steps[low], steps[high])]
+        raise self._outside(guidance, source)
+
+    @cached_property
+    def figures(self) -> list[dict[str, float]]:
+        """The mean of each figure over all scales, in each step; none where the calibration has weights."""
+        fits = [fit for fit in self.fits if isinstance(fit, Figures)]
+        steps = zip(*(fit.steps for fit in fits))
+        return [{name: sum(one[name].value for one in same) / len(same) for name in same[0]} for same in steps]
+
+    def refuse_guidance(self, guidance: float, source: str) -> None:
+        """Raise `CalibrationError` for a guidance scale below or above those measured."""
+        if not self.scales[0] - 1e-6 <= guidance <= self.scales[-1] + 1e-6:
+            raise self._outside(guidance, source)
+
+    def _outside(self, guidance: float, source: str) -> CalibrationError:
         scales = " to ".join(f"{scale:g}" for scale in dict.fromkeys((self.scales[0], self.scales[-1])))
-        raise CalibrationError(
+        return CalibrationError(
             f"{source}: the run has guidance scale {guidance:g}, not {scales}; calibrate at it with cachekit calibrate"
         )
 

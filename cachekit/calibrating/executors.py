@@ -11,6 +11,7 @@ from typing import Any
 
 from cachekit.calibrating.calibrate import Progress, calibrate
 from cachekit.calibrating.calibration import Calibration
+from cachekit.calibrating.fits import Figures, Fit
 from cachekit.calibrating.lockstep import Exchange, alone
 from cachekit.calibrating.sums import Sums
 from cachekit.clusters import cluster, imported_ray
@@ -88,7 +89,9 @@ def _ray(
             actor.run.remote(prompts[first:stop], scale, first)
             for actor, first, stop in zip(actors, bounds, bounds[1:])
         ]
-        return _whole(_results(ray, waiting, progress), len(prompts))
+        found = _results(ray, waiting, progress)
+    # Figures are of each worker's own prompts, weights of all.
+    return Calibration.merge(*found) if isinstance(found[0].fits[0], Figures) else _whole(found, len(prompts))
 
 
 def _results(ray: Any, waiting: list[Any], progress: Progress | None) -> list[Calibration]:
@@ -110,7 +113,7 @@ def _results(ray: Any, waiting: list[Any], progress: Progress | None) -> list[Ca
 
 def _whole(found: Sequence[Calibration], prompts: int) -> Calibration:
     """Take the calibration that all workers share, of all prompts."""
-    fits = [fit.model_copy(update={"prompts": prompts}) for fit in found[0].fits]
+    fits = [fit.model_copy(update={"prompts": prompts}) for fit in found[0].fits if isinstance(fit, Fit)]
     return found[0].model_copy(update={"fits": fits})
 
 

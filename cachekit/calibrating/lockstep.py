@@ -10,7 +10,7 @@ from functools import reduce
 from operator import add
 from typing import TypeVar
 
-from cachekit.calibrating.calibration import StepFit
+from cachekit.calibrating.fits import StepFit
 from cachekit.calibrating.sums import Sums
 
 #: Adds the sums of a step over all processes: given the step and this process' sums, it gives the total.

@@ -16,7 +16,7 @@ from cachekit.interface.parts import StandIn, combine
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cachekit.calibrating.calibration import Weights
+    from cachekit.calibrating.fits import Weights
 
 #: What the entries of a history are called, the newest first.
 AGES = ("last", "before")

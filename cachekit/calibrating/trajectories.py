@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cachekit.calibrating.calibration import StepFit
+from cachekit.calibrating.fits import StepFit
 from cachekit.calibrating.key import guidance_of
 from cachekit.calibrating.standins import SAMPLE, Recorder, shared_part, weighted
 from cachekit.calibrating.sums import Sums
@@ -90,7 +90,7 @@ def near(one: Tensor, two: Tensor) -> bool:
     return bool((wide - other).norm() <= tolerance * other.norm() + 1e-12)
 
 
-class Batch:
+class Cached:
     """The cached run of one batch of prompts, whose weights are fitted step by step."""
 
     def __init__(self, recorder: Recorder, reference: Reference, meet: Callable[[int, Sums], StepFit]) -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 
 from cachekit.applying import apply
-from cachekit.calibrating.calibrate import Whole, choice_of
+from cachekit.calibrating.calibrate import Given, choice_of
 from cachekit.calibrating.calibration import Calibration
 from cachekit.calibrating.executors import Request
+from cachekit.calibrating.fits import Figures
 from cachekit.calibrating.standins import Calibrated
+from cachekit.errors import CalibrationError
+from cachekit.interface.policy import Policy
+from cachekit.interface.specs import parse
 from cachekit.models import loading
 from cachekit.registry.catalog import installed
 from cachekit.upstream.scales import scale_argument
@@ -21,17 +25,28 @@ _OTHER_NOISE = 100_000
 
 
 def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tuple[float, str, int, float]]:
-    """Yield guidance scale, kind of images, calls of the denoiser, and the median PSNR in dB to uncached images."""
+    """Yield guidance scale, kind of images, MACs in steps, and the median PSNR in dB to uncached images."""
     made, pipe = Calibration.load(path), request.load()
     pipe.set_progress_bar_config(disable=True)
-    calls = len(made.key.full)
-    policy = Whole.of(choice_of(request.spec, installed()), Calibrated(file=path))
+    policy = policy_with(made, request.spec, path)
     for scale in made.scales:
         wanted = _images(request, pipe, prompts, request.steps, scale)
-        with apply(pipe, policy):
+        with apply(pipe, policy) as attachment:
             cached = _images(request, pipe, prompts, request.steps, scale)
-        yield scale, "calibrated", calls, psnr(cached, wanted)
-        yield scale, f"{calls} plain steps", calls, psnr(_images(request, pipe, prompts, calls, scale), wanted)
+            report = attachment.report()
+        cost = max(2, round(request.steps * report.macs / report.baseline_macs))
+        yield scale, "calibrated", cost, psnr(cached, wanted)
+        yield scale, f"{cost} plain steps", cost, psnr(_images(request, pipe, prompts, cost, scale), wanted)
+
+
+def policy_with(made: Calibration, spec: str, path: str) -> Policy:
+    """Make the policy of a spec with a calibration's file; raises `CalibrationError` where it takes none."""
+    policy = parse(spec, installed())
+    if not isinstance(made.fits[0], Figures):
+        return Given.of({"denoiser": choice_of(policy).with_parts(what=Calibrated(file=path))})
+    if "file" not in type(policy).model_fields:
+        raise CalibrationError(f"{policy}: takes no file=, so its figures can't be verified; use a policy that does")
+    return type(policy)(**{**dict(policy.given()), "file": path})
 
 
 def psnr(images: Iterable[np.ndarray], wanted: Iterable[np.ndarray]) -> float:

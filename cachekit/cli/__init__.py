@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import bench, calibrate, coverage, demo, doctor, estimate, generate, inspection
+from cachekit.cli import bench, calibrate, coverage, demo, doctor, estimate, generate, inspection, new
 from cachekit.cli.output import Group
 
 __all__ = ["app"]
@@ -20,6 +20,8 @@ app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)
 app.command()(coverage.coverage)
+app.command()(new.new_policy)
+app.command()(new.new_adapter)
 app.command()(doctor.doctor)
 
 

@@ -28,7 +28,7 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="File of the calibration; scales that it has are left out.")] = Path(
         "calibration.json"
     ),
-    spec: Annotated[str, typer.Option(help="Policy that skips whole calls of the denoiser.")] = "calibrated:interval=4",
+    spec: Annotated[str, typer.Option(help="Policy with weights or figures to be measured.")] = "calibrated:interval=4",
     prompts: Annotated[str, typer.Option(help=_PROMPTS)] = "16",
     steps: Annotated[int, typer.Option(min=2, help="Number of steps.")] = 25,
     guidance: Annotated[
@@ -49,7 +49,7 @@ def calibrate(
         bool, typer.Option("--verify", help="Compare with uncached images, beside plain steps of equal cost.")
     ] = False,
 ) -> None:
-    """Measure the weights of calibrated forecasts on a model, and write them to a file."""
+    """Measure the weights of calibrated forecasts, or the figures of a policy, on a model, and write them to a file."""
     from cachekit.bench.captions import read_captions
     from cachekit.calibrating.calibration import Calibration
     from cachekit.calibrating.executors import Request
@@ -104,19 +104,34 @@ def _scales(text: str | None, model: str) -> list[float | None]:
 
 def _finish(made: Calibration, output: Path) -> None:
     """Write a calibration, and print how well each scale fits."""
+    from cachekit.calibrating.fits import Fit
+
     made.save(output)
     rows = []
-    for fit in made.fits:
+    for fit in (fit for fit in made.fits if isinstance(fit, Fit)):
         errors = [step.error for step in fit.steps]
         runs = f"{fit.runs} merged" if fit.runs > 1 else "one"
         mean, greatest = f"{sum(errors) / len(errors):.3f}", f"{max(errors):.3f}"
         rows.append([f"{fit.guidance:g}", str(fit.prompts), runs, mean, greatest])
-    print_table(
-        ["guidance", "prompts", "runs", "mean error", "greatest error"],
-        rows,
-        "Errors are of a step's output, relative to what would lead back to the uncached trajectory.",
-    )
+    if rows:
+        print_table(
+            ["guidance", "prompts", "runs", "mean error", "greatest error"],
+            rows,
+            "Errors are of a step's output, relative to what would lead back to the uncached trajectory.",
+        )
+    else:
+        _print_figures(made)
     say(f"wrote {output}")
+
+
+def _print_figures(made: Calibration) -> None:
+    """Print each figure's range over the steps."""
+    steps = made.figures
+    rows = []
+    for name in sorted({name for step in steps for name in step}):
+        values = [step[name] for step in steps if name in step]
+        rows.append([name, str(len(values)), *(f"{value:.4g}" for value in (min(values), values[-1], max(values)))])
+    print_table(["figure", "steps", "least", "last", "greatest"], rows, f"Figures of {made.key.schedule}.")
 
 
 def _verify(request: Request, texts: Sequence[str], output: Path) -> None:
@@ -125,4 +140,6 @@ def _verify(request: Request, texts: Sequence[str], output: Path) -> None:
 
     found = compare(request, texts, str(output))
     rows = [[f"{scale:g}", name, str(calls), f"{psnr:.1f}"] for scale, name, calls, psnr in found]
-    print_table(["guidance", "images", "calls", "PSNR (dB)"], rows, "Medians over the prompts, with other noise.")
+    print_table(
+        ["guidance", "images", "MACs in steps", "PSNR (dB)"], rows, "Medians over the prompts, with other noise."
+    )

@@ -67,7 +67,7 @@ class Rehearsal:
 
     def usage(self, plan: Plan) -> Usage:
         """Count the bytes that a run of `plan` keeps."""
-        run = Run(plan, self._start.layout, self._start.steps, self._start.batch)
+        run = Run(plan, self._start.layout, self._start.steps, self._start.batch, is_replayed=True)
         exits = self._exits(plan)
         sizes = []
         for call in self._calls(run, plan):

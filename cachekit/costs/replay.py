@@ -66,7 +66,7 @@ class ReplayDriver(Driver):
         super().__init__(setup)
         self._record = record
         plan = setup.plan(record.steps, record.layout, times=record.times)
-        self._run = Run(plan, record.layout, record.steps, images=1)
+        self._run = Run(plan, record.layout, record.steps, images=1, is_replayed=True)
         self._whole = {bound.denoiser: index for index, bound in enumerate(setup.assignments) if bound.is_whole}
         self._next: CallRecord | None = None
         self._stored: Counter[int] = Counter()

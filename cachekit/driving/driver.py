@@ -111,7 +111,7 @@ class Driver:
             return None
         run.follow_batch(denoiser.name, inputs.sample, inputs.cache_mode)
         run.guidance_state = self._guidance_state()
-        call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch)
+        call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch, inputs.sample)
         if call.branch in run.layout.order[1:]:
             self._starter.check_order(run.layout, denoiser)
         return call
@@ -228,7 +228,7 @@ class Driver:
         ):
             return None
         run.pass_by(mark)
-        return run.foresee(run.clock.step + 1, batch)
+        return run.foresee(run.clock.step + 1, batch, inputs.sample)
 
     def _is_next(self, run: Run, mark: Mark, batch: int) -> bool:
         """Whether a call at `mark` begins the next step, with the batch and the guidance of the last call."""

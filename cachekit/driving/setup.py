@@ -12,6 +12,7 @@ from torch import nn
 
 from cachekit.errors import CachekitError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
+from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
 from cachekit.interface.parts import Choice, Where
 from cachekit.interface.policy import Policy
@@ -144,7 +145,16 @@ def _refusal(target: Target, choice: Choice) -> str:
         return f"of=x0 makes sense at the denoiser alone; use of=output or of=residual at {target.name!r}"
     if what.amends and kind is not Kind.DENOISER:
         return f"{what} corrects outputs of the denoiser alone; use another stand-in at {target.name!r}"
+    if isinstance(choice.when, Indicator) and kind is not Kind.DENOISER and not _shows(target):
+        return (
+            f"{choice.when} decides from a signal, which {target.name!r} lacks; use where=tail, modulated or denoiser"
+        )
     if what.of == "residual" and isinstance(target, Region) and not target.streams:
         where = f"what enters and leaves {target.entry!r} is not known" if target.entry else "nothing enters it alike"
         return f"{target.name!r} has no residual, {where}; use of=output or another policy"
     return ""
+
+
+def _shows(target: Target) -> bool:
+    """Whether an indicator sees something of a target's calls."""
+    return isinstance(target, Region) and bool(target.probe)

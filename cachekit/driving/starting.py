@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from cachekit.driving.inputs import CallInputs
@@ -22,7 +21,7 @@ from cachekit.guidance.detection import (
 from cachekit.interface.adapter import Layout
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
-from cachekit.interface.parts import StandIn
+from cachekit.interface.parts import Schedule, StandIn
 from cachekit.reports.record import Fit
 from cachekit.runs.border import asked
 from cachekit.runs.clock import Clock
@@ -101,10 +100,10 @@ class RunStarter:
         return run
 
     def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:
-        """Prepare the stand-ins for a run; one that doesn't serve it raises."""
+        """Prepare schedules and stand-ins for a run; one that doesn't serve it raises."""
         for index, bound in enumerate(self._setup.assignments):
-            what = bound.choice.what
-            if type(what).begin is StandIn.begin or bound.is_guidance or index in run.plan.dropped:
+            parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
+            if not parts or bound.is_guidance or index in run.plan.dropped:
                 continue
             beginning = Beginning(
                 self._setup.denoisers[bound.denoiser].module,
@@ -118,7 +117,8 @@ class RunStarter:
             )
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)
-            asked(bound, "begin", at, partial(what.begin, beginning, shared))
+            for part in parts:
+                asked(bound, "begin", at, part.begin, beginning, shared)
 
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None
@@ -175,3 +175,8 @@ class RunStarter:
                     f"{bound.policy}: {bound.choice.what} needs {missing}, which {name} does not give;"
                     " use axis=step and of=output"
                 )
+
+
+def _begins(part: Schedule | StandIn) -> bool:
+    """Whether a part does anything at the beginning of a run."""
+    return type(part).begin not in (Schedule.begin, StandIn.begin)

@@ -30,7 +30,7 @@ class Action(str, Enum):
     REUSE = "reuse"
 
 
-#: Returned by `Schedule.action` to leave the decision to `decide` or `probe`, during the run.
+#: Returned by `Schedule.action` to leave the decision to the run: to `decide`, or to the signals of an `Indicator`.
 OPEN: Final = None
 
 

@@ -109,6 +109,9 @@ class Schedule(Part):
     #: to the next step that runs in full.
     insists: ClassVar[bool] = False
 
+    def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
+        """Refuse a run with a `CachekitError` before anything is computed, where the schedule doesn't serve it."""
+
     def full(self, at: Moment) -> bool:
         """Whether the target is computed in this step."""
         raise NotImplementedError
@@ -116,22 +119,14 @@ class Schedule(Part):
     def action(self, at: Moment) -> Action | None:
         """Decide what happens in a step: STORE in full ones, REUSE in the others.
 
-        `OPEN`, which is None, leaves it to the run: to `probe` for a region with a probe, to `decide` otherwise. STOREs
-        that no later REUSE reads are only computed.
+        `OPEN`, which is None, leaves it to the run: to `decide`, or to the signals of an `Indicator`. STOREs that no
+        later REUSE reads are only computed.
         """
         return Action.STORE if self.full(at) else Action.REUSE
 
     def decide(self, at: Moment) -> Action:
         """Decide an open action at the beginning of a step, with the run's memory in `at.memory` and `at.shared`."""
         return Action.COMPUTE
-
-    def probe(self, output: Streams, entry: Streams, at: Moment) -> Action:
-        """Decide an open action of a region within a call, from what its probe returned and what entered the probe.
-
-        Both have the region's `streams`, `hidden_states` first, where the probe returns as many tensors; on Flux and
-        SD3, whose blocks return the text first, `output[0]` is the image all the same.
-        """
-        return Action.STORE
 
 
 class StandIn(Part):
@@ -153,6 +148,8 @@ class StandIn(Part):
     length: ClassVar[int | None] = 1
     #: Whether computed outputs are corrected by `amend`, which reads the history too.
     amends: ClassVar[bool] = False
+    #: Whether what is kept is shown to `watch`; then nothing is left out that no later step reads.
+    watches: ClassVar[bool] = False
 
     of: Quantity = "output"
 
@@ -193,6 +190,9 @@ class StandIn(Part):
     def amend(self, output: Streams, history: History, at: Moment, given: Streams = ()) -> Streams:
         """Correct a computed output of the denoiser, before it is kept and returned, if `amends` is set."""
         return output
+
+    def watch(self, kept: Streams, history: History, at: Moment) -> None:
+        """Look at what is about to be kept, and at what was kept before, if `watches` is set."""
 
 
 def combine(history: History, weights: Sequence[float]) -> Streams:

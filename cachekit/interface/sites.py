@@ -79,8 +79,8 @@ class Region:
     of its forward, in the order of the exit's output tensors. Both are empty where entry and exit differ in shape,
     so that no residual exists.
 
-    `probe` is a module that runs before the region and lies outside it; with one, a policy decides within each call,
-    from the probe's output (`Policy.probe`).
+    `probe` is a module that shows an `Indicator` what enters and leaves it, in each call. It runs before the region and
+    lies outside it; with `early`, only what enters is shown, and the probe may be the first of the skipped modules.
 
     `edited` is set where later code may write into the exit's tensor in place, so that what is kept must be a copy.
     `encoder` are the skipped modules that a ControlNet has a copy of. The ControlNet's residuals are added to their
@@ -93,6 +93,7 @@ class Region:
     entry: str = ""
     streams: tuple[str, ...] = ()
     probe: str = ""
+    early: bool = False
     edited: bool = False
     encoder: tuple[str, ...] = ()
 
@@ -157,7 +158,7 @@ class SiteMap:
 
         Raises `IndexError` for a chain that does not exist or a span without blocks.
         """
-        return _region(self.chains[chain][first:stop], self._streams_of(chain))
+        return region_of(self.chains[chain][first:stop], self.streams_of(chain))
 
     @property
     def joined(self) -> tuple[Site, ...]:
@@ -166,7 +167,7 @@ class SiteMap:
         Chains with the same streams do if image and text are both among them, as in Flux. A single stream in common
         shows nothing: chains may interleave, as spatial and temporal blocks, or refine image and text apart.
         """
-        streams = {self._streams_of(chain) for chain in range(len(self.chains))}
+        streams = {self.streams_of(chain) for chain in range(len(self.chains))}
         consecutive = len(streams) == 1 and len(streams.pop()) > 1
         return tuple(site for chain in self.chains for site in chain) if consecutive else ()
 
@@ -182,13 +183,14 @@ class SiteMap:
         ['double.1..single.1']
         """
         if self.joined:
-            chains = [(self.joined, self._streams_of(0))]
+            chains = [(self.joined, self.streams_of(0))]
         else:
-            chains = [(blocks, self._streams_of(chain)) for chain, blocks in enumerate(self.chains)]
+            chains = [(blocks, self.streams_of(chain)) for chain, blocks in enumerate(self.chains)]
         spans = [(blocks[first:stop], streams) for blocks, streams in chains]
-        return tuple(_region(blocks, streams) for blocks, streams in spans if blocks)
+        return tuple(region_of(blocks, streams) for blocks, streams in spans if blocks)
 
-    def _streams_of(self, chain: int) -> tuple[str, ...]:
+    def streams_of(self, chain: int) -> tuple[str, ...]:
+        """Name the streams of a chain; () where they are unknown."""
         return self.streams[chain] if chain < len(self.streams) else ()
 
     def describe(self) -> str:
@@ -200,7 +202,8 @@ class SiteMap:
         return f"{self.model} has {', '.join(parts) or 'no sites'}"
 
 
-def _region(blocks: Sequence[Site], streams: tuple[str, ...]) -> Region:
+def region_of(blocks: Sequence[Site], streams: tuple[str, ...]) -> Region:
+    """Make a region of consecutive blocks with these streams."""
     names = [site.name for site in blocks]
     name = f"{names[0]}..{names[-1]}"
     return Region(name, exit=names[-1], skipped=tuple(names[:-1]), entry=names[0], streams=streams)

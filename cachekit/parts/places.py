@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from cachekit.errors import SiteError
 from cachekit.interface.parts import Part, Where
-from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, Region, SiteMap, Target
+from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, Region, Site, SiteMap, Target, region_of
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
@@ -192,3 +193,63 @@ class Span(Where):
             last = len(sites.chains) - 1
             raise SiteError(f"chain={self.chain}, but {sites.model} has chains 0..{last}; use one of them")
         return self.chain
+
+
+class Tail(Where):
+    """All blocks of a transformer after the first `m`, with the last of these as the probe of an indicator.
+
+    Of chains that take over from each other, as in Flux, all are meant, and else the longest.
+    """
+
+    name: ClassVar[str] = "tail"
+    summary: ClassVar[str] = "all blocks after the first m, the last of which shows an indicator its change"
+    positional: ClassVar[str] = "m"
+
+    m: int = Field(default=1, ge=1)
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the region; raises `SiteError` for a model without so many blocks."""
+        blocks, streams = _row_of_blocks(sites)
+        if len(blocks) <= self.m:
+            raise SiteError(f"m={self.m}, but {sites.model} has {len(blocks)} blocks in a row; give a smaller m")
+        return [replace(region_of(blocks[self.m :], streams), probe=blocks[self.m - 1].name)]
+
+
+class Modulated(Where):
+    """All blocks of a transformer, from the first attention of the first block on, whose input an indicator sees.
+
+    What enters there has been normalised and modulated by the timestep. Of chains that take over from each other all
+    are meant, and else the longest.
+    """
+
+    name: ClassVar[str] = "modulated"
+    summary: ClassVar[str] = "all blocks, from the first attention on, which shows an indicator its input"
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the region; raises `SiteError` for a model without two blocks or an attention in the first."""
+        blocks, streams = _row_of_blocks(sites)
+        layers = [site for site in sites.of(*_LAYERS) if blocks[0].covers(site.name)]
+        attentions = [site for site in layers if site.kind is not Kind.FEED_FORWARD]
+        if len(blocks) < 2 or not attentions:
+            raise SiteError(f"looked for an attention in the first of two blocks, but {sites.describe()}; use tail")
+        region = region_of(blocks, streams)
+        skipped = (*(site.name for site in layers), *region.skipped[1:])
+        return [replace(region, skipped=skipped, probe=attentions[0].name, early=True)]
+
+
+#: What does the work in a block.
+_LAYERS = (
+    Kind.SELF_ATTENTION,
+    Kind.JOINT_ATTENTION,
+    Kind.TEMPORAL_ATTENTION,
+    Kind.CROSS_ATTENTION,
+    Kind.FEED_FORWARD,
+)
+
+
+def _row_of_blocks(sites: SiteMap) -> tuple[Sequence[Site], tuple[str, ...]]:
+    """Find the blocks of all chains where they join, else those of the longest chain, and their streams."""
+    if sites.joined:
+        return sites.joined, sites.streams_of(0)
+    longest = Span().chain_of(sites)
+    return sites.chains[longest], sites.streams_of(longest)

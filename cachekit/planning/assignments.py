@@ -53,7 +53,7 @@ class Assignment:
 
 def origin(bound: Assignment, method: str, at: Moment) -> str:
     """Name the policy, the method of a part of it, the target and the step."""
-    part = bound.choice.what if method in ("begin", "predict", "amend") else bound.choice.when
+    part = bound.choice.what if method in ("begin", "predict", "amend", "watch") else bound.choice.when
     return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 

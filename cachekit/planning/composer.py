@@ -213,7 +213,7 @@ def time_of(times: Sequence[Time], step: int) -> Time:
 
 def without_idle_stores(cells: list[Cell], bound: Assignment) -> list[Cell]:
     """Replace each STORE that no later REUSE reads by COMPUTE: it would only cost memory."""
-    if bound.choice.what.amends:
+    if bound.choice.what.amends or bound.choice.what.watches:
         return cells
     needed: float = 0
     cleaned: list[Cell] = []
@@ -225,7 +225,7 @@ def without_idle_stores(cells: list[Cell], bound: Assignment) -> list[Cell]:
 
 def still_needed(needed: float, cell: Cell, bound: Assignment) -> float:
     """Count the entries kept before a step that it or a later one reads, from the number for the step after it."""
-    if cell is Action.STORE and not bound.choice.what.amends:
+    if cell is Action.STORE and not (bound.choice.what.amends or bound.choice.what.watches):
         return max(needed - 1, 0)
     if cell is Action.COMPUTE:
         return needed

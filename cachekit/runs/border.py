@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from cachekit.errors import CachekitError, PolicyError
+from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import Action, Moment, Streams
 from cachekit.planning.assignments import Assignment, origin
 
@@ -29,6 +30,16 @@ def agreed_action(bound: Assignment, method: str, at: Moment, action: Any) -> Ac
     if not isinstance(action, Action):
         raise PolicyError(f"{origin(bound, method, at)} returned {action!r}; return an Action")
     return action
+
+
+def decided(bound: Assignment, signal: Signal, at: Moment, vote: Callable[[Action], Action]) -> Action:
+    """Ask an indicator about a signal: STORE or REUSE, as all processes agree."""
+    when = bound.choice.when
+    assert isinstance(when, Indicator), "only indicators are shown signals"
+    found = asked(bound, "needs", at, when.needs, signal, at)
+    if not isinstance(found, bool):
+        raise PolicyError(f"{origin(bound, 'needs', at)} returned {found!r}; return True or False")
+    return vote(Action.STORE if found else Action.REUSE)
 
 
 def like_kept(bound: Assignment, method: str, at: Moment, made: Any, kept: Streams) -> Streams:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cachekit.interface.moment import Action, Entry, History, Moment, Streams
+from cachekit.interface.indicators import Indicator, Signal
+from cachekit.interface.moment import OPEN, Action, Entry, History, Moment, Streams
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
 from cachekit.reports.record import CallRecord
-from cachekit.runs.border import agreed_action, asked, like_kept
+from cachekit.runs.border import asked, decided, like_kept
 from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.quantities import give_back, give_whole, take, take_whole
@@ -130,9 +131,17 @@ class Call:
 
     def keep(self, index: int, tensors: Streams) -> None:
         """Keep tensors of this call, reduced to the branches that will read them where the plan shows these."""
+        if self.keeper.assignments[index].choice.what.watches:
+            self._show_kept(index, tensors)
         last = self.row.last_branches.get(index) if len(self.branches) > 1 else None
         entry = Entry(tensors, time_of(self.keeper.record.times, self.row.step))
         self.keeper.push(self.slot(index), self.branches, entry, last)
+
+    def _show_kept(self, index: int, kept: Streams) -> None:
+        bound, at = self.keeper.assignments[index], self.moment(index)
+        histories = self.keeper.store.read(self.slot(index), self.branches)
+        history = histories[0][1] if len(histories) == 1 else ()
+        asked(bound, "watch", at, bound.choice.what.watch, kept, history, at)
 
     def predicted(self, index: int, given: Streams = ()) -> Streams | None:
         """Predict the tensors of a skipped target from what is kept; None where nothing is.
@@ -156,6 +165,7 @@ class Call:
         """Make the denoiser's output from what is kept, and from its present sample `(branches * batch, ...)`."""
         index = self.whole
         assert index is not None
+        self._took(index, Signal((sample,)))
         made = self.predicted(index, (sample,))
         assert made is not None, "a call is left out where something is kept"
         self.count(index, Action.REUSE)
@@ -171,9 +181,11 @@ class Call:
         assert index is not None
         action, what = self.actions[index] or Action.COMPUTE, self.keeper.assignments[index].choice.what
         self.count(index, action)
+        streams, slot, signal = tuple(tensors(output)), self.slot(index), Signal((sample,))
+        self._took(index, signal)
+        self._learn(index, streams, signal)
         if action is not Action.STORE:
             return output
-        streams, slot = tuple(tensors(output)), self.slot(index)
         amended = self._amended(index, streams, sample) if what.amends else streams
         time = time_of(self.keeper.record.times, self.row.step)
         kept = take_whole(what.of, streams, sample, time)
@@ -221,18 +233,33 @@ class Call:
 
     # -- decisions and counts -----------------------------------------------------------------------------
 
-    def decide(self, index: int, output: Streams, entry: Streams) -> None:
-        """Ask a schedule for an action, from what its probe returned and was given.
+    def show(self, index: int, signal: Signal) -> None:
+        """Show a region's indicator the signal of this call, which decides where the action is open.
 
         A reuse becomes a store if nothing is kept.
         """
-        bound, at = self.keeper.assignments[index], self.moment(index)
-        found = asked(bound, "probe", at, bound.choice.when.probe, output, entry, at)
-        action = self.keeper.vote(agreed_action(bound, "probe", at, found))
-        if action is Action.REUSE and not self.keeps(index):
-            self.miss(index)
-            action = Action.STORE
-        self.actions[index] = action
+        if self.keeper.is_replayed:
+            return
+        if self.actions[index] is OPEN:
+            at = self.moment(index)
+            action = decided(self.keeper.assignments[index], signal, at, self.keeper.vote)
+            if action is Action.REUSE and not self.keeps(index):
+                self.miss(index)
+                action = Action.STORE
+            self.actions[index] = action
+        self._took(index, signal)
+
+    def _took(self, index: int, signal: Signal) -> None:
+        bound = self.keeper.assignments[index]
+        if isinstance(bound.choice.when, Indicator) and not self.keeper.is_replayed:
+            at = self.moment(index)
+            asked(bound, "took", at, bound.choice.when.took, signal, at, self.actions[index] is not Action.REUSE)
+
+    def _learn(self, index: int, output: Streams, signal: Signal) -> None:
+        bound = self.keeper.assignments[index]
+        if isinstance(bound.choice.when, Indicator) and not self.keeper.is_replayed:
+            at = self.moment(index)
+            asked(bound, "learn", at, bound.choice.when.learn, output, signal, at)
 
     def count(self, index: int, action: Action) -> None:
         """Count what has happened."""

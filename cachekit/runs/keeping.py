@@ -23,15 +23,19 @@ class Keeper:
     """The kept tensors of one run, the shapes and structures they come in, and the memories of policies.
 
     `shapes` are those of skipped modules' outputs, with the number of branches they hold; `templates` are outputs
-    without elements, which kept tensors are put back into.
+    without elements, which kept tensors are put back into. `is_replayed` is whether the run only repeats what another
+    has decided, without values.
     """
 
-    def __init__(self, assignments: Sequence[Assignment], store: Store, vote: Voting, record: Record) -> None:
+    def __init__(
+        self, assignments: Sequence[Assignment], store: Store, vote: Voting, record: Record, is_replayed: bool = False
+    ) -> None:
         """Keep in `store`, agree with other processes by `vote`, and count in `record`."""
         self.assignments = assignments
         self.store = store
         self.vote = vote
         self.record = record
+        self.is_replayed = is_replayed
         self.memories = Memories()
         self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
         self.templates: dict[Slot, Any] = {}

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.interface.adapter import Layout
+from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import OPEN, Action, Moment
-from cachekit.interface.sites import Region
 from cachekit.planning.composer import Composer
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Cell, Row
 from cachekit.reports.record import Fit, Record
-from cachekit.runs.border import agreed_action, asked
+from cachekit.runs.border import agreed_action, asked, decided
 from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark
@@ -43,6 +43,7 @@ class Run:
         is_named: bool = False,
         fit: Fit | None = None,
         arguments: dict[str, Any] | None = None,
+        is_replayed: bool = False,
     ) -> None:
         """Begin before the first row of `plan`; by default with an empty store and no other process to agree with."""
         self.plan = plan
@@ -58,7 +59,7 @@ class Run:
             arguments=arguments or {},
             times=plan.times,
         )
-        self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record)
+        self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record, is_replayed)
         self.calls = BranchCalls(layout, is_named)
         assignments = list(enumerate(plan.assignments))
         self.guidance = [index for index, bound in assignments if bound.is_guidance]
@@ -68,6 +69,8 @@ class Run:
         self._composer = None if plan.is_static else self._new_composer(layout)
         self.guidance_state: tuple[Any, ...] = ()
         self._kinds: dict[str, tuple[Any, ...]] = {}
+        #: The caller and the sample of the call for which a row is composed.
+        self._shown: tuple[Caller, Tensor] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -109,12 +112,22 @@ class Run:
 
     def _decide(self, index: int, at: Moment) -> Cell:
         bound = self.plan.assignments[index]
-        if isinstance(bound.target, Region) and bound.target.probe:
-            return OPEN
         memories = self.keeper.memories
         at = at._replace(memory=memories.of_target(index, (), 0), shared=memories.of(bound.policy.name))
+        if isinstance(bound.choice.when, Indicator):
+            return self._decide_by_sample(index, at) if bound.is_whole else OPEN
         action = asked(bound, "decide", at, bound.choice.when.decide, at)
         return self.keeper.vote(agreed_action(bound, "decide", at, action))
+
+    def _decide_by_sample(self, index: int, at: Moment) -> Cell:
+        """Ask an indicator of the denoiser that makes the present call; others are computed."""
+        bound = self.plan.assignments[index]
+        if self._shown is None or self._shown[0][0] != bound.denoiser:
+            return Action.STORE
+        (_, branch), sample = self._shown
+        branches = (branch,) if branch else self._composing().branches
+        at = at._replace(branches=branches, memory=self.keeper.memories.of_target(index, branches, 0))
+        return decided(bound, Signal((sample,)), at, self.keeper.vote)
 
     # -- branches and batch -------------------------------------------------------------------------------
 
@@ -163,8 +176,10 @@ class Run:
         self.pass_by(mark)
         self.clock.tick(mark)
 
-    def begin_call(self, denoiser: str, context: str | None, batch: int) -> Call:
+    def begin_call(self, denoiser: str, context: str | None, batch: int, sample: Tensor) -> Call:
         """Begin the call that the clock is at; `context` is the pipeline's name for it.
+
+        `sample` is what an indicator of the denoiser decides by in the first call of a step.
 
         A reuse of something not kept becomes a store: at blocks, and at every site in the first call of a denoiser
         that joins a run late (two denoisers may share one loop).
@@ -178,16 +193,17 @@ class Run:
         self.keeper.drop_not_finite(len(self.record.rows) - 1)
         if is_late and all(name != denoiser for name, _ in self.calls.seen):
             self._composing().restart(denoiser, step)
-        call = self._call(step, caller, batch, self.calls.number(caller))
+        call = self._call(step, caller, batch, self.calls.number(caller), sample=sample)
         if call.lacks_branch:
             call.widen()
         if not call.is_dropped:
             self._store_what_is_not_kept(call, is_late)
         return call
 
-    def _call(self, step: int, caller: Caller, batch: int, ordinal: int = 0) -> Call:
-        whole = self._whole.get(caller[0])
-        return Call(self.keeper, self.calls, self.row(step), caller, batch, ordinal, whole)
+    def _call(self, step: int, caller: Caller, batch: int, ordinal: int = 0, *, sample: Tensor) -> Call:
+        self._shown = (caller, sample)
+        row, self._shown = self.row(step), None
+        return Call(self.keeper, self.calls, row, caller, batch, ordinal, self._whole.get(caller[0]))
 
     def _begin_step(self) -> None:
         """Begin a step where the clock is at its first call."""
@@ -218,11 +234,11 @@ class Run:
         """Whether one denoiser makes all calls, each for all branches."""
         return len(self.calls.seen) == 1
 
-    def foresee(self, step: int, batch: int) -> Call | None:
+    def foresee(self, step: int, batch: int, sample: Tensor) -> Call | None:
         """Plan the call of the next step before it is made; None where something lost may change it."""
         (caller,) = self.calls.seen
         self.keeper.drop_not_finite(len(self.record.rows) - 1)
-        call = self._call(step, caller, batch)
+        call = self._call(step, caller, batch, sample=sample)
         if call.is_left_out and call.whole is not None and not call.keeps(call.whole):
             return None
         return None if call.lacks_branch else call

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from cachekit.errors import PolicyError, SiteError
+from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.sites import Kind, Region
 from cachekit.planning.assignments import Assignment
@@ -220,7 +221,6 @@ class Entry(AssignedPart):
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Remember the tensors, unless the region is only computed."""
-        self.refuse_open(call)
         if not computes(call, self.index):
             call.entries[self.index] = self.streams_of(args, kwargs)
         return RUN_IT
@@ -235,7 +235,7 @@ class Entry(AssignedPart):
 
 
 class Probe(Entry):
-    """Shows a schedule what enters and leaves one module: it decides whether its region is reused in the same call.
+    """Shows an indicator what enters and leaves one module: it decides whether its region is reused in the same call.
 
     Both come with `hidden_states` first, in whatever order the module returns its streams.
     """
@@ -244,17 +244,25 @@ class Probe(Entry):
         """Bind the role to assignment `index`; `streams` are in the order in which `module` returns them."""
         super().__init__(index, bound, module, image_first(streams))
         self.returned = streams
+        self.is_early = isinstance(bound.target, Region) and bound.target.early
+
+    def is_open(self, call: Call) -> bool:
+        """Whether values are shown: in every call."""
+        return True
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Remember what enters the probe where the action is still open."""
-        if call.actions[self.index] is OPEN:
-            call.probes[self.index] = self.streams_of(args, kwargs)
+        """Show what enters an early probe, or remember it."""
+        entered = self.streams_of(args, kwargs)
+        if self.is_early:
+            call.show(self.index, Signal(entered))
+        else:
+            call.probes[self.index] = entered
         return RUN_IT
 
     def after(self, call: Call, output: Any) -> None:
-        """Ask the schedule where the action is still open."""
-        if call.actions[self.index] is OPEN:
-            call.decide(self.index, self._in_order(tuple(tensors(output))), call.probes.get(self.index, ()))
+        """Show what has entered and left."""
+        if not self.is_early:
+            call.show(self.index, Signal(call.probes.get(self.index, ()), self._in_order(tuple(tensors(output)))))
 
     def _in_order(self, output: Streams) -> Streams:
         """Put what the probe returned in the order of its streams, where each of them is returned."""
@@ -266,15 +274,22 @@ class Probe(Entry):
 def parts_of(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedPart]]:
     """Yield, by module name, the parts that skip and restore the target of assignment `index`."""
     target = bound.target
-    if isinstance(target, Region) and target.probe:
-        module = modules[target.probe]
-        yield target.probe, Probe(index, bound, module, target.streams or streams_of_site(module, Kind.BLOCK))
+    if isinstance(target, Region) and target.probe and isinstance(bound.choice.when, Indicator):
+        yield target.probe, Probe(index, bound, modules[target.probe], _streams_of_probe(target, modules))
     entered = entry_of(bound, modules)
     if entered is not None:
         yield entered[0], Entry(index, bound, modules[entered[0]], entered[1])
     for name in target.skipped if isinstance(target, Region) else ():
         yield name, Member(index, bound, name)
     yield target.exit, Exit(index, bound)
+
+
+def _streams_of_probe(region: Region, modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Name the parameters of a probe that are shown: a block's streams, or those of an attention."""
+    module = modules[region.probe]
+    if region.early:
+        return streams_of_site(module, Kind.JOINT_ATTENTION)
+    return region.streams or streams_of_site(module, Kind.BLOCK)
 
 
 def entry_of(bound: Assignment, modules: Mapping[str, nn.Module]) -> tuple[str, tuple[str, ...]] | None:

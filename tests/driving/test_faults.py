@@ -209,7 +209,7 @@ Adaptive = installed().policies["adaptive_guidance"]
 METHODS = {
     Adaptive(threshold=-1, linear=True): ["when.decide", "what.predict", "observe"],
     Adaptive(m=2): ["choices", "where.find", "where.stays", "when.action"],
-    FirstBlock(limit=9.0): ["where.find", "when.action", "when.probe", "what.predict"],
+    FirstBlock(limit=9.0): ["where.find", "when.action", "when.needs", "when.took", "what.predict"],
 }
 #: Methods that `apply` calls.
 EARLY = ("choices", "where.find", "where.stays", "when.action")

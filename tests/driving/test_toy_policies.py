@@ -434,9 +434,9 @@ class Looking(Changed):
     name: ClassVar[str] = "looking"
     seen: ClassVar[list] = []
 
-    def probe(self, output, entry, at):
-        self.seen.append([[tuple(one.shape) for one in streams] for streams in (output, entry)])
-        return super().probe(output, entry, at)
+    def took(self, signal, at, full):
+        self.seen.append([[tuple(one.shape) for one in streams] for streams in (signal.left, signal.entered)])
+        super().took(signal, at, full)
 
 
 class Watching(FirstBlock):

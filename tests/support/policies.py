@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from cachekit import OPEN, Action, BranchChange, Choice, Linear, Policy, Reuse, Schedule, SiteMap, Span, Where
+from cachekit import BranchChange, Choice, Indicator, Linear, Policy, Reuse, Schedule, SiteMap, Span, Where
 
 
 class WarmedUp(Schedule):
@@ -45,21 +45,19 @@ class BehindTheFirst(Where):
         return [dataclasses.replace(sites.span(1, len(chain)), probe=chain[0].name)]
 
 
-class Changed(Schedule):
+class Changed(Indicator):
     """Computed where the probe's output has changed by `limit` since it last was."""
 
     name: ClassVar[str] = "changed"
     limit: float = 0.5
 
-    def action(self, at):
-        return OPEN
+    def needs(self, signal, at):
+        last = at.memory.get("last")
+        return last is None or changed(signal.left[0], last) >= self.limit
 
-    def probe(self, output, entry, at):
-        last, new = at.memory.get("last"), output[0]
-        if last is not None and changed(new, last) < self.limit:
-            return Action.REUSE
-        at.memory["last"] = new
-        return Action.STORE
+    def took(self, signal, at, full):
+        if full:
+            at.memory["last"] = signal.left[0]
 
 
 class FirstBlock(Policy):

@@ -17,7 +17,7 @@ from diffusers import ContextParallelConfig, FluxPipeline, WanPipeline
 from torch import distributed
 
 import cachekit
-from cachekit import Action, Choice, Policy, Reuse, Schedule, Where
+from cachekit import Action, Choice, Indicator, Policy, Reuse, Schedule, Where
 from cachekit.interface.sites import Region
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.voting import Vote
@@ -81,19 +81,23 @@ class Open(Schedule):
         return None
 
 
-class Changed(Open):
+class Changed(Indicator):
     """Computed where one part of the tokens has changed since the last step by `limit`."""
 
+    name: ClassVar[str] = "changed"
     limit: float
     parts: int
 
-    def probe(self, output: Any, entry: Any, at: Any) -> Action:
-        last, at.memory["last"] = at.memory.get("last"), output[0]
+    def needs(self, signal: Any, at: Any) -> bool:
+        last, new = at.memory.get("last"), signal.left[0]
         if last is None:
-            return noted(Action.STORE)
-        pairs = zip(output[0].chunk(self.parts, 1), last.chunk(self.parts, 1))
+            return noted(Action.STORE) is Action.STORE
+        pairs = zip(new.chunk(self.parts, 1), last.chunk(self.parts, 1))
         changes = [float((new - old).abs().mean() / new.abs().mean()) for new, old in pairs]
-        return noted(Action.REUSE if max(changes) < self.limit else Action.STORE)
+        return noted(Action.REUSE if max(changes) < self.limit else Action.STORE) is Action.STORE
+
+    def took(self, signal: Any, at: Any, full: bool) -> None:
+        at.memory["last"] = signal.left[0]
 
 
 class Wished(Open):
@@ -102,8 +106,14 @@ class Wished(Open):
     def decide(self, at: Any) -> Action:
         return wish(at.step)
 
-    def probe(self, output: Any, entry: Any, at: Any) -> Action:
-        return wish(at.step)
+
+class WishedBySignal(Indicator):
+    """The same, decided within the call."""
+
+    name: ClassVar[str] = "wished_by_signal"
+
+    def needs(self, signal: Any, at: Any) -> bool:
+        return wish(at.step) is Action.STORE
 
 
 class ByProbe(Policy):
@@ -133,7 +143,9 @@ class Stubborn(Policy):
     probed: bool = True
 
     def choices(self) -> dict[str, Choice]:
-        return {"blocks": Choice(BehindTheFirst(probed=self.probed), Wished(), Reuse())}
+        return {
+            "blocks": Choice(BehindTheFirst(probed=self.probed), WishedBySignal() if self.probed else Wished(), Reuse())
+        }
 
 
 def wish(step: int) -> Action:

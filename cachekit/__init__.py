@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from cachekit.interface.sites import SiteMap as SiteMap
     from cachekit.interface.sites import Target as Target
     from cachekit.models.demo import demo_pipeline as demo_pipeline
+    from cachekit.parts.places import Features as Features
     from cachekit.parts.places import Guidance as Guidance
     from cachekit.parts.places import Modulated as Modulated
     from cachekit.parts.places import NestedRegion as NestedRegion
@@ -123,7 +124,7 @@ _HOMES = {
     "interface.policy": ["Policy"],
     "interface.sites": ["DENOISER", "GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
-    "parts.places": ["Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
+    "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
     "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],
     "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.sites import Kind, Site
 from cachekit.upstream.arguments import parameters_of
+from cachekit.upstream.modules import resizes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,11 +58,12 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
             kind = Kind.SELF_ATTENTION
         if kind is Kind.SELF_ATTENTION and not _TEMPORAL.isdisjoint(name.split(".")):
             kind = Kind.TEMPORAL_ATTENTION
-        site = Site(name, kind)
+        site = Site(name, kind, resizes(module))
         outer = site if kind is Kind.FEED_FORWARD else outer
         yield site
         if has_text:
-            yield from (Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE) for leaf in _projections_of_text(module, kind))
+            for leaf in _projections_of_text(module, kind):
+                yield Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE, resizes(getattr(module, leaf)))
 
 
 def attends(module: nn.Module) -> bool:

@@ -111,6 +111,12 @@ PARTS = {
 }
 
 
+def origin_of(title, name):
+    """Return the distribution and the plugin that registered a part of the list with this title."""
+    owner = CATALOG.owners[f"{title.split()[0].removesuffix('s')} {name!r}"]
+    return f"{CATALOG.plugins[owner]} (plugin {owner})"
+
+
 def test_list_names_all_policies_with_summary_keys_paper_and_origin():
     text = printed("list")
     for name, policy in cachekit.policies().items():
@@ -135,7 +141,7 @@ def test_list_names_all_parts_with_summary_keys_paper_and_origin(title):
         entry = text.partition(f"  {name}: {part.summary}\n")[2]
         keys, origin = entry.splitlines()[:2]
         assert [key.partition("=")[0].strip() for key in keys.split(", ")] == (list(part.model_fields) or ["no keys"])
-        assert origin.strip() == f"from {source_of(name)}{', ' * bool(part.paper)}{part.paper}"
+        assert origin.strip() == f"from {origin_of(title, name)}{', ' * bool(part.paper)}{part.paper}"
 
 
 def test_list_names_all_adapters():
@@ -178,7 +184,7 @@ def test_show_describes_every_part(title):
         assert all(f"\n  {key}=" in text for key in part.model_fields)
         assert ">>>" not in text
         assert f"spec    {title[title.index('(') + 1 : -1]}{name}, in cache: " in text
-        assert f"paper   {part.paper or 'none'}\nfrom    {source_of(name)}\n" in text
+        assert f"paper   {part.paper or 'none'}\nfrom    {origin_of(title, name)}\n" in text
 
 
 def test_show_gives_types_of_parts():

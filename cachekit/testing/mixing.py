@@ -44,7 +44,7 @@ def check_branches_do_not_mix(subject: Subject) -> None:
         raise NotApplicableError("nothing is predicted in steps with both branches")
 
 
-def _on_fixed_path(subject: Subject, **change: int) -> Drawn:
+def _on_fixed_path(subject: Subject, **change: Any) -> Drawn:
     with subject.applied() as attachment, steered(subject.pipe, on_a_fixed_path):
         return subject.draw(attachment, replace(subject.call, **change))
 

@@ -13,7 +13,7 @@ import torch
 from cachekit.testing.tiny.calls import arguments, text
 from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
-from cachekit.testing.tiny.unet import small
+from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
@@ -39,11 +39,16 @@ def _small_unet() -> Any:
     return small(layers_per_block=1)
 
 
+def _smaller_unet() -> Any:
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    return sd(**blocks, mid_block_type="UNetMidBlock2DCrossAttn", block_out_channels=(8, 8), layers_per_block=1)
+
+
 MODELS = {
     model.name: model
     for model in (
         Model("sd", "UNet, both branches in one batch", _small_unet, size={"height": 24, "width": 32},
-              small=_small_unet),
+              small=_smaller_unet),
         Model("pixart", "transformer with cross-attention, both branches in one batch", pixart,
               size={"height": 16, "width": 32}, small=functools.partial(pixart, layers=2)),
         Model("sd3", "transformer with joint attention, both branches in one batch", functools.partial(sd3, layers=3),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,6 +31,8 @@ _AXES = ("step", "timestep", "sigma", "log_snr")
 #: Stand-ins that give a value below the line, or below a constant, by design.
 _SHRINKING = (Chebyshev, Hermite)
 
+_Base = TypeVar("_Base", bound=Part)
+
 
 # -- names and specs --------------------------------------------------------------------------------------------
 
@@ -48,13 +50,18 @@ def check_spec_round_trip(subject: Subject) -> None:
 
 def with_words_of(policy: Policy, catalog: Catalog) -> Catalog:
     """Add a policy and the parts in its fields to a catalog, so that neither has to be registered."""
-    places, schedules, stand_ins = dict(catalog.places), dict(catalog.schedules), dict(catalog.stand_ins)
-    for part in _inner(policy):
-        for base, found in ((Where, places), (Schedule, schedules), (StandIn, stand_ins)):
-            if isinstance(part, base):
-                found.setdefault(part.name, type(part))
-    policies = {**catalog.policies, policy.name: type(policy)}
-    return replace(catalog, policies=policies, places=places, schedules=schedules, stand_ins=stand_ins)
+    parts = list(_inner(policy))
+    return replace(
+        catalog,
+        policies={**catalog.policies, policy.name: type(policy)},
+        places={**_named(parts, Where), **catalog.places},
+        schedules={**_named(parts, Schedule), **catalog.schedules},
+        stand_ins={**_named(parts, StandIn), **catalog.stand_ins},
+    )
+
+
+def _named(parts: Iterable[Part], base: type[_Base]) -> dict[str, type[_Base]]:
+    return {part.name: type(part) for part in parts if isinstance(part, base)}
 
 
 def _inner(part: Part) -> Iterator[Part]:
@@ -119,7 +126,7 @@ def check_linear_ramp(subject: Subject) -> None:
         misses = [_miss(one, times, axis, level, slope) for axis in _AXES]
         if min(misses) > _EXACT:
             raise CheckFailedError(
-                f"{one.part}: of {len(times)} values on a line it makes one that is off by {min(misses):.2g} of its norm"
+                f"{one.part}: of {len(times)} values on a line it makes one that misses it by {min(misses):.2g} of the norm"
             )
 
 

@@ -84,12 +84,16 @@ def check_interrupt(subject: Subject) -> None:
 
 
 def _stopping(pipe: Any, at: int) -> dict[str, Any]:
-    def stop(*given: Any) -> None:
-        if at in given[:2]:
-            raise _StopError
+    """Make the argument by which a pipeline raises `_StopError` at the end of step `at`."""
 
-    known = inspect.signature(type(pipe).__call__).parameters
-    return {"callback_on_step_end": stop} if "callback_on_step_end" in known else {"callback": stop}
+    def stop(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+        if step == at:
+            raise _StopError
+        return given
+
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+        return {"callback_on_step_end": stop}
+    return {"callback": lambda step, time, latents: stop(pipe, step, time, {})}
 
 
 def check_shape_change(subject: Subject) -> None:

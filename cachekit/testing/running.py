@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -78,7 +80,7 @@ def result_of(check: Check, subject: Subject) -> Result:
     def result(outcome: Outcome, note: str = "") -> Result:
         return Result(check.name, subject.model.name, subject.spec, outcome, " ".join(note.split()))
 
-    with _one_thread():
+    with _quietly():
         try:
             if subject.refusal:
                 return result(Outcome.REFUSED, subject.refusal)
@@ -122,11 +124,18 @@ def _described(error: Exception) -> str:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread, which is the fastest for models as small as these."""
-    before = torch.get_num_threads()
+def _quietly() -> Iterator[None]:
+    """Compute with one thread, the fastest for models as small as these, and without warnings of each run."""
+    loggers = [logging.getLogger(name) for name in ("cachekit", "diffusers")]
+    before = torch.get_num_threads(), [logger.level for logger in loggers]
     torch.set_num_threads(1)
     try:
-        yield
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(before[0])
+        for logger, level in zip(loggers, before[1]):
+            logger.setLevel(level)

@@ -50,8 +50,7 @@ class Recorder:
             where = f" for {_name(at)!r} at step {at.step}" if at else ""
             self.writes.append(f"{name} of {part}{where}")
         if name == "predict" and isinstance(part, StandIn):
-            history, at, *rest = given
-            self.predictions.append(Prediction(part, history, at, *rest, *([()] * (not rest)), made))
+            self.predictions.append(Prediction(part, given[0], given[1], given[2] if len(given) > 2 else (), made))
         return made
 
 

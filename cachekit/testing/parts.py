@@ -126,7 +126,7 @@ def check_linear_ramp(subject: Subject) -> None:
         misses = [_miss(one, times, axis, level, slope) for axis in _AXES]
         if min(misses) > _EXACT:
             raise CheckFailedError(
-                f"{one.part}: of {len(times)} values on a line it makes one that misses it by {min(misses):.2g} of the norm"
+                f"{one.part}: of values on a line it makes one that misses it by {min(misses):.2g} of the norm"
             )
 
 

@@ -24,17 +24,21 @@ PARTNERS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3")
 
 
 def check_schedule_is_pure(subject: Subject) -> None:
-    """A schedule gives the same answer to the same question, in whatever order steps are asked for."""
+    """A schedule gives the same answer to the same question, however often and in whatever order it is asked."""
     for bound in subject.plan.assignments:
         moments = _moments(subject, bound)
-        forward = [_asked(bound, at) for at in moments]
-        backward = [_asked(bound, at) for at in reversed(moments)][::-1]
-        for at, one, other in zip(moments, forward, backward):
-            if one is not other:
-                raise CheckFailedError(
-                    f"{bound.choice.when} answers {_word(one)}, then {_word(other)} for {bound.target.name!r} in step"
-                    f" {at.step}"
-                )
+        answers = [_asked(bound, at) for at in moments]
+        for at, answer in [*zip(moments, answers)][::-1]:
+            for other in (_asked(bound, at) for _ in range(_REPEATED)):
+                if other is not answer:
+                    raise CheckFailedError(
+                        f"{bound.choice.when} answers {_word(answer)}, then {_word(other)} for {bound.target.name!r} in"
+                        f" step {at.step}"
+                    )
+
+
+#: A counter with a period of less than this is found.
+_REPEATED = 9
 
 
 def check_origin(subject: Subject) -> None:

@@ -45,7 +45,7 @@ def test_a_policy_that_every_model_refuses_fails():
 
 
 def test_a_policy_that_never_reuses_fails():
-    found = check_policy("forecast:interval=99,last=false", models=["flux"], checks=["check_differs", SOMEWHERE])
+    found = check_policy("cache:where=denoiser,when=after(99)", models=["flux"], checks=["check_differs", SOMEWHERE])
     assert [result.outcome for result in found] == [Outcome.SKIPPED, Outcome.FAILED]
 
 

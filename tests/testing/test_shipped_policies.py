@@ -22,8 +22,7 @@ SHIPPED = {
     "wan": ["adaptive_guidance:m=3,linear=true", "adaptive_guidance:threshold=0.5"],
     "flux": ["forecast:interval=3"],
 }
-#: Two compilations are enough for the suite.
-COMPILED = ["deepcache:interval=3", "tgate:m=3"]
+#: Compilations take longest.
 OTHERS = [name for name in CHECKS if name != "check_compiled"]
 
 
@@ -56,8 +55,13 @@ def test_on_flux(check):
     check()
 
 
-@parametrize_with_checks(COMPILED, models=["sd", "pixart"], checks=["check_compiled"])
-def test_compiled(check):
+@parametrize_with_checks(["deepcache:interval=3"], models=["sd"], checks=["check_compiled"])
+def test_compiled_on_sd(check):
+    check()
+
+
+@parametrize_with_checks(["forecast:interval=3"], models=["pixart"], checks=["check_compiled"])
+def test_compiled_on_pixart(check):
     check()
 
 

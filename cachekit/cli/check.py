@@ -52,14 +52,17 @@ def _reasons(pairs: Sequence[str]) -> dict[str, str]:
 
 def _shown(spec: str, given: Mapping[str, object]) -> list[Result]:
     """Make the checks behind a progress bar."""
+    from cachekit.testing.models import MODELS
     from cachekit.testing.running import check_policy
+    from cachekit.testing.table import CHECKS
 
+    total = len(given["models"] or MODELS) * len(given["checks"] or CHECKS)  # type: ignore[arg-type]
     with progress_bar("check") as progress:
         done: list[Result] = []
 
         def show(result: Result) -> None:
             done.append(result)
-            progress(len(done), 0, name=f"{result.check} on {result.model}")
+            progress(min(len(done), total), total, name=f"{result.check} on {result.model}")
 
         return check_policy(spec, **given, show=show)  # type: ignore[arg-type]
 

@@ -50,12 +50,12 @@ MODELS = {
         Model("sd", "UNet, both branches in one batch", _small_unet, size={"height": 24, "width": 32},
               small=_smaller_unet),
         Model("pixart", "transformer with cross-attention, both branches in one batch", pixart,
-              size={"height": 16, "width": 32}, small=functools.partial(pixart, layers=1)),
+              size={"height": 16, "width": 32}, small=functools.partial(pixart, layers=2)),
         Model("sd3", "transformer with joint attention, both branches in one batch", functools.partial(sd3, layers=3),
               size={"height": 24, "width": 16}),
         Model("wan", "video transformer with cross-attention, a call for each branch", functools.partial(wan, layers=3),
               size={"height": 48, "width": 32}),
-        Model("flux", "transformer with joint attention, unguided", functools.partial(flux, layers=(1, 3)),
+        Model("flux", "transformer with joint attention, unguided", functools.partial(flux, layers=(2, 3)),
               guided=False, size={"height": 24, "width": 16}),
     )
 }  # fmt: skip

@@ -17,7 +17,7 @@ import cachekit
 from cachekit.models.demo import pipeline as demo_files
 from cachekit.registry import catalog as catalogs
 
-SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "coverage", "doctor"]
+SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "check", "coverage", "doctor"]
 BENCHES = ["grid", "coco", "paper"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from cachekit.errors import PolicyError
+from cachekit.errors import CachekitError, PolicyError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
@@ -237,6 +237,8 @@ def _asked(bound: Assignment, at: Moment) -> Cell:
     """Ask a schedule for an action, and check the answer."""
     try:
         action = bound.choice.when.action(at)
+    except CachekitError:
+        raise
     except Exception as error:
         raise PolicyError(f"{origin(bound, 'action', at)} raised {type(error).__name__}: {error}") from error
     if action is not OPEN and not isinstance(action, Action):

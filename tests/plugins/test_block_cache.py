@@ -59,11 +59,11 @@ def mask(changes: list[float], threshold: float) -> list[bool]:
     return full
 
 
-@pytest.fixture(scope="module", params=["small", "sdxl"])
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pipeline, the file of its changes, and these changes by hand."""
-    pipe = getattr(tiny, request.param)()
-    path = tmp_path_factory.mktemp(request.param) / "block_cache.json"
+    pipe = tiny.small()
+    path = tmp_path_factory.mktemp("blocks") / "block_cache.json"
     calibration = replays.measured(pipe, "block_cache", STEPS)
     calibration.save(path)
     plain = Blocks(pipe, {})

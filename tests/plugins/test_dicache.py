@@ -11,7 +11,7 @@ from support import replays, tiny
 import cachekit
 from cachekit import Moment, Signal, Time
 
-STEPS = 10
+STEPS = 8
 PIPES = {"flux": tiny.flux, "sd3": tiny.sd3, "pixart": tiny.pixart, "wan": tiny.wan}
 
 
@@ -41,17 +41,16 @@ class ByHand(replays.Replay):
         return [None if last is None else last * share + before * (1 - share) for last, before in pairs]
 
 
-@pytest.mark.parametrize("m", [1, 2])
-@pytest.mark.parametrize("name", PIPES)
-def test_equal_to_the_naive_replay(name: str, m: int) -> None:
-    pipe, found = PIPES[name](), []
-    for threshold in (0.4, 1.5):
-        hand = ByHand(pipe, m)
-        hand.threshold = threshold
-        report = replays.check_applied(pipe, f"dicache:threshold={threshold},m={m}", hand.latents(STEPS), STEPS)
-        assert replays.reused(report) == hand.full.count(False)
-        found.append(hand.full.count(False))
-    assert any(0 < count < len(hand.full) * 6 / STEPS for count in found), found
+CASES = [("flux", 1, 0.6), ("flux", 2, 0.6), ("sd3", 1, 0.6), ("pixart", 1, 1.5), ("wan", 1, 0.6)]
+
+
+@pytest.mark.parametrize(("name", "m", "threshold"), CASES)
+def test_equal_to_the_naive_replay(name: str, m: int, threshold: float) -> None:
+    pipe = PIPES[name]()
+    hand = ByHand(pipe, m)
+    hand.threshold = threshold
+    report = replays.check_applied(pipe, f"dicache:threshold={threshold},m={m}", hand.latents(STEPS), STEPS)
+    assert 0 < replays.reused(report) == hand.full.count(False) < len(hand.full) * (STEPS - 3) / STEPS
 
 
 def test_with_one_full_step_its_residual_is_reused() -> None:
@@ -67,8 +66,8 @@ def test_a_dropped_branch_leaves_a_history_that_is_still_read() -> None:
     with cachekit.apply(pipe, ["dicache:threshold=1000", "adaptive_guidance:m=5"]) as attachment:
         assert torch.isfinite(tiny.latents(pipe, steps=STEPS)).all()
         (count,) = [count for count in attachment.report().counts if count.kind == "block"]
-    # Full are the first three, the first of the branch alone, and the last.
-    assert (count.stored + count.computed, count.reused, count.missed) == (5, STEPS - 5, 0)
+    # Full are the first two, the first of the branch alone, and the last.
+    assert (count.stored + count.computed, count.reused, count.missed) == (4, STEPS - 4, 0)
 
 
 @pytest.mark.parametrize(("now", "share"), [(0.5, 1.0), (1.25, 1.25), (-1.25, 1.25), (2.0, 1.5)])

@@ -11,8 +11,9 @@ from support import replays, tiny
 
 import cachekit
 
-STEPS = 10
-PIPES = {"sd": tiny.small, "pixart": tiny.pixart, "flux": tiny.flux, "wan": tiny.wan}
+STEPS = 8
+#: Pipelines, and a threshold at which some calls are left out and some are not.
+PIPES = {"sd": (tiny.small, 0.3), "pixart": (tiny.pixart, 1.5), "flux": (tiny.flux, 0.6), "wan": (tiny.wan, 1.5)}
 
 
 class ByHand:
@@ -62,15 +63,13 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", PIPES)
 def test_equal_to_the_loop_by_hand(name: str) -> None:
-    pipe, found = PIPES[name](), []
-    for threshold, first in ((0.3, 3), (1.0, 2)):
-        twin = PIPES[name]()
-        hand = ByHand(twin, threshold, first)
-        expected = tiny.latents(twin, steps=STEPS)
-        report = replays.check_applied(pipe, f"easycache:threshold={threshold},first={first}", expected, STEPS)
-        found.append(hand.full.count(False))
-        assert report.left_out == hand.full.count(False) * hand.calls
-    assert any(0 < count < STEPS - 4 for count in found), found
+    make, threshold = PIPES[name]
+    pipe, twin = make(), make()
+    hand = ByHand(twin, threshold, first=2)
+    expected = tiny.latents(twin, steps=STEPS)
+    report = replays.check_applied(pipe, f"easycache:threshold={threshold},first=2", expected, STEPS)
+    assert report.left_out == hand.full.count(False) * hand.calls
+    assert 0 < hand.full.count(False) < STEPS - 3
 
 
 def test_the_last_step_may_be_left_out() -> None:
@@ -93,5 +92,5 @@ def test_a_branch_that_is_dropped_has_a_memory_of_its_own() -> None:
     with cachekit.apply(pipe, ["easycache:threshold=1000,first=2", "adaptive_guidance:m=5"]) as attachment:
         assert torch.isfinite(tiny.latents(pipe, steps=STEPS)).all()
         report = attachment.report()
-    # Full are steps 0 and 1, two of the branch alone, and the last one.
-    assert report.left_out == STEPS - 5
+    # Full are steps 0 and 1, and the last two: step 5 is still decided by what both branches showed.
+    assert report.left_out == STEPS - 4

@@ -25,15 +25,15 @@ def config(**changes: Any) -> MagCacheConfig:
     return MagCacheConfig(num_inference_steps=STEPS, **given)
 
 
-@pytest.mark.parametrize("name", PIPES)
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        {"threshold": 0.06, "longest": 3, "retained": 0.2, "ratios": RATIOS},
-        {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS},
-        {"threshold": 0.24, "longest": 5, "retained": 0.1, "ratios": SHORT},
+        ("flux", {"threshold": 0.06, "longest": 3, "retained": 0.2, "ratios": RATIOS}),
+        ("flux", {"threshold": 0.24, "longest": 5, "retained": 0.1, "ratios": SHORT}),
+        ("wan", {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS}),
+        ("pixart", {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS}),
     ],
-    ids=["default", "nothing retained", "other steps"],
+    ids=["flux", "flux, other steps", "wan, nothing retained", "pixart, nothing retained"],
 )
 def test_equal_to_diffusers_to_the_bit(name: str, options: dict[str, Any]) -> None:
     pipe = PIPES[name]()

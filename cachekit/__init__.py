@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cachekit.interface.beginning import Beginning as Beginning
     from cachekit.interface.indicators import Indicator as Indicator
     from cachekit.interface.indicators import Signal as Signal
+    from cachekit.interface.indicators import relative_change as relative_change
     from cachekit.interface.moment import OPEN as OPEN
     from cachekit.interface.moment import Action as Action
     from cachekit.interface.moment import Entry as Entry
@@ -117,7 +118,7 @@ _HOMES = {
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.beginning": ["Beginning"],
-    "interface.indicators": ["Indicator", "Signal"],
+    "interface.indicators": ["Indicator", "Signal", "relative_change"],
     "interface.observation": ["Observation"],
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],

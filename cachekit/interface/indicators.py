@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachekit.interface.moment import OPEN, Action, Moment, Streams
 from cachekit.interface.parts import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Signal(NamedTuple):
@@ -59,3 +62,8 @@ class Indicator(Schedule):
 
     def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
         """Take note of what a computed call of the denoiser returned, where the denoiser is the target."""
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Compute the mean absolute difference of two tensors, relative to the mean absolute value of the old one."""
+    return float((new - old).abs().mean() / old.abs().mean())

@@ -33,7 +33,8 @@ def decided(bound: Assignment, signal: Signal, at: Moment, vote: Callable[[Actio
     assert isinstance(when, Indicator), "only indicators are shown signals"
     found = asked(bound, "needs", at, when.needs, signal, at)
     if not isinstance(found, bool):
-        raise PolicyError(f"{origin(bound, 'needs', at)} returned {found!r}; return True or False")
+        given = f"a {type(found).__name__}" if isinstance(found, Tensor) else repr(found)
+        raise PolicyError(f"{origin(bound, 'needs', at)} returned {given}; return True or False")
     return vote(Action.STORE if found else Action.REUSE)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from support import commands, block_replays as replays, tiny
+from support import block_replays as replays
+from support import commands, tiny
 
 import cachekit
 from cachekit import (

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
-from support import block_replays as replays, tiny
+from support import block_replays as replays
+from support import tiny
 
 import cachekit
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
-from support import block_replays as replays, tiny
+from support import block_replays as replays
+from support import tiny
 
 import cachekit
 from cachekit import Action, CalibrationError, SpecError

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import block_replays as replays, tiny
+from support import block_replays as replays
+from support import tiny
 
 import cachekit
 from cachekit import SpecError

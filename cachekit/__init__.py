@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cachekit.interface.beginning import Beginning as Beginning
     from cachekit.interface.indicators import Indicator as Indicator
     from cachekit.interface.indicators import Signal as Signal
+    from cachekit.interface.indicators import relative_change as relative_change
     from cachekit.interface.moment import OPEN as OPEN
     from cachekit.interface.moment import Action as Action
     from cachekit.interface.moment import Entry as Entry
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from cachekit.interface.sites import SiteMap as SiteMap
     from cachekit.interface.sites import Target as Target
     from cachekit.models.demo import demo_pipeline as demo_pipeline
+    from cachekit.parts.places import Features as Features
     from cachekit.parts.places import Guidance as Guidance
     from cachekit.parts.places import Modulated as Modulated
     from cachekit.parts.places import NestedRegion as NestedRegion
@@ -116,14 +118,14 @@ _HOMES = {
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.beginning": ["Beginning"],
-    "interface.indicators": ["Indicator", "Signal"],
+    "interface.indicators": ["Indicator", "Signal", "relative_change"],
     "interface.observation": ["Observation"],
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
     "interface.policy": ["Policy"],
     "interface.sites": ["DENOISER", "GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
-    "parts.places": ["Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
+    "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
     "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],
     "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from cachekit.errors import CachekitError
+from cachekit.errors import CachekitError, first_line
 
 
 class ClusterError(CachekitError):
@@ -47,5 +47,4 @@ def _begin(ray: Any, given: dict[str, Any]) -> None:
         ray.init(log_to_driver=False, configure_logging=False, **given)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}" if not given else "Ray on this machine"
-        reason, *_ = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClusterError(f"cannot use {where}: {reason}") from error
+        raise ClusterError(f"cannot use {where}: {first_line(error)}; use --executor serial, or start it") from error

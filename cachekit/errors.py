@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_Answer = TypeVar("_Answer")
 
 
 class CachekitError(Exception):
@@ -63,6 +66,25 @@ class PluginError(CachekitError):
 
 class PluginWarning(UserWarning):
     """A plugin that failed while the others go on: it was left out, or its hook was."""
+
+
+def answered(name: Callable[[], str], ask: Callable[..., _Answer], *given: Any) -> _Answer:
+    """Call a policy's code; errors other than cachekit's become a `PolicyError` that begins with `name()`."""
+    try:
+        return ask(*given)
+    except CachekitError:
+        raise
+    except Exception as error:
+        raise PolicyError(f"{name()} raised {type(error).__name__}: {error}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Take the first line of another library's error, or its type where it has no text.
+
+    >>> first_line(RuntimeError("no such device"))
+    'no such device'
+    """
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -18,12 +18,10 @@ from cachekit.errors import AttachmentError
 from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
 from cachekit.reports.report import Report
-from cachekit.runs.limit import Limit
+from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import planned_scheduler
-
-_NO_LIMIT = Limit()
 
 
 class Attachment:
@@ -40,7 +38,7 @@ class Attachment:
     def __init__(
         self,
         setup: Setup,
-        limit: Limit = _NO_LIMIT,
+        limit: Limit = NO_LIMIT,
         cost: CostFunction = no_cost,
         fit: FitFunction = no_fit,
     ) -> None:

@@ -26,7 +26,7 @@ class GaussianStats(BaseModel):
 
 
 def is_enough(images: int, features: int) -> bool:
-    """Whether that many images determine the covariance of that many features well enough to compare it."""
+    """Whether the images suffice to estimate the features' covariance to compare it."""
     return images >= 2 * features
 
 

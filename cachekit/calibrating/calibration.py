@@ -107,7 +107,9 @@ class Calibration(Numbers):
                 raise CalibrationError(f"calibrations to merge differ: {difference}; merge those of one kind")
             for fit in other.fits:
                 fits[fit.guidance] = fits[fit.guidance].plus(fit) if fit.guidance in fits else fit
-        return first.model_copy(update={"fits": [fits[scale] for scale in sorted(fits)]})
+        # Not a copy, which would have the figures of the first.
+        of_all = [fits[scale] for scale in sorted(fits)]
+        return cls(key=first.key, reference_steps=first.reference_steps, versions=first.versions, fits=of_all)
 
     # -- use ----------------------------------------------------------------------------------------------
 

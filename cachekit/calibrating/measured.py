@@ -13,7 +13,9 @@ from cachekit.interface.beginning import Beginning
 from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import History, Moment, Streams
 from cachekit.interface.parts import Choice, Part, Quantity, Schedule, StandIn
+from cachekit.interface.sites import Region, Target
 from cachekit.parts.schedules import Every
+from cachekit.upstream.attention import image_first
 
 if TYPE_CHECKING:
     from cachekit.calibrating.key import Key
@@ -51,7 +53,8 @@ class Measured(Part):
         """Compute figures of what a target made in a step, means over the images of the batch.
 
         `kept` is the output, or the residual where `quantity` is that; `history` has those of the steps before, newest
-        first. `signal` is what an indicator's place shows. `at.memory` is the target's.
+        first. Those of a region come with `hidden_states` first. `signal` is what an indicator's place shows.
+        `at.memory` is the target's.
         """
         raise NotImplementedError
 
@@ -123,7 +126,8 @@ class Watcher(StandIn):
 
     def watch(self, kept: Streams, history: History, at: Moment) -> None:
         """Measure one output."""
-        found = self._part.measure(kept, history, at, at.memory.get(_SIGNAL))
+        entries = tuple(entry._replace(tensors=_image_first(entry.tensors, at.target)) for entry in history)
+        found = self._part.measure(_image_first(kept, at.target), entries, at, at.memory.get(_SIGNAL))
         images = len(kept[0]) // max(len(at.branches), 1)
         for name, value in found.items():
             self._note.add(at.step, name, float(value), images)
@@ -131,6 +135,14 @@ class Watcher(StandIn):
     def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
         """Take the newest entry; every step is full, so this isn't asked for."""
         return history[0].tensors
+
+
+def _image_first(streams: Streams, target: Target | None) -> Streams:
+    """Put the streams that a region returns in the order in which signals have them."""
+    names = target.streams if isinstance(target, Region) else ()
+    if len(names) != len(streams):
+        return streams
+    return tuple(streams[names.index(name)] for name in image_first(names))
 
 
 class Shown(Indicator):

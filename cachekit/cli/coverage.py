@@ -65,7 +65,9 @@ def _chosen(wanted: list[str]) -> list[str]:
     words = [word.replace("SD", "StableDiffusion").lower() for word in wanted]
     for given, word in zip(wanted, words):
         if not any(word in name.lower() for name in names):
-            raise CachekitError(f"no pipeline has {given!r} in its name{nearest(given, names)}")
+            raise CachekitError(
+                f"no pipeline has {given!r} in its name{nearest(given, names)}; give a part of a diffusers class name"
+            )
     return [name for name in names if not words or any(word in name.lower() for word in words)]
 
 

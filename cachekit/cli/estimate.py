@@ -67,7 +67,7 @@ def _subject(model: str) -> Any:
 def _check_size(*sizes: int | None) -> None:
     for size in sizes:
         if size is not None and size % _STRIDE:
-            raise EstimateError(f"a size of {size} pixels is no multiple of {_STRIDE}")
+            raise EstimateError(f"a size of {size} pixels: give a multiple of {_STRIDE}")
 
 
 def _check_file(file: Path | None) -> None:

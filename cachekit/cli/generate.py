@@ -78,7 +78,7 @@ def _draw(pipe: Any, seed: int, arguments: dict[str, Any]) -> list[Image]:
         inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
         result = pipe(**{"generator": generator, **arguments})
     except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{type(pipe).__name__} refuses its arguments: {error}") from error
+        raise ArgumentError(f"{type(pipe).__name__} refuses its arguments: {error}; change --set") from error
     return list(_pictures(result, type(pipe).__name__))
 
 

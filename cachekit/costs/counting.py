@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from cachekit.errors import CostError
+from cachekit.errors import CostError, first_line
 from cachekit.tensors import tensors, tree_map
 
 #: Operations that multiply activations with each other. Where there is no fused attention, as on the meta device, it
@@ -58,9 +58,9 @@ def count_forward(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any])
     except (NotImplementedError, RuntimeError) as error:
         if not any(parameter.is_meta for parameter in model.parameters()):
             raise
-        reason = str(error).strip().splitlines()[0]
         raise CostError(
-            f"{type(model).__name__} cannot run on shapes alone, so its costs are unknown: {reason}"
+            f"{type(model).__name__} cannot run on shapes alone, so its costs are unknown: {first_line(error)}; read"
+            " seconds in place of MACs"
         ) from error
     finally:
         for handle in handles:

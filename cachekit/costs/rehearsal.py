@@ -92,15 +92,16 @@ class Rehearsal:
 
     def _calls(self, run: Run, plan: Plan) -> Iterator[Call]:
         branches = self._start.layout.order if self._start.layout.separate else ("",)
-        wholes = {bound.denoiser: index for index, bound in enumerate(plan.assignments) if bound.is_whole}
         for row in (row.decided for row in plan.rows):
             run.enter(row)
             for name, branch in itertools.product(self._denoisers, branches):
                 if not branch or branch in row.branches:
-                    yield Call(run.keeper, run.calls, row, (name, branch), self._start.batch, whole=wholes.get(name))
+                    yield Call(
+                        run.keeper, run.calls, row, (name, branch), self._start.batch, whole=plan.wholes.get(name)
+                    )
 
     def _keep_branches(self, run: Run, call: Call) -> None:
-        """Keep what guidance policies want of a call of all branches."""
+        """Store what guidance policies keep of a call with all branches."""
         for index in run.guidance:
             if call.actions[index] is Action.STORE:
                 outputs = tuple(

@@ -67,7 +67,7 @@ class ReplayDriver(Driver):
         self._record = record
         plan = setup.plan(record.steps, record.layout, times=record.times)
         self._run = Run(plan, record.layout, record.steps, images=1, is_replayed=True)
-        self._whole = {bound.denoiser: index for index, bound in enumerate(setup.assignments) if bound.is_whole}
+        self._wholes = plan.wholes
         self._next: CallRecord | None = None
         self._stored: Counter[int] = Counter()
 
@@ -78,7 +78,7 @@ class ReplayDriver(Driver):
             return None
         self._run.enter(record.row)
         caller = (record.denoiser, record.branch)
-        whole = self._whole.get(record.denoiser)
+        whole = self._wholes.get(record.denoiser)
         return Call(self._run.keeper, self._run.calls, record.row, caller, inputs.batch, whole=whole)
 
     def repeat(self, call: CallRecord) -> Forward:

@@ -17,13 +17,13 @@ from cachekit.driving.outputs import OutputFinisher
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import FitFunction, RunStarter
-from cachekit.errors import CostError
+from cachekit.errors import CachekitError, CostError
 from cachekit.reports.record import Cost, Fit, Record
 from cachekit.reports.report import Report
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark, mark_of
 from cachekit.runs.denoiser import Denoiser
-from cachekit.runs.limit import Limit
+from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall, RunState
@@ -35,8 +35,6 @@ from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
 #: Counts what a run cost.
 CostFunction = Callable[[Setup, Record], Cost]
-
-_NO_LIMIT = Limit()
 
 
 def no_cost(setup: Setup, record: Record) -> Cost:
@@ -53,7 +51,7 @@ class Driver:
     """Takes each call of the attached denoisers through its row of the plan, within runs."""
 
     def __init__(
-        self, setup: Setup, limit: Limit = _NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
+        self, setup: Setup, limit: Limit = NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
     ) -> None:
         """Start without a run; `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`."""
         self.setup = setup
@@ -138,10 +136,13 @@ class Driver:
             state.reports = ()
         outer = (state.run, state.call, state.pipeline)
         state.run, state.call, state.pipeline = None, None, pipeline
+        processors = self._starter.perturbed(pipeline)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self.end_run(interrupted=True)
+            if isinstance(error, CachekitError):
+                self._starter.put_back(processors)
             raise
         else:
             self.end_run(interrupted=False)

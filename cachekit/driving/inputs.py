@@ -38,7 +38,7 @@ class CallInputs:
         for what, value, names in (("sample", self.sample, SAMPLE), ("timestep", self.timestep, TIMESTEP)):
             if value is None:
                 raise AdapterError(
-                    f"{name} is called without a {what} ({', '.join(names)}): its steps cannot be told; call"
+                    f"{name} is called without a {what} ({', '.join(names)}): so its steps cannot be identified; call"
                     " cachekit.remove(pipe)"
                 )
         raise AdapterError(

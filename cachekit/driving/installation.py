@@ -104,7 +104,10 @@ def _modules_of(denoiser: Denoiser, target: Target) -> dict[str, nn.Module]:
     found = {name: find_module(denoiser.module, name) for name in names}
     for name, module in found.items():
         if module is None:
-            raise AttachmentError(f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter")
+            raise AttachmentError(
+                f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter; correct the adapter's"
+                " sites"
+            )
     return {name: module for name, module in found.items() if module is not None}
 
 

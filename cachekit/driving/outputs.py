@@ -11,7 +11,7 @@ from torch import Tensor
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
-from cachekit.errors import CachekitError, PolicyError
+from cachekit.errors import answered
 from cachekit.guidance.observation import CallObservation
 from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Policy
@@ -121,12 +121,7 @@ class OutputFinisher:
 
 def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> None:
     """Show outputs to one policy; raises `PolicyError` where it raises."""
-    try:
-        policy.observe(seen, memory)
-    except CachekitError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"{policy}: observe at step {seen.step} raised {type(error).__name__}: {error}") from error
+    answered(lambda: f"{policy}: observe at step {seen.step}", policy.observe, seen, memory)
 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:

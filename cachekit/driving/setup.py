@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import CachekitError, PolicyError, SiteError
+from cachekit.errors import CachekitError, PolicyError, SiteError, answered
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
@@ -126,18 +126,16 @@ def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
 def _found(policy: Policy, where: Where, sites: SiteMap) -> Sequence[Target]:
     """Ask a place for its targets, and check the answer."""
     try:
-        targets = where.find(sites)
+        targets = answered(lambda: f"{policy}: find of {where}", where.find, sites)
     except SiteError as error:
         raise SiteError(f"{policy}: {error}") from None
-    except Exception as error:
-        raise PolicyError(f"{policy}: find of {where} raised {type(error).__name__}: {error}") from error
     if not isinstance(targets, (list, tuple)) or not all(isinstance(target, (Site, Region)) for target in targets):
         raise PolicyError(f"{policy}: find of {where} returned {targets!r}; return a list of sites and regions")
     return targets
 
 
 def _refusal(target: Target, choice: Choice) -> str:
-    """Why a stand-in can't be used at a target, with the cure, or ""."""
+    """Reason why a choice doesn't fit a target, and the remedy; "" if it fits."""
     what, kind = choice.what, target.kind
     if what.entries == 0 and kind is not Kind.GUIDANCE:
         return f"{what} keeps nothing, which makes sense at guidance alone; use another stand-in at {target.name!r}"

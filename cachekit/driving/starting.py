@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cachekit.driving.inputs import CallInputs
@@ -32,7 +32,14 @@ from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall
 from cachekit.runs.voting import vote_of
 from cachekit.upstream.arguments import PAIR
-from cachekit.upstream.guidance import has_true_guidance, is_guided, perturbs_attention, will_perturb_attention
+from cachekit.upstream.guidance import (
+    attention_processors,
+    has_true_guidance,
+    is_guided,
+    perturbs_attention,
+    put_processors_back,
+    will_perturb_attention,
+)
 from cachekit.upstream.guiders import has_momentum
 from cachekit.upstream.pipelines import plain_arguments
 from cachekit.upstream.prediction import times_of
@@ -64,6 +71,19 @@ class RunStarter:
                 self.check_order(denoiser.layout.by_calls(denoiser.layout.calls), denoiser)
         if has_momentum(pipe):
             refuse_narrowing(type(pipe).__name__, HAS_MOMENTUM)
+
+    def perturbed(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
+        """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
+        return {
+            name: attention_processors(denoiser.module)
+            for name, denoiser in self._setup.denoisers.items()
+            if will_perturb_attention(call.pipe, call.arguments, denoiser.module)
+        }
+
+    def put_back(self, processors: Mapping[str, Mapping[str, Any]]) -> None:
+        """Undo what a pipeline did to its denoisers before a policy refused the run within the loop."""
+        for name, found in processors.items():
+            put_processors_back(self._setup.denoisers[name].module, found)
 
     def start(
         self,
@@ -157,7 +177,7 @@ class RunStarter:
                 )
 
     def _refuse_left_out(self, denoiser: Denoiser) -> None:
-        """Raise `SiteError` where calls would be left out of which later ones read keys and values."""
+        """Raise `SiteError` where a skipped call would have written keys and values that later calls read."""
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cachekit.interface.moment import OPEN, Action, Moment, Streams
 from cachekit.interface.parts import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Signal(NamedTuple):
@@ -24,8 +27,8 @@ class Indicator(Schedule):
     """Decides from a signal of each call whether its target is computed.
 
     The place determines the signal: `tail` shows the first block, `modulated` the input of the first attention,
-    `denoiser` the sample. Memory is changed in `took` alone, which is called for each signal: no step that another
-    policy forces escapes. An indicator that computes while the sample changes by more than a tenth:
+    `denoiser` the sample. Memory is changed in `took` alone, which is called for each signal, so steps forced by other
+    policies are seen too. An indicator that computes while the sample changes by more than a tenth:
 
     >>> class Moving(Indicator):
     ...     name = "moving"
@@ -59,3 +62,8 @@ class Indicator(Schedule):
 
     def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
         """Take note of what a computed call of the denoiser returned, where the denoiser is the target."""
+
+
+def relative_change(new: Tensor, old: Tensor) -> float:
+    """Compute the mean absolute difference of two tensors, relative to the mean absolute value of the old one."""
+    return float((new - old).abs().mean() / old.abs().mean())

@@ -22,7 +22,7 @@ Quantity = Literal["output", "residual", "x0"]
 
 
 class BranchChange(str, Enum):
-    """What becomes of kept tensors when a guidance branch is dropped.
+    """How kept tensors change when a guidance branch is dropped.
 
     `REMAINING` keeps the part of each branch, for as long as it may be read. `MEAN` keeps the mean over all branches
     for the one that runs on. `REFRESH` keeps each part too, but where the branch is dropped for good the schedule
@@ -159,7 +159,7 @@ class StandIn(Part):
         return ("kind", "sigma") if self.of == "x0" else ()
 
     def missing(self, times: Sequence[Time]) -> str:
-        """Name what is needed of the scheduler and not given at all of these times; "" if there is nothing."""
+        """Name the scheduler's values that are needed but missing at some of these times; "" if none are."""
         lacking = (name for name in self.reads if not times or any(not getattr(time, name) for time in times))
         return " and ".join(lacking)
 
@@ -229,7 +229,7 @@ class Choice:
     change: BranchChange = BranchChange.REMAINING
 
     def misfit(self) -> str:
-        """Name a part that is none, with the cure; "" if there is nothing wrong."""
+        """Describe an attribute of the wrong type, and the remedy; "" if there is none."""
         for key, base in (("where", Where), ("when", Schedule), ("what", StandIn), ("change", BranchChange)):
             part = getattr(self, key)
             if isinstance(part, type):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cachekit.errors import CachekitError, PolicyError, SpecError
+from cachekit.errors import PolicyError, SpecError, answered
 from cachekit.interface.parts import Choice, Part, Schedule, StandIn, Where, word
 
 if TYPE_CHECKING:
@@ -59,17 +59,12 @@ class Policy(Part):
         if len(choices) > 1:
             raise SpecError(
                 f"spec {str(self)!r}: {self.name} has {len(choices)} choices ({', '.join(choices)}), so"
-                f" {next(iter(given))}= could mean any of them; leave it out, or write it as cache:where=,when=,what="
+                f" {next(iter(given))}= could mean any of them; leave it out"
             )
         return {name: choice.with_parts(**given) for name, choice in choices.items()}
 
     def _checked_choices(self) -> Mapping[str, Choice]:
-        try:
-            choices = self.choices()
-        except CachekitError:
-            raise
-        except Exception as error:
-            raise PolicyError(f"{self}: choices raised {type(error).__name__}: {error}") from error
+        choices = answered(lambda: f"{self}: choices", self.choices)
         if not isinstance(choices, Mapping) or not (choices or self.observes):
             raise PolicyError(f"{self}: choices returned {choices!r}; return at least one Choice, by name")
         for name, choice in choices.items():
@@ -91,7 +86,7 @@ class Policy(Part):
 
     @property
     def caution(self) -> str:
-        """What users should hear of these settings in the report of a run; "" if there is nothing."""
+        """A warning about these settings, for the report of a run; "" if there is none."""
         return ""
 
     # -- text ---------------------------------------------------------------------------------------------

@@ -59,6 +59,8 @@ ModuleKind = Literal[
 class Site:
     """One module of the denoiser: its qualified name, as in `named_modules`, and its kind.
 
+    `resizes` is set where its output is wider or narrower than its input, so that no residual exists.
+
     >>> block = Site("down_blocks.1", Kind.BLOCK)
     >>> block.covers("down_blocks.1.resnets.0"), block.covers("down_blocks.10")
     (True, False)
@@ -66,6 +68,7 @@ class Site:
 
     name: str
     kind: Kind
+    resizes: bool = False
 
     @property
     def exit(self) -> str:

@@ -77,7 +77,7 @@ class Architecture:
         if pixels is None:
             return self.latent
         if pixels % self.pixels_per_latent:
-            raise CachekitError(f"a size of {pixels} pixels is no multiple of the {self.pixels_per_latent} of a latent")
+            raise CachekitError(f"a size of {pixels} pixels: give a multiple of {self.pixels_per_latent}")
         return pixels // self.pixels_per_latent
 
     def _pixart_extras(self, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachekit.errors import CachekitError, nearest
+from cachekit.errors import CachekitError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,7 +127,7 @@ def move(pipe: Any, device: str | None) -> None:
     try:
         pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use device {device!r}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"cannot use device {device!r}: {first_line(error)}; give cpu, or one that is here") from error
 
 
 class _ComponentsFromConfig:

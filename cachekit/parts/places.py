@@ -120,6 +120,26 @@ class NestedRegion(Where):
         return [sites.regions[self.branch]]
 
 
+class Features(Where):
+    """What leaves the last block, with all blocks as one; in a UNet what leaves the last up block.
+
+    In a transformer it is the span of all blocks with `chain=all`.
+    """
+
+    name: ClassVar[str] = "features"
+    summary: ClassVar[str] = "what leaves the last block of a transformer or UNet, all blocks as one"
+
+    def find(self, sites: SiteMap) -> Sequence[Target]:
+        """Choose the region; raises `SiteError` for a model without blocks in a row."""
+        if sites.chains:
+            return Span(chain="all").find(sites)
+        if not sites.regions:
+            raise SiteError(f"looked for blocks in a row, but {sites.describe()}; use where=denoiser")
+        names = [site.name for site in sites.of(Kind.BLOCK)]
+        name = f"{names[0]}..{names[-1]}"
+        return [Region(name, names[-1], tuple(names[:-1]), encoder=sites.regions[0].encoder)]
+
+
 class Span(Where):
     """Blocks `first` to `stop` - 1 of a transformer's chain of blocks, skipped together.
 

@@ -16,9 +16,9 @@ hookimpl = pluggy.HookimplMarker("cachekit")
 @hookimpl
 def cachekit_register_places(register: Callable[[type[Where]], None]) -> None:
     """Register the places."""
-    from cachekit.parts.places import Guidance, Modulated, NestedRegion, Sites, Span, Tail, WholeDenoiser
+    from cachekit.parts.places import Features, Guidance, Modulated, NestedRegion, Sites, Span, Tail, WholeDenoiser
 
-    for place in (Guidance, Modulated, NestedRegion, Sites, Span, Tail, WholeDenoiser):
+    for place in (Features, Guidance, Modulated, NestedRegion, Sites, Span, Tail, WholeDenoiser):
         register(place)
 
 

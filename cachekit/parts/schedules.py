@@ -58,7 +58,8 @@ class Window(Schedule):
     """Another schedule in a window of the run; outside of it the target is computed.
 
     The window goes from step `first` to step `stop` - 1, and holds the timesteps above `low` and below `high`. A
-    bound that is None holds always. Steps outside that `when` names as full are kept for the window.
+    bound that is None holds always. Of the steps outside those are kept for the window that `when` names as full, or
+    with `fresh` all that are read, so that the window begins with what the step before it has made.
 
     >>> window = Window(first=2, stop=5, when=Every(n=2))
     >>> [window.action(Moment(step, 6)).value for step in range(6)]
@@ -73,20 +74,23 @@ class Window(Schedule):
     low: float | None = None
     high: float | None = None
     when: Schedule = Every(n=2)
+    fresh: bool = False
 
     def full(self, at: Moment) -> bool:
         """Whether the step is outside of the window, or full by the schedule within."""
         return not self.holds(at) or self.when.full(at)
 
     def action(self, at: Moment) -> Action | None:
-        """Follow the inner schedule within the window; compute outside, and keep its full steps.
+        """Follow the inner schedule within the window; compute outside, and keep its full steps, or all with `fresh`.
 
         Without a scheduler a window of timesteps leaves the steps between to the run, which computes them.
         """
         action = self.when.action(at)
         if self._has_timesteps and at.timestep is None and action is not Action.STORE:
             return OPEN
-        return action if self.holds(at) or action is Action.STORE else Action.COMPUTE
+        if self.holds(at) or action is Action.STORE:
+            return action
+        return Action.STORE if self.fresh else Action.COMPUTE
 
     @property
     def _has_timesteps(self) -> bool:

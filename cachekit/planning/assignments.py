@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cachekit.errors import ConflictError
+from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
-from cachekit.interface.sites import Kind, Target
+from cachekit.interface.sites import Kind, Site, Target
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def assign(chosen: Iterable[Bound]) -> tuple[Assignment, ...]:
     """Bind each policy to the targets that it selected in a denoiser.
 
     Several policies may share the guidance site. Raises `ConflictError` where two of them would write the same
-    target, or blocks or regions of which one lies inside the other.
+    target, or blocks or regions of which one lies inside the other, and `SiteError` where a stand-in is made for
+    residuals that don't exist.
     """
     found: list[Assignment] = []
     for policy, denoiser, targets in chosen:
@@ -74,9 +75,18 @@ def assign(chosen: Iterable[Bound]) -> tuple[Assignment, ...]:
             if is_guidance and any(other.policy is policy and other.target is target for other in found):
                 continue
             bound = Assignment(policy, choice, target, "" if is_guidance else denoiser)
+            _refuse_without_residual(bound)
             _refuse_clash(bound, found)
             found.append(bound)
     return tuple(found)
+
+
+def _refuse_without_residual(bound: Assignment) -> None:
+    if bound.choice.what.of == "residual" and isinstance(bound.target, Site) and bound.target.resizes:
+        raise SiteError(
+            f"{bound.policy}: {bound.target.name!r} has no residual, its output is not as wide as its input; use"
+            " of=output or another place"
+        )
 
 
 def _refuse_clash(bound: Assignment, found: Iterable[Assignment]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from cachekit.errors import PolicyError
+from cachekit.errors import PolicyError, answered
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
@@ -176,7 +176,7 @@ class Composer:
         )
 
     def _postpone(self, cells: list[Cell], step: int) -> None:
-        """Postpone each STORE inside what is reused, and carry out those postponed before that no longer are."""
+        """Postpone each STORE inside a reused target; perform the postponed ones that are now outside."""
         for index, cell in enumerate(cells):
             if cell is not Action.STORE and index not in self._owed:
                 continue
@@ -224,7 +224,7 @@ def without_idle_stores(cells: list[Cell], bound: Assignment) -> list[Cell]:
 
 
 def still_needed(needed: float, cell: Cell, bound: Assignment) -> float:
-    """Count the entries kept before a step that it or a later one reads, from the number for the step after it."""
+    """Update, one step backwards, how many earlier entries are still needed."""
     if cell is Action.STORE and not (bound.choice.what.amends or bound.choice.what.watches):
         return max(needed - 1, 0)
     if cell is Action.COMPUTE:
@@ -235,10 +235,7 @@ def still_needed(needed: float, cell: Cell, bound: Assignment) -> float:
 
 def _asked(bound: Assignment, at: Moment) -> Cell:
     """Ask a schedule for an action, and check the answer."""
-    try:
-        action = bound.choice.when.action(at)
-    except Exception as error:
-        raise PolicyError(f"{origin(bound, 'action', at)} raised {type(error).__name__}: {error}") from error
+    action = answered(lambda: origin(bound, "action", at), bound.choice.when.action, at)
     if action is not OPEN and not isinstance(action, Action):
         raise PolicyError(f"{origin(bound, 'action', at)} returned {action!r}; return an Action, or OPEN")
     return action

@@ -57,6 +57,11 @@ class Plan:
         return all(OPEN not in row.actions for row in self.rows)
 
     @functools.cached_property
+    def wholes(self) -> dict[str, int]:
+        """The assignments at denoisers as a whole, by name of the denoiser."""
+        return {bound.denoiser: index for index, bound in enumerate(self.assignments) if bound.is_whole}
+
+    @functools.cached_property
     def unread(self) -> tuple[frozenset[tuple[int, str]], ...]:
         """For each step, assignments and branches whose kept tensors are not read from that step on, but were before.
 

@@ -133,7 +133,8 @@ class Report:
         reused: dict[str, int] = defaultdict(int)
         for count in (count for report in (*self.earlier, self) for count in report.counts):
             reused[count.policy] += count.reused
-        idle = (policy for policy, total in reused.items() if not total)
+        watching = {str(bound.policy) for bound in self._assignments if bound.choice.what.watches}
+        idle = (policy for policy, total in reused.items() if not total and policy not in watching)
         never = [f"{policy} never fired in this run of {self.steps} {self._guided} steps" for policy in idle]
         policies = dict.fromkeys(bound.policy for bound in self._assignments)
         cautions = (policy.caution for policy in policies if str(policy) in reused and reused[str(policy)])

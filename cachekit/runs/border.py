@@ -1,4 +1,4 @@
-"""Check what policies return, where it enters the engine: one line with policy, method, target and step."""
+"""Validate what policies return: errors name policy, method, target and step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from cachekit.errors import CachekitError, PolicyError
+from cachekit.errors import PolicyError, answered
 from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import Action, Moment, Streams
 from cachekit.planning.assignments import Assignment, origin
@@ -16,13 +16,8 @@ Answer = TypeVar("Answer")
 
 
 def asked(bound: Assignment, method: str, at: Moment, ask: Callable[..., Answer], *given: Any) -> Answer:
-    """Call a method of a part; raises `PolicyError` where it raises, but for errors that say what is wrong."""
-    try:
-        return ask(*given)
-    except CachekitError:
-        raise
-    except Exception as error:
-        raise PolicyError(f"{origin(bound, method, at)} raised {type(error).__name__}: {error}") from error
+    """Call a method of a part; errors other than cachekit's become a `PolicyError`."""
+    return answered(lambda: origin(bound, method, at), ask, *given)
 
 
 def agreed_action(bound: Assignment, method: str, at: Moment, action: Any) -> Action:
@@ -38,7 +33,8 @@ def decided(bound: Assignment, signal: Signal, at: Moment, vote: Callable[[Actio
     assert isinstance(when, Indicator), "only indicators are shown signals"
     found = asked(bound, "needs", at, when.needs, signal, at)
     if not isinstance(found, bool):
-        raise PolicyError(f"{origin(bound, 'needs', at)} returned {found!r}; return True or False")
+        given = f"a {type(found).__name__}" if isinstance(found, Tensor) else repr(found)
+        raise PolicyError(f"{origin(bound, 'needs', at)} returned {given}; return True or False")
     return vote(Action.STORE if found else Action.REUSE)
 
 

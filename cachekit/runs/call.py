@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cachekit.interface.indicators import Indicator, Signal
-from cachekit.interface.moment import OPEN, Action, Entry, History, Moment, Streams
+from cachekit.interface.moment import OPEN, Action, Entry, History, Moment, Streams, Time
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
@@ -112,12 +112,21 @@ class Call:
             step,
             keeper.record.steps,
             self.row.origins[index],
-            time_of(keeper.record.times, step),
+            self._time,
             bound.target,
             of,
             keeper.memories.of_target(index, of, self.ordinal),
             keeper.memories.of(bound.policy.name),
         )
+
+    def action(self, index: int) -> Action:
+        """Get what is done for an assignment; what is still open is computed."""
+        found = self.actions[index]
+        return Action.COMPUTE if found is OPEN else found
+
+    @property
+    def _time(self) -> Time:
+        return time_of(self.keeper.record.times, self.row.step)
 
     # -- what is kept -------------------------------------------------------------------------------------
 
@@ -134,14 +143,17 @@ class Call:
         if self.keeper.assignments[index].choice.what.watches:
             self._show_kept(index, tensors)
         last = self.row.last_branches.get(index) if len(self.branches) > 1 else None
-        entry = Entry(tensors, time_of(self.keeper.record.times, self.row.step))
+        entry = Entry(tensors, self._time)
         self.keeper.push(self.slot(index), self.branches, entry, last)
 
     def _show_kept(self, index: int, kept: Streams) -> None:
         bound, at = self.keeper.assignments[index], self.moment(index)
+        asked(bound, "watch", at, bound.choice.what.watch, kept, self._joint_history(index), at)
+
+    def _joint_history(self, index: int) -> History:
+        """Get the one history of this call's branches; nothing where each has its own."""
         histories = self.keeper.store.read(self.slot(index), self.branches)
-        history = histories[0][1] if len(histories) == 1 else ()
-        asked(bound, "watch", at, bound.choice.what.watch, kept, history, at)
+        return histories[0][1] if len(histories) == 1 else ()
 
     def predicted(self, index: int, given: Streams = ()) -> Streams | None:
         """Predict the tensors of a skipped target from what is kept; None where nothing is.
@@ -179,7 +191,7 @@ class Call:
         """Keep what the denoiser has computed, and correct it where the stand-in does."""
         index = self.whole
         assert index is not None
-        action, what = self.actions[index] or Action.COMPUTE, self.keeper.assignments[index].choice.what
+        action, what = self.action(index), self.keeper.assignments[index].choice.what
         self.count(index, action)
         streams, slot, signal = tuple(tensors(output)), self.slot(index), Signal((sample,))
         self._took(index, signal)
@@ -187,7 +199,7 @@ class Call:
         if action is not Action.STORE:
             return output
         amended = self._amended(index, streams, sample) if what.amends else streams
-        time = time_of(self.keeper.record.times, self.row.step)
+        time = self._time
         kept = take_whole(what.of, streams, sample, time)
         self.keep(index, tuple(map(torch.clone, kept)) if kept is streams else kept)
         self.keeper.templates[slot] = tree_map(no_elements, output)
@@ -196,8 +208,7 @@ class Call:
     def _amended(self, index: int, streams: Streams, sample: Tensor) -> Streams:
         """Ask the stand-in to correct what was computed."""
         bound, at = self.keeper.assignments[index], self.moment(index)
-        histories = self.keeper.store.read(self.slot(index), self.branches)
-        history = histories[0][1] if len(histories) == 1 else ()
+        history = self._joint_history(index)
         found = asked(bound, "amend", at, bound.choice.what.amend, streams, history, at, (sample,))
         return like_kept(bound, "amend", at, found, streams)
 
@@ -214,7 +225,7 @@ class Call:
         bound = self.keeper.assignments[index]
         stays = bound.choice.where.stays(self.calls.layout)
         (dropped,) = [branch for branch in outputs if branch != stays]
-        time = time_of(self.keeper.record.times, self.row.step)
+        time = self._time
         kept = take(bound.choice.what.of, outputs[dropped], outputs[stays], time)
         self.keeper.push(self.slot(index), (), Entry(kept, time))
 
@@ -272,5 +283,5 @@ class Call:
     def count_guidance(self, guidance: list[int]) -> list[int]:
         """Count a call of all branches for these assignments; list those that keep something of it."""
         for index in guidance:
-            self.count(index, self.actions[index] or Action.COMPUTE)
+            self.count(index, self.action(index))
         return [index for index in guidance if self.actions[index] is Action.STORE and not self.is_left_out]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cachekit.errors import BudgetError
+from cachekit.errors import BudgetError, first_line
 from cachekit.runs.store import Store
 
 
@@ -32,9 +32,13 @@ class Limit:
         try:
             return cls(max_cache_bytes, torch.empty(0, device=cache_device).device)
         except (RuntimeError, AssertionError, TypeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BudgetError(f"cache_device={cache_device!r}: {reason}; give a device of this machine") from error
+            raise BudgetError(
+                f"cache_device={cache_device!r}: {first_line(error)}; give a device of this machine"
+            ) from error
 
     def store(self) -> Store:
         """Make the store of one run."""
         return Store(self.max_bytes, self.device)
+
+
+NO_LIMIT = Limit()

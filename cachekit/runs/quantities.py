@@ -1,4 +1,4 @@
-"""What a stand-in is made for: take it from an output, and give it back."""
+"""Convert between outputs and the quantity that is cached: output, residual or x0."""
 
 from __future__ import annotations
 

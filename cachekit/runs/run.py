@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,9 @@ from cachekit.runs.clock import Clock, Mark
 from cachekit.runs.keeping import Keeper, Voting
 from cachekit.runs.store import Store
 from cachekit.runs.voting import Vote
+
+#: A call for which a row is composed: its caller, and the sample that indicators of the denoiser decide by.
+Shown = tuple[Caller, Tensor]
 
 
 class Run:
@@ -63,14 +67,12 @@ class Run:
         self.calls = BranchCalls(layout, is_named)
         assignments = list(enumerate(plan.assignments))
         self.guidance = [index for index, bound in assignments if bound.is_guidance]
-        self._whole = {bound.denoiser: index for index, bound in assignments if bound.is_whole}
+        self._whole = plan.wholes
         self._blocks = [index for index, bound in assignments if bound.is_block and not bound.is_whole]
         self._sites = [index for index, bound in assignments if not bound.is_guidance and not bound.is_whole]
         self._composer = None if plan.is_static else self._new_composer(layout)
         self.guidance_state: tuple[Any, ...] = ()
         self._kinds: dict[str, tuple[Any, ...]] = {}
-        #: The caller and the sample of the call for which a row is composed.
-        self._shown: tuple[Caller, Tensor] | None = None
 
     @property
     def layout(self) -> Layout:
@@ -79,11 +81,11 @@ class Run:
 
     # -- rows ---------------------------------------------------------------------------------------------
 
-    def row(self, step: int) -> Row:
-        """Get the row of `step`, after those not yet reached."""
+    def row(self, step: int, shown: Shown | None = None) -> Row:
+        """Get the row of `step`, after those not yet reached; `shown` is the call for which it is composed."""
         rows = self.record.rows
         while len(rows) <= step:
-            self.enter(self._next_row(len(rows)))
+            self.enter(self._next_row(len(rows), shown))
         return rows[step]
 
     def enter(self, row: Row) -> None:
@@ -94,10 +96,10 @@ class Run:
             self.keeper.store.drop_read(self.plan.unread[row.step])
         rows.append(row)
 
-    def _next_row(self, step: int) -> Row:
+    def _next_row(self, step: int, shown: Shown | None) -> Row:
         if self._composer is None and step < len(self.plan.rows):
             return self.plan.rows[step]
-        return self._composing().row(step, self._decide)
+        return self._composing().row(step, partial(self._decide, shown))
 
     def _new_composer(self, layout: Layout) -> Composer:
         return Composer(self.plan.assignments, self.record.steps, layout, self.plan.dropped, self.plan.times)
@@ -107,24 +109,24 @@ class Run:
         if self._composer is None:
             self._composer = self._new_composer(self.layout)
             for step in range(len(self.record.rows)):
-                self._composer.row(step, self._decide)
+                self._composer.row(step, partial(self._decide, None))
         return self._composer
 
-    def _decide(self, index: int, at: Moment) -> Cell:
+    def _decide(self, shown: Shown | None, index: int, at: Moment) -> Cell:
         bound = self.plan.assignments[index]
         memories = self.keeper.memories
         at = at._replace(memory=memories.of_target(index, (), 0), shared=memories.of(bound.policy.name))
         if isinstance(bound.choice.when, Indicator):
-            return self._decide_by_sample(index, at) if bound.is_whole else OPEN
+            return self._decide_by_sample(shown, index, at) if bound.is_whole else OPEN
         action = asked(bound, "decide", at, bound.choice.when.decide, at)
         return self.keeper.vote(agreed_action(bound, "decide", at, action))
 
-    def _decide_by_sample(self, index: int, at: Moment) -> Cell:
+    def _decide_by_sample(self, shown: Shown | None, index: int, at: Moment) -> Cell:
         """Ask an indicator of the denoiser that makes the present call; others are computed."""
         bound = self.plan.assignments[index]
-        if self._shown is None or self._shown[0][0] != bound.denoiser:
+        if shown is None or shown[0][0] != bound.denoiser:
             return Action.STORE
-        (_, branch), sample = self._shown
+        (_, branch), sample = shown
         branches = (branch,) if branch else self._composing().branches
         at = at._replace(branches=branches, memory=self.keeper.memories.of_target(index, branches, 0))
         return decided(bound, Signal((sample,)), at, self.keeper.vote)
@@ -201,8 +203,7 @@ class Run:
         return call
 
     def _call(self, step: int, caller: Caller, batch: int, ordinal: int = 0, *, sample: Tensor) -> Call:
-        self._shown = (caller, sample)
-        row, self._shown = self.row(step), None
+        row = self.row(step, (caller, sample))
         return Call(self.keeper, self.calls, row, caller, batch, ordinal, self._whole.get(caller[0]))
 
     def _begin_step(self) -> None:

@@ -250,6 +250,11 @@ class Probe(Entry):
         """Whether values are shown: in every call."""
         return True
 
+    def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
+        """Pick those that are given: the first attention may have no text."""
+        given = (kwargs.get(name, next(iter(args[self.places[name] :]), None)) for name in self.streams)
+        return tuple(stream for stream in given if stream is not None)
+
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Show what enters an early probe, or remember it."""
         entered = self.streams_of(args, kwargs)

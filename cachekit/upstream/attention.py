@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.sites import Kind, Site
 from cachekit.upstream.arguments import parameters_of
+from cachekit.upstream.modules import resizes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +45,7 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
 'attn2.to_v': 'text_key_value', 'ff': 'feed_forward'}
     """
     by_width = type(denoiser).__name__ in _SELF_ATTENTION_BY_WIDTH
+    has_text = not _attends_to_itself_alone(denoiser)
     modules = dict(denoiser.named_modules())
     outer = Site("", Kind.FEED_FORWARD)
     for name, module in modules.items():
@@ -56,11 +58,12 @@ def module_sites(denoiser: nn.Module) -> Iterator[Site]:
             kind = Kind.SELF_ATTENTION
         if kind is Kind.SELF_ATTENTION and not _TEMPORAL.isdisjoint(name.split(".")):
             kind = Kind.TEMPORAL_ATTENTION
-        site = Site(name, kind)
+        site = Site(name, kind, resizes(module))
         outer = site if kind is Kind.FEED_FORWARD else outer
         yield site
-        if kind is Kind.CROSS_ATTENTION:
-            yield from (Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE) for leaf in _key_value_projections(module))
+        if has_text:
+            for leaf in _projections_of_text(module, kind):
+                yield Site(f"{name}.{leaf}", Kind.TEXT_KEY_VALUE, resizes(getattr(module, leaf)))
 
 
 def attends(module: nn.Module) -> bool:
@@ -130,11 +133,24 @@ def _is_cross_attention(module: Any, name: str) -> bool:
     return leaf.endswith("attn2") or "cross" in leaf or "Cross" in type(module).__name__
 
 
-def _key_value_projections(module: nn.Module) -> Iterator[str]:
-    """Yield the names of the layers that project the context, text or an image beside it, fused or apart."""
+def _projections_of_text(module: nn.Module, kind: Kind) -> Iterator[str]:
+    """Yield the names of the layers that project the context to keys and values, text or an image beside it.
+
+    Where the image attends to itself and the context at once, and the context to nothing, these are the added ones.
+    """
+    if kind not in (Kind.CROSS_ATTENTION, Kind.SELF_ATTENTION):
+        return
     fused = getattr(module, "fused_projections", False)
-    names = ("to_kv", "to_added_kv") if fused else ("to_k", "to_v", "add_k_proj", "add_v_proj")
-    return (name for name in names if getattr(module, name, None) is not None)
+    own, added = (("to_kv",), ("to_added_kv",)) if fused else (("to_k", "to_v"), ("add_k_proj", "add_v_proj"))
+    names = (*own, *added) if kind is Kind.CROSS_ATTENTION else added
+    yield from (name for name in names if getattr(module, name, None) is not None)
+
+
+def _attends_to_itself_alone(denoiser: Any) -> bool:
+    """Whether a UNet's cross-attention has the widths of its blocks: it is given no text, and reads the image."""
+    config = getattr(denoiser, "config", None)
+    widths, blocks = getattr(config, "cross_attention_dim", None), getattr(config, "block_out_channels", None)
+    return isinstance(widths, (list, tuple)) and list(widths) == list(blocks or ())
 
 
 def _reads_its_own_width(module: Any) -> bool:

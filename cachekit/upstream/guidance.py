@@ -74,6 +74,18 @@ def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn
     return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
 
 
+def attention_processors(denoiser: nn.Module) -> dict[str, Any]:
+    """Collect the attention processors of a denoiser, by name; none where it has no way to set them."""
+    return dict(getattr(denoiser, "attn_processors", {})) if hasattr(denoiser, "set_attn_processor") else {}
+
+
+def put_processors_back(denoiser: nn.Module, processors: Mapping[str, Any]) -> None:
+    """Set the attention processors that a denoiser had before."""
+    if processors:
+        setter: Any = denoiser
+        setter.set_attn_processor(dict(processors))
+
+
 def reads_attention(arguments: Mapping[str, Any]) -> str:
     """Why a pipeline call with these arguments reads the attention of every step, with the remedy, or ""."""
     return next((reason for name, reason in _READ_ATTENTION.items() if (arguments.get(name) or 0) > 0), "")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+#: The attributes by which torch's linear layers, and those that replace them, give the width of input and output.
+_WIDTHS = ("in_features", "out_features")
+
 
 def modules_by_name(root: nn.Module) -> dict[str, nn.Module]:
     """List all modules as `named_modules` does, faster; a module that has several names is listed under each."""
@@ -28,3 +31,9 @@ def find_module(root: nn.Module, name: str) -> nn.Module | None:
         return root.get_submodule(name)
     except AttributeError:
         return None
+
+
+def resizes(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose output has another width than its input."""
+    widths = [getattr(module, name, None) for name in _WIDTHS]
+    return None not in widths and len(set(widths)) > 1

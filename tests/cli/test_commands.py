@@ -20,7 +20,7 @@ from cachekit.models.demo import pipeline as demo_files
 from cachekit.parts import places
 from cachekit.registry import catalog as catalogs
 
-SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "coverage", "doctor"]
+SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "check", "coverage", "doctor"]
 BENCHES = ["grid", "coco", "paper"]
 
 
@@ -114,6 +114,12 @@ PARTS = {
 }
 
 
+def origin_of(title, name):
+    """Return the distribution and the plugin that registered a part of the list with this title."""
+    owner = CATALOG.owners[f"{title.split()[0].removesuffix('s')} {name!r}"]
+    return f"{CATALOG.plugins[owner]} (plugin {owner})"
+
+
 def test_list_names_all_policies_with_summary_keys_paper_and_origin():
     text = printed("list")
     for name, policy in cachekit.policies().items():
@@ -125,6 +131,12 @@ def test_list_names_all_policies_with_summary_keys_paper_and_origin():
     assert "m=none, threshold=none, space=eps, every=1, linear=false" in text
 
 
+def source_of(part):
+    """Return the distribution and the plugin that a part comes from, as listings print it."""
+    plugin = {"calibrated": "forecast", "frequencies": "fastercache"}.get(part)
+    return f"cachekit-diffusion (plugin {plugin})" if plugin else "cachekit (plugin parts)"
+
+
 @pytest.mark.parametrize("title", PARTS)
 def test_list_names_all_parts_with_summary_keys_paper_and_origin(title):
     text = printed("list").partition(f"{title}\n")[2]
@@ -132,8 +144,7 @@ def test_list_names_all_parts_with_summary_keys_paper_and_origin(title):
         entry = text.partition(f"  {name}: {part.summary}\n")[2]
         keys, origin = entry.splitlines()[:2]
         assert [key.partition("=")[0].strip() for key in keys.split(", ")] == (list(part.model_fields) or ["no keys"])
-        plugin = "cachekit-diffusion (plugin forecast)" if name == "calibrated" else "cachekit (plugin parts)"
-        assert origin.strip() == f"from {plugin}{', ' * bool(part.paper)}{part.paper}"
+        assert origin.strip() == f"from {origin_of(title, name)}{', ' * bool(part.paper)}{part.paper}"
 
 
 def test_list_names_all_adapters():
@@ -176,7 +187,7 @@ def test_show_describes_every_part(title):
         assert all(f"\n  {key}=" in text for key in part.model_fields)
         assert ">>>" not in text
         assert f"spec    {title[title.index('(') + 1 : -1]}{name}, in cache: " in text
-        assert f"paper   {part.paper or 'none'}\nfrom    cachekit (plugin parts)\n" in text
+        assert f"paper   {part.paper or 'none'}\nfrom    {origin_of(title, name)}\n" in text
 
 
 def test_show_gives_types_of_parts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,7 +162,7 @@ def test_a_residual_at_plain_sites_equals_a_naive_replay(name: str, kind: str) -
     make, calls = MAKERS[name]
     pipe, by_hand = make(), make()
     found = names(pipe, kind)
-    if not found or (name, kind) == ("flux", "feed_forward"):  # a projection to another width has no residual
+    if not found or (name, kind) == ("flux", "feed_forward"):  # refused: see the next test
         pytest.skip("no such sites")
     for site in found:
         module = tiny.denoiser_of(by_hand).get_submodule(site)
@@ -169,6 +170,32 @@ def test_a_residual_at_plain_sites_equals_a_naive_replay(name: str, kind: str) -
     with cachekit.apply(pipe, f"cache:where={kind},when=every(2),what=reuse(of=residual)"):
         cached = latents(pipe)
     assert torch.equal(cached, latents(by_hand))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "site"),
+    [
+        (tiny.flux, "feed_forward", "single_transformer_blocks.0.proj_mlp"),
+        (tiny.sd, "text_key_value", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"),
+    ],
+)
+def test_layers_that_change_the_width_have_no_residual(make: Callable[[], Any], kind: str, site: str) -> None:
+    pipe, spec = make(), f"cache:where={kind},what=reuse(of=residual)"
+    refusal = (
+        f"{spec}: '{site}' has no residual, its output is not as wide as its input; use of=output or another place"
+    )
+    with tiny.leaves_no_trace(pipe), pytest.raises(cachekit.SiteError) as caught:
+        cachekit.apply(pipe, spec)
+    assert str(caught.value) == refusal
+    cachekit.apply(pipe, f"cache:where={kind}").remove()
+
+
+def test_the_features_of_a_unet_leave_its_last_up_block() -> None:
+    (region,) = cachekit.Features().find(site_map(tiny.sdxl()))
+    assert (region.exit, region.skipped[0], region.streams) == ("up_blocks.2", "down_blocks.0", ())
+    assert region.encoder == ("down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block")
+    (region,) = cachekit.Features().find(site_map(tiny.flux()))
+    assert (region.entry, region.exit) == ("transformer_blocks.0", "single_transformer_blocks.3")
 
 
 def test_spans_beyond_all_chains_are_refused() -> None:

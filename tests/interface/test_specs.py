@@ -272,6 +272,9 @@ def values(annotation, bounds, depth):
         return st.one_of(st.none(), *(values(one, bounds, depth) for one in inner))
     if get_origin(annotation) is Annotated:
         return values(annotation.__origin__, annotation.__metadata__[0].metadata, depth)
+    if get_origin(annotation) is tuple:
+        least, most = (next((getattr(bound, key) for bound in bounds if hasattr(bound, key)), None) for key in _SIZES)
+        return st.lists(values(get_args(annotation)[0], (), depth), min_size=least or 0, max_size=most).map(tuple)
     if get_origin(annotation) is Literal:
         return st.sampled_from(get_args(annotation))
     if annotation is int:
@@ -288,6 +291,8 @@ def values(annotation, bounds, depth):
     return parts({Where: WORDS.places, StandIn: WORDS.stand_ins}[annotation])
 
 
+#: The bounds of how many items a list has.
+_SIZES = ("min_length", "max_length")
 #: Parts with rules between or within fields.
 OF_THEIR_OWN = {
     "mask": lambda depth: st.sets(st.integers(0, 10**9), min_size=1).map(
@@ -303,7 +308,15 @@ RULES = {
     "delta_dit": lambda given: (
         (given["first"], given["stop"]) == (None, None) or (given["blocks"], given["boundary"]) == (None, None)
     ),
+    "magcache": lambda given: given["ratios"] is None or given["file"] is None,
     "null_text": lambda given: (given["after"], given["before"]) != (None, None),
+    "pab": lambda given: given["low"] < given["high"],
+    "guidance_interval": lambda given: (
+        (given["stop"] is None or given["first"] < given["stop"])
+        and (None in (given["low"], given["high"]) or given["low"] < given["high"])
+        and (given["axis"] == "noise" or (given["low"], given["high"]) != (None, None))
+    ),
+    "teacache": lambda given: given["file"] is None,
 }
 
 
@@ -314,7 +327,7 @@ def test_every_installed_policy_parses_back_whatever_its_keys_are(name, data):
     policy = WORDS.policies[name]
     own = {key: field for key, field in policy.model_fields.items() if name == "cache" or key not in PARTS}
     keys = {key: values(field.annotation, field.metadata, 1) for key, field in own.items()}
-    made = policy(**data.draw(st.fixed_dictionaries(keys).filter(RULES.get(name, bool))))
+    made = policy(**data.draw(st.fixed_dictionaries(keys).filter(RULES.get(name, lambda given: True))))
     if len(made.choices()) == 1 and name != "cache":
         replaced = {"where": WORDS.places, "when": WORDS.schedules, "what": WORDS.stand_ins}
         optional = {key: st.none() | parts(found) for key, found in replaced.items()}

@@ -8,6 +8,7 @@ from support.scripted import TOY
 from cachekit import (
     DENOISER,
     GUIDANCE,
+    Features,
     Guidance,
     Kind,
     Layout,
@@ -86,6 +87,7 @@ def test_a_span_is_a_run_of_blocks_of_the_longest_chain(span, entry, exit_, stre
         (NestedRegion(), BARE, "looked for paired down and up blocks, but Bare has feed_forward x 1; use a policy for"),
         (NestedRegion(), CHAINS, "use delta_dit"),
         (NestedRegion(branch=2), TOY, "branch=2, but ToyUNet has branches 0..1; use one of them"),
+        (Features(), BARE, "looked for blocks in a row, but Bare has feed_forward x 1; use where=denoiser"),
         (Span(), BARE, "looked for a chain of blocks, but Bare has feed_forward x 1; use a policy for attention"),
         (Span(chain=2), CHAINS, "chain=2, but Toy has chains 0..1; use one of them"),
         (Span(first=4), CHAINS, "0 blocks up to block 3, but chain 1 of Toy has blocks 0..3; give a span within them"),

@@ -35,6 +35,7 @@ def marks(schedule, steps, origin=0, times=None):
         (Mask(steps=(0, 1, 4)), "SSrrSrrrrr"),
         (Mask(steps=(3, 50)), "SrrSrrrrrr"),
         (Window(first=2, stop=7, when=Every(n=3)), "S.rSrrS..S"),
+        (Window(first=2, stop=7, fresh=True, when=Every(n=3)), "SSrSrrSSSS"),
         (Window(when=Every(n=3)), "SrrSrrSrrS"),
         (Window(first=4, when=After(m=2)), "SS..rrrrrr"),
         (Window(stop=0, when=Every(n=3)), "S..S..S..S"),

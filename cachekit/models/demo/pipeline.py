@@ -59,7 +59,9 @@ def verify(folder: Path) -> None:
     try:
         digests = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise WeightsError(f"cannot read the manifest of the demo model {folder.name!r}: {error}") from None
+        raise WeightsError(
+            f"cannot read the manifest of the demo model {folder.name!r}: {error}; reinstall cachekit"
+        ) from None
     for name, expected in digests.items():
         path = folder / name
         if not path.is_file():

@@ -5,15 +5,15 @@ Nothing is downloaded. Each builder gives the same weights at every call.
 
 from __future__ import annotations
 
+from cachekit.testing.tiny.calls import arguments, latents, picture, text
+from cachekit.testing.tiny.dit import dit, pixart
+from cachekit.testing.tiny.joint import flux, sd3
+from cachekit.testing.tiny.parts import TOKENS, WIDTH, reproducible, seeded, vae
+from cachekit.testing.tiny.unet import controlled, sd, sdxl, small, unet
+from cachekit.testing.tiny.video import svd, wan, wan_transformer
 from cachekit.upstream.pipelines import denoiser_of
 from support.tiny.by_hand import TgateByHand, cut, guide, narrowed_by_hand
-from support.tiny.calls import arguments, latents, picture, text
-from support.tiny.dit import dit, pixart
-from support.tiny.joint import flux, sd3
-from support.tiny.parts import TOKENS, WIDTH, reproducible, seeded, vae
 from support.tiny.traces import leaves_no_trace, state_of
-from support.tiny.unet import controlled, sd, sdxl, small, unet
-from support.tiny.video import svd, wan, wan_transformer
 
 __all__ = [
     "TOKENS",

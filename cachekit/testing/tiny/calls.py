@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from support.tiny.parts import TOKENS, WIDTH
+from cachekit.testing.tiny.parts import TOKENS, WIDTH
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _prompts(name: str, batch: int) -> dict[str, Any]:
         mask = torch.ones(batch, TOKENS)
         mask[:, 5:] = 0
         given |= {"prompt_attention_mask": mask, "negative_prompt_attention_mask": torch.ones(batch, TOKENS)}
-        given |= {"negative_prompt": None}
+        return {**given, "negative_prompt": None}
     return given
 
 

@@ -1,0 +1,87 @@
+"""Skip all blocks after a few that show how far the residual of the others has moved (arXiv 2508.17356)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from cachekit import Choice, Indicator, Moment, Policy, Signal, StandIn, Tail, Time, relative_change
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: What is held of the probe: its last output, the sum of its changes, its residuals in full steps, and the gain.
+_OUTPUT, _SUM, _RESIDUALS, _GAIN = "output", "sum", "residuals", "gain"
+
+
+class DiCache(Policy):
+    """DiCache: the first `m` blocks run in each step; the others are skipped while the output of those changes little.
+
+    In each step sum += |p - p'| / |p'|, with p the output of block m - 1 and p' that of the step before. While the sum
+    is below `threshold`, the residual of the other blocks is r2 + g (r1 - r2), with r1 and r2 those of the last two
+    full steps, and g = |q - q2| / |q1 - q2|, kept within 1 and 1.5, with q the residual of block m - 1. Otherwise they
+    run, and the sum starts from 0. The first `retained` share of the steps and the last one are full.
+    """
+
+    name: ClassVar[str] = "dicache"
+    summary: ClassVar[str] = "skip all blocks after the first m, whose change shows how far the residual has moved"
+    paper: ClassVar[str] = "arXiv 2508.17356"
+
+    threshold: float = Field(0.4, ge=0)
+    m: int = Field(1, ge=1)
+    retained: float = Field(0.2, ge=0, le=1)
+
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose the blocks after the first m."""
+        when = ProbeChange(threshold=self.threshold, retained=self.retained)
+        return {"blocks": Choice(Tail(m=self.m), when, Trajectory(of="residual"))}
+
+
+class ProbeChange(Indicator):
+    """Full where the accumulated change of the probe's output reaches `threshold`."""
+
+    name: ClassVar[str] = "probe_change"
+
+    threshold: float
+    retained: float
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is one of the retained ones, or the last."""
+        return at.step <= int(self.retained * at.steps) or at.step == at.steps - 1
+
+    def needs(self, signal: Signal, at: Moment) -> bool:
+        """Whether the sum reaches the threshold, or isn't a number."""
+        return _OUTPUT not in at.memory or not self._sum(signal, at) < self.threshold
+
+    def took(self, signal: Signal, at: Moment, full: bool) -> None:
+        """Hold the probe's output and the sum; of full steps its residual, and of others where it is between two."""
+        residual, residuals = signal.left[0] - signal.entered[0], at.memory.get(_RESIDUALS, ())
+        at.memory[_SUM] = 0.0 if full else self._sum(signal, at)
+        at.memory[_OUTPUT] = signal.left[0]
+        if full:
+            at.memory[_RESIDUALS] = (residual, *residuals[:1])
+        elif len(residuals) == 2:
+            at.memory[_GAIN] = gain(residual, *residuals)
+
+    def _sum(self, signal: Signal, at: Moment) -> float:
+        return float(at.memory[_SUM] + relative_change(signal.left[0], at.memory[_OUTPUT]))
+
+
+class Trajectory(StandIn):
+    """The last two values, at the place between and beyond them where the probe is."""
+
+    name: ClassVar[str] = "trajectory"
+    length: ClassVar[int | None] = 2
+
+    def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
+        """Weigh the last two by what the indicator has noted."""
+        share = at.memory.get(_GAIN, 1.0)
+        return [share, 1 - share] if len(times) == 2 else [1.0]
+
+
+def gain(now: Tensor, last: Tensor, before: Tensor) -> float:
+    """Compute how far the probe's residual has moved, as a share of its move between the last two full steps."""
+    moved = float((now - before).abs().mean() / (last - before).abs().mean())
+    return min(max(moved, 1.0), 1.5)

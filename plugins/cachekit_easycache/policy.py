@@ -1,0 +1,76 @@
+"""Leave out calls of the denoiser while the sample's change foretells little of the output's (arXiv 2507.02860)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from cachekit import Choice, Indicator, Moment, Policy, Reuse, Signal, Streams, WholeDenoiser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SAMPLE, _ERROR, _FULL, _RATE = "sample", "error", "full", "rate"
+
+
+class EasyCache(Policy):
+    """EasyCache: calls of the denoiser are left out while the estimated change of its output is small.
+
+    With k = |v_a - v_b| / |x_a - x_b| of the last two full steps, each step adds k |x_i - x_(i-1)| / |v_a| to an
+    error. While it is below `threshold`, the output is x_i + (v_a - x_a); otherwise the denoiser runs, and the error
+    starts from 0. The first `first` steps are full, and the last one unless `last` is false.
+    """
+
+    name: ClassVar[str] = "easycache"
+    summary: ClassVar[str] = "leave out calls of the denoiser while its output is estimated to change little"
+    paper: ClassVar[str] = "arXiv 2507.02860"
+
+    threshold: float = Field(0.05, ge=0)
+    first: int = Field(5, ge=1)
+    last: bool = True
+
+    def choices(self) -> Mapping[str, Choice]:
+        """Choose the denoiser as a whole."""
+        when = SampleChange(threshold=self.threshold, first=self.first, last=self.last)
+        return {"denoiser": Choice(WholeDenoiser(), when, Reuse(of="residual"))}
+
+
+class SampleChange(Indicator):
+    """Full where the error that the sample's change foretells reaches `threshold`."""
+
+    name: ClassVar[str] = "sample_change"
+
+    threshold: float
+    first: int
+    last: bool
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is one of the first, or the last."""
+        return at.step < self.first or (self.last and at.step == at.steps - 1)
+
+    def needs(self, signal: Signal, at: Moment) -> bool:
+        """Whether nothing is known yet, or the error reaches the threshold or isn't a number."""
+        return _RATE not in at.memory or not self._error(signal, at.memory) < self.threshold
+
+    def took(self, signal: Signal, at: Moment, full: bool) -> None:
+        """Hold the sample of each step, and the error since the last full one."""
+        at.memory[_ERROR] = 0.0 if full or _RATE not in at.memory else self._error(signal, at.memory)
+        at.memory[_SAMPLE] = signal.entered[0].clone()  # schedulers may write into it
+
+    def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
+        """Hold the sample and the output of full steps, and how much the output changes with the sample."""
+        new, last = (signal.entered[0].clone(), output[0].clone()), at.memory.get(_FULL)
+        if last is not None:
+            at.memory[_RATE] = size(new[1] - last[1]) / size(new[0] - last[0])
+        at.memory[_FULL] = new
+
+    def _error(self, signal: Signal, memory: Mapping[str, Any]) -> float:
+        change = size(signal.entered[0] - memory[_SAMPLE])
+        return float(memory[_ERROR] + memory[_RATE] * change / size(memory[_FULL][1]))
+
+
+def size(tensor: Tensor) -> Tensor:
+    """Compute the mean absolute value of a tensor."""
+    return tensor.abs().mean()

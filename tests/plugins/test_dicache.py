@@ -1,0 +1,81 @@
+"""DiCache equals a naive replay, in its decisions and in what it makes of the last two residuals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import block_replays as replays
+from support import tiny
+
+import cachekit
+from cachekit import Moment, Signal, Time
+
+STEPS = 8
+PIPES = {"flux": tiny.flux, "sd3": tiny.sd3, "pixart": tiny.pixart, "wan": tiny.wan}
+
+
+class ByHand(replays.Replay):
+    threshold, retained = 0.0, 0.2
+
+    def is_full(self) -> bool:
+        memory, probe = self.memory, self.left - self.entered
+        full = self.step <= int(self.retained * self.steps) or self.step == self.steps - 1
+        if not full:
+            memory["sum"] += replays.change(self.left, memory["last"])
+            full = memory["sum"] >= self.threshold
+        memory["sum"], memory["last"] = 0.0 if full else memory["sum"], self.left
+        probes = memory.setdefault("probes", [])
+        if full:
+            probes.insert(0, probe)
+        elif len(probes) > 1:
+            moved = (probe - probes[1]).abs().mean() / (probes[0] - probes[1]).abs().mean()
+            memory["gain"] = float(moved.clip(1, 1.5))
+        return full
+
+    def residual(self, kept: list[Any]) -> list[Any]:
+        if len(kept) < 2:
+            return kept[0]
+        share = self.memory["gain"]
+        pairs = zip(kept[0], kept[1])
+        return [None if last is None else last * share + before * (1 - share) for last, before in pairs]
+
+
+CASES = [("flux", 1, 0.6), ("flux", 2, 0.6), ("sd3", 1, 0.6), ("pixart", 1, 1.5), ("wan", 1, 0.6)]
+
+
+@pytest.mark.parametrize(("name", "m", "threshold"), CASES)
+def test_equal_to_the_naive_replay(name: str, m: int, threshold: float) -> None:
+    pipe = PIPES[name]()
+    hand = ByHand(pipe, m)
+    hand.threshold = threshold
+    report = replays.check_applied(pipe, f"dicache:threshold={threshold},m={m}", hand.latents(STEPS), STEPS)
+    assert 0 < replays.reused(report) == hand.full.count(False) < len(hand.full) * (STEPS - 3) / STEPS
+
+
+def test_with_one_full_step_its_residual_is_reused() -> None:
+    pipe = tiny.pixart()
+    hand = ByHand(pipe, 1)
+    hand.threshold, hand.retained = 1000.0, 0.0
+    replays.check_applied(pipe, "dicache:threshold=1000,retained=0", hand.latents(STEPS), STEPS)
+    assert hand.full == [True, *[False] * (STEPS - 2), True]
+
+
+def test_a_dropped_branch_leaves_a_history_that_is_still_read() -> None:
+    pipe = tiny.pixart()
+    with cachekit.apply(pipe, ["dicache:threshold=1000", "adaptive_guidance:m=5"]) as attachment:
+        assert torch.isfinite(tiny.latents(pipe, steps=STEPS)).all()
+        (count,) = [count for count in attachment.report().counts if count.kind == "block"]
+    # Full are the first two, the first of the branch alone, and the last.
+    assert (count.stored + count.computed, count.reused, count.missed) == (4, STEPS - 4, 0)
+
+
+@pytest.mark.parametrize(("now", "share"), [(0.5, 1.0), (1.25, 1.25), (-1.25, 1.25), (2.0, 1.5)])
+def test_the_probe_shows_how_far_the_residual_has_moved(now: float, share: float) -> None:
+    (choice,) = cachekit.policies()["dicache"]().choices().values()
+    entered, memory = torch.ones(1, 2, 3), {}
+    for step, residual, full in ((0, 0.0, True), (1, 1.0, True), (2, now, False)):
+        at = Moment(step, STEPS, memory=memory)
+        choice.when.took(Signal((entered,), (entered + residual,)), at, full)
+    assert choice.what.weights([Time(1), Time(0)], at) == [share, 1 - share]

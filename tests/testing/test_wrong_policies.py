@@ -1,0 +1,57 @@
+"""Each mistake is found by the check that is named for it, which says where, or why."""
+
+from __future__ import annotations
+
+import pytest
+from support.wrong import MISTAKES, Wrong
+
+from cachekit import CachekitError, Choice, Every, Reuse, WholeDenoiser
+from cachekit.testing import CHECKS, Outcome, check_policy
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_it_is_caught(name):
+    mistake = MISTAKES[name]
+    (result,) = check_policy(mistake.policy, models=[mistake.model], checks=[mistake.check])
+    assert result.outcome is Outcome.FAILED, str(result)
+    assert CHECKS[mistake.check].cause in result.note
+    assert len(str(result).splitlines()) == 1
+
+
+def test_there_are_mistakes_for_most_checks():
+    assert len(MISTAKES) >= 20
+    assert len({mistake.check for mistake in MISTAKES.values()}) >= 12
+
+
+class ClassForInstance(Wrong):
+    """A choice with a class where an instance belongs."""
+
+    def choices(self):
+        return {"it": Choice(WholeDenoiser(), Every, Reuse())}
+
+
+def test_a_class_for_an_instance_is_refused_before_any_check():
+    with pytest.raises(CachekitError, match=r"has the class Every as when; write Every\(\)"):
+        check_policy(ClassForInstance())
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("HalvesSwappedInsideABlock", "'transformer_blocks.0.attn' in step 1"),
+        ("HalvesSwapped", "'denoiser' in step 1"),
+        ("ChangedInPlace", "for 'denoiser' at step 1"),
+        ("ResidualOfEachBlock", "what was predicted for 'transformer_blocks.0' in step 1 is not what was kept"),
+        ("StateOnTheClass", "what was predicted differs first for 'denoiser' in step 1"),
+    ],
+)
+def test_a_failure_names_the_site_and_the_step(name, place):
+    mistake = MISTAKES[name]
+    (result,) = check_policy(mistake.policy, models=[mistake.model], checks=[mistake.check])
+    assert place in result.note
+
+
+def test_a_policy_that_does_not_run_fails_one_check_and_skips_the_others():
+    results = check_policy(MISTAKES["BareTensor"].policy, models=["pixart"], checks=["check_runs", "check_undo"])
+    assert [result.outcome for result in results] == [Outcome.FAILED, Outcome.SKIPPED]
+    assert "return a tuple of 1 tensors" in results[0].note

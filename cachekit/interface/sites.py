@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, Union
+from typing import Union
 
 #: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
@@ -44,15 +44,7 @@ class Kind(str, Enum):
 
 
 #: The kinds of sites that are modules; guidance and the denoiser are places of their own.
-ModuleKind = Literal[
-    Kind.CROSS_ATTENTION,
-    Kind.SELF_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.TEXT_KEY_VALUE,
-    Kind.FEED_FORWARD,
-    Kind.BLOCK,
-]
+MODULE_KINDS = tuple(kind for kind in Kind if kind not in (Kind.GUIDANCE, Kind.DENOISER))
 
 
 @dataclass(frozen=True)

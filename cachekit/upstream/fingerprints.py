@@ -15,7 +15,9 @@ from torch import Tensor, nn
 #: How many values of each parameter are read.
 _VALUES = 16
 #: Precisions that one tensor can hold together without rounding.
-_JOINED = (torch.float32, torch.float16, torch.bfloat16)
+_JOINED = frozenset((torch.float32, torch.float16, torch.bfloat16))
+#: How many elements of a tensor are read, and how far apart they are.
+Place = tuple[tuple[int], tuple[int]]
 #: Settings of schedulers that describe the file they came from.
 _SKIPPED = ("self", "kwargs", "trained_betas")
 
@@ -30,15 +32,17 @@ def fingerprint(denoiser: nn.Module) -> str:
     The values are read at each call, since edits of `.data`, as fusing a LoRA makes, leave no other trace.
     """
     names, parameters, adapters = _contents(denoiser)
-    if any(parameter.is_meta for parameter in parameters):
-        return ""
-    shapes = tuple(parameter.shape for parameter in parameters)
-    found = hashlib.sha256(_described(names, shapes))
+    described, places = _outlined(names, tuple([parameter.shape for parameter in parameters]))
+    found = hashlib.sha256(described)
     for name, adapter in adapters:
         found.update(f"{name} {_strength(adapter)}".encode())
-    for device in sorted({parameter.device for parameter in parameters}, key=str):
-        values = _values([parameter for parameter in parameters if parameter.device == device])
-        found.update(values.view(torch.int16).numpy().tobytes())
+    by_device: dict[torch.device, list[tuple[Tensor, Place]]] = {}
+    for parameter, place in zip(parameters, places):
+        by_device.setdefault(parameter.device, []).append((parameter, place))
+    if any(device.type == "meta" for device in by_device):
+        return ""
+    for device in sorted(by_device, key=str):
+        found.update(_values(by_device[device]).view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -72,8 +76,15 @@ def _modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @lru_cache(maxsize=8)
-def _described(names: tuple[str, ...], shapes: tuple[torch.Size, ...]) -> bytes:
-    return "".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes)).encode()
+def _outlined(names: tuple[str, ...], shapes: tuple[torch.Size, ...]) -> tuple[bytes, list[Place]]:
+    """Describe names and shapes of parameters, and choose what is read of each."""
+    described = "".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes))
+    return described.encode(), [_place(shape.numel()) for shape in shapes]
+
+
+def _place(count: int) -> Place:
+    stride = max(1, count // _VALUES)
+    return (min(_VALUES, -(-count // stride)),), (stride,)
 
 
 def _strength(adapter: Any) -> str:
@@ -84,27 +95,20 @@ def _strength(adapter: Any) -> str:
     return f"{scales} merged {list(adapter.merged_adapters)}"
 
 
-def _values(parameters: Sequence[Tensor]) -> Tensor:
+def _values(chosen: Sequence[tuple[Tensor, Place]]) -> Tensor:
     """Read some values of each parameter, in bfloat16 and on the CPU."""
     with torch.inference_mode():
-        parts = [_some(parameter, *_places(parameter.shape)) for parameter in parameters]
-        joined = torch.cat([part if part.dtype in _JOINED else part.to(torch.bfloat16) for part in parts])
-        return joined.to("cpu", torch.bfloat16)
+        parts = [
+            parameter.as_strided(*place) if parameter.is_contiguous() else _scattered(parameter, *place)
+            for parameter, place in chosen
+        ]
+        if not {part.dtype for part in parts} <= _JOINED:
+            parts = [part.to(torch.bfloat16) for part in parts]
+        return torch.cat(parts).to("cpu", torch.bfloat16)
 
 
-@lru_cache(maxsize=1024)
-def _places(shape: torch.Size) -> tuple[tuple[int], tuple[int]]:
-    """How many elements are read of a shape, and how far apart."""
-    count = shape.numel()
-    stride = max(1, count // _VALUES)
-    return (min(_VALUES, -(-count // stride)),), (stride,)
-
-
-def _some(parameter: Tensor, size: tuple[int], stride: tuple[int]) -> Tensor:
-    """Read evenly spaced elements, in the order of a contiguous tensor: a view where it is one."""
-    if parameter.is_contiguous():
-        return parameter.as_strided(size, stride)
-    # Such as convolutions in channels_last; a reshape would copy all of it.
+def _scattered(parameter: Tensor, size: tuple[int], stride: tuple[int]) -> Tensor:
+    """Read evenly spaced elements in the order of a contiguous tensor, without the copy that a reshape would make."""
     places = torch.arange(size[0], device=parameter.device) * stride[0]
     return parameter[torch.unravel_index(places, parameter.shape)]
 

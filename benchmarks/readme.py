@@ -17,6 +17,8 @@ from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
+from . import methods
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL_FIGURES = ROOT / "cachekit" / "models" / "demo" / "weights" / "unet" / "figures.json"
@@ -58,8 +60,12 @@ def filled() -> dict[Path, str]:
         "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),
-        **{f"{name} grid": grid_table(name) for name in ("demo", "demo-dit", "sd15", "pixart")},
+        **{
+            f"{name} grid": grid_table(name)
+            for name in ("demo", "demo-dit", "sd15", "pixart", "methods-demo", "methods-demo-dit")
+        },
         "verdict": verdict(),
+        "methods": methods.table(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -1,9 +1,9 @@
 """Make the calibrations of the embedded models that ship: python -m benchmarks.calibrations.
 
 Calibrates on captions of scenes that the models may have been trained on, so that those held out stay for measuring.
-Then measures each on held-out captions, beside the linear forecast and plain steps of equal cost, and writes the
-figures to results/calibrations.json and the table in docs/calibrating.md. `--measure` leaves the files as they are, and
-`--table` the figures too.
+Then measures each on held-out captions, beside the linear forecast and plain steps of equal cost with every spacing,
+and adds the figures to results/calibrations.json, which keeps those that it has: remove it where they are outdated.
+`--measure` leaves the calibrations as they are. `python -m benchmarks.readme` writes the table.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 import cachekit
+from cachekit.bench.tables import markdown
 from cachekit.calibrating.calibration import FOLDER, path_of
 from cachekit.calibrating.verifying import psnr
 from cachekit.models.demo import call_arguments, heldout_captions
@@ -26,14 +28,16 @@ from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
 
+from .nearness import OWN, best_of, images, plain_steps
+
 STEPS = 25
 INTERVALS = (2, 3, 4, 5, 6)
 GUIDANCE = (3.5, 5.0)
 SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16
 RESULTS = Path(__file__).parent / "results" / "calibrations.json"
-PAGE = Path(__file__).parents[1] / "docs" / "calibrating.md"
-BEGIN, END = "<!-- calibrations: begin -->", "<!-- calibrations: end -->"
+#: What tables call models and schedulers.
+NAMES = {"unet": "UNet", "dit": "transformer", "euler": "Euler", "dpm++": "DPM++"}
 
 
 def captions() -> list[str]:
@@ -68,66 +72,67 @@ def make() -> None:
             print(f"{path_of(made.key).name}: {kind}, {scheduler}, {time.perf_counter() - begun:.1f} s", flush=True)
 
 
-def images(pipe: Any, prompts: list[str], steps: int, scale: float) -> np.ndarray:
-    """Draw all prompts in one batch, `(prompts, height, width, channels)` with values from 0 to 1."""
-    import torch
-
-    noise = [torch.Generator().manual_seed(9000 + place) for place in range(len(prompts))]
-    given = {"num_inference_steps": steps, "guidance_scale": scale, "generator": noise, "output_type": "np"}
-    found: np.ndarray = pipe(prompts, **given, **call_arguments(pipe)).images
-    return found
-
-
-def measure(count: int = 12) -> list[dict[str, Any]]:
-    """Measure PSNR in dB to uncached images, medians over held-out captions."""
-    prompts, rows = heldout_captions(count, seed=77), []
+def measure(count: int = 12) -> None:
+    """Measure PSNR in dB to uncached images, medians over held-out captions; rows that are stored stay."""
+    prompts = heldout_captions(count, seed=77)
     for (kind, scheduler, pipe), scale in product(pipelines(), GUIDANCE):
-        uncached = images(pipe, prompts, STEPS, scale)
+        draw = partial(_images, pipe, prompts, scale)
+        uncached = cache(draw)
         for interval in INTERVALS:
-            found = {}
-            for name in ("calibrated", "forecast"):
-                with cachekit.apply(pipe, f"{name}:interval={interval}") as attachment:
-                    found[name] = round(psnr(images(pipe, prompts, STEPS, scale), uncached), 1)
-                    calls = attachment.report().calls
-            found["plain"] = round(psnr(images(pipe, prompts, calls, scale), uncached), 1)
-            rows.append(
-                {
-                    "model": kind,
-                    "scheduler": scheduler,
-                    "guidance": scale,
-                    "interval": interval,
-                    "calls": calls,
-                    **found,
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            row = {"model": kind, "scheduler": scheduler, "guidance": scale, "interval": interval}
+            if not any(row.items() <= other.items() for other in stored()):
+                row |= compared(pipe, interval, uncached(STEPS), draw)
+                RESULTS.write_text(json.dumps([*stored(), row], indent=1) + "\n")
+                print(row, flush=True)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Write figures as a table in Markdown."""
-    names = {"unet": "UNet", "dit": "transformer", "euler": "Euler", "dpm++": "DPM++"}
-    lines = [
-        "| model | scheduler | guidance | interval | calls | plain steps | `forecast` | `calibrated` |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        where = [names[row["model"]], names[row["scheduler"]], f"{row['guidance']:g}"]
-        figures = [row[name] for name in ("interval", "calls", "plain", "forecast", "calibrated")]
-        lines.append(f"| {' | '.join(map(str, [*where, *figures]))} |")
-    return "\n".join(lines)
+def _images(pipe: Any, prompts: list[str], scale: float, steps: int = STEPS, **table: Any) -> np.ndarray:
+    return images(pipe, prompts, steps, scale, **table)
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Put the table between its marks."""
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}")
+def compared(pipe: Any, interval: int, uncached: np.ndarray, draw: Callable[..., np.ndarray]) -> dict[str, Any]:
+    """Compare the forecasts of one interval, and plain steps of equal cost, with the uncached images."""
+    found: dict[str, Any] = {}
+    for name in ("calibrated", "forecast"):
+        with cachekit.apply(pipe, f"{name}:interval={interval}") as attachment:
+            found[name] = round(psnr(draw(), uncached), 1)
+            full = attachment.plan(STEPS).full(0)
+    plain = {name: round(value, 1) for name, value in plain_steps(pipe, full, STEPS, uncached, draw).items()}
+    return {**found, "calls": len(full), "plain": plain}
+
+
+def stored() -> list[dict[str, Any]]:
+    """Read the results, sorted as they are measured."""
+    found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    order = [*product(PIPELINES, SCHEDULERS)]
+    return sorted(
+        found, key=lambda row: (order.index((row["model"], row["scheduler"])), row["guidance"], row["interval"])
+    )
+
+
+def table() -> str:
+    """Table of the results, and in how many rows the calibrations are nearest."""
+    header = ["model", "scheduler", "guidance", "interval", "calls", "plain steps", "best spaced", "spacing",
+              "`forecast`", "`calibrated`"]  # fmt: skip
+    rows = []
+    for row in stored():
+        best, spacing = best_of(row["plain"])
+        figures = [row["plain"][OWN], best, spacing, row["forecast"], row["calibrated"]]
+        where = [NAMES[row["model"]], NAMES[row["scheduler"]], f"{row['guidance']:g}", row["interval"], row["calls"]]
+        rows.append([str(value) for value in (*where, *figures)])
+    return f"{markdown(header, rows, left=2)}\n{_counted(stored())}" if rows else ""
+
+
+def _counted(rows: list[dict[str, Any]]) -> str:
+    plain = sum(row["calibrated"] > best_of(row["plain"])[0] for row in rows)
+    line = sum(row["calibrated"] > row["forecast"] for row in rows)
+    return (
+        f"`calibrated` is nearer than the best spaced plain steps in {plain} of {len(rows)} rows, and than `forecast`"
+        f" in {line}."
+    )
 
 
 if __name__ == "__main__":
-    if not {"--measure", "--table"} & {*sys.argv}:
+    if "--measure" not in sys.argv:
         make()
-    if "--table" not in sys.argv:
-        RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
-    write(json.loads(RESULTS.read_text()))
+    measure()

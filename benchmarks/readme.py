@@ -17,7 +17,7 @@ from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
-from . import methods
+from . import calibrations, carry_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -66,6 +66,11 @@ def filled() -> dict[Path, str]:
         },
         "verdict": verdict(),
         "methods": methods.table(),
+        "leads": leads(),
+        "calibrations": calibrations.table(),
+        "carried": carry_tables.uses(),
+        "longer runs": carry_tables.longer(),
+        "batches": carry_tables.batches(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -150,6 +155,24 @@ def verdict() -> str:
             rows.append([group.cell.scheduler, row.label, *compared])
     header = ["scheduler", "composition", FIGURES["speedup"].name, match.name, "plain steps as fast", match.name]
     return markdown(header, rows, left=len(header)) if rows else ""
+
+
+def leads() -> str:
+    """Table of the lead of each configuration of the demo over plain steps at equal MACs, under both schedulers."""
+    found = [demo.from_json(data) for data in map(stored, ("demo-table.json", "demo-table-euler.json")) if data]
+    lead = {
+        (row.label, group.cell.scheduler): row.psnr - plain.psnr
+        for group in found
+        for row in group.rows
+        if row.cell.specs and (plain := group.best_plain(row.plain_steps()["MACs"]))
+        if row.psnr is not None and plain.psnr is not None
+    }
+    schedulers = [group.cell.scheduler for group in found]
+    rows = [
+        [label, *(f"{lead[label, name]:+.1f}" if (label, name) in lead else "-" for name in schedulers)]
+        for label in dict.fromkeys(label for label, _ in lead)
+    ]
+    return markdown(["lead over plain steps in dB", *schedulers], rows) if rows else ""
 
 
 def plain_steps(row: Row) -> str:

@@ -24,7 +24,7 @@ from cachekit.calibrating.standins import Recorder
 from cachekit.calibrating.trajectories import Cached, Reference
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
-from cachekit.interface.parts import Choice, Part
+from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import DENOISER
 from cachekit.interface.specs import Spec, parse
@@ -105,9 +105,7 @@ def _measured(
     _refuse_several(pipe)
     note, done = Note(), itertools.count(1)
     choices = watched_choices(policy.chosen(), note)
-    names = {part.name for choice in policy.chosen().values() for part in (choice.when, choice.what) if _measures(part)}
-    if len(names) > 1:
-        raise CalibrationError(f"{policy}: {' and '.join(sorted(names))} can't be measured together; do one at a time")
+    name = measured_name(policy)
 
     def step(call: StepCall) -> Any:
         show(next(done))
@@ -123,12 +121,19 @@ def _measured(
     for (place, name), (total, count) in note.totals.items():
         figures[place][name] = Mean(total=total, count=int(count))
     fit = Figures(guidance=guidance_of(note.run), prompts=sum(map(size_of, batches)), steps=figures)
-    (name,) = names
     return Calibration(key=measured_key(note.run, name), reference_steps=steps, versions=versions(), fits=[fit])
 
 
-def _measures(part: Part) -> bool:
-    return isinstance(part, Measured)
+def measured_name(policy: Policy) -> str:
+    """Name the part of a policy that measures figures of its own, "" if there is none.
+
+    Raises `CalibrationError` where several do.
+    """
+    parts = (part for choice in policy.chosen().values() for part in (choice.when, choice.what))
+    names = sorted({part.name for part in parts if isinstance(part, Measured)})
+    if len(names) > 1:
+        raise CalibrationError(f"{policy}: {' and '.join(names)} can't be measured together; do one at a time")
+    return "".join(names)
 
 
 def choice_of(policy: Policy) -> Choice:

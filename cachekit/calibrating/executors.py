@@ -9,6 +9,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+from cachekit.calibrating.before import refuse_to_add
 from cachekit.calibrating.calibrate import Progress, calibrate
 from cachekit.calibrating.calibration import Calibration
 from cachekit.calibrating.fits import Figures, Fit
@@ -43,6 +44,21 @@ class Request:
             pipe.scheduler = loading.scheduler_for(pipe, self.scheduler)
         loading.move(pipe, self.device)
         return pipe
+
+    def refuse_to_add(self, made: Calibration, source: str, prompt: str, scale: float | None) -> float:
+        """Load the pipeline, and refuse to add to a calibration of something else; see `before.refuse_to_add`."""
+        pipe = self.load()
+        return refuse_to_add(
+            made,
+            source,
+            pipe,
+            self.spec,
+            prompt,
+            num_inference_steps=self.steps,
+            guidance_scale=scale,
+            reference_steps=self.reference_steps,
+            **loading.call_arguments(self.model, pipe),
+        )
 
     def run(
         self,

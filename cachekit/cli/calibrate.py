@@ -78,9 +78,12 @@ def _calibrated(
     if name not in EXECUTORS:
         raise CachekitError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {', '.join(EXECUTORS)}")
     made = Calibration.load(output) if output.exists() else None
+    if made:
+        own = request.refuse_to_add(made, str(output), texts[0], scales[0])
+        scales = [own if scale is None else scale for scale in scales]
     with progress_bar("calibrate") as show:
         for scale in scales:
-            if made and (scale in made.scales or scale is None):
+            if made and scale in made.scales:
                 continue
             label = "calibrate" if scale is None else f"guidance {scale:g}"
             found = EXECUTORS[name](request, texts, scale, partial(show, name=label), workers)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Union
+from typing import Literal, Union
 
 #: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
@@ -41,6 +41,18 @@ class Kind(str, Enum):
     def __str__(self) -> str:
         """Spell the kind as reports and errors do."""
         return self.value
+
+
+#: The kinds of sites that are modules; guidance and the denoiser are places of their own.
+ModuleKind = Literal[
+    Kind.CROSS_ATTENTION,
+    Kind.SELF_ATTENTION,
+    Kind.JOINT_ATTENTION,
+    Kind.TEMPORAL_ATTENTION,
+    Kind.TEXT_KEY_VALUE,
+    Kind.FEED_FORWARD,
+    Kind.BLOCK,
+]
 
 
 @dataclass(frozen=True)

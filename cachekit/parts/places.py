@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from cachekit.errors import SiteError
+from cachekit.errors import SiteError, nearest
 from cachekit.interface.parts import Part, Where
-from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, Region, Site, SiteMap, Target, region_of
+from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, ModuleKind, Region, Site, SiteMap, Target, region_of
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
 
 
-def _as_list(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
+#: The words of the kinds that `Sites` finds.
+_WORDS = tuple(map(str, get_args(ModuleKind)))
+
+
+def _as_kinds(value: Any) -> Any:
+    """Make a list of kinds; raises `ValueError` for a word that is none of them."""
+    words = (value,) if isinstance(value, str) else value
+    for word in words if isinstance(words, (tuple, list)) else ():
+        if word in (Kind.GUIDANCE, Kind.DENOISER):
+            raise ValueError(f"{word} is no kind of site, but a place of its own; write where={word}")
+        if isinstance(word, str) and word not in _WORDS:
+            raise ValueError(f"unknown kind {word!r}{nearest(word, _WORDS)}; known: {', '.join(_WORDS)}")
+    return words
 
 
 class Sites(Where):
@@ -31,20 +42,12 @@ class Sites(Where):
     summary: ClassVar[str] = "all sites of these kinds; a single kind is written as its own name"
     positional: ClassVar[str] = "kinds"
 
-    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_as_list)] = Field(min_length=1)
-
-    @field_validator("kinds")
-    @classmethod
-    def _of_modules(cls, kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
-        for kind in kinds:
-            if kind in (Kind.GUIDANCE, Kind.DENOISER):
-                raise ValueError(f"{kind} is no kind of site, but a place of its own; write where={kind}")
-        return kinds
+    kinds: Annotated[tuple[ModuleKind, ...], BeforeValidator(_as_kinds)] = Field(min_length=1)
 
     @classmethod
     def spellings(cls) -> Mapping[str, Part]:
         """Sites of a single kind, by its name."""
-        return {str(kind): cls(kinds=(kind,)) for kind in Kind if kind not in (Kind.GUIDANCE, Kind.DENOISER)}
+        return {str(kind): cls(kinds=(kind,)) for kind in get_args(ModuleKind)}
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites of these kinds; raises `SiteError` where the model has none of them."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 #: How many values of each parameter are read.
 _VALUES = 16
+#: Precisions that one tensor can hold together without rounding.
+_JOINED = (torch.float32, torch.float16, torch.bfloat16)
 #: Settings of schedulers that describe the file they came from.
 _SKIPPED = ("self", "kwargs", "trained_betas")
 
@@ -20,24 +24,89 @@ def fingerprint(denoiser: nn.Module) -> str:
     """Compute a digest of a model's parameters: their names and shapes, and some values of each.
 
     The values are rounded to bfloat16, so that weights loaded in single or half precision have the digest of those in
-    bfloat16. It is "" where the weights are not in memory, as with sequential offloading.
+    bfloat16. It is "" where the weights are not in memory, as with sequential offloading. Adapters such as LoRAs count
+    with their parameters, and with the strength that each has at present.
+
+    The values are read at each call, since edits of `.data`, as fusing a LoRA makes, leave no other trace.
     """
-    found = hashlib.sha256()
-    parts = []
-    for name, parameter in denoiser.named_parameters():
-        if parameter.is_meta:
-            return ""
-        found.update(f"{name} {tuple(parameter.shape)}".encode())
-        parts.append(_values(parameter.detach()))
-    for device in sorted({part.device for part in parts}, key=str):
-        values = torch.cat([part for part in parts if part.device == device]).cpu()
+    names, parameters, adapters = _contents(denoiser)
+    if any(parameter.is_meta for parameter in parameters):
+        return ""
+    shapes = tuple(parameter.shape for parameter in parameters)
+    found = hashlib.sha256(_described(names, shapes))
+    for name, adapter in adapters:
+        found.update(f"{name} {_strength(adapter)}".encode())
+    for device in sorted({parameter.device for parameter in parameters}, key=str):
+        values = _values([parameter for parameter in parameters if parameter.device == device])
         found.update(values.view(torch.int16).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def _values(parameter: Tensor) -> Tensor:
-    flat = parameter.reshape(-1)
-    return flat[:: max(1, len(flat) // _VALUES)][:_VALUES].to(torch.bfloat16)
+def _contents(denoiser: nn.Module) -> tuple[tuple[str, ...], list[Tensor], list[tuple[str, Any]]]:
+    """List names and tensors of parameters, each tensor once, and the layers with adapters, as `named_modules` does."""
+    names: list[str] = []
+    found: dict[int, Tensor] = {}
+    adapters = []
+    for prefix, module in _modules(denoiser):
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = parameter
+                names.append(prefix + name)
+        if "scaling" in module.__dict__ and hasattr(module, "active_adapters"):
+            adapters.append((prefix, module))
+    return tuple(names), [*found.values()], adapters
+
+
+def _modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules as `named_modules` does, at a fifth of its cost, with a dot after each name."""
+    left, seen = [("", denoiser)], set()
+    while left:
+        prefix, module = left.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield prefix, module
+        if module._modules:
+            children = [(f"{prefix}{name}.", child) for name, child in module._modules.items() if child is not None]
+            left += children[::-1]
+
+
+@lru_cache(maxsize=8)
+def _described(names: tuple[str, ...], shapes: tuple[torch.Size, ...]) -> bytes:
+    return "".join(f"{name} {tuple(shape)}" for name, shape in zip(names, shapes)).encode()
+
+
+def _strength(adapter: Any) -> str:
+    """Describe which adapters of a layer act, and how strongly."""
+    if adapter.disable_adapters:
+        return "off"
+    scales = {name: adapter.scaling.get(name) for name in adapter.active_adapters}
+    return f"{scales} merged {list(adapter.merged_adapters)}"
+
+
+def _values(parameters: Sequence[Tensor]) -> Tensor:
+    """Read some values of each parameter, in bfloat16 and on the CPU."""
+    with torch.inference_mode():
+        parts = [_some(parameter, *_places(parameter.shape)) for parameter in parameters]
+        joined = torch.cat([part if part.dtype in _JOINED else part.to(torch.bfloat16) for part in parts])
+        return joined.to("cpu", torch.bfloat16)
+
+
+@lru_cache(maxsize=1024)
+def _places(shape: torch.Size) -> tuple[tuple[int], tuple[int]]:
+    """How many elements are read of a shape, and how far apart."""
+    count = shape.numel()
+    stride = max(1, count // _VALUES)
+    return (min(_VALUES, -(-count // stride)),), (stride,)
+
+
+def _some(parameter: Tensor, size: tuple[int], stride: tuple[int]) -> Tensor:
+    """Read evenly spaced elements, in the order of a contiguous tensor: a view where it is one."""
+    if parameter.is_contiguous():
+        return parameter.as_strided(size, stride)
+    # Such as convolutions in channels_last; a reshape would copy all of it.
+    places = torch.arange(size[0], device=parameter.device) * stride[0]
+    return parameter[torch.unravel_index(places, parameter.shape)]
 
 
 def settings_of(scheduler: Any) -> dict[str, str]:

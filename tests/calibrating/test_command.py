@@ -6,6 +6,7 @@ import pytest
 from support import commands
 
 from cachekit import Calibration
+from cachekit.calibrating import executors
 
 ARGUMENTS = ("demo", "--prompts", "2", "--steps", "4", "--spec", "calibrated:interval=2", "--scheduler", "euler")
 
@@ -57,11 +58,21 @@ def test_errors_are_one_line(tmp_path, arguments, said):
     assert not (tmp_path / "no.json").exists()
 
 
-def test_a_file_for_something_else_is_not_added_to(made):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (("--steps", "5"), "steps 4, not 5"),
+        (("--scheduler", "dpm++", "--guidance", "3"), "scheduler EulerDiscreteScheduler, not DPMSolverMultistep"),
+        (("--reference-steps", "8"), "reference steps 4, not 8"),
+    ],
+)
+def test_a_file_for_something_else_is_refused_before_anything_is_computed(made, monkeypatch, changes, said):
     path, _ = made
     before = path.read_text()
-    other = (*ARGUMENTS, "--steps", "5", "--guidance", "7")
-    result = commands.run("calibrate", *other, "--output", path)
+    monkeypatch.setattr(executors, "EXECUTORS", {"serial": None, "ray": None})
+    result = commands.run("calibrate", *ARGUMENTS, "--guidance", "7", *changes, "--output", path)
     assert result.exit_code == 2, result.output
-    assert result.stderr.endswith("error: calibrations to merge differ: steps 4, not 5; merge those of one kind\n")
+    *_, error = result.stderr.splitlines()
+    assert f"weights.json' was made for {said}" in error
+    assert error.endswith("; give another output, or the options of this one")
     assert path.read_text() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, version
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import LatteTransformer3DModel, UNetMotionModel
 from PIL import Image, ImageChops
 from support import tiny
 from support.commands import printed, run, save_without_weights
 
 import cachekit
 from cachekit.models.demo import pipeline as demo_files
+from cachekit.parts import places
 from cachekit.registry import catalog as catalogs
 
 SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "check", "coverage", "doctor"]
@@ -215,6 +218,65 @@ def test_sites_counts_kinds_regions_and_chains(sd, dit):
     text = printed("sites", dit)
     assert "self_attention x 3\n" in text
     assert "chain 0: transformer_blocks.0..transformer_blocks.2, 3 blocks, streams hidden_states\n" in text
+
+
+def test_sites_of_videos_and_of_the_text_are_kinds_of_their_own(tmp_path):
+    for name, model in {"animate": animate(), "latte": latte(), "wan": tiny.wan_transformer()}.items():
+        model.save_config(tmp_path / name)
+    # AnimateDiff: two blocks with two layers of attention over frames each, and the middle one.
+    text = printed("sites", tmp_path / "animate", "-v")
+    found = re.search(r"^temporal_attention x (\d+)\n((?:  .*\n)+)", text, re.MULTILINE)
+    names = found[2].split()
+    modules = [name for name, _ in animate().named_modules() if re.search(r"motion_modules\..*\.attn[12]$", name)]
+    assert (int(found[1]), names) == (len(modules), modules)
+    assert modules
+    assert re.search(r"^self_attention x \d+\n((?:  .*\n)+)", text, re.MULTILINE)[1].count("motion") == 0
+    text = printed("sites", tmp_path / "latte", "-v")
+    assert (
+        "temporal_attention x 2\n  temporal_transformer_blocks.0.attn1\n  temporal_transformer_blocks.1.attn1\n" in text
+    )
+    assert "text_key_value x 4\n  transformer_blocks.0.attn2.to_k\n  transformer_blocks.0.attn2.to_v\n" in text
+    text = printed("sites", tmp_path / "wan", "-v")
+    assert "text_key_value x 8\n  blocks.0.attn2.to_k\n  blocks.0.attn2.to_v\n" in text
+    assert "temporal_attention" not in text
+
+
+def animate():
+    """The denoiser of AnimateDiff."""
+    return UNetMotionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=8,
+        num_attention_heads=2,
+        motion_num_attention_heads=2,
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    )
+
+
+def latte():
+    """The denoiser of Latte, with blocks over space and over frames in turns."""
+    return LatteTransformer3DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        caption_channels=8,
+        in_channels=4,
+        cross_attention_dim=16,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        video_length=1,
+    )
+
+
+def test_show_lists_the_kinds_that_sites_takes():
+    line = "  kinds=<needed>  " + " | ".join(places.Sites.spellings()) + ", or several joined by ;"
+    assert line in printed("show", "sites")
 
 
 def test_verbose_sites_are_the_modules_of_the_model(sd):

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from support import tiny
 
 import cachekit
@@ -51,6 +53,46 @@ def test_projections_of_the_text_are_exact_to_reuse(make: Any) -> None:
         assert torch.equal(latents(pipe), plain)
     assert len(ran) * STEPS == uncached
     assert torch.equal(latents(pipe), plain)
+
+
+def under(pipe: Any, state: str) -> Any:
+    """Have one LoRA act, or none."""
+    for layer in (module for module in tiny.denoiser_of(pipe).modules() if isinstance(module, BaseTunerLayer)):
+        layer.enable_adapters(state != "off")
+        if state != "off":
+            layer.set_adapter(state)
+    return pipe
+
+
+@pytest.mark.parametrize("make", [tiny.sd, tiny.pixart])
+def test_projections_with_a_lora(make: Any) -> None:
+    """What a LoRA adds to a projection is kept with it, and is not read once another one acts."""
+    pipe = make()
+    denoiser, found, without = tiny.denoiser_of(pipe), names(pipe, "text_key_value"), latents(pipe)
+    for name in ("one", "two"):
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=found, init_lora_weights=False), denoiser, name)
+    states = ["one", "two", "off", "one"]
+    assert names(pipe, "text_key_value") == found
+    with cachekit.apply(pipe, "cache:where=text_key_value,when=after(1)"):
+        drawn = [latents(under(pipe, state)) for state in states]
+    for state, image in zip(states, drawn):
+        assert torch.equal(latents(under(pipe, state)), image)
+    assert torch.equal(drawn[2], without)
+    assert not torch.allclose(drawn[0], drawn[1], atol=1e-3)
+
+
+def test_a_lora_that_takes_the_place_of_a_projection_is_refused_until_policies_are_applied_again() -> None:
+    pipe = tiny.sd()
+    found = names(pipe, "text_key_value")
+    spec = "cache:where=text_key_value,when=after(1)"
+    attachment = cachekit.apply(pipe, spec)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=found, init_lora_weights=False), pipe.unet)
+    with pytest.raises(cachekit.AttachmentError, match=r"replaced '.*attn2\.to_k' .* and apply again$"):
+        latents(pipe)
+    attachment.remove()
+    plain = latents(pipe)
+    with cachekit.apply(pipe, spec):
+        assert torch.equal(latents(pipe), plain)
 
 
 def test_projections_inside_reused_attention() -> None:

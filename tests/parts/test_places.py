@@ -108,3 +108,9 @@ def test_guidance_and_the_denoiser_are_no_kinds_of_sites():
         with pytest.raises(SpecError, match=f"{kind} is no kind of site, but a place of its own; write where={kind}"):
             Sites(kinds=(kind,))
     assert set(Sites.spellings()) == {str(kind) for kind in Kind} - {"guidance", "denoiser"}
+
+
+def test_an_unknown_kind_is_refused_with_the_kinds_that_serve():
+    with pytest.raises(SpecError, match=r"unknown kind 'blok' \(did you mean 'block'\?\); known: (.*)$") as caught:
+        Sites(kinds=(Kind.SELF_ATTENTION, "blok"))
+    assert str(caught.value).partition("known: ")[2].split(", ") == [*Sites.spellings()]

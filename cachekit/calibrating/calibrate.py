@@ -118,8 +118,8 @@ def _measured(
                 twin(**given)
     assert note.run is not None, "the pipeline has called its denoiser"
     figures: list[dict[str, Mean]] = [{} for _ in range(note.run.steps)]
-    for (place, name), (total, count) in note.totals.items():
-        figures[place][name] = Mean(total=total, count=int(count))
+    for (place, figure), (total, count) in note.totals.items():
+        figures[place][figure] = Mean(total=total, count=int(count))
     fit = Figures(guidance=guidance_of(note.run), prompts=sum(map(size_of, batches)), steps=figures)
     return Calibration(key=measured_key(note.run, name), reference_steps=steps, versions=versions(), fits=[fit])
 

@@ -17,7 +17,7 @@ from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
-from . import calibrations, carry_tables
+from . import calibrations, carry_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,8 +60,12 @@ def filled() -> dict[Path, str]:
         "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),
-        **{f"{name} grid": grid_table(name) for name in ("demo", "demo-dit", "sd15", "pixart")},
+        **{
+            f"{name} grid": grid_table(name)
+            for name in ("demo", "demo-dit", "sd15", "pixart", "methods-demo", "methods-demo-dit")
+        },
         "verdict": verdict(),
+        "methods": methods.table(),
         "leads": leads(),
         "calibrations": calibrations.table(),
         "carried": carry_tables.uses(),

@@ -27,7 +27,18 @@ TRUE_SIZE = (
     "--height 256 --width 256 --steps 6 --captions 2 --threads 2 --scheduler DDIMScheduler --no-peers"
     " --spec tgate:m=2 --spec adaptive_guidance:m=2"
 )
+#: Methods with settings of about the same cost; those that are measured first have files of figures.
+METHODS = (
+    "--steps 25 --captions 12 --executor process --threads 1 --no-peers --scheduler EulerDiscreteScheduler"
+    " --spec forecast:interval=2 --spec calibrated:interval=4 --spec tgate:m=10"
+    " --spec adaptive_guidance:m=10 --spec guidance_interval:first=2,stop=16 --spec text_kv"
+    " --spec fora:interval=3 --spec pab --spec fastercache --spec taylorseer:interval=3 --spec hicache:interval=3"
+    " --spec taylorseer:interval=3,at=features --spec spectrum --spec easycache:threshold=0.1 --spec seacache"
+)
+MEASURED = {"demo": ("smoothcache", "block_cache"), "demo-dit": ("smoothcache", "magcache", "teacache")}
 GRIDS = {
+    "methods-demo": [f"demo {METHODS} --spec deepcache:interval=3"],
+    "methods-demo-dit": [f"demo-dit {METHODS} --spec delta_dit:interval=2 --spec fbcache:threshold=0.1 --spec dicache"],
     "demo": [
         f"{DEMO} --scheduler {name} --no-peers"
         for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
@@ -44,9 +55,24 @@ def main() -> None:
     parser.add_argument("grids", nargs="*", choices=[*GRIDS, []], help="grids to measure; default: all")
     for name in parser.parse_args().grids or GRIDS:
         for command in GRIDS[name]:
+            command += "".join(f" --spec {spec}" for spec in measured(command.split()[0]) if name.startswith("methods"))
             print(f"cachekit bench grid {command}", flush=True)
             output = ["--output", str(RESULTS / f"{name}.jsonl")]
             app(["bench", "grid", *shlex.split(command), *output], standalone_mode=False)
+
+
+def measured(model: str) -> list[str]:
+    """Measure the figures of methods that need some, unless they are there, and list their specs."""
+    specs = []
+    for method in MEASURED[model]:
+        file = RESULTS / f"{method}-{model}.json"
+        if not file.exists():
+            given = (
+                f"{model} --spec {method} --steps 25 --scheduler EulerDiscreteScheduler --guidance 3.5 --output {file}"
+            )
+            app(["calibrate", *shlex.split(given)], standalone_mode=False)
+        specs.append(f"{method}:file={file.relative_to(RESULTS.parents[1])}")
+    return specs
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from cachekit.interface.moment import History, Moment, Streams
 from cachekit.interface.parts import Choice, Part, Quantity, Schedule, StandIn
 from cachekit.interface.sites import Region, Target
 from cachekit.parts.schedules import Every
-from cachekit.upstream.attention import image_first
 
 if TYPE_CHECKING:
     from cachekit.calibrating.key import Key
@@ -139,6 +138,8 @@ class Watcher(StandIn):
 
 def _image_first(streams: Streams, target: Target | None) -> Streams:
     """Put the streams that a region returns in the order in which signals have them."""
+    from cachekit.upstream.attention import image_first  # loads torch
+
     names = target.streams if isinstance(target, Region) else ()
     if len(names) != len(streams):
         return streams

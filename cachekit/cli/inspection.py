@@ -62,7 +62,7 @@ def _show(catalog: Catalog, noun: str, part: type[Part]) -> None:
     # Examples are for readers of the source.
     say(f"{inspect.cleandoc(part.__doc__ or '').partition('>>>')[0].strip()}\n")
     for key, field in _own_fields(part).items():
-        say(f"  {key}={_default(field)}  {_values(field)}{_bounds(field.metadata)}")
+        say(f"  {key}={_default(field)}  {_type(field.annotation)}{_bounds(field.metadata)}")
     if noun == "policy":
         _show_choices(part)
     else:
@@ -168,14 +168,6 @@ def _in_full(part: Part) -> str:
 
     keys = ",".join(f"{key}={word(getattr(part, key))}" for key in type(part).model_fields)
     return f"{part.name}({keys})" if keys else part.name
-
-
-def _values(field: FieldInfo) -> str:
-    """Describe the values of a field: where not all of its type serve, the words that do."""
-    listed = field.json_schema_extra
-    if isinstance(listed, dict) and "words" in listed:
-        return f"{' | '.join(map(str, listed['words']))}, or several joined by ;"  # type: ignore[arg-type]
-    return _type(field.annotation)
 
 
 def _type(annotation: Any) -> str:

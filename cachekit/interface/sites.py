@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Union
+from typing import TYPE_CHECKING, Literal, Union
 
 #: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
@@ -43,8 +43,20 @@ class Kind(str, Enum):
         return self.value
 
 
-#: The kinds of sites that are modules; guidance and the denoiser are places of their own.
-MODULE_KINDS = tuple(kind for kind in Kind if kind not in (Kind.GUIDANCE, Kind.DENOISER))
+#: The kinds of sites that are modules; guidance and the denoiser are places of their own. Type checkers see all kinds,
+#: since a list of kinds is seldom a list of literals.
+if TYPE_CHECKING:
+    ModuleKind = Kind
+else:
+    ModuleKind = Literal[
+        Kind.CROSS_ATTENTION,
+        Kind.SELF_ATTENTION,
+        Kind.JOINT_ATTENTION,
+        Kind.TEMPORAL_ATTENTION,
+        Kind.TEXT_KEY_VALUE,
+        Kind.FEED_FORWARD,
+        Kind.BLOCK,
+    ]
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from cachekit.errors import SiteError, nearest
 from cachekit.interface.parts import Part, Where
-from cachekit.interface.sites import DENOISER, GUIDANCE, MODULE_KINDS, Kind, Region, Site, SiteMap, Target, region_of
+from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, ModuleKind, Region, Site, SiteMap, Target, region_of
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
 
 
 #: The words of the kinds that `Sites` finds.
-_WORDS = tuple(map(str, MODULE_KINDS))
+_WORDS = tuple(map(str, get_args(ModuleKind)))
 
 
 def _as_kinds(value: Any) -> Any:
@@ -42,14 +42,12 @@ class Sites(Where):
     summary: ClassVar[str] = "all sites of these kinds; a single kind is written as its own name"
     positional: ClassVar[str] = "kinds"
 
-    kinds: Annotated[tuple[Kind, ...], BeforeValidator(_as_kinds)] = Field(
-        min_length=1, json_schema_extra={"words": [*_WORDS]}
-    )
+    kinds: Annotated[tuple[ModuleKind, ...], BeforeValidator(_as_kinds)] = Field(min_length=1)
 
     @classmethod
     def spellings(cls) -> Mapping[str, Part]:
         """Sites of a single kind, by its name."""
-        return {str(kind): cls(kinds=(kind,)) for kind in MODULE_KINDS}
+        return {str(kind): cls(kinds=(kind,)) for kind in get_args(ModuleKind)}
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites of these kinds; raises `SiteError` where the model has none of them."""

@@ -37,7 +37,7 @@ class Keeper:
         self.record = record
         self.is_replayed = is_replayed
         self.memories = Memories()
-        self.shapes: dict[tuple[Slot, str], tuple[Any, int]] = {}
+        self.shapes: dict[tuple[Slot, str], dict[str, tuple[Any, int]]] = {}
         self.templates: dict[Slot, Any] = {}
         self._changes = [bound.choice.change for bound in assignments]
 

@@ -192,7 +192,8 @@ class Member(AssignedPart):
         return self._placeholder(call, zeros) if call.actions[self.index] is Action.REUSE else RUN_IT
 
     def _placeholder(self, call: Call, memory: Memory) -> Any:
-        shapes, branches = call.keeper.shapes[call.slot(self.index), self.name]
+        found = call.keeper.shapes[call.slot(self.index), self.name]
+        shapes, branches = found.get(call.branch) or next(iter(found.values()))
         return tree_map(Placeholder(len(call.branches), branches, memory), shapes)
 
     def needs(self, call: Call) -> Order:
@@ -200,10 +201,12 @@ class Member(AssignedPart):
         return Order.RUN if computes(call, self.index) else Order.MEASURE
 
     def after(self, call: Call, output: Any) -> None:
-        """Record, once in a run, the shapes that a placeholder must have."""
-        key = (call.slot(self.index), self.name)
-        if not computes(call, self.index) and key not in call.keeper.shapes:
-            call.keeper.shapes[key] = (tree_map(zeros_like, output), len(call.branches))
+        """Record, once in a run, the shapes that a placeholder must have: texts of branches may differ in length."""
+        if computes(call, self.index):
+            return
+        found = call.keeper.shapes.setdefault((call.slot(self.index), self.name), {})
+        if call.branch not in found:
+            found[call.branch] = (tree_map(zeros_like, output), len(call.branches))
 
 
 class Entry(AssignedPart):

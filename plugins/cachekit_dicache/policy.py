@@ -82,6 +82,10 @@ class Trajectory(StandIn):
 
 
 def gain(now: Tensor, last: Tensor, before: Tensor) -> float:
-    """Compute how far the probe's residual has moved, as a share of its move between the last two full steps."""
-    moved = float((now - before).abs().mean() / (last - before).abs().mean())
+    """Compute how far the probe's residual has moved, as a share of its move between the last two full steps.
+
+    Where it has not moved between them, the share is 1.
+    """
+    between = (last - before).abs().mean()
+    moved = float((now - before).abs().mean() / between) if between else 1.0
     return min(max(moved, 1.0), 1.5)

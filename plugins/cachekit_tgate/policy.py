@@ -33,7 +33,7 @@ Keep = Literal["auto", "cond", "uncond"]
 class CrossAttention(Sites):
     """Cross-attention, with a refusal that says what TGATE needs."""
 
-    kinds: tuple[Kind, ...] = (Kind.CROSS_ATTENTION,)
+    kinds: tuple[Literal[Kind.CROSS_ATTENTION], ...] = (Kind.CROSS_ATTENTION,)
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites; raises `SiteError` where the text has no attention of its own."""

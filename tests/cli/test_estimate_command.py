@@ -71,7 +71,7 @@ def test_the_pipeline_says_how_many_pixels_a_latent_is(folder, tmp_path):
         (["./no-such-folder"], "there is no such folder"),
         (["sd15", "tgat:m=2"], "did you mean 'tgate'?"),
         (["sd15", "tgate", "tgate:m=3"], "given twice"),
-        (["sd15", "--height", "100"], "no multiple of 16"),
+        (["sd15", "--height", "100"], "give a multiple of 16"),
         (["sd15", "--json", "no/such/folder.json"], "cannot write 'no/such/folder.json'"),
     ],
 )

@@ -96,7 +96,7 @@ def test_pixels_per_latent_come_from_the_pipeline() -> None:
     own = cachekit.estimate(pipe, num_inference_steps=2)
     assert cachekit.estimate(pipe, num_inference_steps=2, height=32, width=32).macs == own.macs
     assert cachekit.estimate(pipe.unet, num_inference_steps=2, height=128, width=128).macs == own.macs
-    with pytest.raises(CachekitError, match="31 pixels is no multiple of the 2 of a latent"):
+    with pytest.raises(CachekitError, match="a size of 31 pixels: give a multiple of 2"):
         cachekit.estimate(pipe, num_inference_steps=2, height=31)
 
 

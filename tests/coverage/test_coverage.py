@@ -243,7 +243,9 @@ def test_a_process_that_takes_too_long_ends_its_trial_alone():
 def test_the_command_says_which_name_is_wrong():
     done = run("coverage", "NoSuchThing")
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["error: no pipeline has 'NoSuchThing' in its name"]
+    assert done.stderr.splitlines() == [
+        "error: no pipeline has 'NoSuchThing' in its name; give a part of a diffusers class name"
+    ]
 
 
 def small_coverage():

@@ -165,7 +165,7 @@ INVALID = {
     "deepcache:interval(4)": ("'interval(4)' is not key=value",),
     # A part cannot be replaced where several choices have one.
     "tgate:m=5,what=linear": ("tgate has 2 choices (cross_attention, guidance)", "what= could mean any of them"),
-    "tgate:m=5,sp_interval=2,when=every(n=3)": ("tgate has 3 choices", "when= could mean any of them", "cache:where="),
+    "tgate:m=5,sp_interval=2,when=every(n=3)": ("tgate has 3 choices", "when= could mean any of them; leave it out"),
     "delta_dit:where=denoiser": ("delta_dit has 2 choices (back, front)", "where= could mean any"),
 }
 

@@ -166,7 +166,6 @@ INVALID = {
     # A part cannot be replaced where several choices have one.
     "cache:where=denoiser,what=calibrated(of=residual)": ("what=calibrated: of=residual: Input should be 'output'",),
     "cache:where=denoiser,what=chebyshev(axis=sigma)": ("what=chebyshev: axis=sigma: Input should be 'step'",),
-    "cache:where=denoiser,when=every(1;2)": ("when=every: n=1;2: Input should be a valid integer",),
     "tgate:m=5,what=linear": ("tgate has 2 choices (cross_attention, guidance)", "what= could mean any of them"),
     "tgate:m=5,sp_interval=2,when=every(n=3)": ("tgate has 3 choices", "when= could mean any of them; leave it out"),
     "delta_dit:where=denoiser": ("delta_dit has 2 choices (back, front)", "where= could mean any"),

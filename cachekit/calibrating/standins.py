@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
 
@@ -43,6 +43,7 @@ class Calibrated(StandIn):
     length: ClassVar[int | None] = 2
     amends: ClassVar[bool] = True
 
+    of: Literal["output"] = "output"
     file: str | None = None
 
     def begin(self, run: Beginning, shared: dict[str, Any]) -> None:

@@ -54,6 +54,10 @@ def calibrate(
     from cachekit.calibrating.calibration import Calibration
     from cachekit.calibrating.executors import Request
 
+    if merge and verify:
+        raise CachekitError(
+            "calibrate: --merge has no model to verify with; merge first, then verify in a call of its own"
+        )
     if merge:
         _finish(Calibration.merge(*map(Calibration.load, merge)), output)
         return

@@ -152,6 +152,7 @@ class Chebyshev(Extrapolation):
     positional: ClassVar[str] = "degree"
     length: ClassVar[int | None] = None
 
+    axis: Literal["step"] = "step"
     degree: int = Field(default=4, ge=1, le=16)
     ridge: float = Field(default=0.1, ge=0)
 

@@ -76,3 +76,9 @@ def test_a_file_for_something_else_is_refused_before_anything_is_computed(made, 
     assert f"weights.json' was made for {said}" in error
     assert error.endswith("; give another output, or the options of this one")
     assert path.read_text() == before
+
+
+def test_a_merge_can_not_be_verified_in_the_same_call(tmp_path):
+    result = commands.run("calibrate", "--merge", tmp_path / "a", "--merge", tmp_path / "b", "--verify")
+    assert result.exit_code == 2
+    assert "--merge has no model to verify with; merge first, then verify in a call of its own" in result.output

@@ -212,7 +212,8 @@ class Group:
         own, best = self.plain(steps), self.best_plain(steps)
         if own is None or best is None or own.psnr is None or best.psnr is None:
             return None
-        return 0.0 if own is best else best.psnr - own.psnr
+        # Both may be identical to the uncached image, whose PSNR is infinite.
+        return 0.0 if own is best or own.psnr == best.psnr else best.psnr - own.psnr
 
     def best_match(self, steps: int) -> Row | None:
         """Row of that many plain steps with the highest caption match, of all spacings measured; None without any."""

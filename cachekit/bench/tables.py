@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isfinite
 
 from cachekit.bench.cells import Method
 from cachekit.bench.figures import FIGURES, decimals
@@ -60,7 +61,8 @@ def _plain_steps(group: Group, row: Row, cost: str) -> str:
     gain = group.gain_by_spacing(steps)
     part = f" ({gain:.1f} by spacing)" if gain else ""
     spelled = f", {plain.cell.spelled}" if plain.cell.spacing else ""
-    return f"{steps}{spelled}: {FIGURES['psnr'].format(plain.psnr)} dB{part}{_match(plain, group.best_match(steps))}"
+    unit = " dB" if isfinite(plain.psnr) else ""
+    return f"{steps}{spelled}: {FIGURES['psnr'].format(plain.psnr)}{unit}{part}{_match(plain, group.best_match(steps))}"
 
 
 def _match(plain: Row, best: Row | None) -> str:

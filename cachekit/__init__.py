@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from cachekit.interface.policy import Policy as Policy
     from cachekit.interface.sites import DENOISER as DENOISER
     from cachekit.interface.sites import GUIDANCE as GUIDANCE
+    from cachekit.interface.sites import LAYERS as LAYERS
     from cachekit.interface.sites import Kind as Kind
     from cachekit.interface.sites import Region as Region
     from cachekit.interface.sites import Site as Site
@@ -123,7 +124,7 @@ _HOMES = {
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
     "interface.policy": ["Policy"],
-    "interface.sites": ["DENOISER", "GUIDANCE", "Kind", "Region", "Site", "SiteMap", "Target"],
+    "interface.sites": ["DENOISER", "GUIDANCE", "LAYERS", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
     "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
     "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,15 +29,17 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Check a policy on tiny pipelines: undone, repeated, resized, batched, combined; exit code 1 on a failure."""
+    from cachekit.testing.models import MODELS
     from cachekit.testing.results import Outcome
     from cachekit.testing.running import check_policy
+    from cachekit.testing.table import CHECKS
 
-    given = {"models": model or (), "checks": only or (), "expected": _reasons(expect or [])}
+    run = partial(check_policy, spec, models=model or (), checks=only or (), expected=_reasons(expect or []))
     if json:
-        results = check_policy(spec, **given)  # type: ignore[arg-type]
+        results = run()
         say(json_format.dumps([asdict(result) for result in results], indent=1))
     else:
-        results = _shown(spec, given)
+        results = _shown(run, len(model or MODELS) * len(only or CHECKS))
         _print(results)
     if any(result.outcome is Outcome.FAILED for result in results):
         raise typer.Exit(1)
@@ -50,13 +53,8 @@ def _reasons(pairs: Sequence[str]) -> dict[str, str]:
     return {name.strip(): reason.strip() for name, _, reason in split}
 
 
-def _shown(spec: str, given: Mapping[str, object]) -> list[Result]:
+def _shown(run: Callable[..., list[Result]], total: int) -> list[Result]:
     """Make the checks behind a progress bar."""
-    from cachekit.testing.models import MODELS
-    from cachekit.testing.running import check_policy
-    from cachekit.testing.table import CHECKS
-
-    total = len(given["models"] or MODELS) * len(given["checks"] or CHECKS)  # type: ignore[arg-type]
     with progress_bar("check") as progress:
         done: list[Result] = []
 
@@ -64,7 +62,7 @@ def _shown(spec: str, given: Mapping[str, object]) -> list[Result]:
             done.append(result)
             progress(min(len(done), total), total, name=f"{result.check} on {result.model}")
 
-        return check_policy(spec, **given, show=show)  # type: ignore[arg-type]
+        return run(show=show)
 
 
 def _print(results: Sequence[Result]) -> None:

@@ -59,6 +59,16 @@ else:
     ]
 
 
+#: The kinds of layers that do the work in a block: attention and feed-forward.
+LAYERS = (
+    Kind.SELF_ATTENTION,
+    Kind.CROSS_ATTENTION,
+    Kind.JOINT_ATTENTION,
+    Kind.TEMPORAL_ATTENTION,
+    Kind.FEED_FORWARD,
+)
+
+
 @dataclass(frozen=True)
 class Site:
     """One module of the denoiser: its qualified name, as in `named_modules`, and its kind.

@@ -10,7 +10,18 @@ from pydantic import BeforeValidator, Field
 
 from cachekit.errors import SiteError, nearest
 from cachekit.interface.parts import Part, Where
-from cachekit.interface.sites import DENOISER, GUIDANCE, Kind, ModuleKind, Region, Site, SiteMap, Target, region_of
+from cachekit.interface.sites import (
+    DENOISER,
+    GUIDANCE,
+    LAYERS,
+    Kind,
+    ModuleKind,
+    Region,
+    Site,
+    SiteMap,
+    Target,
+    region_of,
+)
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
@@ -231,23 +242,13 @@ class Modulated(Where):
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the region; raises `SiteError` for a model without two blocks or an attention in the first."""
         blocks, streams = _row_of_blocks(sites)
-        layers = [site for site in sites.of(*_LAYERS) if blocks[0].covers(site.name)]
+        layers = [site for site in sites.of(*LAYERS) if blocks[0].covers(site.name)]
         attentions = [site for site in layers if site.kind is not Kind.FEED_FORWARD]
         if len(blocks) < 2 or not attentions:
             raise SiteError(f"looked for an attention in the first of two blocks, but {sites.describe()}; use tail")
         region = region_of(blocks, streams)
         skipped = (*(site.name for site in layers), *region.skipped[1:])
         return [replace(region, skipped=skipped, probe=attentions[0].name, early=True)]
-
-
-#: What does the work in a block.
-_LAYERS = (
-    Kind.SELF_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.CROSS_ATTENTION,
-    Kind.FEED_FORWARD,
-)
 
 
 def _row_of_blocks(sites: SiteMap) -> tuple[Sequence[Site], tuple[str, ...]]:

@@ -7,15 +7,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from cachekit import Choice, Every, Kind, Policy, Reuse, Sites
-
-_LAYERS = (
-    Kind.SELF_ATTENTION,
-    Kind.CROSS_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.FEED_FORWARD,
-)
+from cachekit import LAYERS, Choice, Every, Policy, Reuse, Sites
 
 
 class Fora(Policy):
@@ -33,4 +25,4 @@ class Fora(Policy):
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose all attention and feed-forward layers."""
-        return {"layers": Choice(Sites(kinds=_LAYERS), Every(n=self.interval), Reuse())}
+        return {"layers": Choice(Sites(kinds=LAYERS), Every(n=self.interval), Reuse())}

@@ -7,16 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import Choice, Every, Features, Hermite, Kind, Policy, Sites
-
-#: Attention and feed-forward, of whichever kinds the model has.
-_LAYERS = (
-    Kind.SELF_ATTENTION,
-    Kind.CROSS_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.FEED_FORWARD,
-)
+from cachekit import LAYERS, Choice, Every, Features, Hermite, Policy, Sites
 
 
 class HiCache(Policy):
@@ -40,6 +31,6 @@ class HiCache(Policy):
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose the layers or the features, every so many steps, and their Hermite series."""
-        where = Sites(kinds=_LAYERS) if self.at == "layers" else Features()
+        where = Sites(kinds=LAYERS) if self.at == "layers" else Features()
         what = Hermite(order=self.order, sigma=self.sigma)
         return {self.at: Choice(where, Every(n=self.interval, first=self.warm_up), what)}

@@ -10,9 +10,9 @@ from typing import ClassVar
 from pydantic import Field
 
 from cachekit import (
+    LAYERS,
     Choice,
     History,
-    Kind,
     Measured,
     Moment,
     Policy,
@@ -24,13 +24,6 @@ from cachekit import (
     relative_change,
 )  # fmt: skip
 
-_KINDS = (
-    Kind.SELF_ATTENTION,
-    Kind.CROSS_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.FEED_FORWARD,
-)
 #: The most steps over which errors are measured.
 _LONGEST = 5
 
@@ -55,7 +48,7 @@ class SmoothCache(Policy):
     def choices(self) -> Mapping[str, Choice]:
         """Choose the layers of all kinds that the model has."""
         when = ErrorCurves(threshold=self.threshold, longest=self.longest, file=self.file)
-        return {"layers": Choice(Sites(kinds=_KINDS), when, Reuse())}
+        return {"layers": Choice(Sites(kinds=LAYERS), when, Reuse())}
 
 
 class ErrorCurves(Measured, Schedule):

@@ -7,16 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import Choice, Every, Features, Kind, Policy, Sites, Taylor
-
-#: Attention and feed-forward, of whichever kinds the model has.
-_LAYERS = (
-    Kind.SELF_ATTENTION,
-    Kind.CROSS_ATTENTION,
-    Kind.JOINT_ATTENTION,
-    Kind.TEMPORAL_ATTENTION,
-    Kind.FEED_FORWARD,
-)
+from cachekit import LAYERS, Choice, Every, Features, Policy, Sites, Taylor
 
 
 class TaylorSeer(Policy):
@@ -38,5 +29,5 @@ class TaylorSeer(Policy):
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose the layers or the features, every so many steps, and their Taylor series."""
-        where = Sites(kinds=_LAYERS) if self.at == "layers" else Features()
+        where = Sites(kinds=LAYERS) if self.at == "layers" else Features()
         return {self.at: Choice(where, Every(n=self.interval, first=self.warm_up), Taylor(order=self.order))}

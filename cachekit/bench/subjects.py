@@ -16,7 +16,6 @@ from cachekit.models.architectures import Architecture, architecture, architectu
 from cachekit.models.demo.pipeline import PIPELINES, folders
 from cachekit.models.loading import (
     DEMOS,
-    call_arguments,
     denoiser_from_config,
     move,
     pipeline,
@@ -113,7 +112,7 @@ def own_scheduler(model: str) -> Any:
 
     if model in architectures():
         return _scheduler(architecture(model))
-    folder = _folders(model)[-1] / "scheduler"
+    folder = next(folder / "scheduler" for folder in _folders(model) if (folder / "scheduler").is_dir())
     name = diffusers.DDIMScheduler.load_config(folder)["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder)
 
@@ -135,7 +134,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def _folders(model: str) -> tuple[Path, ...]:
-    """Folders of a model's files; the last one holds its scheduler."""
+    """Folders of a model's files; the first that has a scheduler has its own."""
     if model in DEMOS:
         return folders(DEMOS[model])
     if Path(model).is_dir():
@@ -164,7 +163,6 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
         scale = 5.0 if architecture(setting.model).guided else 1.0
     fixed = {"height": setting.height, "width": setting.width, "guidance_scale": scale}
     given: dict[str, Any] = {name: value for name, value in fixed.items() if value is not None}
-    given |= call_arguments(setting.model, pipe)
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}

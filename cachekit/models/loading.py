@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: The embedded models, by their names on the command line.
-DEMOS = {"demo": "unet", "demo-dit": "dit"}
+DEMOS = {"demo": "unet", "demo-dit": "dit", "demo-flow": "flow"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
 #: Short names of schedulers: the first class of each that a pipeline takes.
 SCHEDULERS = {
@@ -78,15 +78,6 @@ def pipeline(model: str, **arguments: Any) -> Any:
         return kind.from_pretrained(model, **arguments)
     except _DAMAGED as error:
         raise _unreadable(model, error) from error
-
-
-def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
-    """Choose the arguments that every call of a loaded pipeline needs: none, except for some embedded models."""
-    if model not in DEMOS:
-        return {}
-    from cachekit.models.demo import call_arguments as embedded
-
-    return embedded(pipe)
 
 
 def precision(name: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from scipy.stats import binom
 
 import cachekit
 from cachekit.errors import CachekitError
-from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, call_arguments, demo_pipeline, heldout_captions
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, demo_pipeline, heldout_captions
 from cachekit.models.demo.checker import shows
 from cachekit.models.demo.pipeline import PIPELINES, WEIGHTS, WeightsError, figures, load_pipeline
 from cachekit.upstream.pipelines import denoiser_of
@@ -44,7 +44,7 @@ def copies(tmp_path: Path) -> dict[str, Path]:
 def _draw(pipe: Any, prompts: list[str], steps: int = DEMO_STEPS) -> Any:
     generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
     settings = {"num_inference_steps": steps, "guidance_scale": DEMO_GUIDANCE, "output_type": "np"}
-    return pipe(prompts, generator=generators, **settings, **call_arguments(pipe)).images
+    return pipe(prompts, generator=generators, **settings).images
 
 
 def _shown(pipe: Any, prompts: list[str], captions: list[str]) -> int:

@@ -25,7 +25,7 @@ class PixArtAlphaPipeline(diffusers.PixArtAlphaPipeline):  # type: ignore[misc] 
 
 
 class StableDiffusion3Pipeline(diffusers.StableDiffusion3Pipeline):  # type: ignore[misc]
-    """Stable Diffusion 3's pipeline without a third encoder, in place of which it would have up to 256 tokens of zeros."""
+    """Stable Diffusion 3's pipeline without a third encoder, for which it would have up to 256 tokens of zeros."""
 
     def _get_t5_prompt_embeds(
         self, prompt: Any = None, num_images_per_prompt: int = 1, *args: Any, **arguments: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ import cachekit
 from cachekit.bench.peers import twin
 from cachekit.upstream.pipelines import denoiser_of
 
-from .gpu_models import CHEAP_SECONDS, Model
-from .gpu_rows import Row, compared, figures, specs
+from .gpu_models import Model
+from .gpu_rows import Row, compared, figures, repeats, specs
 
 #: Gets a model by its name, and builds it at first use.
 Models = Callable[[str], Model]
@@ -40,7 +41,7 @@ def _repeatable(models: Models) -> str:
 
 
 def _cache_device(models: Models) -> str:
-    """Kept tensors that move to the CPU and back leave the latents as they are."""
+    """Compare runs whose kept tensors move to the CPU and back with runs whose kept tensors stay."""
     details = []
     for name, text in (("pixart-alpha", "taylorseer:interval=3"), ("sdxl", "tgate:m=4+deepcache:interval=3")):
         model = models(name)
@@ -52,7 +53,7 @@ def _cache_device(models: Models) -> str:
 
 
 def _byte_limit(models: Models) -> str:
-    model, limit = models("pixart-alpha"), None
+    model = models("pixart-alpha")
     _, kept = _cached(model, model.pipe, "taylorseer:interval=3")
     limit = kept // 2
     latents, held = _cached(model, model.pipe, "taylorseer:interval=3", max_cache_bytes=limit)
@@ -62,7 +63,7 @@ def _byte_limit(models: Models) -> str:
 
 
 def _memory_returned(models: Models) -> str:
-    """What a run kept is freed at its end, and nothing is left of an attachment that was removed."""
+    """Compare the bytes allocated before and after a run, whose attachment is removed."""
     model = models("sdxl")
     if model.device == "cpu":
         raise FailedCheckError("needs an accelerator")
@@ -76,7 +77,7 @@ def _memory_returned(models: Models) -> str:
 
 
 def _group_offloading(models: Models) -> str:
-    """Blocks whose weights come by streams give the latents that resident ones give."""
+    """Compare blocks whose weights are moved, by streams on a GPU, with resident ones."""
     model, details = models("pixart-alpha"), []
     streams = model.device != "cpu"
     pipe = model.fresh()
@@ -110,7 +111,7 @@ def _model_offloading(models: Models) -> str:
 
 
 def _graph(models: Models) -> str:
-    """A CUDA graph that was captured before a run with policies replays the same numbers after it."""
+    """Replay a CUDA graph of the denoiser that was captured before a run with policies."""
     model = models("pixart-alpha")
     if model.device == "cpu":
         raise FailedCheckError("needs an accelerator")
@@ -167,23 +168,28 @@ class Compiled:
         self._copies: dict[str, tuple[Any, list[float]]] = {}
 
     def measure(self, row: Row, model: Model) -> dict[str, Any]:
-        """Measure a row with compiled blocks beside the compiled uncached pipeline; the first runs compile."""
+        """Measure a row with compiled blocks beside the compiled uncached pipeline; the first run compiles."""
+        copy, uncached = self._copies.get(model.name) or self._compiled(model)
+        times, _ = repeats(model.plain.seconds)
         begun = time.perf_counter()
-        copy, plain = self._copies.get(model.name) or self._compiled(model)
-        cached: list[float] = []
-        _ = model.plain
         with cachekit.apply(copy, specs(row.text)) as attachment:
             model.run(copy)
-            compiled = time.perf_counter() - begun
-            for _round in range(2 if model.plain.seconds > CHEAP_SECONDS else 3):
-                made = model.run(copy)
-                cached.append(made.seconds)
-            kept = attachment.report().cache_bytes if row.text != "plain" else 0
-        plain += cached if row.text == "plain" else []
-        if not plain:
-            plain += [model.run(copy).seconds, model.run(copy).seconds]
-        more = {"compile_seconds": compiled, "kept_bytes": kept, "extra_bytes": made.extra_bytes}
-        return {**figures(model, cached, plain, None), **compared(made.latents, model), **more}
+            compiling = time.perf_counter() - begun
+            runs = [model.run(copy) for _ in range(times)]
+            kept = attachment.report().cache_bytes
+        seconds = [run.seconds for run in runs]
+        if row.text == "uncached":
+            uncached += seconds
+        found = figures(model, seconds, uncached, None)
+        # The speedup is over the compiled pipeline; this one is over the eager one.
+        eager = median(model.plain_seconds) / median(seconds)
+        return {
+            **found,
+            "eager_speedup": eager,
+            "first_seconds": compiling,
+            "kept_bytes": kept,
+            **compared(runs[-1], model),
+        }
 
     def _compiled(self, model: Model) -> tuple[Any, list[float]]:
         copy = twin(model.pipe)

@@ -18,7 +18,7 @@ from cachekit.bench.peers import published, twin
 from cachekit.interface.specs import parse_all, split_specs
 from cachekit.registry.catalog import installed
 
-from .gpu_models import CHEAP_SECONDS, Model, steps_of
+from .gpu_models import Model, Run, steps_of
 
 #: What a row is, besides the methods of a cell.
 COMPILED, CHECK = "compiled", "check"
@@ -39,12 +39,16 @@ class Row:
         return f"{self.model} | {self.kind} | {self.text}"
 
 
-#: Of each model the rows in the order of their importance, in tiers; `{steps}`, `{gate}` and `{half}` are replaced.
+#: Changes nothing, with a switch at each attention and feed-forward.
 _NO_OP = "taylorseer:interval=1"
-_FIRST_BLOCK, _TAYLOR = "diffusers FirstBlockCache:threshold=0.05", "diffusers TaylorSeerCache:cache_interval=5"
-_TAYLOR += ",disable_cache_before_step=3,max_order=1"
+#: Random weights change the first block's residual more than trained ones do, so a usual threshold would skip nothing:
+#: with this one all steps are skipped that the method lets be skipped.
+_ALWAYS = "1e9"
+_FB, _FIRST_BLOCK = f"fbcache:threshold={_ALWAYS}", f"diffusers FirstBlockCache:threshold={_ALWAYS}"
+_TAYLOR = "diffusers TaylorSeerCache:cache_interval=5,disable_cache_before_step=3,max_order=1"
 _PAB = "diffusers PyramidAttentionBroadcast:spatial_attention_block_skip_range=2"
-_DB = "cache-dit DBCache:Fn_compute_blocks=1,residual_diff_threshold=0.08,max_warmup_steps=8"
+_DB = f"cache-dit DBCache:Fn_compute_blocks=1,residual_diff_threshold={_ALWAYS},max_warmup_steps=8"
+#: Of each model the rows in the order of their importance, in tiers; `{steps}`, `{gate}` and `{half}` are replaced.
 _TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "sdxl": (
         ("plain", "tgate:m={steps}+deepcache:interval=1+adaptive_guidance:m={steps}"),
@@ -54,30 +58,30 @@ _TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "flux": (
         ("plain", _NO_OP),
-        ("forecast:interval=3", "fbcache", _FIRST_BLOCK, "taylorseer", _TAYLOR),
+        ("forecast:interval=3", _FB, _FIRST_BLOCK, "taylorseer", _TAYLOR),
         (_DB, "teacache", "fbcache:threshold=0"),
-        ("pab", _PAB, "diffusers FasterCache:is_guidance_distilled=true"),
+        ("pab", _PAB, "fbcache", "diffusers FasterCache:is_guidance_distilled=true"),
     ),
     "sd3": (
         ("plain", _NO_OP),
-        ("forecast:interval=3", "fbcache", "taylorseer", _TAYLOR),
-        ("adaptive_guidance:m={half}", "teacache", _FIRST_BLOCK, "fbcache:threshold=0"),
-        ("adaptive_guidance:m={half}+forecast:interval=3", "taylorseer:at=features", _PAB),
+        ("forecast:interval=3", _FB, "taylorseer"),
+        (_DB, "adaptive_guidance:m={half}", "teacache", "fbcache:threshold=0"),
+        ("adaptive_guidance:m={half}+forecast:interval=3", "taylorseer:at=features"),
     ),
     "pixart-alpha": (
-        ("plain", "tgate:m={steps}+fora:interval=1"),
-        ("tgate:m={gate}", "forecast:interval=3", "fbcache", "taylorseer"),
+        ("plain", _NO_OP),
+        ("tgate:m={gate}", "forecast:interval=3", _FB, "taylorseer"),
         (_DB, "teacache", "tgate:m={gate}+forecast:interval=3"),
-        ("pab", "fastercache", _PAB),
+        ("pab", "fastercache"),
     ),
     "wan": (
-        ("plain", "tgate:m={steps}+fora:interval=1"),
-        ("forecast:interval=3", "tgate:m={gate}", "fbcache", _FIRST_BLOCK),
+        ("plain", _NO_OP),
+        ("forecast:interval=3", "tgate:m={gate}", _FB, _FIRST_BLOCK),
         ("taylorseer", _TAYLOR, _DB, "teacache"),
         ("pab", _PAB, "adaptive_guidance:m={half}"),
     ),
 }
-_COMPILED = ("plain", "forecast:interval=3", "fbcache", "taylorseer")
+_COMPILED = ("uncached", "forecast:interval=3", "fbcache", "taylorseer")
 #: Tier after which the checks run.
 _CHECKED = 2
 
@@ -94,6 +98,8 @@ def rows(tiny: bool, checks: tuple[str, ...]) -> list[Row]:
 
 
 def _row(model: str, text: str, tiny: bool) -> Row:
+    if text == "plain":
+        return Row(model, Method.PLAIN.value, "uncached")
     steps = steps_of(model, tiny)
     text = text.format(steps=steps, gate=steps * 2 // 5, half=steps // 2)
     kind, _, rest = text.partition(" ")
@@ -107,59 +113,44 @@ def is_planned(text: str) -> bool:
 
 
 def specs(text: str) -> list[Any]:
-    """Parse specs joined by `+`; none for `plain`."""
-    return [] if text == "plain" else list(parse_all(split_specs(text), installed()))
+    """Parse specs joined by `+`; none for `uncached`."""
+    return [] if text == "uncached" else list(parse_all(split_specs(text), installed()))
 
 
-def repeats(seconds: float) -> int:
-    """Number of timed runs of a row, where one without a cache takes `seconds`."""
-    return 5 if seconds < 1 else 3 if seconds < CHEAP_SECONDS else 2
+def repeats(seconds: float) -> tuple[int, int]:
+    """Choose how often a row and the uncached pipeline beside it are timed, where the latter takes `seconds`.
+
+    Long runs on a GPU differ little, so one of each row will do.
+    """
+    return (3, 3) if seconds < 1 else (2, 1) if seconds < 2.5 else (1, 0)
 
 
 def measure(row: Row, model: Model) -> dict[str, Any]:
-    """Measure a row: a counted run that warms up, then timed ones, in turns with uncached runs where those are cheap."""
-    if row.text == "plain":
-        return _plain(model)
+    """Measure a row: a counted run that warms up, then timed ones, with uncached runs in between where those are cheap."""
+    plain = model.plain
+    if row.kind == Method.PLAIN.value:
+        made = model.timed_plain()
+        return {**figures(model, model.plain_seconds, [], model.macs), "kept_bytes": 0, **compared(made, model)}
     for start, package in _PACKAGES.items():
         if f"{row.kind} {row.text}".startswith(start) and not find_spec(package):
             raise ModuleNotFoundError(f"needs the package {package}")
-    plain, copy = model.plain, twin(model.pipe)
-    cached, uncached, kept = [], [], None
+    copy, cached, uncached = twin(model.pipe), list[float](), list[float]()
     with contender(row, copy, model.steps) as (begin, attachment):
         with begin() as (call, more):
             macs = model.counted(copy, call, **more)
-        for _ in range(repeats(plain.seconds)):
-            if plain.seconds < CHEAP_SECONDS:
+        times, plain_times = repeats(plain.seconds)
+        for turn in range(times):
+            if turn < plain_times:
                 uncached.append(model.timed_plain().seconds)
             with begin() as (call, more):
                 made = model.run(call, **more)
             cached.append(made.seconds)
-        if attachment is not None:
-            kept = attachment.report().cache_bytes
-    return {
-        **figures(model, cached, uncached, macs),
-        "kept_bytes": kept,
-        **compared(made.latents, model),
-        **_extra(made),
-    }
-
-
-def _plain(model: Model) -> dict[str, Any]:
-    """Time the uncached pipeline, which the other rows are compared with."""
-    made = model.plain
-    for _ in range(repeats(made.seconds) - 1):
-        made = model.timed_plain()
-    seconds = list(model.plain_seconds)
-    return {
-        **figures(model, seconds, seconds, model.macs),
-        "kept_bytes": 0,
-        **compared(made.latents, model),
-        **_extra(made),
-    }
+        kept = attachment.report().cache_bytes if attachment else None
+    return {**figures(model, cached, uncached, macs), "kept_bytes": kept, **compared(made, model)}
 
 
 def figures(model: Model, cached: list[float], uncached: list[float], macs: int | None) -> dict[str, Any]:
-    """Compute speedups from the medians of the seconds, with all runs of the uncached pipeline where none was beside."""
+    """Compute the speedup from medians of seconds, of all uncached runs where none was timed beside the row."""
     against = uncached or model.plain_seconds
     return {
         "steps": model.steps,
@@ -172,15 +163,15 @@ def figures(model: Model, cached: list[float], uncached: list[float], macs: int 
     }
 
 
-def compared(latents: torch.Tensor, model: Model) -> dict[str, Any]:
+def compared(made: Run, model: Model) -> dict[str, Any]:
     """Compare latents with those of the uncached pipeline; random weights make no images, so only equality counts."""
-    own, reference = latents.float(), model.plain.latents.float()
-    difference = ((own - reference).norm() / reference.norm()).item()
-    return {"equal": torch.equal(own, reference), "difference": difference, "finite": bool(own.isfinite().all())}
-
-
-def _extra(made: Any) -> dict[str, Any]:
-    return {"extra_bytes": made.extra_bytes}
+    own, reference = made.latents.float(), model.plain.latents.float()
+    return {
+        "equal": torch.equal(own, reference),
+        "difference": ((own - reference).norm() / reference.norm()).item(),
+        "finite": bool(own.isfinite().all()),
+        "extra_bytes": made.extra_bytes,
+    }
 
 
 #: Enables a contender for one run: what to call, and arguments of its own.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import gc
 import json
 import platform
@@ -33,10 +34,14 @@ from .gpu_models import Model, known_of, steps_of
 from .gpu_rows import CHECK, COMPILED, Row, is_planned, measure, rows, specs
 
 OUTPUT = Path(__file__).parent / "results" / "gpu.json"
-#: Seconds that a row may take before it is given up.
-LIMIT, COMPILE_LIMIT = 60, 150
+#: Seconds that a row may take before it is given up, and how far it may exceed the budget.
+LIMIT, COMPILE_LIMIT, EXCESS = 60, 150, 20
+#: Seconds beyond the budget at which the process ends whatever it does, in a call that can't be interrupted too.
+END = 90
 #: Seconds that a row takes by expectation, where its model was not run yet, or where it compiles.
 UNKNOWN, COMPILING = 8.0, 40.0
+#: Compiled rows that need code of their own.
+_RECOMPILED = ("uncached", "taylorseer")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "DeepCache", "tgate", "triton")
 
 
@@ -60,7 +65,12 @@ def main(given: list[str] | None = None) -> None:
         if options.device != "cpu" and not torch.cuda.is_available():
             raise SystemExit(f"device {options.device!r}: torch finds no GPU here; give --device cpu --tiny to try")
         wanted = [row for row in rows(options.tiny, tuple(CHECKS)) if options.only in row.key]
-        Bench(options.device, options.tiny, time.monotonic() + options.seconds, results).measure(wanted, options.retry)
+        faulthandler.dump_traceback_later(options.seconds + END, exit=True)
+        try:
+            deadline = time.monotonic() + options.seconds
+            Bench(options.device, options.tiny, deadline, results).measure(wanted, options.retry)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class Results:
@@ -69,13 +79,17 @@ class Results:
     def __init__(self, output: Path, tiny: bool) -> None:
         """Read the file, if there is one; refuse one of the other size of models."""
         self._output = output
-        held = json.loads(output.read_text()) if output.exists() else {"tiny": tiny, "rows": {}, "not_run": []}
+        held: dict[str, Any] = {"tiny": tiny, "versions": {}, "rows": {}, "not_run": []}
+        if output.exists():
+            held = json.loads(output.read_text())
         if held["tiny"] != tiny:
             raise SystemExit(
                 f"{output}: has rows of {'small' if held['tiny'] else 'true'} models; give another --output"
             )
-        self.rows: dict[str, dict[str, Any]] = held["rows"]
         self.tiny = tiny
+        #: Versions of packages, by device.
+        self.versions: dict[str, dict[str, str]] = held["versions"]
+        self.rows: dict[str, dict[str, Any]] = held["rows"]
         self.not_run: list[str] = held["not_run"]
 
     def add(self, row: Row, found: dict[str, Any]) -> None:
@@ -86,7 +100,8 @@ class Results:
     def write(self) -> None:
         """Write the file at once or not at all."""
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"tiny": self.tiny, "rows": self.rows, "not_run": self.not_run}, indent=1)
+        names = ("tiny", "versions", "rows", "not_run")
+        text = json.dumps({name: getattr(self, name) for name in names}, indent=1)
         unfinished = self._output.with_suffix(".part")
         unfinished.write_text(text + "\n")
         unfinished.replace(self._output)
@@ -100,7 +115,8 @@ class Bench:
         self._device, self._tiny, self._deadline, self._results = device, tiny, deadline, results
         self._models: dict[str, Model] = {}
         self._compiled = Compiled("aot_eager" if device == "cpu" else "inductor")
-        self._environment = environment(device)
+        self._name = (platform.processor() or platform.machine()) if device == "cpu" else torch.cuda.get_device_name()
+        results.versions[self._name] = versions()
 
     def measure(self, wanted: list[Row], retry: bool) -> None:
         """Measure the rows that are not in the results, and list those that no longer fit."""
@@ -113,7 +129,7 @@ class Bench:
                 continue
             begun = time.monotonic()
             found = self._attempt(row)
-            found |= {"took": round(time.monotonic() - begun, 2), "environment": self._environment}
+            found |= {"took": round(time.monotonic() - begun, 2), "device": self._name}
             self._results.add(row, found)
             print(f"{row.key}: {summary(found)}", flush=True)
         self._results.write()
@@ -128,13 +144,14 @@ class Bench:
             return UNKNOWN
         model = self._models.get(row.model)
         seconds = model.plain_seconds[-1] if model and model.plain_seconds else None
-        compiling = COMPILING if row.kind == COMPILED and row.text == "uncached" else 0.0
+        compiling = COMPILING if row.kind == COMPILED and row.text in _RECOMPILED else 0.0
         return compiling + (UNKNOWN if seconds is None else 2.5 * seconds)
 
     def _attempt(self, row: Row) -> dict[str, Any]:
         """Measure a row; whatever goes wrong is its result."""
         try:
-            with limited(COMPILE_LIMIT if row.kind == COMPILED else LIMIT):
+            left = max(1, int(self._deadline - time.monotonic())) + EXCESS
+            with limited(min(left, COMPILE_LIMIT if row.kind == COMPILED else LIMIT)):
                 if row.kind == CHECK:
                     return check(row.text, self._model)
                 if row.kind == COMPILED:
@@ -172,20 +189,19 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Describe the device and the versions of the packages."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Find the versions of the packages that are installed."""
+    found = {}
     for name in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    name = platform.processor() or platform.machine()
-    return {"device": name if device == "cpu" else torch.cuda.get_device_name(device), "versions": versions}
+            found[name] = metadata.version(name)
+    return found
 
 
 def summary(found: dict[str, Any]) -> str:
     """Describe a result in a line."""
     if "error" in found:
-        return found["error"]
+        return str(found["error"])
     if "detail" in found:
         return f"passed: {found['detail']}"
     macs = f", MACs {found['mac_reduction']:.2f}x less" if found["mac_reduction"] else ""

@@ -118,7 +118,7 @@ def _graph(models: Models) -> str:
     denoiser = denoiser_of(model.pipe)
     inputs = model.known.inputs(2, device=model.device, dtype=torch.bfloat16)
     with torch.no_grad():
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):

@@ -129,7 +129,7 @@ def known_of(name: str, tiny: bool) -> Architecture:
 
 
 def steps_of(name: str, tiny: bool) -> int:
-    """Number of steps of a run."""
+    """Find the number of steps of a run."""
     return _TINY_STEPS if tiny else CASES[name].steps
 
 

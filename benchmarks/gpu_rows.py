@@ -126,7 +126,7 @@ def repeats(seconds: float) -> tuple[int, int]:
 
 
 def measure(row: Row, model: Model) -> dict[str, Any]:
-    """Measure a row: a counted run that warms up, then timed ones, with uncached runs in between where those are cheap."""
+    """Measure a row: a counted run that warms up, then timed ones, with uncached ones between if those are cheap."""
     plain = model.plain
     if row.kind == Method.PLAIN.value:
         made = model.timed_plain()

@@ -47,7 +47,7 @@ def table() -> str:
 
 
 def _title(row: dict[str, Any]) -> str:
-    return f"**{row['model']}**, {row['steps']} steps, {row['environment']['device']}"
+    return f"**{row['model']}**, {row['steps']} steps, {row['device']}"
 
 
 def _name(row: dict[str, Any]) -> str:

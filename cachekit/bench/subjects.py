@@ -164,6 +164,6 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}
-    known, dtype = architecture_of(denoiser_of(pipe)), next(denoiser_of(pipe).parameters()).dtype
-    text = partial(untrained_text, known, device=pipe.device, dtype=dtype)
+    dtype = next(denoiser_of(pipe).parameters()).dtype
+    text = partial(untrained_text, architecture_of(denoiser_of(pipe)), device=pipe.device, dtype=dtype)
     return lambda prompt: {**text(int(digest(prompt)[:12], 16)), **given}

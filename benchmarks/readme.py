@@ -17,7 +17,7 @@ from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 
-from . import calibrations, carry_tables, methods
+from . import calibrations, carry_tables, gpu_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -71,6 +71,7 @@ def filled() -> dict[Path, str]:
         "carried": carry_tables.uses(),
         "longer runs": carry_tables.longer(),
         "batches": carry_tables.batches(),
+        "gpu": gpu_tables.table(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -32,10 +32,15 @@ class ModelError(CachekitError):
 def denoiser_from_config(model: str) -> nn.Module:
     """Build the denoiser of a model on the meta device; weights are neither read nor downloaded.
 
-    An embedded model is loaded with its weights. Raises `ModelError` as `pipeline_from_config` does.
+    `model` is the name of an architecture, or what `pipeline_from_config` takes. An embedded model is loaded with its
+    weights. Raises `ModelError` as `pipeline_from_config` does, and `CachekitError` for a name close to an
+    architecture's, as a misspelling.
     """
+    from cachekit.models.architectures import architecture, is_architecture
     from cachekit.upstream.pipelines import denoiser_of
 
+    if is_architecture(model):
+        return architecture(model).build()
     return denoiser_of(pipeline_from_config(model))
 
 

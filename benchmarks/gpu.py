@@ -129,6 +129,9 @@ class Bench:
                 continue
             begun = time.monotonic()
             found = self._attempt(row)
+            if found.get("error", "").startswith("TimeoutError") and time.monotonic() > self._deadline:
+                self._results.not_run.append(row.key)  # for want of budget, not by a fault of its own
+                continue
             found |= {"took": round(time.monotonic() - begun, 2), "device": self._name}
             self._results.add(row, found)
             print(f"{row.key}: {summary(found)}", flush=True)

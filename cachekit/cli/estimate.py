@@ -53,8 +53,8 @@ def estimate(
 
 def _subject(model: str) -> Any:
     """Find a known architecture by name, or build a pipeline without weights; a near miss of a name is refused."""
-    from cachekit.models.architectures import architecture, is_architecture
-    from cachekit.models.loading import pipeline_from_config
+    from cachekit.models.architectures import architecture
+    from cachekit.models.loading import is_architecture, pipeline_from_config
 
     return architecture(model).name if is_architecture(model) else pipeline_from_config(model)
 

@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +86,9 @@ class Architecture:
         """
         rows = self._latents(height, self.latent)
         columns = self._latents(width, self.latent_width or self.latent)
-        return INPUTS[self.cls](self, Sample(batch, rows, columns, device, dtype))
+        text = (self.tokens, self.text_width)
+        sample = Sample(self.config, text, self.pooled, batch, self.frames, rows, columns, device, dtype)
+        return INPUTS[self.cls](sample)
 
     def _latents(self, pixels: int | None, own: int) -> int:
         """Convert a size from pixels to latents; None is the model's own size."""
@@ -114,14 +115,6 @@ def architecture(name: str) -> Architecture:
     if name not in known:
         raise CachekitError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]
-
-
-def is_architecture(model: str) -> bool:
-    """Whether `model` is the name of an architecture, or so close to one that it can only be a misspelling of it."""
-    from cachekit.models.loading import DEMOS
-
-    known = architectures()
-    return model in known or (model not in DEMOS and not Path(model).exists() and bool(nearest(model, known)))
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:

@@ -36,12 +36,20 @@ def denoiser_from_config(model: str) -> nn.Module:
     weights. Raises `ModelError` as `pipeline_from_config` does, and `CachekitError` for a name close to an
     architecture's, as a misspelling.
     """
-    from cachekit.models.architectures import architecture, is_architecture
+    from cachekit.models.architectures import architecture
     from cachekit.upstream.pipelines import denoiser_of
 
     if is_architecture(model):
         return architecture(model).build()
     return denoiser_of(pipeline_from_config(model))
+
+
+def is_architecture(model: str) -> bool:
+    """Whether `model` is the name of an architecture, or so close to one that it can only be a misspelling of it."""
+    from cachekit.models.architectures import architectures
+
+    known = architectures()
+    return model in known or (model not in DEMOS and not Path(model).exists() and bool(nearest(model, known)))
 
 
 def pipeline_from_config(model: str) -> Any:

@@ -130,21 +130,26 @@ def measure_row(task: tuple[Path, Row, str]) -> dict[str, Any]:
     return measure(prepare(folder, row.sampler, device), row)
 
 
-def kept(folder: Path, samplers: list[str]) -> list[dict[str, Any]]:
-    """Read the rows measured before with samplers that are not measured now."""
+def stored(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows measured before."""
     path = folder / "figures.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
-    return [row for row in before if row["sampler"] not in samplers]
+    return list(json.loads(path.read_text())["rows"]) if path.exists() else []
 
 
-def evaluate(folder: Path, headline: int, others: int, processes: int, samplers: list[str], device: str) -> None:
-    """Measure every row, and write figures.json after each one."""
-    measured = kept(folder, samplers)
+def is_stored(row: Row, measured: list[dict[str, Any]]) -> bool:
+    """Whether the same setting was measured before, on any number of captions."""
+    same = ("sampler", "steps", "guidance", "text")
+    return any(all(other[name] == getattr(row, name) for name in same) for other in measured)
+
+
+def evaluate(folder: Path, headline: int, others: int, processes: int, resumed: bool, device: str) -> None:
+    """Measure every row, or where `resumed` those that are missing, and write figures.json after each one."""
+    measured = stored(folder) if resumed else []
     figures: dict[str, Any] = {"seed": SEED, "rows": measured}
     if (folder / "vae").is_dir():
         figures["reconstruction"] = reconstruction(load_pipeline(folder).vae)
     own = FLOW if "FlowMatch" in type(load_pipeline(folder).scheduler).__name__ else OWN
-    tasks = [(folder, row, device) for row in rows(headline, others, own) if row.sampler in samplers]
+    tasks = [(folder, row, device) for row in rows(headline, others, own) if not is_stored(row, measured)]
     with get_context("spawn").Pool(processes) as pool:
         for row in pool.imap(measure_row, tasks, chunksize=1):
             measured.append(row)
@@ -159,14 +164,16 @@ def main() -> None:
     parser.add_argument("--headline", type=int, default=1000, help="captions for the first rows")
     parser.add_argument("--others", type=int, default=300, help="captions for the other rows")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--sampler", nargs="+", default=[OWN, FLOW, *SCHEDULERS], help="which rows to measure")
+    parser.add_argument(
+        "--resume", action="store_true", help="only measure what is missing; the model must be the same"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="print the figures that were measured before")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads((options.folder / "figures.json").read_text())["rows"]))
     else:
-        evaluate(options.folder, options.headline, options.others, options.processes, options.sampler, options.device)
+        evaluate(options.folder, options.headline, options.others, options.processes, options.resume, options.device)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
-
 from cachekit.models.demo.pipeline import PIPELINES
 
 from . import calibrations, carry_tables, gpu_tables, methods

@@ -88,7 +88,7 @@ class Captions:
 
         shared = demo_pipeline("unet")
         encoder = shared.text_encoder if kind != "flow" else projecting(shared.text_encoder)
-        found = [self._read(kind, encoder.to(device), part.to(device)) for part in tokens.split(4000)]
+        found = [self._read(kind, encoder.to(device), part.to(device)) for part in torch.split(tokens, 4000)]
         self.hidden, self.pooled = (torch.cat(parts) for parts in zip(*found))
         self.mask = attended(tokens, shared.tokenizer.eos_token_id).to(device)
 
@@ -178,7 +178,8 @@ def loss_of(kind: str, device: torch.device) -> Callable[[nn.Module, Batch], Ten
 def build(kind: str) -> nn.Module:
     """Load the shipped model, or build the untrained flow model where none is shipped."""
     if kind == "flow" and not (WEIGHTS / "flow" / "transformer").is_dir():
-        return flow.build()
+        made: nn.Module = flow.build()
+        return made
     pipe = load_pipeline(WEIGHTS / kind)
     found: nn.Module = pipe.unet if kind == "unet" else pipe.transformer
     return found.requires_grad_(True)
@@ -223,14 +224,14 @@ class Training:
         for optimiser in self.optimisers:
             optimiser.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - DECAY)
+            torch._foreach_lerp_(self.average, [*self.parameters], 1 - DECAY)
             self.total += loss.detach()
 
     def captured(self) -> Callable[[], None]:
         """Capture a step as a CUDA graph, after a few steps outside of it; on a CPU a step as it is."""
         if self.device.type != "cuda":
             return self.step
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +16,15 @@ COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 def orthogonal(matrices: Tensor) -> Tensor:
     """Replace the singular values of each of `(n, rows, columns)` by about 1 (Newton-Schulz iterations in bf16)."""
     a, b, c = COEFFICIENTS
-    found = matrices.bfloat16()
+    found: Any = matrices.bfloat16()
     tall = found.shape[1] > found.shape[2]
     found = found.mT if tall else found
     found = found / (found.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
         square = found @ found.mT
         found = a * found + (b * square + c * square @ square) @ found
-    return found.mT if tall else found
+    made: Tensor = found.mT if tall else found
+    return made
 
 
 class Muon:
@@ -34,7 +36,9 @@ class Muon:
         self._groups: dict[torch.Size, list[nn.Parameter]] = {}
         for parameter in parameters:
             self._groups.setdefault(parameter.shape, []).append(parameter)
-        self._momenta = {shape: torch.zeros_like(torch.stack(group)) for shape, group in self._groups.items()}
+        self._momenta = {
+            shape: torch.zeros(len(group), *shape, device=group[0].device) for shape, group in self._groups.items()
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -44,5 +48,6 @@ class Muon:
             momentum = self._momenta[shape].lerp_(gradients, 1 - MOMENTUM)
             update = orthogonal(gradients.lerp(momentum, MOMENTUM)).float()
             update *= -self.rate * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(group, 1 - self.rate * DECAY)
-            torch._foreach_add_(group, list(update.unbind()))
+            matrices: Any = group
+            torch._foreach_mul_(matrices, 1 - self.rate * DECAY)
+            torch._foreach_add_(matrices, [*update])

@@ -49,7 +49,7 @@ def test_they_are_of_the_weights_that_ship(pipe, dtype):
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpm++"])
 def test_an_interval_is_enough_for_the_embedded_models(pipe, scheduler):
-    if scheduler == "dpm++" and not pipe.scheduler.compatibles:
+    if scheduler == "dpm++" and len(pipe.scheduler.compatibles) < 2:
         pytest.skip("the flow model has one scheduler")
     pipe.scheduler = scheduler_for(pipe, scheduler)
     uncached = images(pipe, 25)

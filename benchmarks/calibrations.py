@@ -3,7 +3,8 @@
 Calibrates on captions of scenes that the models may have been trained on, so that those held out stay for measuring.
 Then measures each on held-out captions, beside the linear forecast and plain steps of equal cost with every spacing,
 and adds the figures to results/calibrations.json, which keeps those that it has: remove it where they are outdated.
-`--measure` leaves the calibrations as they are. `python -m benchmarks.readme` writes the table.
+`--measure` leaves the calibrations as they are; `--make KIND SCHEDULER INTERVAL` makes one and measures nothing.
+`python -m benchmarks.readme` writes the table.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import cachekit
 from cachekit.bench.tables import markdown
 from cachekit.calibrating.calibration import FOLDER, path_of
 from cachekit.calibrating.verifying import psnr
-from cachekit.models.demo import call_arguments, heldout_captions
+from cachekit.models.demo import heldout_captions
 from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
@@ -37,7 +38,9 @@ SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16
 RESULTS = Path(__file__).parent / "results" / "calibrations.json"
 #: What tables call models and schedulers.
-NAMES = {"unet": "UNet", "dit": "transformer", "euler": "Euler", "dpm++": "DPM++"}
+NAMES = {"unet": "UNet", "dit": "transformer", "flow": "flow model", "euler": "Euler", "dpm++": "DPM++"}
+#: The models with schedulers that they take.
+PAIRS = [pair for pair in product(PIPELINES, SCHEDULERS) if pair != ("flow", "dpm++")]
 
 
 def captions() -> list[str]:
@@ -47,29 +50,30 @@ def captions() -> list[str]:
 
 def pipelines() -> Iterator[tuple[str, str, Any]]:
     """Yield kind of model, scheduler and pipeline."""
-    for kind, scheduler in product(PIPELINES, SCHEDULERS):
-        pipe = cachekit.demo_pipeline(kind)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.scheduler = scheduler_for(pipe, scheduler)
-        yield kind, scheduler, pipe
+    for kind, scheduler in PAIRS:
+        yield kind, scheduler, _pipeline(kind, scheduler)
 
 
-def make() -> None:
-    """Make all files."""
+def _pipeline(kind: str, scheduler: str) -> Any:
+    pipe = cachekit.demo_pipeline(kind)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = scheduler_for(pipe, scheduler)
+    return pipe
+
+
+def make(kind: str, scheduler: str, interval: int) -> None:
+    """Make one file."""
     FOLDER.mkdir(exist_ok=True)
-    for kind, scheduler, pipe in pipelines():
-        for interval in INTERVALS:
-            begun = time.perf_counter()
-            made = cachekit.calibrate(
-                pipe,
-                f"calibrated:interval={interval}",
-                captions(),
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                **call_arguments(pipe),
-            )
-            made.save(path_of(made.key))
-            print(f"{path_of(made.key).name}: {kind}, {scheduler}, {time.perf_counter() - begun:.1f} s", flush=True)
+    begun = time.perf_counter()
+    made = cachekit.calibrate(
+        _pipeline(kind, scheduler),
+        f"calibrated:interval={interval}",
+        captions(),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+    )
+    made.save(path_of(made.key))
+    print(f"{path_of(made.key).name}: {kind}, {scheduler}, {time.perf_counter() - begun:.1f} s", flush=True)
 
 
 def measure(count: int = 12) -> None:
@@ -104,7 +108,7 @@ def compared(pipe: Any, interval: int, uncached: np.ndarray, draw: Callable[...,
 def stored() -> list[dict[str, Any]]:
     """Read the results, sorted as they are measured."""
     found: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    order = [*product(PIPELINES, SCHEDULERS)]
+    order = PAIRS
     return sorted(
         found, key=lambda row: (order.index((row["model"], row["scheduler"])), row["guidance"], row["interval"])
     )
@@ -133,6 +137,10 @@ def _counted(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    if "--measure" not in sys.argv:
-        make()
-    measure()
+    if "--make" in sys.argv:
+        one, other, number = sys.argv[-3:]
+        make(one, other, int(number))
+    else:
+        for (one, other), each in product(PAIRS, INTERVALS if "--measure" not in sys.argv else ()):
+            make(one, other, each)
+        measure()

@@ -21,7 +21,7 @@ import numpy as np
 
 import cachekit
 from cachekit.calibrating.verifying import psnr
-from cachekit.models.demo import call_arguments, heldout_captions
+from cachekit.models.demo import heldout_captions
 from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
@@ -167,7 +167,6 @@ class Bench:
             num_inference_steps=STEPS,
             guidance_scale=list(conditions.guidance),
             **conditions.size,
-            **call_arguments(pipe),
         )
 
 
@@ -254,7 +253,6 @@ def longer(bench: Bench, name: str) -> dict[str, Any]:
         num_inference_steps=LONG,
         guidance_scale=scale,
         reference_steps=AIM if name == AIMED else None,
-        **call_arguments(pipe),
     )
     with tempfile.TemporaryDirectory() as folder:
         made.save(path := str(Path(folder) / "made.json"))

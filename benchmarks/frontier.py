@@ -1,4 +1,4 @@
-"""Measure forecasts beside fewer plain steps with every spacing: `python -m benchmarks.frontier [demo|demo-dit]`.
+"""Measure forecasts beside fewer plain steps with every spacing: `python -m benchmarks.frontier [MODEL ...]`.
 
 Each model has a results file of its own, so that two can be measured at once, on a processor each. Captions come in
 blocks; a block that the file holds isn't measured again, so an interrupted run is resumed, and `--captions` can be
@@ -29,8 +29,9 @@ from cachekit.registry.catalog import installed
 
 from .readme import RESULTS
 
-MODELS = ("demo", "demo-dit")
+MODELS = ("demo", "demo-dit", "demo-flow")
 SCHEDULERS = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
 GUIDANCE = (3.5, 5.0)
 STEPS = 25
 SPECS = (
@@ -48,13 +49,15 @@ NOISE = 10_000
 def main() -> None:
     """Parse the command line and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: both, one after the other")
-    parser.add_argument("--scheduler", action="append", choices=SCHEDULERS, help="default: both")
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all, one after the other")
+    parser.add_argument("--scheduler", action="append", choices=SCHEDULERS + FLOW_SCHEDULERS, help="default: all")
     parser.add_argument("--guidance", action="append", type=float, help=f"default: {GUIDANCE}")
     parser.add_argument("--spec", action="append", help=f"default: {', '.join(SPECS)}")
     parser.add_argument("--captions", type=int, default=96, help=f"a multiple of {BLOCK}; default: 96")
+    parser.add_argument("--first", type=int, default=0, help="number of the first of them, a multiple too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    blocks = range(0, options.captions, BLOCK)
+    blocks = range(options.first, options.captions, BLOCK)
     for model, guidance, start in product(options.models or MODELS, options.guidance or GUIDANCE, blocks):
         setting = Setting(
             model=model,
@@ -64,8 +67,9 @@ def main() -> None:
             guidance=guidance,
             pictures=0,
         )
-        for scheduler in options.scheduler or SCHEDULERS:
-            measure(setting, scheduler, options.spec or SPECS, start, Results(RESULTS / f"frontier-{model}.jsonl"))
+        for scheduler in options.scheduler or (FLOW_SCHEDULERS if model == "demo-flow" else SCHEDULERS):
+            path = options.results / f"frontier-{model}.jsonl"
+            measure(setting, scheduler, options.spec or SPECS, start, Results(path))
 
 
 def fresh_captions(count: int) -> tuple[str, ...]:

@@ -10,7 +10,6 @@ import numpy as np
 from cachekit.bench.cells import Spacing
 from cachekit.bench.spacing import call_with, scheduler_with, table_of
 from cachekit.calibrating.verifying import psnr
-from cachekit.models.demo import call_arguments
 
 #: Seed of the first image's noise, far from those of calibrations; the next one's follows.
 NOISE = 9000
@@ -27,7 +26,7 @@ def images(pipe: Any, prompts: Sequence[str], steps: int, scale: float, first: i
 
     noise = [torch.Generator().manual_seed(NOISE + first + place) for place in range(len(prompts))]
     given = {"num_inference_steps": steps, "guidance_scale": scale, "generator": noise, "output_type": "np"}
-    found: np.ndarray = pipe(list(prompts), **given, **call_arguments(pipe), **changes).images
+    found: np.ndarray = pipe(list(prompts), **given, **changes).images
     return found
 
 

@@ -16,12 +16,13 @@ from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
+from cachekit.models.demo.pipeline import PIPELINES
 
-from . import calibrations, carry_tables, methods
+from . import calibrations, carry_tables, gpu_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MODEL_FIGURES = ROOT / "cachekit" / "models" / "demo" / "weights" / "unet" / "figures.json"
+WEIGHTS = ROOT / "cachekit" / "models" / "demo" / "weights"
 
 
 def main() -> None:
@@ -71,6 +72,7 @@ def filled() -> dict[Path, str]:
         "carried": carry_tables.uses(),
         "longer runs": carry_tables.longer(),
         "batches": carry_tables.batches(),
+        "gpu": gpu_tables.table(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -215,9 +217,10 @@ def paper_table() -> str:
 
 
 def model_figures() -> str:
-    """Share of held-out captions that the embedded model matches."""
+    """Share of held-out captions that the embedded models match."""
     rows = [
         [
+            calibrations.NAMES[kind],
             row["sampler"],
             f"{row['steps']}",
             f"{row['guidance']:g}",
@@ -226,10 +229,11 @@ def model_figures() -> str:
             f"{100 * row['shown_strict']:.1f} %",
             f"{row['n']}",
         ]
-        for row in json.loads(MODEL_FIGURES.read_text())["rows"]
+        for kind in PIPELINES
+        for row in json.loads((WEIGHTS / kind / "figures.json").read_text())["rows"]
     ]
     match = FIGURES["caption_match"].name
-    return markdown(["sampler", "steps", "guidance", "text", match, "with stricter outlines", "images"], rows)
+    return markdown(["model", "sampler", "steps", "guidance", "text", match, "with stricter outlines", "images"], rows)
 
 
 if __name__ == "__main__":

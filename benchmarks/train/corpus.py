@@ -27,7 +27,7 @@ CAPTION_DROPOUT = 0.12
 THINGS_WEIGHT = (1.0, 1.5, 3.0)
 
 
-def _weight(text: str) -> float:
+def weigh(text: str) -> float:
     """Weigh a caption: more for more things, 0 where scenes no longer have one of them."""
     things = scenes.parse(text).things
     return THINGS_WEIGHT[len(things) - 1] if all(map(scenes.is_drawn, things)) else 0.0
@@ -44,7 +44,7 @@ class Corpus:
         self.tokens = tokenize(tokenizer, self.captions)
         self.empty = tokenize(tokenizer, [""])[0]
         self.rng = np.random.default_rng(seed)
-        weights = np.array([_weight(text) for text in self.captions])
+        weights = np.array([weigh(text) for text in self.captions])
         self.chances = np.cumsum(weights / weights.sum())
 
     def batch(self, n: int) -> tuple[Tensor, Tensor, list[str]]:

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the training time")
     options = parser.parse_args()
     train(options.work, SECONDS * options.scale, options.processes)
-    export.export_transformer(averaged(options.work), options.target)
+    export.export_denoiser(averaged(options.work), options.target)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
@@ -60,8 +67,11 @@ def export(work: Path, target: Path) -> None:
     write_manifest(target)
 
 
-def export_transformer(transformer: PixArtTransformer2DModel, target: Path) -> None:
-    """Replace the transformer in `target`; its pipeline shares all other components with the UNet's."""
-    shutil.rmtree(target, ignore_errors=True)
-    _write(transformer, transformer.to_json_string(), target / "transformer", WEIGHTS_FILE)
+def export_denoiser(denoiser: Any, target: Path) -> None:
+    """Replace the denoiser in `target`; the other files stay, and a flow model gets its scheduler."""
+    folder = target / ("unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer")
+    shutil.rmtree(folder, ignore_errors=True)
+    _write(denoiser, denoiser.to_json_string(), folder, WEIGHTS_FILE)
+    if isinstance(denoiser, SD3Transformer2DModel):
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(target / "scheduler")
     write_manifest(target)

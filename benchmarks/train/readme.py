@@ -16,7 +16,10 @@ SOURCES = {
     "figures": WEIGHTS / "unet" / "figures.json",
     "choice": CHOICE,
     "transformer": WEIGHTS / "dit" / "figures.json",
+    "flow": WEIGHTS / "flow" / "figures.json",
 }
+#: Figures of the models as they were before `denoisers` trained them further.
+BEFORE = Path(__file__).parent / "before.json"
 
 
 def insert(text: str, name: str, content: str) -> str:
@@ -49,6 +52,8 @@ def main() -> None:
     for name, path in SOURCES.items():
         found = json.loads(path.read_text())
         text = insert(text, name, "\n\n".join([table(found["rows"]), *_autoencoder(found)]))
+    for name, rows in json.loads(BEFORE.read_text()).items():
+        text = insert(text, f"{name} before", table(rows))
     text = insert(text, "classifier", _classifier())
     README.write_text(text)
 

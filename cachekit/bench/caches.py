@@ -17,7 +17,7 @@ from cachekit.upstream.pipelines import denoiser_of
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Cache", "caches_for"]
+__all__ = ["Cache", "caches_for", "enabled"]
 
 #: Each with its own defaults, or where there are none, the values of its documentation. FasterCache leaves the guidance
 #: branches alone, because most pipelines no longer batch them; diffusers has magnitudes for MagCache for Flux only;
@@ -64,24 +64,33 @@ class Cache:
     def __init__(self, pipe: Any, method: Method, text: str, arguments: Arguments) -> None:
         """Copy `pipe`, with shared weights, for a cache such as `FirstBlockCache:threshold=0.05`."""
         self._twin = twin(pipe)
-        # cache-dit patches the class of a pipeline, so the copy gets a class of its own.
-        cls = type(self._twin)
-        self._twin.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
-        self._enabled = {Method.DIFFUSERS: _diffusers, Method.CACHE_DIT: _cache_dit}[method]
-        self._name, _, values = text.partition(":")
-        self._values = {
-            key: json.loads(value) for key, value in (pair.split("=") for pair in values.split(",") if pair)
-        }
+        self._method, self._text = method, text
         self._arguments = arguments
 
     def run(self, steps: int, prompt: str, seed: int) -> RunResult:
         """Generate the image of `prompt`, after an untimed run that counts its MACs: they depend on the image."""
         arguments = {"num_inference_steps": steps, **self._arguments(prompt)}
-        with self._enabled(self._twin, self._name, self._values, steps), counting(denoiser_of(self._twin)) as count:
+        cached = (self._twin, self._method, self._text, steps)
+        with enabled(*cached), counting(denoiser_of(self._twin)) as count:
             timed_call(self._twin, arguments, seed)
-        with self._enabled(self._twin, self._name, self._values, steps):
+        with enabled(*cached):
             image, watch = timed_call(self._twin, arguments, seed)
         return RunResult(image, watch.seconds, count.macs, cache_bytes=None, peak_memory=watch.peak_memory)
+
+
+@contextmanager
+def enabled(pipe: Any, method: Method, text: str, steps: int) -> Iterator[None]:
+    """Enable a cache such as `FirstBlockCache:threshold=0.05` for a run of `steps` steps."""
+    name, _, keys = text.partition(":")
+    values = {key: json.loads(value) for key, value in (pair.split("=") for pair in keys.split(",") if pair)}
+    cls = type(pipe)
+    # cache-dit patches the class of a pipeline, so this one gets a class of its own.
+    pipe.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
+    try:
+        with {Method.DIFFUSERS: _diffusers, Method.CACHE_DIT: _cache_dit}[method](pipe, name, values, steps):
+            yield
+    finally:
+        pipe.__class__ = cls
 
 
 @contextmanager

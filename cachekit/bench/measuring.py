@@ -169,7 +169,7 @@ def timed_call(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image |
     pipe = getattr(call, "__self__", call)
     with Stopwatch(getattr(pipe, "device", None)) as watch:
         output = call(**arguments, generator=generator)
-    first = output.images[0]
+    first = output[0][0]  # videos aren't called images
     return (first if isinstance(first, Image) else None), watch
 
 

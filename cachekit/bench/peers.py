@@ -16,7 +16,7 @@ from cachekit.costs.counting import macs_of_layer
 from cachekit.interface.policy import Policy
 from cachekit.upstream.pipelines import denoiser_of
 
-__all__ = ["Peer", "counting", "peer_exists", "twin"]
+__all__ = ["Peer", "counting", "peer_exists", "published", "twin"]
 
 #: The options that a policy and its published package share.
 _SHARED = {
@@ -50,7 +50,7 @@ class Peer:
         """Copy `pipe`, with shared weights, and load the package of `policies` into the copy."""
         self._twin = twin(pipe)
         self._arguments = arguments
-        self._call, self._extra = _prepared(self._twin, policies)
+        self._call, self._extra = published(self._twin, policies)
         self._macs: int | None = None
 
     def run(self, steps: int, prompt: str, seed: int) -> RunResult:
@@ -69,8 +69,8 @@ def _names(policies: Sequence[Policy]) -> str:
     return "+".join(sorted(policy.name for policy in policies))
 
 
-def _prepared(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Callable that replaces the pipeline's call, and the extra arguments it takes."""
+def published(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Load the package of `policies` into a pipeline: what replaces its call, and the extra arguments that it takes."""
     fields = {policy.name: policy.model_dump() for policy in policies}
     gate, cache = fields.get("tgate", {}), fields.get("deepcache", {})
     extra = {name: gate[name] for name in ("sp_interval", "fi_interval", "warm_up") if gate}

@@ -7,26 +7,22 @@ import inspect
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cachekit.bench.cells import BenchError, Setting, digest
 from cachekit.bench.measuring import Arguments
+from cachekit.bench.untrained import pipeline_name, scheduler_of, untrained_pipeline, untrained_text
 from cachekit.errors import nearest
-from cachekit.models.architectures import Architecture, architecture, architecture_of, architectures
+from cachekit.models.architectures import architecture, architecture_of, architectures
 from cachekit.models.demo.pipeline import PIPELINES, folders
 from cachekit.models.loading import (
     DEMOS,
-    call_arguments,
-    denoiser_from_config,
     move,
     pipeline,
     precision,
     scheduler_for,
 )
 from cachekit.upstream.pipelines import denoiser_of
-
-if TYPE_CHECKING:
-    from torch import nn
 
 __all__ = [
     "Subject",
@@ -35,8 +31,11 @@ __all__ = [
     "model_hash",
     "own_scheduler",
     "set_scheduler",
-    "shape_of_model",
 ]
+
+
+#: Fields of an architecture as they are for images.
+_AS_IMAGES = (("latent_width", None), ("frames", 1))
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def load(setting: Setting) -> Subject:
 
     disable_progress_bar()
     if setting.model in architectures():
-        pipe = _random_pipeline(architecture(setting.model))
+        pipe = untrained_pipeline(architecture(setting.model))
         pipe.to(**precision(setting.dtype))
     else:
         pipe = pipeline(setting.model, **precision(setting.dtype), **_absent(setting.model))
@@ -87,16 +86,12 @@ def _absent(model: str) -> dict[str, None]:
     return {name: None for name, entry in index.items() if isinstance(entry, (list, tuple)) and entry[0] is None}
 
 
-def shape_of_model(model: str) -> nn.Module:
-    """Build a model's denoiser without weights; a name close to an architecture's is refused as a misspelling."""
-    near = model not in DEMOS and not Path(model).exists() and nearest(model, architectures())
-    return architecture(model).build() if model in architectures() or near else denoiser_from_config(model)
-
-
 def model_hash(model: str) -> str:
     """Digest of a model's files, or of its configuration where it is an architecture without files."""
     if model in architectures():
-        return digest(asdict(architecture(model)))
+        # What images lack counts for videos alone, so hashes of stored results remain valid.
+        described = asdict(architecture(model))
+        return digest({key: value for key, value in described.items() if (key, value) not in _AS_IMAGES})
     found = hashlib.sha256()
     for folder in _folders(model):
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -112,8 +107,8 @@ def own_scheduler(model: str) -> Any:
     import diffusers
 
     if model in architectures():
-        return _scheduler(architecture(model))
-    folder = _folders(model)[-1] / "scheduler"
+        return scheduler_of(architecture(model))
+    folder = next(folder / "scheduler" for folder in _folders(model) if (folder / "scheduler").is_dir())
     name = diffusers.DDIMScheduler.load_config(folder)["_class_name"]
     return getattr(diffusers, name).from_pretrained(folder)
 
@@ -123,7 +118,7 @@ def class_of_pipeline(model: str) -> str:
     if model in DEMOS:
         return PIPELINES[DEMOS[model]]
     if model in architectures():
-        return _pipeline_name(architecture(model))
+        return pipeline_name(architecture(model))
     from diffusers import DiffusionPipeline
 
     return str(DiffusionPipeline.load_config(model)["_class_name"])
@@ -135,7 +130,7 @@ def set_scheduler(pipe: Any, name: str) -> None:
 
 
 def _folders(model: str) -> tuple[Path, ...]:
-    """Folders of a model's files; the last one holds its scheduler."""
+    """Folders of a model's files; the first that has a scheduler has its own."""
     if model in DEMOS:
         return folders(DEMOS[model])
     if Path(model).is_dir():
@@ -164,82 +159,9 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
         scale = 5.0 if architecture(setting.model).guided else 1.0
     fixed = {"height": setting.height, "width": setting.width, "guidance_scale": scale}
     given: dict[str, Any] = {name: value for name, value in fixed.items() if value is not None}
-    given |= call_arguments(setting.model, pipe)
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}
-    return lambda prompt: {**_random_text(pipe, prompt), **given}
-
-
-def _random_text(pipe: Any, prompt: str) -> dict[str, Any]:
-    """Random embeddings for a pipeline without text encoder, the same for the same prompt: right for times alone."""
-    import torch
-
-    denoiser = denoiser_of(pipe)
-    known = architecture_of(denoiser)
-    generator = torch.Generator().manual_seed(int(digest(prompt)[:12], 16))
-
-    def random(*shape: int) -> Any:
-        return torch.randn(1, *shape, generator=generator).to(pipe.device, next(denoiser.parameters()).dtype)
-
-    text = random(2, known.tokens, known.text_width)[0]
-    given: dict[str, Any] = {"prompt_embeds": text[:1], "negative_prompt_embeds": text[1:]}
-    if known.cls == "PixArtTransformer2DModel":
-        mask = torch.ones(1, known.tokens, device=pipe.device)
-        masks = {"prompt_attention_mask": mask, "negative_prompt_attention_mask": mask}
-        return {**given, **masks, "negative_prompt": None, "use_resolution_binning": False}
-    if known.config.get("addition_embed_type") == "text_time":
-        width = known.config["projection_class_embeddings_input_dim"] - 6 * known.config["addition_time_embed_dim"]
-        pooled = random(2, width)[0]
-        given |= {"pooled_prompt_embeds": pooled[:1], "negative_pooled_prompt_embeds": pooled[1:]}
-    return given
-
-
-# -- an architecture without trained weights --------------------------------------------------------------
-
-
-def _random_pipeline(known: Architecture) -> Any:
-    """Build a pipeline around an architecture with random weights: right for times, not for images."""
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    parts = {"vae": _small_vae(), "scheduler": _scheduler(known), "tokenizer": None, "text_encoder": None}
-    denoiser = known.build("cpu", torch.float32)
-    name = _pipeline_name(known)
-    kind: Any = getattr(diffusers, name)
-    if name.startswith("PixArt"):
-        return kind(transformer=denoiser, **parts)
-    if name == "StableDiffusionXLPipeline":
-        second = {"tokenizer_2": None, "text_encoder_2": None, "force_zeros_for_empty_prompt": False}
-        return kind(unet=denoiser, add_watermarker=False, **parts, **second)
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return kind(unet=denoiser, **parts, **checker)
-
-
-def _pipeline_name(known: Architecture) -> str:
-    if known.cls == "PixArtTransformer2DModel":
-        return "PixArtSigmaPipeline" if known.tokens > 120 else "PixArtAlphaPipeline"
-    is_xl = known.config.get("addition_embed_type") == "text_time"
-    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-
-
-def _small_vae() -> Any:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        block_out_channels=[8, 8, 8, 8],
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        norm_num_groups=4,
-    )
-
-
-def _scheduler(known: Architecture) -> Any:
-    import diffusers
-
-    if not known.guided:
-        return diffusers.LCMScheduler()
-    return diffusers.DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1
-    )
+    dtype = next(denoiser_of(pipe).parameters()).dtype
+    text = partial(untrained_text, architecture_of(denoiser_of(pipe)), device=pipe.device, dtype=dtype)
+    return lambda prompt: {**text(int(digest(prompt)[:12], 16)), **given}

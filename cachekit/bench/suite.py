@@ -14,12 +14,12 @@ from cachekit.bench.executors import executor
 from cachekit.bench.peers import peer_exists
 from cachekit.bench.results import Result, Results
 from cachekit.bench.spacing import absent
-from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler, shape_of_model
+from cachekit.bench.subjects import class_of_pipeline, model_hash, own_scheduler
 from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import precision, scheduler_for
+from cachekit.models.loading import denoiser_from_config, precision, scheduler_for
 from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Suite:
 
     def _checked(self) -> nn.Module:
         precision(self.setting.dtype)
-        denoiser, catalog = shape_of_model(self.setting.model), installed()
+        denoiser, catalog = denoiser_from_config(self.setting.model), installed()
         for policies in self.compositions:
             Setup.of({"": denoiser}, policies, catalog)
         return denoiser
@@ -89,7 +89,7 @@ class Suite:
 
 def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:
     """Select the compositions that find their sites in a model; raise `BenchError` where none does."""
-    denoiser = shape_of_model(model)
+    denoiser = denoiser_from_config(model)
     found = [policies for policies in compositions if _fits(denoiser, policies)]
     if not found:
         raise BenchError(f"{model}: none of the usual specs fits {type(denoiser).__name__}; name others with --spec")

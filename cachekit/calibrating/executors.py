@@ -57,7 +57,6 @@ class Request:
             num_inference_steps=self.steps,
             guidance_scale=scale,
             reference_steps=self.reference_steps,
-            **loading.call_arguments(self.model, pipe),
         )
 
     def run(
@@ -81,7 +80,6 @@ class Request:
             seed=self.seed + first,
             progress=progress,
             exchange=exchange,
-            **loading.call_arguments(self.model, pipe),
         )
 
 

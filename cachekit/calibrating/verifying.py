@@ -16,7 +16,6 @@ from cachekit.calibrating.standins import Calibrated
 from cachekit.errors import CalibrationError
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
-from cachekit.models import loading
 from cachekit.registry.catalog import installed
 from cachekit.upstream.scales import scale_argument
 
@@ -59,11 +58,10 @@ def _images(request: Request, pipe: Any, prompts: Sequence[str], steps: int, sca
     """Make an image or video of each prompt, one by one."""
     import torch
 
-    fixed = loading.call_arguments(request.model, pipe)
     made = []
     for place, prompt in enumerate(prompts):
         noise = torch.Generator().manual_seed(request.seed + _OTHER_NOISE + place)
-        given = {"prompt": prompt, "num_inference_steps": steps, "generator": noise, "output_type": "np", **fixed}
-        result = pipe(**given, **{scale_argument(fixed): scale})
+        given = {"prompt": prompt, "num_inference_steps": steps, "generator": noise, "output_type": "np"}
+        result = pipe(**given, **{scale_argument({}): scale})
         made.append(np.asarray(getattr(result, "images", getattr(result, "frames", None)))[0])
     return made

@@ -53,15 +53,10 @@ def estimate(
 
 def _subject(model: str) -> Any:
     """Find a known architecture by name, or build a pipeline without weights; a near miss of a name is refused."""
-    from cachekit.errors import nearest
-    from cachekit.models.architectures import architecture, architectures
-    from cachekit.models.loading import DEMOS, pipeline_from_config
+    from cachekit.models.architectures import architecture
+    from cachekit.models.loading import is_architecture, pipeline_from_config
 
-    if model in architectures():
-        return model
-    if model not in DEMOS and not Path(model).exists() and nearest(model, architectures()):
-        return architecture(model).name
-    return pipeline_from_config(model)
+    return architecture(model).name if is_architecture(model) else pipeline_from_config(model)
 
 
 def _check_size(*sizes: int | None) -> None:

@@ -57,7 +57,6 @@ def generate(
     arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
     _check_output(output)
     pipe = loading.pipeline(pipeline, **loading.precision(dtype), **_pairs(load))
-    arguments = {**loading.call_arguments(pipeline, pipe), **arguments}
     _check_arguments(pipe, arguments)
     if scheduler:
         pipe.scheduler = loading.scheduler_for(pipe, scheduler)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cachekit.interface.sites import SiteMap
     from cachekit.registry.catalog import Catalog
 
-_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 

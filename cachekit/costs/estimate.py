@@ -76,9 +76,10 @@ def estimate(
         print(found.speedup, found.cache_bytes)
 
     `model` is a pipeline, a denoiser, or the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
-    pixart-sigma, lcm-pixart). `specs` are as for `apply`. `height` and `width` are in pixels and default to the model's
-    own size; a bare denoiser is taken to have 8 pixels per latent. For denoisers other than UNet2DConditionModel and
-    PixArtTransformer2DModel, give the arguments of one forward over all branches as `inputs`, in place of a size.
+    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)). `specs` are as for `apply`.
+    `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
+    autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
+    branches as `inputs`, in place of a size.
     `guided` is whether the run has two branches; by default a named model runs as published, and all else is guided.
 
     Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a

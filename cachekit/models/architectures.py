@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -12,9 +12,19 @@ import torch
 from torch import nn
 
 from cachekit.errors import CachekitError, nearest
+from cachekit.models.inputs import INPUTS, Sample
 
 #: Default number of pixels per latent along each side, as in the autoencoders of Stable Diffusion.
 PIXELS_PER_LATENT = 8
+#: For each class, a published denoiser, and the key of the config that has the width of the text embeddings.
+_PUBLISHED = {
+    "UNet2DConditionModel": ("sd15", "cross_attention_dim"),
+    "PixArtTransformer2DModel": ("pixart-alpha", "caption_channels"),
+    "SD3Transformer2DModel": ("sd3", "joint_attention_dim"),
+    "FluxTransformer2DModel": ("flux", "joint_attention_dim"),
+    "QwenImageTransformer2DModel": ("qwen-image", "joint_attention_dim"),
+    "WanTransformer3DModel": ("wan", "text_dim"),
+}
 
 
 @dataclass(frozen=True)
@@ -28,20 +38,39 @@ class Architecture:
     #: Length and width of the text embeddings: `(batch, tokens, text_width)`.
     tokens: int
     text_width: int
-    #: Height and width of the latents at the model's own size.
+    #: Height of the latents at the model's own size, and their width too unless `latent_width` is given.
     latent: int
     #: Whether the model is published with classifier-free guidance, that is two branches.
     guided: bool
+    #: Where latents are packed into tokens, those of a token count as one.
     pixels_per_latent: int = PIXELS_PER_LATENT
+    latent_width: int | None = None
+    #: Frames of the latents, where the model makes videos.
+    frames: int = 1
+
+    @property
+    def pooled(self) -> int:
+        """Width of the pooled text, 0 for a model that reads none."""
+        if self.config.get("addition_embed_type") == "text_time":
+            times = 6 * self.config["addition_time_embed_dim"]
+            return int(self.config["projection_class_embeddings_input_dim"] - times)
+        return int(self.config.get("pooled_projection_dim", 0))
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
-        """Build the denoiser, with random weights unless it is on the meta device."""
+        """Build the denoiser, with random weights unless it is on the meta device.
+
+        As in `from_pretrained`, layers that the class keeps in float32 stay in it, as do tables that no checkpoint has.
+        """
         import diffusers
 
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls).from_config(self.config)
-        # diffusers' own `to` warns about layers that should stay in float32.
-        return nn.Module.to(model, dtype).eval()
+        precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        saved = model.state_dict(keep_vars=True)
+        for name, tensor in saved.items():
+            if tensor.is_floating_point() and precise.isdisjoint(name.split(".")):
+                tensor.data = tensor.data.to(dtype)
+        return model.eval()
 
     def inputs(
         self,
@@ -55,41 +84,19 @@ class Architecture:
 
         Raises `CachekitError` for a size that is not a multiple of `pixels_per_latent`.
         """
-        rows, columns = (self._latents(size) for size in (height, width))
+        rows = self._latents(height, self.latent)
+        columns = self._latents(width, self.latent_width or self.latent)
+        text = (self.tokens, self.text_width)
+        sample = Sample(self.config, text, self.pooled, batch, self.frames, rows, columns, device, dtype)
+        return INPUTS[self.cls](sample)
 
-        def tensor(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=device, dtype=dtype)
-
-        channels = self.config["in_channels"]
-        sample, text = tensor(batch, channels, rows, columns), tensor(batch, self.tokens, self.text_width)
-        if self.cls == "PixArtTransformer2DModel":
-            return {"hidden_states": sample, "encoder_hidden_states": text, **self._pixart_extras(batch, device, dtype)}
-        extras: dict[str, Any] = {}
-        if self.config.get("addition_embed_type") == "text_time":
-            pooled = self.config["projection_class_embeddings_input_dim"] - 6 * self.config["addition_time_embed_dim"]
-            extras["added_cond_kwargs"] = {"text_embeds": tensor(batch, pooled), "time_ids": tensor(batch, 6)}
-        if self.config.get("time_cond_proj_dim"):
-            extras["timestep_cond"] = tensor(batch, self.config["time_cond_proj_dim"])
-        return {"sample": sample, "timestep": 500, "encoder_hidden_states": text, **extras}
-
-    def _latents(self, pixels: int | None) -> int:
+    def _latents(self, pixels: int | None, own: int) -> int:
         """Convert a size from pixels to latents; None is the model's own size."""
         if pixels is None:
-            return self.latent
+            return own
         if pixels % self.pixels_per_latent:
             raise CachekitError(f"a size of {pixels} pixels: give a multiple of {self.pixels_per_latent}")
         return pixels // self.pixels_per_latent
-
-    def _pixart_extras(self, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-        sizes = {"resolution": 2, "aspect_ratio": 1}
-        micro = self.config.get("use_additional_conditions", self.config["sample_size"] == 128)
-        return {
-            "timestep": torch.full((batch,), 500, device=device),
-            "added_cond_kwargs": {
-                name: torch.ones(batch, size, device=device, dtype=dtype) if micro else None
-                for name, size in sizes.items()
-            },
-        }
 
 
 @cache
@@ -111,16 +118,21 @@ def architecture(name: str) -> Architecture:
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:
-    """Describe a loaded denoiser.
+    """Describe a loaded denoiser by the published one of its class and by its own config.
 
     Raises `CachekitError` for a class whose inputs aren't known.
     """
     name, config = type(denoiser).__name__, dict(getattr(denoiser, "config", {}))
-    if name == "UNet2DConditionModel":
-        tokens, text_width = 77, config["cross_attention_dim"]
-    elif name == "PixArtTransformer2DModel":
-        tokens, text_width = 120, config["caption_channels"]
-    else:
+    if name not in _PUBLISHED:
         raise CachekitError(f"the inputs of {name} are not known: give inputs= with the arguments of one forward")
-    latent = config["sample_size"]
-    return Architecture(name, name, config, tokens, text_width, latent, True, pixels_per_latent)
+    published, width = _PUBLISHED[name]
+    known = architecture(published)
+    return replace(
+        known,
+        name=name,
+        config=config,
+        text_width=config[width],
+        latent=config.get("sample_size", known.latent),
+        guided=True,
+        pixels_per_latent=pixels_per_latent * known.pixels_per_latent // PIXELS_PER_LATENT,
+    )

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: The embedded models, by their names on the command line.
-DEMOS = {"demo": "unet", "demo-dit": "dit"}
+DEMOS = {"demo": "unet", "demo-dit": "dit", "demo-flow": "flow"}
 EMBEDDED = " or ".join(map(repr, DEMOS))
 #: Short names of schedulers: the first class of each that a pipeline takes.
 SCHEDULERS = {
@@ -32,11 +32,24 @@ class ModelError(CachekitError):
 def denoiser_from_config(model: str) -> nn.Module:
     """Build the denoiser of a model on the meta device; weights are neither read nor downloaded.
 
-    An embedded model is loaded with its weights. Raises `ModelError` as `pipeline_from_config` does.
+    `model` is the name of an architecture, or what `pipeline_from_config` takes. An embedded model is loaded with its
+    weights. Raises `ModelError` as `pipeline_from_config` does, and `CachekitError` for a name close to an
+    architecture's, as a misspelling.
     """
+    from cachekit.models.architectures import architecture
     from cachekit.upstream.pipelines import denoiser_of
 
+    if is_architecture(model):
+        return architecture(model).build()
     return denoiser_of(pipeline_from_config(model))
+
+
+def is_architecture(model: str) -> bool:
+    """Whether `model` is the name of an architecture, or so close to one that it can only be a misspelling of it."""
+    from cachekit.models.architectures import architectures
+
+    known = architectures()
+    return model in known or (model not in DEMOS and not Path(model).exists() and bool(nearest(model, known)))
 
 
 def pipeline_from_config(model: str) -> Any:
@@ -78,15 +91,6 @@ def pipeline(model: str, **arguments: Any) -> Any:
         return kind.from_pretrained(model, **arguments)
     except _DAMAGED as error:
         raise _unreadable(model, error) from error
-
-
-def call_arguments(model: str, pipe: Any) -> dict[str, Any]:
-    """Choose the arguments that every call of a loaded pipeline needs: none, except for some embedded models."""
-    if model not in DEMOS:
-        return {}
-    from cachekit.models.demo import call_arguments as embedded
-
-    return embedded(pipe)
 
 
 def precision(name: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import cachekit
 from cachekit import Calibration
 from cachekit.calibrating.calibration import FOLDER, path_of
 from cachekit.calibrating.verifying import psnr
-from cachekit.models.demo import call_arguments, heldout_captions
+from cachekit.models.demo import heldout_captions
 from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.loading import scheduler_for
 from cachekit.upstream.fingerprints import fingerprint
@@ -29,7 +29,7 @@ def images(pipe, steps):
     prompts = heldout_captions(3, seed=8)
     noise = [torch.Generator().manual_seed(place) for place in range(len(prompts))]
     given = {"num_inference_steps": steps, "guidance_scale": 4.2, "generator": noise, "output_type": "np"}
-    return pipe(prompts, **given, **call_arguments(pipe)).images
+    return pipe(prompts, **given).images
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.name for path in FILES])
@@ -49,6 +49,8 @@ def test_they_are_of_the_weights_that_ship(pipe, dtype):
 
 @pytest.mark.parametrize("scheduler", ["euler", "dpm++"])
 def test_an_interval_is_enough_for_the_embedded_models(pipe, scheduler):
+    if scheduler == "dpm++" and len(pipe.scheduler.compatibles) < 2:
+        pytest.skip("the flow model has one scheduler")
     pipe.scheduler = scheduler_for(pipe, scheduler)
     uncached = images(pipe, 25)
     with cachekit.apply(pipe, "calibrated:interval=4") as attachment:

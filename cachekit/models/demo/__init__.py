@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cachekit.models.demo.checker import Verdict, shows
     from cachekit.models.demo.classifier import features
-    from cachekit.models.demo.pipeline import WeightsError, call_arguments, demo_pipeline
+    from cachekit.models.demo.pipeline import WeightsError, demo_pipeline
     from cachekit.models.demo.scenes import heldout_captions
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "DEMO_STEPS",
     "Verdict",
     "WeightsError",
-    "call_arguments",
     "demo_pipeline",
     "features",
     "heldout_captions",
@@ -28,7 +27,6 @@ DEMO_STEPS = 25
 _HOMES = {
     "Verdict": "checker",
     "WeightsError": "pipeline",
-    "call_arguments": "pipeline",
     "demo_pipeline": "pipeline",
     "features": "classifier",
     "heldout_captions": "scenes",

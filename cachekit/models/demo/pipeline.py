@@ -19,11 +19,11 @@ __all__ = [
     "PIPELINES",
     "WEIGHTS",
     "WeightsError",
-    "call_arguments",
     "demo_pipeline",
     "figures",
     "folders",
     "load_pipeline",
+    "transformer_pipeline",
     "verify",
     "write_manifest",
 ]
@@ -32,8 +32,9 @@ WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
 FIGURES = "figures.json"
 #: Classes of the embedded pipelines by kind; the others share the components of the first.
-PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline"}
+PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline", "flow": "StableDiffusion3Pipeline"}
 SHARED = WEIGHTS / "unet"
+_WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 class WeightsError(CachekitError):
@@ -112,7 +113,10 @@ def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: 
     if not (folder / "transformer").is_dir():
         return _unet_pipeline(folder, dtype)
     verify(shared)
-    return _transformer_pipeline(folder, shared, dtype)
+    components = _shared_components(shared, dtype)
+    if (folder / "scheduler").is_dir():
+        components["scheduler"] = _scheduler(folder)
+    return transformer_pipeline(_transformer(folder, dtype), components)
 
 
 def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
@@ -120,25 +124,45 @@ def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
         from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     unet = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
-    _fill(unet, folder / "unet/diffusion_pytorch_model.safetensors", dtype)
+    _fill(unet, folder / "unet" / _WEIGHTS_FILE, dtype)
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **checker)
 
 
-def _transformer_pipeline(folder: Path, shared: Path, dtype: torch.dtype) -> Any:
-    with _without_hints():
-        from diffusers import PixArtAlphaPipeline, PixArtTransformer2DModel
+def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
+    import diffusers
 
-    transformer = PixArtTransformer2DModel.from_config(_config(folder, "transformer/config.json"))
-    _fill(transformer, folder / "transformer/diffusion_pytorch_model.safetensors", dtype)
-    return PixArtAlphaPipeline(transformer=transformer, **_shared_components(shared, dtype))
+    config = _config(folder, "transformer/config.json")
+    transformer: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+    _fill(transformer, folder / "transformer" / _WEIGHTS_FILE, dtype)
+    return transformer
+
+
+def transformer_pipeline(transformer: nn.Module, shared: dict[str, Any]) -> Any:
+    """Make the pipeline of a transformer, of the class that takes it, from the components that all models share."""
+    with _without_hints():
+        from cachekit.models.demo import variants
+
+    if type(transformer).__name__ == "PixArtTransformer2DModel":
+        return variants.PixArtAlphaPipeline(transformer=transformer, **shared)
+    encoder, tokenizer = variants.projecting(shared["text_encoder"]), shared["tokenizer"]
+    return variants.StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=shared["scheduler"],
+        vae=shared["vae"],
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
 
 
 def _shared_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """Load all components but the denoiser."""
     with _without_hints():
         from diffusers import AutoencoderTiny
-        from diffusers import DPMSolverMultistepScheduler as Scheduler
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizerFast
 
     vae = AutoencoderTiny.from_config(_config(folder, "vae/config.json"))
@@ -150,8 +174,15 @@ def _shared_components(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         "vae": vae,
         "text_encoder": text_encoder.eval(),
         "tokenizer": CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
-        "scheduler": Scheduler.from_config(_config(folder, "scheduler/scheduler_config.json")),
+        "scheduler": _scheduler(folder),
     }
+
+
+def _scheduler(folder: Path) -> Any:
+    import diffusers
+
+    config = _config(folder, "scheduler/scheduler_config.json")
+    return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def folders(kind: str) -> tuple[Path, ...]:
@@ -165,23 +196,16 @@ def folders(kind: str) -> tuple[Path, ...]:
 
 
 def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) -> Any:
-    """Load one of the small text-to-image pipelines that come with cachekit: "unet", or "dit" for a transformer.
+    """Load one of the small text-to-image pipelines that come with cachekit.
 
         pipe = cachekit.demo_pipeline()
         image = pipe("a large red circle top left on white").images[0]
 
-    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The transformer's
-    calls need `call_arguments(pipe)`, too. Raises `WeightsError` for an unknown kind or a damaged file.
+    It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The kinds are
+    "unet", "dit" (a transformer with cross-attention) and "flow" (one with joint attention, of rectified flow). Raises
+    `WeightsError` for an unknown kind or a damaged file.
     """
     return load_pipeline(folders(kind)[0], torch_dtype)
-
-
-def call_arguments(pipe: Any) -> dict[str, Any]:
-    """Choose the arguments that every call of an embedded pipeline needs: PixArt's defaults are for larger images."""
-    if "transformer" not in pipe.components:
-        return {}
-    length = pipe.tokenizer.model_max_length
-    return {"use_resolution_binning": False, "clean_caption": False, "max_sequence_length": length}
 
 
 def figures(kind: str = "unet") -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""`python -m benchmarks.gpu` at small sizes on the CPU: what it measures, writes, resumes and skips."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import gpu, gpu_tables
+from benchmarks.gpu_rows import rows
+
+FORECAST = "pixart-alpha | cachekit | forecast:interval=3"
+UNMEASURED = "all | check | model offloading changes no bit"
+
+
+def run(output, *more):
+    gpu.main(["--device", "cpu", "--tiny", "--output", str(output), *more])
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    output = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    for row in (FORECAST, UNMEASURED, "pixart-alpha | plain"):
+        run(output, "--only", row)
+    return output
+
+
+def test_a_row_has_its_time_beside_the_uncached_one_and_its_macs(output):
+    found = json.loads(output.read_text())["rows"][FORECAST]
+    assert len(found["seconds"]) == len(found["uncached_seconds"]) == 3
+    assert (found["mac_reduction"], found["equal"], found["finite"]) == (2.0, False, True)
+
+
+def test_a_row_that_fails_gives_its_reason_and_is_tried_again_on_request(output, monkeypatch):
+    assert json.loads(output.read_text())["rows"][UNMEASURED]["error"] == "FailedCheckError: needs an accelerator"
+    monkeypatch.setitem(gpu.CHECKS, "model offloading changes no bit", lambda models: "done")
+    monkeypatch.setattr("benchmarks.gpu_checks.CHECKS", gpu.CHECKS)
+    assert "error" in run(output, "--only", UNMEASURED)["rows"][UNMEASURED]
+    assert run(output, "--only", UNMEASURED, "--retry")["rows"][UNMEASURED]["detail"] == "done"
+
+
+def test_a_row_that_is_there_is_not_measured_again(output):
+    before = json.loads(output.read_text())["rows"][FORECAST]
+    assert run(output, "--only", FORECAST)["rows"][FORECAST] == before
+
+
+def test_what_no_longer_fits_is_listed(tmp_path):
+    found = run(tmp_path / "gpu.json", "--seconds", "0")
+    assert not found["rows"]
+    assert found["not_run"] == [row.key for row in rows(True, tuple(gpu.CHECKS))]
+
+
+def test_small_and_true_models_do_not_share_a_file(output):
+    with pytest.raises(SystemExit, match="has rows of small models; give another --output"):
+        gpu.main(["--device", "cpu", "--output", str(output), "--estimate"])
+
+
+def test_estimates_equal_what_was_counted_and_both_are_in_the_table(output, monkeypatch):
+    found = run(output, "--estimate")["rows"][FORECAST]
+    assert found["estimated_mac_reduction"] == pytest.approx(found["mac_reduction"])
+    monkeypatch.setattr(gpu_tables, "OUTPUT", output)
+    (row,) = [line for line in gpu_tables.table().splitlines() if "`forecast:interval=3`" in line]
+    assert row.count("2.000") == 2

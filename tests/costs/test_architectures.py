@@ -1,0 +1,52 @@
+"""Published architectures by name: their sizes, and what commands do with them."""
+
+from __future__ import annotations
+
+import pytest
+from support import tiny
+from support.commands import printed, run
+
+import cachekit
+from cachekit.models.architectures import architecture
+
+#: Parameters and buffers of the published checkpoints, in billions.
+SIZES = {"sdxl": 2.57, "pixart-alpha": 0.61, "flux": 11.90, "sd3": 2.47, "qwen-image": 20.43, "wan": 1.42}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_an_architecture_has_the_size_of_its_checkpoint(name):
+    saved = architecture(name).build().state_dict()
+    assert sum(tensor.numel() for tensor in saved.values()) / 1e9 == pytest.approx(SIZES[name], abs=0.006)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "wan"])
+def test_a_forecast_on_an_architecture_costs_its_full_steps(name):
+    found = cachekit.estimate(name, "forecast:interval=3", num_inference_steps=7)
+    assert found.speedup == pytest.approx(7 / 3)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan"])
+def test_commands_take_the_name_of_an_architecture(name):
+    assert architecture(name).cls in printed("sites", name)
+    assert "forecast" in printed("plan", "forecast:interval=3", "--steps", "7", "--model", name)
+
+
+def test_a_misspelled_architecture_is_named():
+    result = run("sites", "qwen-imag")
+    assert (result.exit_code, "did you mean 'qwen-image'" in result.output) == (2, True)
+
+
+@pytest.mark.parametrize("make", [tiny.flux, tiny.sd3])
+def test_a_pipeline_of_these_classes_is_estimated_at_a_size(make):
+    pipe = make()
+    side = 16 * pipe.vae_scale_factor
+    found = cachekit.estimate(pipe, "forecast:interval=3", num_inference_steps=7, height=side, width=side)
+    assert found.speedup == pytest.approx(7 / 3)
+
+
+def test_layers_that_a_class_keeps_in_float32_stay_in_it():
+    import torch
+
+    model = architecture("wan").build(dtype=torch.bfloat16)
+    assert model.scale_shift_table.dtype is torch.float32
+    assert model.patch_embedding.weight.dtype is torch.bfloat16

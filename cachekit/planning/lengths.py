@@ -35,10 +35,13 @@ def _by_length(bound: Assignment) -> Part | None:
     what = bound.choice.what
     if type(what).weights is StandIn.weights:
         return None
-    times, step = [Time(4), Time(2), Time(0)], 5
-    moments = [_at(bound, step, steps) for steps in _LENGTHS]
-    found = [answered(lambda at=at: origin(bound, "predict", at), what.weights, times, at) for at in moments]
-    return what if any(list(weights) != list(found[0]) for weights in found) else None
+    found = [_weights(bound, _at(bound, 5, steps)) for steps in _LENGTHS]
+    return what if any(weights != found[0] for weights in found) else None
+
+
+def _weights(bound: Assignment, at: Moment) -> list[float]:
+    times = [Time(4), Time(2), Time(0)]
+    return list(answered(lambda: origin(bound, "predict", at), bound.choice.what.weights, times, at))
 
 
 def _at(bound: Assignment, step: int, steps: int) -> Moment:

@@ -68,7 +68,6 @@ USES: dict[str, tuple[Conditions, Conditions]] = {
     "what it was made for, guidance 5": (BOTH, Conditions(guidance=(5.0,))),
     "guidance 5, made at 3.5": (USUAL, Conditions(guidance=(5.0,))),
     "captions, made with single red circles": (Conditions(prompts="red circles"), USUAL),
-    "captions, made with empty prompts": (Conditions(prompts="empty"), USUAL),
     "empty prompts, made with captions": (USUAL, Conditions(prompts="empty")),
     "words in random order, made with captions": (USUAL, Conditions(prompts="shuffled")),
     "48 x 48 pixels, made at 64 x 64": (USUAL, Conditions(side=48)),
@@ -158,7 +157,7 @@ class Bench:
 
     @cache  # noqa: B019
     def calibration(self, conditions: Conditions) -> cachekit.Calibration:
-        """Calibrate in these conditions."""
+        """Calibrate in these conditions; raises `CalibrationError` for empty prompts, which equal the negative one."""
         pipe = self.pipe(conditions.lora)
         return cachekit.calibrate(
             pipe,
@@ -202,8 +201,11 @@ def used(bench: Bench, name: str) -> dict[str, Any]:
         with cachekit.apply(pipe, spec):
             return round(psnr(draw(), uncached), 1)
 
-    uncached, carried, own = draw(), bench.calibration(making), bench.calibration(using)
-    plain, spacing = best_of(plain_steps(pipe, own.key.full, STEPS, uncached, draw))
+    uncached, carried = draw(), bench.calibration(making)
+    has_own = using.prompts != "empty"
+    own = bench.calibration(using) if has_own else carried
+    full = carried.key.full
+    plain, spacing = best_of(plain_steps(pipe, full, STEPS, uncached, draw))
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / f"{each}.json") for each in ("carried", "edited", "own")]
         for path, calibration in zip(paths, (carried, edited(carried, own, scale), own)):
@@ -211,8 +213,12 @@ def used(bench: Bench, name: str) -> dict[str, Any]:
         refused = refusal(pipe, paths[0], prompts[0], using)
         found = [cached(f"calibrated:file={path}") for path in paths[1:]]
     changed = {"changed": round(psnr(uncached, _without_lora(bench, prompts, scale)), 1)} if using.lora else {}
-    figures = {"carried": found[0], "own": found[1], "forecast": cached(f"forecast:interval={INTERVAL}")}
-    return {**figures, "plain": round(plain, 1), "spacing": spacing, "calls": len(own.key.full), "captions": COUNT,
+    figures = {
+        "carried": found[0],
+        "own": found[1] if has_own else None,
+        "forecast": cached(f"forecast:interval={INTERVAL}"),
+    }
+    return {**figures, "plain": round(plain, 1), "spacing": spacing, "calls": len(full), "captions": COUNT,
             "refused": refused, **changed}  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def _find(rows: Rows, name: str, column: tuple[str, str]) -> Mapping[str, Any] |
 
 def _cell(rows: Rows, name: str, column: tuple[str, str]) -> str:
     row = _find(rows, name, column)
-    return " / ".join(f"{row[key]:.1f}" for key in FIGURES) if row else "-"
+    return " / ".join("-" if row[key] is None else f"{row[key]:.1f}" for key in FIGURES) if row else "-"
 
 
 def _refused(rows: Rows, name: str) -> str:
@@ -89,7 +89,7 @@ def _reading(rows: Rows) -> Iterable[str]:
     known = {name: value for name, value in off.items() if value is not None}
     worse = [f"{name} (by up to {value:.1f} dB)" for name, value in known.items() if value > EQUAL]
     yield f"More than {EQUAL:g} dB below a calibration made for the use: {'; '.join(worse) or 'none'}."
-    beaten = [name for name in known if (_worst(rows, name, "plain") or 0) > 0]
+    beaten = [name for name in PARTS["uses"] if (_worst(rows, name, "plain") or 0) > 0]
     yield f"Plain steps are nearer in some column: {'; '.join(beaten) or 'nowhere'}."
     moved = [(row["name"].partition(",")[0], row["changed"]) for row in rows if "changed" in row]
     names = dict.fromkeys(name for name, _ in moved)
@@ -103,7 +103,8 @@ def _reading(rows: Rows) -> Iterable[str]:
 
 def _worst(rows: Rows, name: str, rival: str) -> float | None:
     """How far the calibration lies below a rival at most, in dB; None where it wasn't measured."""
-    return max((row[rival] - row["carried"] for row in rows if row["name"] == name), default=None)
+    found = [row for row in rows if row["name"] == name and row[rival] is not None]
+    return max((row[rival] - row["carried"] for row in found), default=None)
 
 
 def _span(values: Sequence[float]) -> str:

@@ -18,7 +18,7 @@ from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import calibrations, carry_tables, gpu_tables, methods
+from . import border, calibrations, carry_tables, gpu_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -58,6 +58,7 @@ def filled() -> dict[Path, str]:
         "demo table with Euler": demo_table("demo-table-euler.json"),
         "frontier": frontier_tables(),
         "overhead table": overhead_table(),
+        "border": border.table(),
         "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),

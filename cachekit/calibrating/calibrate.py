@@ -15,6 +15,7 @@ from typing_extensions import Self
 from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
 from cachekit.calibrating.batches import Batch, Prompt, batched, call_of, shared_arguments, size_of
+from cachekit.calibrating.branches import refuse_equal_branches
 from cachekit.calibrating.calibration import Calibration, versions
 from cachekit.calibrating.fits import Figures, Fit, Mean
 from cachekit.calibrating.key import guidance_of, key_of
@@ -69,7 +70,8 @@ def calibrate(
     several processes. Each of several guidance scales gets a set of weights.
 
     Raises `CalibrationError`, and leaves the pipeline as it was, where the policy doesn't serve, the scheduler's step
-    isn't linear in the output, or the pipeline combines branches in another way than u + g (c - u).
+    isn't linear in the output, the pipeline combines branches in another way than u + g (c - u), or weights are to be
+    fitted for a prompt that equals the negative one, as an empty prompt does by default.
     """
     if not prompts:
         raise CalibrationError("no prompts to calibrate with; give a few, such as 16")
@@ -203,6 +205,7 @@ class _Calibrator:
         """Calibrate with these batches of prompts."""
         lock = Lockstep(len(batches), _turns(self._pipe), exchange)
         with apply(self._pipe, self._policy, catalog=catalog) as attachment:
+            refuse_equal_branches(self._pipe, attachment, self._recorder, batches, self._steps, self._arguments)
             works = [
                 partial(self._run_batch, attachment, batch, lock, place, () if place else (show,))
                 for place, batch in enumerate(batches)

@@ -12,7 +12,7 @@ from typing import Any
 from cachekit.calibrating.before import refuse_to_add
 from cachekit.calibrating.calibrate import Progress, calibrate
 from cachekit.calibrating.calibration import Calibration
-from cachekit.calibrating.fits import Figures, Fit
+from cachekit.calibrating.fits import Figures
 from cachekit.calibrating.lockstep import Exchange, alone
 from cachekit.calibrating.sums import Sums
 from cachekit.clusters import cluster, imported_ray
@@ -105,7 +105,8 @@ def _ray(
         ]
         found = _results(ray, waiting, progress)
     # Figures are of each worker's own prompts, weights of all.
-    return Calibration.merge(*found) if isinstance(found[0].fits[0], Figures) else _whole(found, len(prompts))
+    whole = Calibration.merge(*found) if isinstance(found[0].fits[0], Figures) else found[0]
+    return _as_one_run(whole, len(prompts))
 
 
 def _results(ray: Any, waiting: list[Any], progress: Progress | None) -> list[Calibration]:
@@ -125,10 +126,11 @@ def _results(ray: Any, waiting: list[Any], progress: Progress | None) -> list[Ca
     return found
 
 
-def _whole(found: Sequence[Calibration], prompts: int) -> Calibration:
-    """Take the calibration that all workers share, of all prompts."""
-    fits = [fit.model_copy(update={"prompts": prompts}) for fit in found[0].fits if isinstance(fit, Fit)]
-    return found[0].model_copy(update={"fits": fits})
+def _as_one_run(made: Calibration, prompts: int) -> Calibration:
+    """Count what several workers have made as one run of all prompts."""
+    fits = [fit.model_copy(update={"prompts": prompts, "runs": 1}) for fit in made.fits]
+    # Not a copy, which would have the cached figures of the first.
+    return Calibration(**{**dict(made), "fits": fits})
 
 
 class _Adder:

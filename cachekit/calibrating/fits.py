@@ -100,16 +100,22 @@ class Mean(Numbers):
 
 
 class Figures(Numbers):
-    """What a part of a policy measures of uncached runs at one guidance scale: its figures by name, in each step."""
+    """What a part of a policy measures of uncached runs at one guidance scale: its figures by name, in each step.
+
+    `runs` counts the calibrations whose figures were added.
+    """
 
     guidance: float
     prompts: int = Field(ge=1)
+    runs: int = Field(default=1, ge=1)
     steps: list[dict[str, Mean]]
 
     def plus(self, other: Figures) -> Figures:
-        """Add the figures of other prompts."""
+        """Add the figures of another run: each counts by its number of images, and so do runs merged before."""
         steps = [_added(one, two) for one, two in zip(self.steps, other.steps)]
-        return self.model_copy(update={"prompts": self.prompts + other.prompts, "steps": steps})
+        return Figures(
+            guidance=self.guidance, prompts=self.prompts + other.prompts, runs=self.runs + other.runs, steps=steps
+        )
 
     @property
     def terms(self) -> list[frozenset[str]]:

@@ -24,7 +24,10 @@ _OTHER_NOISE = 100_000
 
 
 def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tuple[float, str, int, float]]:
-    """Yield guidance scale, kind of images, MACs in steps, and the median PSNR in dB to uncached images."""
+    """Yield guidance scale, kind of images, MACs in steps, and the median PSNR in dB to uncached images.
+
+    Prompts should be others than those that the calibration at `path` was made with, which would flatter it.
+    """
     made, pipe = Calibration.load(path), request.load()
     pipe.set_progress_bar_config(disable=True)
     policy = policy_with(made, request.spec, path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachekit.cli.fresh import Fresh, fresh_prompts
 from cachekit.cli.output import print_table, progress_bar, say
 from cachekit.errors import CachekitError, nearest
 from cachekit.models.loading import EMBEDDED, SCHEDULERS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 _PROMPTS = "File with one prompt per line, MS-COCO annotations (.json), or a number of held-out captions."
 _SCHEDULER = f"Scheduler of diffusers, or {', '.join(SCHEDULERS)}; default: the model's own."
+_FRESH = "Prompts to verify on, none of --prompts; default for embedded models: held-out captions."
 _REFERENCE = "Steps of the uncached run that is the target; default: as many."
 
 
@@ -48,13 +50,14 @@ def calibrate(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with uncached images, beside plain steps of equal cost.")
     ] = False,
+    verify_prompts: Annotated[str | None, typer.Option(help=_FRESH)] = None,
 ) -> None:
     """Measure the weights of calibrated forecasts, or the figures of a policy, on a model, and write them to a file."""
     from cachekit.bench.captions import read_captions
     from cachekit.calibrating.calibration import Calibration
     from cachekit.calibrating.executors import Request
 
-    if merge and verify:
+    if merge and (verify or verify_prompts):
         raise CachekitError(
             "calibrate: --merge has no model to verify with; merge first, then verify in a call of its own"
         )
@@ -65,10 +68,11 @@ def calibrate(
         raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
     request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
     texts = read_captions(prompts).texts
+    fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
     made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
     _finish(made, output)
-    if verify:
-        _verify(request, texts, output)
+    if fresh:
+        _verify(request, fresh, output)
 
 
 def _calibrated(
@@ -133,20 +137,29 @@ def _finish(made: Calibration, output: Path) -> None:
 
 def _print_figures(made: Calibration) -> None:
     """Print each figure's range over the steps."""
-    steps = made.figures
-    rows = []
+    steps, rows = made.figures, []
     for name in sorted({name for step in steps for name in step}):
         values = [step[name] for step in steps if name in step]
         rows.append([name, str(len(values)), *(f"{value:.4g}" for value in (min(values), values[-1], max(values)))])
-    print_table(["figure", "steps", "least", "last", "greatest"], rows, f"Figures of {made.key.schedule}.")
+    print_table(
+        ["figure", "steps", "least", "last", "greatest"], rows, f"Figures of {made.key.schedule}{_merged(made)}."
+    )
 
 
-def _verify(request: Request, texts: Sequence[str], output: Path) -> None:
-    """Print how close images of other noise come to the uncached ones, calibrated and by fewer plain steps."""
+def _merged(made: Calibration) -> str:
+    """Write how many runs the file was merged from, "" if it wasn't."""
+    counts = [fit.runs for fit in made.fits]
+    return f", merged from {max(counts)} runs" if max(counts) > 1 else ""
+
+
+def _verify(request: Request, fresh: Fresh, output: Path) -> None:
+    """Print how close images of fresh prompts come to the uncached ones, calibrated and by fewer plain steps."""
     from cachekit.calibrating.verifying import compare
 
-    found = compare(request, texts, str(output))
+    found = compare(request, fresh.texts, str(output))
     rows = [[f"{scale:g}", name, str(calls), f"{psnr:.1f}"] for scale, name, calls, psnr in found]
     print_table(
-        ["guidance", "images", "MACs in steps", "PSNR (dB)"], rows, "Medians over the prompts, with other noise."
+        ["guidance", "images", "MACs in steps", "PSNR (dB)"],
+        rows,
+        f"Medians over {fresh.description} that the calibration wasn't made with, and noise of their own.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,17 +10,33 @@ import typer
 
 from cachekit.cli.output import console, progress_bar, say, write
 from cachekit.errors import CachekitError, nearest
+from cachekit.interface.specs import split_specs
 
 if TYPE_CHECKING:
     from cachekit.coverage.results import Coverage, Trial
 
-#: Specs tried by default: each policy with options that act within the few steps of a trial, and compositions.
-SPECS = (
-    "tgate:m=3",
-    "deepcache:interval=2",
-    "adaptive_guidance:m=3",
-    "null_text:after=3",
-    "delta_dit",
+#: Options with which policies act within the few steps of a trial; those of other policies are their defaults.
+OPTIONS = {
+    "adaptive_guidance": "m=3",
+    "cache": "where=feed_forward,when=every(2)",
+    "cair": "n=3",
+    "deepcache": "interval=2",
+    "easycache": "threshold=1,first=1",
+    "fbcache": "threshold=1",
+    "fora": "interval=2",
+    "guidance_interval": "stop=2",
+    "hicache": "interval=2,warm_up=1",
+    "null_text": "after=3",
+    "pab": "low=0,high=1000,spatial=2,temporal=2,cross=2",
+    "seacache": "threshold=1",
+    "spectrum": "warm_up=1",
+    "taylorseer": "interval=2,warm_up=1",
+    "teacache": "threshold=1",
+    "tgate": "m=3",
+}
+#: Policies that are left out, since each model needs a calibration of its own.
+CALIBRATED = ("block_cache", "calibrated", "magcache", "smoothcache")
+COMPOSITIONS = (
     "tgate:m=3+deepcache:interval=2",
     "tgate:m=3+delta_dit",
     "adaptive_guidance:m=3,linear=true+delta_dit",
@@ -28,9 +45,23 @@ SPECS = (
 _NAMES = "Parts of pipeline names, such as Flux or SD3; default: all pipelines."
 
 
+def default_specs(policies: Iterable[str]) -> list[str]:
+    """List a spec of each of these policies that needs no calibration, and the compositions of them.
+
+    >>> default_specs(["calibrated", "text_kv", "tgate"])
+    ['text_kv', 'tgate:m=3']
+    """
+    tried = [name for name in policies if name not in CALIBRATED]
+    alone = [f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in tried]
+    parts = [{spec.partition(":")[0] for spec in split_specs(composition)} for composition in COMPOSITIONS]
+    return alone + [composition for composition, names in zip(COMPOSITIONS, parts) if names <= {*tried}]
+
+
 def coverage(
     names: Annotated[list[str] | None, typer.Argument(help=_NAMES)] = None,
-    spec: Annotated[list[str] | None, typer.Option(help="Specs to try instead, joined by +; may be repeated.")] = None,
+    spec: Annotated[
+        list[str] | None, typer.Option(help="Specs to try instead of all policies, joined by +; may be repeated.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Time limit of each pipeline in seconds.")] = 300,
     json: Annotated[
@@ -41,14 +72,18 @@ def coverage(
     """Build small pipelines, try policies on them, and report which work, are refused, stay idle or fail."""
     from cachekit.coverage.page import markdown as page
     from cachekit.coverage.results import JOIN, Coverage, read
-    from cachekit.interface.specs import parse_all, split_specs
+    from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
-    specs = [JOIN.join(map(str, parse_all(split_specs(text), installed()))) for text in spec or SPECS]
+    catalog = installed()
+    wanted = spec or default_specs(sorted(catalog.policies))
+    specs = [JOIN.join(map(str, parse_all(split_specs(text), catalog))) for text in wanted]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
     Coverage(specs, []).updating(older)
     found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
     _print(found)
+    if not spec:
+        say(f"left out, since each model needs a calibration of its own: {', '.join(CALIBRATED)}")
     found = found.updating(older)
     for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
         if path is not None:

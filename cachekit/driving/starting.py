@@ -22,6 +22,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
 from cachekit.interface.parts import Schedule, StandIn
+from cachekit.planning.lengths import refuse_unknown_length
 from cachekit.reports.record import Fit
 from cachekit.runs.border import asked
 from cachekit.runs.clock import Clock
@@ -43,7 +44,7 @@ from cachekit.upstream.guidance import (
 from cachekit.upstream.guiders import has_momentum
 from cachekit.upstream.pipelines import plain_arguments
 from cachekit.upstream.prediction import times_of
-from cachekit.upstream.schedulers import count_steps
+from cachekit.upstream.schedulers import UNKNOWN_STEPS, count_steps
 
 #: Chooses what a run may keep.
 FitFunction = Callable[[Setup, RunStart], Fit]
@@ -96,13 +97,16 @@ class RunStarter:
     ) -> Run:
         """Start a run with its first call, to which `clock` has advanced; `context` is the name of the call.
 
-        Raises `GuidanceError` where a policy would drop a branch that cannot be dropped, and `BudgetError` where
-        nothing fits into the limit.
+        Raises `GuidanceError` where a policy would drop a branch that cannot be dropped, `BudgetError` where nothing
+        fits into the limit, and `PolicyError` where a part needs what the loop doesn't show.
         """
         layout = self._layout(denoiser, inputs, pipeline, context)
-        steps = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
+        counted = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
+        steps = counted or UNKNOWN_STEPS
         times = times_of(scheduler, inputs.timestep, steps, layout.negated)
         self._refuse_unknown(times, scheduler)
+        if counted is None:
+            refuse_unknown_length(self._setup.assignments)
         fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps, times))
         run = Run(
             self._setup.plan(steps, layout, fit.dropped, times),
@@ -181,7 +185,7 @@ class RunStarter:
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(
-                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which {WRITES_CACHE};"
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, but {WRITES_CACHE};"
                     " use a policy for attention or blocks"
                 )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cachekit.errors import SpecError
+from cachekit.errors import PolicyError, SpecError
 from cachekit.interface.moment import Action, History, Moment, Streams, Time
 from cachekit.interface.sites import SiteMap, Target
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: What a stand-in is made for: the output itself, the output minus what entered, or the clean sample it implies.
 Quantity = Literal["output", "residual", "x0"]
+#: The kinds of attributes that no field may replace.
+_METHODS = (FunctionType, property, classmethod, staticmethod)
 
 
 class BranchChange(str, Enum):
@@ -57,6 +60,14 @@ class Part(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise SpecError(f"{type(self).__name__}: {_reason(error)}") from error
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **given: Any) -> None:
+        """Raise `PolicyError` for a field with the name of a method: its value would take the method's place."""
+        super().__pydantic_init_subclass__(**given)
+        for key in cls.model_fields:
+            if any(isinstance(vars(base).get(key), _METHODS) for base in cls.__mro__[1:]):
+                raise PolicyError(f"{cls.__name__}.{key} is a field with the name of a method; rename it")
 
     @classmethod
     def spellings(cls) -> Mapping[str, Part]:

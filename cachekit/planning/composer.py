@@ -99,7 +99,7 @@ class Composer:
         """List the cells of an assignment from the step `origin` to the last one, as its schedule alone decides."""
         if (index, origin) not in self._schedules:
             bound = self.assignments[index]
-            cells = [_asked(bound, self._moment(index, step, origin)) for step in range(origin, self.steps)]
+            cells = [scheduled(bound, self._moment(index, step, origin)) for step in range(origin, self.steps)]
             self._schedules[index, origin] = without_idle_stores(cells, bound)
         return self._schedules[index, origin]
 
@@ -233,7 +233,7 @@ def still_needed(needed: float, cell: Cell, bound: Assignment) -> float:
     return math.inf if entries is None else entries
 
 
-def _asked(bound: Assignment, at: Moment) -> Cell:
+def scheduled(bound: Assignment, at: Moment) -> Cell:
     """Ask a schedule for an action, and check the answer."""
     action = answered(lambda: origin(bound, "action", at), bound.choice.when.action, at)
     if action is not OPEN and not isinstance(action, Action):

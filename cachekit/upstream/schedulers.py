@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 #: Number of steps to plan where nothing gives one; a longer run lengthens its plan.
-_UNKNOWN_STEPS = 100
+UNKNOWN_STEPS = 100
 
 
 def is_entry(timestep: Tensor) -> bool:
@@ -38,8 +38,8 @@ def shares_table(timestep: Any, scheduler: Any) -> bool:
     return bool(timestep.untyped_storage().data_ptr() == table.untyped_storage().data_ptr())
 
 
-def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
-    """Count the iterations of the loop whose first timestep is given; 100 where nothing gives their number.
+def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int | None:
+    """Count the iterations of the loop whose first timestep is given; None where nothing gives their number.
 
     The pipeline's own count comes first, because image-to-image shortens the loop, then the timestep's place in its
     table, then the length of the scheduler's table.
@@ -50,7 +50,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int:
     if isinstance(timestep, Tensor) and is_entry(timestep):
         return _table_length(timestep) - int(timestep.storage_offset())
     table = getattr(scheduler, "timesteps", None)
-    return max(1, len(table)) if isinstance(table, Tensor) else _UNKNOWN_STEPS
+    return max(1, len(table)) if isinstance(table, Tensor) else None
 
 
 def planned_scheduler(pipe: Any, steps: int) -> Any:

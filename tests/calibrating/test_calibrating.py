@@ -378,6 +378,35 @@ def test_what_cannot_be_calibrated_is_one_line_and_leaves_no_trace(prepare: Any,
     assert "\n" not in str(caught.value)
 
 
+def test_prompts_that_equal_the_negative_prompt_are_refused() -> None:
+    """Before any trajectory is computed; without guidance there is nothing to divide."""
+    pipe = cachekit.demo_pipeline()
+    given = {"num_inference_steps": 3, "batch": 2}
+    red, blue = "a large red circle", "a small blue star"
+    computed: list[int] = []
+    watch = pipe.unet.conv_in.register_forward_hook(lambda *given: computed.append(1))
+    for negative, prompts, named in [({}, [red, blue, ""], ""), ({"negative_prompt": blue}, [red, blue, ""], blue)]:
+        with tiny.leaves_no_trace(pipe), pytest.raises(CalibrationError) as caught:
+            cachekit.calibrate(pipe, "calibrated:interval=2", prompts, guidance_scale=3.0, **given, **negative)
+        assert str(caught.value) == (
+            f"prompt {named!r} is the same as the negative prompt to the model: with equal branches, nothing shows how"
+            " weights divide between them; leave it out, or give another prompt"
+        )
+    assert len(computed) == 3  # the first step of two batches, and of one
+    watch.remove()
+    assert cachekit.calibrate(pipe, "calibrated:interval=2", [""], guidance_scale=1.0, **given).fits[0].prompts == 1
+
+
+@pytest.mark.parametrize("name", ["wan", "flux"])
+def test_embeddings_that_equal_the_negative_ones_are_refused(name: str) -> None:
+    pipe = PIPES[name]()
+    first, *others = prompts_for(pipe)
+    negative = {name: first[name] for name in first if name.startswith("negative")}
+    same = {**negative, **{name.removeprefix("negative_"): value for name, value in negative.items()}}
+    with pytest.raises(CalibrationError, match=r"^prompt 3 is the same as the negative prompt"):
+        calibrated(pipe, prompts=[first, others[0], same], batch=2)
+
+
 def test_two_denoisers_are_refused() -> None:
     with pytest.raises(CalibrationError, match="transformer and transformer_2; only one can be calibrated"):
         calibrated(tiny.wan(boundary=0.5))

@@ -6,7 +6,10 @@ import pytest
 from support import commands
 
 from cachekit import Calibration
-from cachekit.calibrating import executors
+from cachekit.bench.captions import read_captions
+from cachekit.calibrating import executors, verifying
+from cachekit.cli.fresh import fresh_prompts
+from cachekit.models import demo
 
 ARGUMENTS = ("demo", "--prompts", "2", "--steps", "4", "--spec", "calibrated:interval=2", "--scheduler", "euler")
 
@@ -30,6 +33,7 @@ def test_scales_that_the_file_has_are_left_out(made):
     assert both.scales == [3.0, 5.0]
     assert both.fits[0] == first.fits[0]
     assert "3 plain steps" in result.stdout
+    assert "Medians over 2 held-out captions that the calibration wasn't made with" in " ".join(result.stdout.split())
 
 
 def test_files_are_merged(made, tmp_path):
@@ -82,3 +86,48 @@ def test_a_merge_can_not_be_verified_in_the_same_call(tmp_path):
     result = commands.run("calibrate", "--merge", tmp_path / "a", "--merge", tmp_path / "b", "--verify")
     assert result.exit_code == 2
     assert "--merge has no model to verify with; merge first, then verify in a call of its own" in result.output
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The prompts that `--verify` compares images of; nothing is drawn, and an existing file isn't made again."""
+    found = []
+    monkeypatch.setattr(verifying, "compare", lambda request, prompts, path: found.extend(prompts) or [])
+    return found
+
+
+@pytest.mark.parametrize(("given", "count"), [(("--verify",), 2), (("--verify-prompts", "5"), 5)])
+def test_a_calibration_is_verified_on_held_out_captions_that_it_was_not_made_with(made, seen, given, count):
+    path, _ = made
+    printed = commands.printed("calibrate", *ARGUMENTS, "--guidance", "3", "--output", path, *given)
+    assert len(set(seen)) == count
+    assert not set(seen) & set(read_captions("2").texts)
+    assert f"Medians over {count} held-out captions" in " ".join(printed.split())
+
+
+def test_held_out_captions_leave_out_those_of_the_calibration():
+    drawn = demo.heldout_captions(6, 1)
+    assert fresh_prompts("3", [drawn[0], drawn[2]], "a model").texts == (drawn[1], drawn[3], drawn[4])
+    assert fresh_prompts(None, drawn, "demo-dit").texts == tuple(demo.heldout_captions(12, 1)[6:])
+
+
+def test_a_calibration_is_verified_on_the_prompts_of_a_file(made, seen, tmp_path):
+    path, _ = made
+    prompts = tmp_path / "others.txt"
+    prompts.write_text("a red circle\na blue star\n")
+    given = ("--guidance", "3", "--output", path, "--verify", "--verify-prompts", prompts)
+    printed = commands.printed("calibrate", *ARGUMENTS, *given)
+    assert seen == ["a red circle", "a blue star"]
+    assert "Medians over 2 prompts of" in printed
+
+
+def test_prompts_that_are_not_fresh_are_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "EXECUTORS", {"serial": None})
+    prompts = tmp_path / "others.txt"
+    prompts.write_text("a blue star\n" + read_captions("2").texts[1])
+    result = commands.run("calibrate", *ARGUMENTS, "--output", tmp_path / "no.json", "--verify-prompts", prompts)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert f"{prompts}: 1 of 2 are among the prompts of the calibration, such as '" in result.stderr
+    result = commands.run("calibrate", tmp_path, *ARGUMENTS[1:], "--output", tmp_path / "no.json", "--verify")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    assert result.stderr.endswith("isn't made with; give --verify-prompts FILE\n")

@@ -101,10 +101,21 @@ def test_merging_adds_the_figures_of_other_prompts(made: Any) -> None:
     pipe, calibration, _ = made
     other = replays.measured(pipe, ByNorm(), STEPS, prompt_embeds=tiny.text(1, seed=8))
     both = Calibration.merge(calibration, other)
-    assert both.fits[0].prompts == 2
+    assert (both.fits[0].prompts, both.fits[0].runs) == (2, 2)
     for merged, one, two in zip(both.figures, calibration.figures, other.figures):
         assert merged == pytest.approx({name: (one[name] + two[name]) / 2 for name in one})
         assert one != two
+
+
+def test_a_merged_file_weighs_as_many_runs_as_it_was_merged_from(made: Any) -> None:
+    """Merged in any order, figures are the mean over all images."""
+    pipe, calibration, _ = made
+    other = replays.measured(pipe, ByNorm(), STEPS, prompt_embeds=tiny.text(1, seed=8))
+    twice = Calibration.merge(Calibration.merge(calibration, calibration), other)
+    assert (twice.fits[0].prompts, twice.fits[0].runs) == (3, 3)
+    assert twice == Calibration.merge(other, Calibration.merge(calibration, calibration))
+    for merged, one, two in zip(twice.figures, calibration.figures, other.figures):
+        assert merged == pytest.approx({name: (2 * one[name] + two[name]) / 3 for name in one})
 
 
 def test_another_guidance_scale_stands_beside_the_first(made: Any, tmp_path: Any) -> None:
@@ -199,7 +210,7 @@ def test_the_command_measures_merges_and_verifies(tmp_path: Any) -> None:
     assert "Figures of block_changes." in printed
     assert "down_blocks.0" in printed
     assert "calibrated" in printed
-    commands.printed("calibrate", "--merge", made, "--merge", made, "--output", both)
+    assert "merged from 2 runs" in commands.printed("calibrate", "--merge", made, "--merge", made, "--output", both)
     one, two = (Calibration.load(path) for path in (made, both))
-    assert (one.fits[0].prompts, two.fits[0].prompts) == (1, 2)
+    assert [(fit.prompts, fit.runs) for (fit,) in (one.fits, two.fits)] == [(1, 1), (2, 2)]
     assert one.figures == two.figures

@@ -131,6 +131,23 @@ def test_what_saves_least_for_its_bytes_goes_first() -> None:
     assert not any(spec.startswith("deepcache") for spec, _ in limited.dropped)
 
 
+def test_a_window_of_timesteps_is_planned_for_with_those_of_the_run() -> None:
+    """Without them every step could be kept, and a run that keeps nothing would be refused."""
+    window = "cache:where=cross_attention,when=window(low={},high={},when=every(2))"
+    spec = window.format(200, 700)
+    found, report = cached("sd", spec)
+    assert sum(count.reused for count in report.counts) > 0
+    same, limited = cached("sd", spec, max_cache_bytes=report.cache_bytes)
+    assert torch.equal(same, found)
+    assert (limited.dropped, limited.needed_bytes, limited.cache_bytes) == ([], *[report.cache_bytes] * 2)
+    _, half = cached("sd", spec, max_cache_bytes=report.cache_bytes // 2)
+    assert half.dropped
+    assert half.cache_bytes <= report.cache_bytes // 2 < half.needed_bytes == report.cache_bytes
+    none, outside = cached("sd", window.format(0, 0.5), max_cache_bytes=1)
+    assert torch.equal(none, plain("sd"))
+    assert (outside.needed_bytes, outside.dropped) == (0, [])
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_run_is_refused_before_it_begins_if_nothing_fits(name: str) -> None:
     pipe, calls = shared(name), []

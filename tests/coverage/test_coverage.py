@@ -13,22 +13,26 @@ import torch
 from support.commands import run
 from torch import nn
 
-from cachekit.cli.coverage import SPECS
+from cachekit.cli.coverage import CALIBRATED, COMPOSITIONS, OPTIONS, default_specs
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
 from cachekit.coverage.building import pipeline_class, pipeline_names
 from cachekit.coverage.facts import class_notes, entries, known_models
 from cachekit.coverage.page import markdown
 from cachekit.coverage.parts import NotBuiltError, make, seed_weights, tokenizer
-from cachekit.coverage.results import FAILS, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
+from cachekit.coverage.results import FAILS, JOIN, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
 from cachekit.coverage.survey import TrialProcess, survey
 from cachekit.coverage.trial import Subject, examine
 from cachekit.errors import CachekitError
 from cachekit.interface.adapter import Layout
+from cachekit.interface.specs import parse_all, split_specs
 from cachekit.registry.catalog import installed
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "coverage.json"
+#: What the command tries by default, and what is tried here on most pipelines.
+ALL = default_specs(sorted(installed().policies))
+SPECS = default_specs(["adaptive_guidance", "deepcache", "delta_dit", "null_text", "tgate"])
 
 # pipeline, branches of a step, states under SPECS where they do not depend on the policy alone
 FAMILIES = {
@@ -78,9 +82,18 @@ def loaded(name):
         return None
 
 
+def test_every_installed_policy_is_tried_by_default_unless_it_needs_a_calibration():
+    alone = [spec.partition(":")[0] for spec in ALL if spec not in COMPOSITIONS]
+    assert sorted([*alone, *CALIBRATED]) == sorted(installed().policies)
+    assert {*OPTIONS} <= {*alone}
+    assert {*COMPOSITIONS} < {*SPECS} < {*ALL}
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_policies_work_or_are_refused(name):
-    found = examine(name, SPECS)
+    specs = ALL if name == "DiTPipeline" else SPECS
+    found = examine(name, specs)
+    assert list(found.results) == specs
     assert found.reason == ""
     assert found.branches == FAMILIES[name]
     assert {result.state for result in found.results.values()} <= {WORKS, REFUSED}, found.results
@@ -248,6 +261,10 @@ def test_the_command_says_which_name_is_wrong():
     ]
 
 
+def canonical(text):
+    return JOIN.join(map(str, parse_all(split_specs(text), installed())))
+
+
 def small_coverage():
     works = Trial("APipeline", results={"tgate:m=3": Result(WORKS), "deepcache": Result(REFUSED, "no | regions")})
     works.sites = {"Net": Sites("unet", {"block": 2}, 3, [])}
@@ -285,7 +302,7 @@ def test_the_page_names_states_reasons_sites_and_what_was_not_built():
 def test_the_published_page_is_that_of_its_data():
     coverage = read(DATA)
     assert (ROOT / "docs" / "coverage.md").read_text() == markdown(coverage)
-    assert set(coverage.specs) == set(SPECS)
+    assert set(SPECS) <= set(coverage.specs) <= {canonical(spec) for spec in ALL}
     assert len(coverage.built) > 200
     assert [f"{trial.pipeline} {spec}: {result}" for trial, spec, result in coverage.results(FAILS)] == []
     assert all(sites.kinds for sites in coverage.denoisers.values() if sites.adapter != "none")

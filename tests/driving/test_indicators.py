@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,12 +21,15 @@ from cachekit import (
     Reuse,
     Signal,
     SiteError,
+    SiteMap,
     Span,
     Streams,
     Tail,
+    Target,
     Where,
     WholeDenoiser,
 )
+from cachekit.interface.sites import region_of
 
 STEPS = 6
 
@@ -178,6 +182,67 @@ def test_a_tensor_in_place_of_a_truth_is_refused_in_a_line(make: Any, place: Whe
     assert "\n" not in message
     assert message.startswith("scripting")
     assert message.endswith(f"needs of tensors for '{target}' at step 1 returned a Tensor; return True or False")
+
+
+# -- several targets -------------------------------------------------------------------------------------------------
+
+
+class SecondAndLast(Where):
+    """Two regions of a block each, shown the block before."""
+
+    name: ClassVar[str] = "second_and_last"
+
+    def find(self, sites: SiteMap) -> list[Target]:
+        (chain,) = sites.chains
+        streams = sites.streams_of(0)
+        regions = [region_of(chain[place : place + 1], streams) for place in (1, 3)]
+        return [replace(region, probe=chain[place].name) for region, place in zip(regions, (0, 2))]
+
+
+def region(at: Moment) -> str:
+    """The number of a region's only block."""
+    assert at.target is not None
+    return at.target.name[-1]
+
+
+class Apart(Scripted):
+    """Full in step 0 alone, but for the first region in step 2 and the second in step 4."""
+
+    name: ClassVar[str] = "apart"
+
+    def needs(self, signal: Signal, at: Moment) -> bool:
+        return at.step == {"1": 2, "3": 4}[region(at)]
+
+    def took(self, signal: Signal, at: Moment, full: bool) -> None:
+        earlier = at.memory.setdefault("full", [])
+        earlier.append(full)
+        at.shared.setdefault("trace", []).append((region(at), at.step, list(earlier)))
+
+
+class Together(Apart):
+    """The first region decides; the others follow what it noted."""
+
+    name: ClassVar[str] = "together"
+
+    def needs(self, signal: Signal, at: Moment) -> bool:
+        step, full = at.shared.get("decided", (None, False))
+        return full if step == at.step else super().needs(signal, at)
+
+    def took(self, signal: Signal, at: Moment, full: bool) -> None:
+        if at.shared.get("decided", (None, False))[0] != at.step:
+            at.shared["decided"] = (at.step, full)
+        super().took(signal, at, full)
+
+
+@pytest.mark.parametrize(("when", "second"), [(Apart(), {0, 4}), (Together(), {0, 2})], ids=["apart", "together"])
+def test_each_region_of_a_choice_decides_by_its_own_signal(when: Indicator, second: set[int]) -> None:
+    """None decides for the others, unless the schedule notes it in the memory that they share."""
+    found = trace(tiny.pixart(layers=4), Scripting(at=SecondAndLast(), when_=when))
+    expected = []
+    for step in range(STEPS):
+        for name, full in (("1", {0, 2}), ("3", second)):
+            expected.append((name, step, [earlier in full for earlier in range(step + 1)]))
+    assert found == expected
 
 
 # -- every call is noted ---------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -15,11 +16,13 @@ from diffusers import (
     PNDMScheduler,
 )
 from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
 from support import tiny
 from torch import nn
 
 import cachekit
-from cachekit import Action, Choice, Every, Policy, Reuse, WholeDenoiser
+from cachekit import Action, Choice, Every, History, Moment, Policy, Reuse, StandIn, Streams, WholeDenoiser
+from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, PolicyError, SiteError
 
 STEPS = 8
@@ -214,6 +217,94 @@ def test_x0_needs_a_scheduler() -> None:
         pytest.raises(PolicyError, match=r"forecast.*needs kind and sigma, which a loop"),
     ):
         unet(noise, 500, text)
+
+
+def test_x0_of_a_video_by_hand() -> None:
+    """Frames come before channels there, and the sample has an image's channels beside those of the output."""
+    pipe, twin = tiny.svd(), tiny.svd()
+    forward, kept = twin.unet.forward, []
+
+    def by_hand(sample: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        step = twin.scheduler.step_index or 0
+        noisy, ratio = sample[:, :, :4], twin.scheduler.sigmas[step]
+        alpha, sigma = 1 / (1 + ratio**2).sqrt(), ratio / (1 + ratio**2).sqrt()
+        if step in (0, 2, 4, 5):
+            (output,) = forward(sample, timestep, *args, **kwargs)
+            kept.append((step, alpha * noisy - sigma * output))
+            return (output,)
+        (a, newest), (b, older) = kept[-1], kept[max(len(kept) - 2, 0)]
+        clean = newest + (step - a) / (a - b) * (newest - older) if a != b else newest
+        return ((alpha * noisy - clean) / sigma,)
+
+    twin.unet.forward = by_hand
+    wanted = tiny.latents(twin, steps=6)
+    found, report = drawn(pipe, "forecast:interval=2,of=x0", steps=6)
+    assert (report.left_out, len(kept)) == (2, 4)
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found, drawn(pipe, "forecast:interval=2", steps=6)[0], rtol=1e-2)
+
+
+class Halving(StandIn):
+    """Notes how many entries it reads, and halves the output of the last step."""
+
+    name: ClassVar[str] = "halving"
+    length: ClassVar[int | None] = 2
+    amends: ClassVar[bool] = True
+    lasts: int = -1
+
+    def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
+        at.shared.setdefault("trace", []).append((at.step, "predict", len(history)))
+        return history[0].tensors
+
+    def amend(self, output: Streams, history: History, at: Moment, given: Streams = ()) -> Streams:
+        at.shared.setdefault("trace", []).append((at.step, "amend", len(history)))
+        return tuple(tensor / 2 for tensor in output) if at.step == self.lasts else output
+
+
+class Halved(Policy):
+    """Forecasts whose computed outputs are corrected."""
+
+    name: ClassVar[str] = "halved"
+    lasts: int = -1
+
+    def choices(self) -> dict[str, Choice]:
+        return {"denoiser": Choice(WholeDenoiser(), Every(n=3, last=True), Halving(lasts=self.lasts))}
+
+
+def test_the_last_steps_are_corrected_by_what_was_kept_before() -> None:
+    """No later step reads it, but the correction of the last ones does."""
+    pipe = tiny.small()
+    as_computed, report = drawn(pipe, Halved())
+    full = [(0, "amend", 0), (3, "amend", 1), (6, "amend", 2), (7, "amend", 2)]
+    between = [(1, "predict", 1), (2, "predict", 1), (4, "predict", 2), (5, "predict", 2)]
+    assert report.traces["halved"] == sorted([*full, *between])
+    assert [row.actions[0] for row in report.record.rows[-2:]] == [Action.STORE] * 2
+    assert not torch.equal(drawn(pipe, Halved(lasts=7))[0], as_computed)
+    assert not torch.equal(drawn(pipe, Halved(lasts=6))[0], as_computed)
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [("QwenImage21Pipeline", {}), ("Flux2KleinKVPipeline", {"image": Image.new("RGB", (64, 64))})],
+)
+def test_calls_that_leave_keys_and_values_for_later_ones_are_not_left_out(name: str, given: dict[str, Any]) -> None:
+    pipe = build(name)
+
+    def run() -> np.ndarray:
+        torch.manual_seed(0)
+        return np.asarray(pipe(**{**arguments(pipe, name), **given})[0])
+
+    uncached = run()
+    with cachekit.apply(pipe, "forecast"), pytest.raises(SiteError) as caught:
+        run()
+    assert str(caught.value) == (
+        f"forecast: would leave out calls of {type(pipe.transformer).__name__}, but each call writes keys and values"
+        " that later ones of its branch read; use a policy for attention or blocks"
+    )
+    assert np.array_equal(run(), uncached)
+    with cachekit.apply(pipe, "cache:where=feed_forward") as attachment:
+        run()
+        assert sum(count.reused for count in attachment.report().counts)
 
 
 # -- together --------------------------------------------------------------------------------------------------

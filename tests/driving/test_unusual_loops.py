@@ -24,7 +24,7 @@ from support import tiny
 
 import cachekit
 from cachekit.coverage.building import arguments, build
-from cachekit.errors import CachekitError, GuidanceError
+from cachekit.errors import CachekitError, GuidanceError, PolicyError
 from cachekit.runs.clock import Clock, mark_of
 from cachekit.upstream.guidance import is_guided
 
@@ -229,6 +229,52 @@ def test_a_loop_of_numbers_may_rise_or_fall_but_not_turn(times: list[int]) -> No
         assert not clock.starts_anew(mark_of(t, None))
         clock.tick(mark_of(t, None))
     assert clock.starts_anew(mark_of(times[0], None))
+
+
+def bare(unet: torch.nn.Module, timesteps: Any) -> list[torch.Tensor]:
+    """Outputs of calls without a pipeline."""
+    with torch.no_grad():
+        return [unet(IMAGE, t, tiny.text(2)).sample for t in timesteps]
+
+
+@pytest.mark.parametrize(
+    ("spec", "part"),
+    [
+        ("forecast", "every(last=true)"),
+        ("forecast:interval=5,first=3", "every(n=5,first=3,last=true)"),
+        ("deepcache:schedule=quadratic", "window(when=quadratic)"),
+        ("cache:where=denoiser,what=chebyshev", "chebyshev"),
+    ],
+)
+def test_a_loop_that_does_not_show_its_length_has_no_last_step(spec: str, part: str) -> None:
+    """A step of a hundred was once taken as the last, and no step of a shorter loop."""
+    unet, times = tiny.small().unet, (900, 600, 300)
+    plain = bare(unet, times)
+    with cachekit.apply(unet, spec), pytest.raises(PolicyError) as caught:
+        bare(unet, times)
+    assert str(caught.value) == (
+        f"{spec}: {part} goes by the number of steps, which this loop does not show; take its timesteps out of"
+        " scheduler.timesteps, or use a part that does without, such as every(2)"
+    )
+    assert all(map(torch.equal, bare(unet, times), plain))
+
+
+def test_a_loop_that_does_not_show_its_length_may_go_beyond_any_plan() -> None:
+    unet = tiny.small().unet
+    with cachekit.apply(unet, "forecast:interval=40,last=false") as attachment:
+        bare(unet, range(210, 0, -1))
+        report = attachment.report()
+    full = [step for step, row in enumerate(report.record.rows) if row.actions[0] is not cachekit.Action.REUSE]
+    assert full == [0, 40, 80, 120, 160, 200]
+
+
+def test_a_loop_over_the_table_of_a_scheduler_has_a_last_step() -> None:
+    pipe = tiny.small()
+    pipe.scheduler.set_timesteps(6)
+    with cachekit.apply(pipe.unet, "forecast:interval=4") as attachment:
+        bare(pipe.unet, pipe.scheduler.timesteps)
+        report = attachment.report()
+    assert [call.left_out for call in report.record.calls] == [False, True, True, True, False, False]
 
 
 def test_denoisers_that_take_turns_keep_their_own() -> None:

@@ -365,6 +365,18 @@ def test_two_denoisers_share_the_steps_of_one_loop(m: int) -> None:
     assert not any("forward" in vars(module) for module in pipe.transformer_2.modules())
 
 
+def test_two_denoisers_share_the_guidance_of_one_loop() -> None:
+    """It is planned, counted and reported once, not for each denoiser."""
+    pipe = wan(boundary=0.8)
+    with cachekit.apply(pipe, "tgate:m=3") as attachment:
+        sample(pipe)
+        plan, report = attachment.plan(STEPS), attachment.report()
+    assert [marks for _, _, kind, marks in plan.columns() if kind == "guidance"] == ["..." + "r" * (STEPS - 3)]
+    assert str(plan).count("guidance x 1") == 1
+    (count,) = (count for count in report.counts if count.kind == "guidance")
+    assert (count.targets, count.computed, count.reused) == (1, 3, STEPS - 3)
+
+
 def test_a_policy_may_act_on_one_of_two_denoisers() -> None:
     pipe = wan(boundary=0.8)
     with pytest.raises(cachekit.CachekitError, match="deepcache"):

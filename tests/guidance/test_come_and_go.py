@@ -79,3 +79,26 @@ def test_attention_follows_branches_that_come_and_go(make: Callable[[], Any]) ->
     count = next(count for count in counts if count.kind == "self_attention")
     assert count.reused > count.stored
     assert count.missed == 0
+
+
+@pytest.mark.parametrize(
+    ("what", "marks"),
+    [
+        ("drop", "...rrr.rrr.r"),
+        ("reuse(of=residual)", "..SrrrSrrrSr"),
+        ("linear(of=residual)", ".SSrrrSrrrSr"),
+        ("taylor(2,of=residual)", "SSSrrrSrrrSr"),
+    ],
+)
+def test_guidance_keeps_as_many_steps_as_its_stand_in_reads(what: str, marks: str) -> None:
+    """Every full step would otherwise be a STORE, even where nothing is made of what is kept."""
+    pipe = tiny.small()
+    with cachekit.apply(pipe, f"cache:where=guidance,when=every(4,first=3),what={what}") as attachment:
+        (column,) = attachment.plan(12).columns()
+        tiny.latents(pipe, steps=12)
+        report = attachment.report()
+    (count,) = report.counts
+    assert column[-1] == marks
+    assert (count.stored, count.reused, count.missed) == (marks.count("S"), marks.count("r"), 0)
+    kept = 4 * 16 * 16 * 4  # one branch's output
+    assert report.cache_bytes == kept * {"d": 0, "r": 1, "l": 2, "t": 3}[what[0]]

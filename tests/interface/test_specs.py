@@ -431,6 +431,25 @@ def test_choices_that_cannot_be_used_are_named(choices, said):
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Field name:UserWarning")
+@pytest.mark.parametrize(
+    ("base", "key"),
+    [
+        (Policy, "choices"),
+        (Policy, "caution"),
+        (Policy, "given"),
+        (Policy, "copy"),
+        (Every, "full"),
+        (Reuse, "entries"),
+    ],
+)
+def test_a_field_that_shadows_a_method_is_one_line(base, key):
+    """Its value would take the place of the method, or be lost behind a property."""
+    with pytest.raises(PolicyError) as caught:
+        type("Odd", (base,), {"__annotations__": {key: int}, key: 3, "__module__": __name__})
+    assert str(caught.value) == f"Odd.{key} is a field with the name of a method; rename it"
+
+
 VOCABULARY = {**WORDS.policies, **WORDS.places, **WORDS.schedules, **WORDS.stand_ins}
 FRAGMENTS = st.sampled_from(
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import product
 from typing import Any
 
 import pytest
@@ -10,23 +11,37 @@ import torch
 from support import tiny
 
 import cachekit
+from cachekit.models.demo import call_arguments
 
 STEPS = 9
 PIPES = {"sd": tiny.sd, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "sd3": tiny.sd3, "flux": tiny.flux, "wan": tiny.wan}
+EMBEDDED = {"demo": "unet", "demo-dit": "dit"}
+CASES = [*product(PIPES, (2, 3, 4)), *product(EMBEDDED, (3,))]
+
+
+def built(name: str) -> Any:
+    return cachekit.demo_pipeline(EMBEDDED[name]) if name in EMBEDDED else PIPES[name]()
+
+
+def latents(pipe: Any, name: str, steps: int) -> torch.Tensor:
+    if name not in EMBEDDED:
+        return tiny.latents(pipe, steps=steps)
+    given = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **call_arguments(pipe)}
+    return pipe("a large red circle top left on white", num_inference_steps=steps, guidance_scale=3.5, **given).images
 
 
 class ByHand:
     """A linear forecast of the output, in place of the denoiser's forward; each call of a step has its own history."""
 
-    def __init__(self, denoiser: torch.nn.Module, interval: int, calls: int) -> None:
-        self.forward, self.interval, self.calls, self.count = denoiser.forward, interval, calls, 0
+    def __init__(self, denoiser: torch.nn.Module, interval: int, calls: int, steps: int) -> None:
+        self.forward, self.interval, self.calls, self.steps, self.count = denoiser.forward, interval, calls, steps, 0
         self.kept: dict[int, list[tuple[int, torch.Tensor]]] = defaultdict(list)
         denoiser.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step, which = divmod(self.count, self.calls)
         self.count += 1
-        if step % self.interval == 0 or step == STEPS - 1:
+        if step % self.interval == 0 or step == self.steps - 1:
             output = self.forward(*args, **kwargs)
             self.kept[which].append((step, output[0]))
             return output
@@ -37,25 +52,24 @@ class ByHand:
         return (newest + (step - a) / (a - b) * (newest - older),)
 
 
-@pytest.mark.parametrize("interval", [2, 3, 4])
-@pytest.mark.parametrize("name", PIPES)
+@pytest.mark.parametrize(("name", "interval"), CASES)
 def test_a_forecast_equals_a_loop_by_hand(name: str, interval: int) -> None:
-    pipe, twin = PIPES[name](), PIPES[name]()
+    pipe, twin, steps = built(name), built(name), 5 if name in EMBEDDED else STEPS
     calls = 2 if name == "wan" else 1
-    hand = ByHand(tiny.denoiser_of(twin), interval, calls)
-    wanted = tiny.latents(twin, steps=STEPS)
-    assert hand.count == STEPS * calls
-    uncached = tiny.latents(pipe, steps=STEPS)
+    hand = ByHand(tiny.denoiser_of(twin), interval, calls, steps)
+    wanted = latents(twin, name, steps)
+    assert hand.count == steps * calls
+    uncached = latents(pipe, name, steps)
     with cachekit.apply(pipe, f"forecast:interval={interval}") as attachment:
-        cached = tiny.latents(pipe, steps=STEPS)
+        cached = latents(pipe, name, steps)
         report = attachment.report()
-        plan = attachment.plan(STEPS)
+        plan = attachment.plan(steps)
     torch.testing.assert_close(cached, wanted, rtol=1e-4, atol=1e-5)
     assert not torch.equal(cached, uncached)
-    full = [step for step in range(STEPS) if step % interval == 0 or step == STEPS - 1]
+    full = [step for step in range(steps) if step % interval == 0 or step == steps - 1]
     assert report.calls == len(full) * calls
-    assert report.left_out == (STEPS - len(full)) * calls
+    assert report.left_out == (steps - len(full)) * calls
     assert [step for step, row in enumerate(plan.rows) if row.actions[0] is not cachekit.Action.REUSE] == full
-    assert torch.equal(tiny.latents(pipe, steps=STEPS), uncached)
+    assert torch.equal(latents(pipe, name, steps), uncached)
     with cachekit.apply(pipe, f"forecast:interval={interval}"):
-        assert torch.equal(tiny.latents(pipe, steps=STEPS), cached)
+        assert torch.equal(latents(pipe, name, steps), cached)

@@ -117,6 +117,10 @@ BROKEN = {
         )
         for noun, (field, base, _) in PARTS.items()
     },
+    "a field that shadows a method": (
+        HEAD + "class Odd(Policy):\n    name: ClassVar[str] = 'odd'\n    observe: int = 3\n" + REGISTER.format("Odd"),
+        "PolicyError: Odd.observe is a field with the name of a method; rename it",
+    ),
     "schedule with a misspelt method": (
         HEAD
         + PART.format(base="Schedule", field="schedules", name="odd", method="def full(self, at): return True")

@@ -6,7 +6,7 @@ PIP := python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --progress-bar off -c
 # The engine, the command line, and what else uses each dependency.
 LOWEST_TESTS := $(addprefix tests/,attaching/test_attachment.py bench/test_frechet.py bench/test_grids.py \
-	bench/test_learned.py cli guidance/test_guidance.py interface models/test_demo_model.py planning \
+	bench/test_learned.py cli driving/test_guidance.py interface models/test_demo_model.py planning \
 	plugins/test_oracles.py project/test_packaging.py registry)
 SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapters -type f -not -name '*.pyc')
 

@@ -17,8 +17,8 @@ from cachekit.driving.starting import FitFunction
 from cachekit.errors import AttachmentError
 from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
-from cachekit.reports.report import Report
 from cachekit.runs.limit import NO_LIMIT, Limit
+from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import planned_scheduler

@@ -204,17 +204,17 @@ def _random_pipeline(known: Architecture) -> Any:
     import torch
 
     torch.manual_seed(0)
-    parts = {"vae": _small_vae(), "scheduler": _scheduler(known), "tokenizer": None, "text_encoder": None}
+    components = {"vae": _small_vae(), "scheduler": _scheduler(known), "tokenizer": None, "text_encoder": None}
     denoiser = known.build("cpu", torch.float32)
     name = _pipeline_name(known)
     kind: Any = getattr(diffusers, name)
     if name.startswith("PixArt"):
-        return kind(transformer=denoiser, **parts)
+        return kind(transformer=denoiser, **components)
     if name == "StableDiffusionXLPipeline":
         second = {"tokenizer_2": None, "text_encoder_2": None, "force_zeros_for_empty_prompt": False}
-        return kind(unet=denoiser, add_watermarker=False, **parts, **second)
+        return kind(unet=denoiser, add_watermarker=False, **components, **second)
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return kind(unet=denoiser, **parts, **checker)
+    return kind(unet=denoiser, **components, **checker)
 
 
 def _pipeline_name(known: Architecture) -> str:

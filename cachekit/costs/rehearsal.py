@@ -12,14 +12,14 @@ import torch
 from cachekit.costs.meta import on_meta
 from cachekit.costs.tracing import trace_forward
 from cachekit.driving.setup import Setup
-from cachekit.guidance.slicing import as_batch
+from cachekit.driving.slicing import as_batch
 from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.sites import Kind
 from cachekit.planning.plan import Plan
 from cachekit.runs.call import Call
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
-from cachekit.switches.parts import Exit, entry_of
+from cachekit.switches.roles import Exit, entry_of
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import SAMPLE, find
 

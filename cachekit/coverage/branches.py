@@ -51,8 +51,8 @@ def agrees(found: str, layout: Layout) -> bool:
 def _row_agrees(rows: str, letters: str) -> bool:
     """Whether a batch fits its branches; each may have several rows, one for each frame or image."""
     each, rest = divmod(len(rows), len(letters))
-    parts = {letter: rows[place * each : (place + 1) * each] for place, letter in enumerate(letters)}
-    return not rest and "c" not in parts.get("u", "") and ("c" in parts.get("c", "c") or "c" not in rows)
+    of_letter = {letter: rows[place * each : (place + 1) * each] for place, letter in enumerate(letters)}
+    return not rest and "c" not in of_letter.get("u", "") and ("c" in of_letter.get("c", "c") or "c" not in rows)
 
 
 def _calls(

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from cachekit.coverage.components import NotBuiltError, make, make_one, seed_weights
 from cachekit.coverage.facts import Facts, facts_of
-from cachekit.coverage.parts import NotBuiltError, make, make_one, seed_weights
 
 #: Components that are left out unless facts ask for them.
 _LEFT_OUT = {"safety_checker", "watermarker"}
@@ -103,8 +103,8 @@ def _components(cls: Any, facts: Facts) -> dict[str, Any]:
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if key in facts.parts:
-            components[key] = _described(facts.parts[key], annotated.get(key, ()))
+        if key in facts.components:
+            components[key] = _described(facts.components[key], annotated.get(key, ()))
         elif parameter.default is parameter.empty:
             components[key] = None if key in _LEFT_OUT else _annotated(key, annotated.get(key, ()))
         elif key == "requires_safety_checker":

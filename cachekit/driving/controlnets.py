@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
+from cachekit.driving.slicing import pick_call, spread
 from cachekit.errors import AttachmentError
-from cachekit.guidance.slicing import pick_call, spread
 from cachekit.interface.moment import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
-from cachekit.switches.parts import Part
 from cachekit.switches.placeholders import Placeholder, zeros, zeros_like
+from cachekit.switches.roles import Role
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import parameters_of
@@ -118,7 +118,7 @@ class Present(threading.local):
 
     def __init__(self) -> None:
         """Start before the first call."""
-        self.call: Any = self  # a switch asks its parts in every call
+        self.call: Any = self  # a switch asks its roles in every call
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
         self.shapes: dict[str, Any] = {}
@@ -158,7 +158,7 @@ class Present(threading.local):
             self.skipped, self.share = frozenset(), 1
 
 
-class Twin(Part):
+class Twin(Role):
     """Skips a module of a ControlNet together with the denoiser's of the same name."""
 
     def __init__(self, present: Present, name: str) -> None:

@@ -18,12 +18,12 @@ from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import FitFunction, RunStarter
 from cachekit.errors import CachekitError, CostError
-from cachekit.reports.record import Cost, Fit, Record
-from cachekit.reports.report import Report
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark, mark_of
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import NO_LIMIT, Limit
+from cachekit.runs.record import Cost, Fit, Record
+from cachekit.runs.report import Report
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall, RunState

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from cachekit.driving.slicing import as_batch
 from cachekit.errors import AdapterError
-from cachekit.guidance.slicing import as_batch
 from cachekit.runs.denoiser import Denoiser
 from cachekit.upstream.arguments import CACHE_MODE, SAMPLE, TIMESTEP, WRITTEN, by_name, find
 

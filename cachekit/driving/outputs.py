@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.driving.inputs import CallInputs
+from cachekit.driving.observation import CallObservation
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
+from cachekit.driving.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.errors import answered
-from cachekit.guidance.observation import CallObservation
-from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Policy
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser

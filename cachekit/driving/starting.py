@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from cachekit.driving.inputs import CallInputs
-from cachekit.driving.setup import Setup
-from cachekit.errors import GuidanceError, PolicyError, SiteError
-from cachekit.guidance.detection import (
+from cachekit.driving.detection import (
     HAS_MOMENTUM,
     PERTURBS_ATTENTION,
     WRITES_CACHE,
@@ -18,15 +15,18 @@ from cachekit.guidance.detection import (
     refuse_inputs,
     refuse_narrowing,
 )
+from cachekit.driving.inputs import CallInputs
+from cachekit.driving.setup import Setup
+from cachekit.errors import GuidanceError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
 from cachekit.interface.parts import Schedule, StandIn
-from cachekit.reports.record import Fit
 from cachekit.runs.border import asked
 from cachekit.runs.clock import Clock
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
+from cachekit.runs.record import Fit
 from cachekit.runs.run import Run
 from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall

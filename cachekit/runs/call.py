@@ -14,11 +14,11 @@ from cachekit.interface.moment import OPEN, Action, Entry, History, Moment, Stre
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
-from cachekit.reports.record import CallRecord
 from cachekit.runs.border import asked, decided, like_kept
 from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.quantities import give_back, give_whole, take, take_whole
+from cachekit.runs.record import CallRecord
 from cachekit.runs.store import Slot
 from cachekit.tensors import no_elements, tensors, tree_map, with_tensors
 

@@ -23,7 +23,7 @@ from support import tiny
 import cachekit
 from cachekit import After, Choice, Drop, Guidance, Observation, Policy
 from cachekit.errors import AttachmentError
-from cachekit.switches.parts import Member
+from cachekit.switches.roles import Member
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors
 from cachekit.upstream.pipelines import denoiser_of

@@ -20,7 +20,7 @@ from support import tiny
 
 import cachekit
 from cachekit import Action, Kind
-from cachekit.coverage.parts import make
+from cachekit.coverage.components import make
 from cachekit.errors import CachekitError, SiteError
 from cachekit_dit.streams import streams_of, streams_of_all
 

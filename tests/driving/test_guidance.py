@@ -24,9 +24,9 @@ from support import tiny
 
 import cachekit
 from cachekit.coverage.building import arguments, build
+from cachekit.driving.detection import Layout
+from cachekit.driving.slicing import pick
 from cachekit.errors import GuidanceError
-from cachekit.guidance.detection import Layout
-from cachekit.guidance.slicing import pick
 from cachekit.interface.moment import Entry, Time
 from cachekit.interface.parts import BranchChange, Choice
 from cachekit.interface.policy import Policy

@@ -10,7 +10,7 @@ from torch import nn
 
 from cachekit.attaching.lookup import ATTRIBUTE, INSTALLED
 from cachekit.attaching.tracking import track, untrack
-from cachekit.driving.controlnets import ControlNetInterceptor, Interceptors
+from cachekit.driving.controlnets import Interceptors
 from cachekit.driving.driver import CostFunction, Driver, no_cost, no_fit
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import FitFunction
@@ -48,8 +48,7 @@ class Attachment:
         """
         self.setup = setup
         self.driver = Driver(setup, limit, cost, fit)
-        self._interceptors = Interceptors()
-        self._interceptors.driver = self.driver
+        self._interceptors = Interceptors(self.driver)
         self._is_installed = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,7 +87,7 @@ class Attachment:
             return
         (denoiser,) = self.setup.denoisers.values()
         for module in controlnets_of(pipe):
-            ControlNetInterceptor(self._interceptors, module, denoiser.module).install()
+            self._interceptors.install(module, denoiser.module, self.setup.assignments)
 
     def remove(self) -> None:
         """Put everything back as it was before `apply`; a second call does nothing."""
@@ -98,9 +97,7 @@ class Attachment:
         for denoiser in self.setup.denoisers.values():
             if vars(denoiser.module).get(ATTRIBUTE) is self:
                 del vars(denoiser.module)[ATTRIBUTE]
-        for interceptor in self._interceptors:
-            interceptor.uninstall()
-        self._interceptors.clear()
+        self._interceptors.uninstall()
         for pipe in list(self.driver.pipelines):
             untrack(pipe)
         self.driver.end_run(interrupted=True)

@@ -18,6 +18,7 @@ from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.models import loading
 from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.scales import scale_argument
 
 #: What is added to the seeds of a calibration, so that the noise is another.
@@ -27,7 +28,7 @@ _OTHER_NOISE = 100_000
 def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tuple[float, str, int, float]]:
     """Yield guidance scale, kind of images, MACs in steps, and the median PSNR in dB to uncached images."""
     made, pipe = Calibration.load(path), request.load()
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     policy = policy_with(made, request.spec, path)
     for scale in made.scales:
         wanted = _images(request, pipe, prompts, request.steps, scale)

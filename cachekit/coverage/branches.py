@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cachekit.interface.adapter import Layout
+from cachekit.upstream.arguments import SAMPLE, TIMESTEP
 
 #: Arguments that carry the condition, the first that a call has; those of its opposite begin with `negative_`.
 _CONDITIONS = (
@@ -95,7 +96,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _time(call: Call) -> float | None:
-    for name in ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps", "1"):
+    for name in (*TIMESTEP, "1"):
         for tensor in call.get(name, ()):
             if tensor.numel():
                 return float(tensor.max())
@@ -110,7 +111,7 @@ def _rows(plain: Call, prompted: Call, opposed: Call) -> str:
 
 
 def _sample(call: Call) -> list[torch.Tensor]:
-    return next((call[name] for name in ("hidden_states", "sample", "x", "vision_tokens", "0") if call.get(name)), [])
+    return next((call[name] for name in (*SAMPLE, "0") if call.get(name)), [])
 
 
 def _batch(call: Call) -> int:

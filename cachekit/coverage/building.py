@@ -13,14 +13,12 @@ from torch import nn
 
 from cachekit.coverage.components import NotBuiltError, make, make_one, seed_weights
 from cachekit.coverage.facts import Facts, facts_of
+from cachekit.upstream.pipelines import DENOISERS, STAGES, hide_progress
 
 #: Components that are left out unless facts ask for them.
 _LEFT_OUT = {"safety_checker", "watermarker"}
 #: Components whose weights are initialised at random: the denoisers, and what adds to their features.
-_SEEDED = (
-    *("unet", "transformer", "transformer_2", "prior", "decoder", "prior_prior", "unconditional_transformer"),
-    *("image_unet", "text_unet", "controlnet", "adapter", "motion_adapter"),
-)
+_SEEDED = (*DENOISERS, *STAGES, "text_unet", "controlnet", "adapter", "motion_adapter")
 #: Schedulers where the annotation leaves the choice open.
 _ANY_SCHEDULER = "KarrasDiffusionSchedulers"
 
@@ -62,7 +60,7 @@ def build(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = cls(**_components(cls, facts))
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     for key in _SEEDED:
         module = getattr(pipe, key, None)
         if isinstance(module, nn.Module):

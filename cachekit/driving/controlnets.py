@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.slicing import pick_call, spread
-from cachekit.errors import AttachmentError
+from cachekit.errors import AdapterError, AttachmentError
 from cachekit.interface.moment import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
@@ -26,17 +26,34 @@ from cachekit.upstream.arguments import parameters_of
 from cachekit.upstream.calls import CALL, class_call
 
 
-class Interceptors(list["ControlNetInterceptor"]):
-    """The interceptors of one attachment, and the driver that they ask; a deep copy starts empty, without a driver.
+class Interceptors:
+    """The interceptors of one attachment, and the driver that they ask; None where there is no denoiser to follow.
 
-    A ControlNet that is copied with the denoiser adds its own interceptor to the copy.
+    That is so in a deep copy of a ControlNet alone. One that is copied together with its denoiser, in whatever order,
+    joins the copy of this; the copied attachment then gives it a driver.
     """
 
-    driver: Driver | None = None
+    def __init__(self, driver: Driver | None) -> None:
+        """Start without an interceptor."""
+        self.driver = driver
+        self._joined: list[ControlNetInterceptor] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interceptors:
-        """Start empty."""
-        return Interceptors()
+        """Start without an interceptor and without a driver."""
+        return Interceptors(None)
+
+    def install(self, module: nn.Module, denoiser: nn.Module, assignments: Sequence[Assignment]) -> None:
+        """Intercept the calls of the ControlNet `module`, which serves `denoiser`."""
+        ControlNetInterceptor(self, _twins(assignments, module, denoiser), module).install()
+
+    def join(self, interceptor: ControlNetInterceptor) -> None:
+        """Add an interceptor that is in place."""
+        self._joined.append(interceptor)
+
+    def uninstall(self) -> None:
+        """Put back exactly what was there; a second call does nothing."""
+        while self._joined:
+            self._joined.pop().uninstall()
 
 
 class ControlNetInterceptor:
@@ -47,14 +64,16 @@ class ControlNetInterceptor:
     out, so is the ControlNet's. In doubt it runs in full.
     """
 
-    def __init__(self, interceptors: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
-        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
-        assert interceptors.driver is not None
+    def __init__(self, interceptors: Interceptors, twins: Mapping[int, tuple[str, ...]], module: nn.Module) -> None:
+        """Prepare for `module`; nothing is changed before `install`.
+
+        `twins` names, by assignment, the modules whose outputs are thrown away when its region is reused.
+        """
         self._interceptors = interceptors
         self._module = module
         self._parameters = parameters_of(module)
         self._present = Present()
-        self._twins = _twins(interceptors.driver.setup.assignments, module, denoiser)
+        self._twins = twins
         modules = dict(module.named_modules())
         names = {name for twins in self._twins.values() for name in twins}
         self._switches = [
@@ -65,14 +84,14 @@ class ControlNetInterceptor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Join the copied attachment; where only the ControlNet is copied, it runs in full."""
         vars(self).update(state)
-        self._interceptors.append(self)
+        self._interceptors.join(self)
 
     def install(self) -> None:
         """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
         for switch in self._switches:
             switch.install()
         vars(self._module)[CALL] = self.lead
-        self._interceptors.append(self)
+        self._interceptors.join(self)
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
@@ -84,11 +103,15 @@ class ControlNetInterceptor:
     def lead(self, *args: Any, **kwargs: Any) -> Any:
         """Run one call of the ControlNet, as short as the denoiser's next call allows."""
         forward = class_call(self._module)
-        if torch.compiler.is_compiling() or self._interceptors.driver is None:
+        driver = self._interceptors.driver
+        if torch.compiler.is_compiling() or driver is None:
             return forward(*args, **kwargs)
-        inputs = CallInputs(self._parameters, args, kwargs)
+        try:
+            inputs = CallInputs(self._module, self._parameters, args, kwargs)
+        except AdapterError:  # without a sample or a timestep its step is not known
+            return forward(*args, **kwargs)
         is_known = self._present.is_known([_signature(tensor) for tensor in tensors(inputs.named)])
-        call = self._interceptors.driver.foresee(self._module, inputs) if is_known else None
+        call = driver.foresee(self._module, inputs) if is_known else None
         if call is None:
             return self._present.note(forward(*args, **kwargs))
         if call.is_left_out and self._present.output is not None:
@@ -101,7 +124,7 @@ class ControlNetInterceptor:
             if call.narrowed_by is None:
                 return self._present.note(forward(*args, **kwargs))
             stays = call.branches[0]
-            args, kwargs = pick_call(inputs.named, self._parameters[: len(args)], layout, stays, call.batch)
+            args, kwargs = pick_call(inputs, layout, stays)
             return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
 
     def _skipped(self, call: Call) -> Set[str]:

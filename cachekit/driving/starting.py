@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cachekit.driving.detection import (
-    HAS_MOMENTUM,
-    PERTURBS_ATTENTION,
-    WRITES_CACHE,
     FirstCall,
+    Obstacle,
     layout_of_run,
     refuse_arguments,
     refuse_inputs,
@@ -28,9 +27,9 @@ from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
 from cachekit.runs.record import Fit
 from cachekit.runs.run import Run
-from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall
 from cachekit.runs.voting import vote_of
+from cachekit.tensors import tensors
 from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guidance import (
     attention_processors,
@@ -44,6 +43,25 @@ from cachekit.upstream.guiders import has_momentum
 from cachekit.upstream.pipelines import plain_arguments
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import count_steps
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What the first call of a run shows: its arguments, the layout of its branches, the run's length and its times."""
+
+    denoiser: Denoiser
+    inputs: CallInputs
+    layout: Layout
+    steps: int
+    times: tuple[Time, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the bytes that the run keeps depend on."""
+        given = sorted(self.inputs.named.items())
+        shapes = tuple((name, *((it.shape, it.dtype) for it in tensors(value))) for name, value in given)
+        return (self.denoiser.name, shapes, self.inputs.batch, self.layout, self.steps, self.times)
+
 
 #: Chooses what a run may keep.
 FitFunction = Callable[[Setup, RunStart], Fit]
@@ -66,11 +84,11 @@ class RunStarter:
             return
         for denoiser in self._setup.denoisers.values():
             if will_perturb_attention(pipe, arguments, denoiser.module):
-                refuse_narrowing(type(pipe).__name__, PERTURBS_ATTENTION)
+                refuse_narrowing(type(pipe).__name__, Obstacle.PERTURBED_ATTENTION.value)
             if denoiser.layout.calls and has_true_guidance(arguments):
                 self.check_order(denoiser.layout.by_calls(denoiser.layout.calls), denoiser)
         if has_momentum(pipe):
-            refuse_narrowing(type(pipe).__name__, HAS_MOMENTUM)
+            refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
     def perturbed(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
         """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
@@ -103,7 +121,7 @@ class RunStarter:
         steps = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
         times = times_of(scheduler, inputs.timestep, steps, layout.negated)
         self._refuse_unknown(times, scheduler)
-        fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps, times))
+        fit = self._fit(self._setup, RunStart(denoiser, inputs, layout, steps, times))
         run = Run(
             self._setup.plan(steps, layout, fit.dropped, times),
             layout,
@@ -149,14 +167,7 @@ class RunStarter:
         guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
             guided = True  # for now: the second call, or its absence, will show
-        first = FirstCall(
-            sample=inputs.sample,
-            guided=guided,
-            context=context,
-            writes_cache=inputs.writes_cache,
-            has_momentum=has_momentum(pipe),
-            perturbs_attention=perturbs_attention(pipe, denoiser.module),
-        )
+        first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipe))
         if inputs.writes_cache or inputs.cache_mode is not None:
             self._refuse_left_out(denoiser)
         layout, reason = layout_of_run(first, denoiser.layout)
@@ -181,8 +192,8 @@ class RunStarter:
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(
-                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which {WRITES_CACHE};"
-                    " use a policy for attention or blocks"
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which"
+                    f" {Obstacle.WRITTEN_CACHE.value}; use a policy for attention or blocks"
                 )
 
     def _refuse_unknown(self, times: Sequence[Time], scheduler: Any) -> None:
@@ -195,6 +206,15 @@ class RunStarter:
                     f"{bound.policy}: {bound.choice.what} needs {missing}, which {name} does not give;"
                     " use axis=step and of=output"
                 )
+
+
+def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipe: Any) -> Obstacle | None:
+    """Find what keeps all branches of a run from being dropped, whatever its layout."""
+    if has_momentum(pipe):
+        return Obstacle.MOMENTUM
+    if inputs.writes_cache:
+        return Obstacle.WRITTEN_CACHE
+    return Obstacle.PERTURBED_ATTENTION if perturbs_attention(pipe, denoiser.module) else None
 
 
 def _begins(part: Schedule | StandIn) -> bool:

@@ -41,10 +41,7 @@ TEXT = ("sd", "sdxl", "pixart", "sigma", "svd")
 ALL = tuple(MAKERS)
 BOTH = ("tgate:m=3", "deepcache:interval=2")
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    return MAKERS[name]()
+shared = tiny.sharing(MAKERS)
 
 
 @pytest.fixture

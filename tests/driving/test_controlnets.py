@@ -37,7 +37,7 @@ def batches(module: nn.Module) -> Iterator[list[int]]:
 
 
 def plain(attachment: cachekit.Attachment) -> cachekit.Attachment:
-    """Let the ControlNets run in full."""
+    """Put back what shortens the calls of ControlNets, so that they run in full."""
     attachment._interceptors.uninstall()
     return attachment
 

@@ -234,7 +234,7 @@ def scheduler_of(kind: type, prediction: str) -> Any:
 
 
 def gammas_by_hand(scheduler: Any, space: str, steps: int, batch: int) -> list[float]:
-    """Return the cosine of both branches in each step of a fully guided run, of the image where it is smallest."""
+    """Compute the cosine of both branches in each step of a fully guided run, of the image where it is smallest."""
     unet, gammas = tiny.small().unet, []
     text = torch.cat([tiny.text(batch, seed=4), tiny.text(batch)])
     scheduler.set_timesteps(steps)

@@ -23,14 +23,14 @@ PACKAGES = {path.name for room in ("plugins", "adapters") for path in (ROOT / ro
 
 
 def module_of(path):
-    """Return the dotted name of a file, and whether it is a package."""
+    """Find the dotted name of a file, and whether it is a package."""
     top_level = next(parent for parent in path.parents if not (parent / "__init__.py").exists())
     parts = path.relative_to(top_level).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts), parts[-1] == "__init__"
 
 
 def imports(path):
-    """Return the absolute modules and names that a file imports: at its top, in functions, for type checking."""
+    """Collect the absolute modules and names that a file imports: at its top, in functions, for type checking."""
     name, is_package = module_of(path)
     return imports_of(tree_of(path), name, is_package)
 
@@ -55,7 +55,7 @@ def top(modules):
 
 
 def strings(path):
-    """Return every string that is not a docstring."""
+    """List every string that is not a docstring."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
     docs = {id(node.body[0].value) for node in nodes if docs_of(node)}
@@ -64,7 +64,7 @@ def strings(path):
 
 
 def names(path):
-    """Return every identifier and every string that is not a docstring."""
+    """Yield every identifier and every string that is not a docstring."""
     yield from strings(path)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Name):
@@ -102,7 +102,7 @@ def test_every_sort_of_import_is_read(line, expected):
 
 
 def rooms():
-    """Return the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
+    """Read the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     return {room.strip(): rank for rank, layer in enumerate(reversed(layers)) for room in layer.split("|")}
@@ -129,7 +129,7 @@ def test_imports_between_rooms_go_down(path):
 
 
 def graph():
-    """Return the files that each file of the core imports; packages themselves hold nothing to import."""
+    """Collect the files that each file of the core imports; packages themselves hold nothing to import."""
     modules = {module_of(path)[0]: path for path in CORE if path.name != "__init__.py"}
     return {name: imports(path) & (modules.keys() - {name}) for name, path in modules.items()}
 
@@ -220,7 +220,7 @@ OURS = {"_F", "__self__", "feed_forward", "step_index", "v_prediction"}
 
 @functools.cache
 def upstream_names():
-    """Return what torch and diffusers call things, as the room of such facts spells it."""
+    """Collect the names of torch and diffusers that `upstream/` spells."""
     spelled = {name for path in CORE if path.parent.name == "upstream" for name in strings(path)}
     telling = re.compile(r"\w*[a-z]_[a-z]\w*|_\w+|\w*[a-z][A-Z]\w*")
     return {name for name in spelled if telling.fullmatch(name)} - OURS

@@ -44,7 +44,7 @@ class Attachment:
     ) -> None:
         """Prepare; nothing is changed before `install`.
 
-        `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`.
+        `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`.
         """
         self.setup = setup
         self.driver = Driver(setup, limit, cost, fit)

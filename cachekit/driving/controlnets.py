@@ -1,4 +1,4 @@
-"""Shorten ControlNet calls by what the denoiser's next call would throw away."""
+"""Leave out of ControlNet calls what the denoiser's next call will not use."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Interceptors:
 
 
 class ControlNetInterceptor:
-    """Shortens the calls of one ControlNet by what the denoiser's next call would throw away.
+    """Leaves out of one ControlNet's calls what the denoiser's next call will not use.
 
     A ControlNet is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain
     by then, outputs for skipped modules are left out, and so is the dropped branch; where the denoiser's call is left
@@ -67,7 +67,7 @@ class ControlNetInterceptor:
     def __init__(self, interceptors: Interceptors, twins: Mapping[int, tuple[str, ...]], module: nn.Module) -> None:
         """Prepare for `module`; nothing is changed before `install`.
 
-        `twins` names, by assignment, the modules whose outputs are thrown away when its region is reused.
+        `twins` names, by assignment, the modules whose outputs nothing uses when its region is reused.
         """
         self._interceptors = interceptors
         self._module = module
@@ -101,7 +101,7 @@ class ControlNetInterceptor:
             del vars(self._module)[CALL]
 
     def lead(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one call of the ControlNet, as short as the denoiser's next call allows."""
+        """Run one call of the ControlNet, without what the denoiser's next call will not use."""
         forward = class_call(self._module)
         driver = self._interceptors.driver
         if torch.compiler.is_compiling() or driver is None:
@@ -125,7 +125,7 @@ class ControlNetInterceptor:
                 return self._present.note(forward(*args, **kwargs))
             stays = call.branches[0]
             args, kwargs = pick_call(inputs, layout, stays)
-            return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
+            return spread(forward(*args, **kwargs), layout, stays, lambda unused: unused)
 
     def _skipped(self, call: Call) -> Set[str]:
         reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
@@ -133,15 +133,15 @@ class ControlNetInterceptor:
 
 
 class Present(threading.local):
-    """What the present call of each thread skips, and the shapes of what calls with such inputs return.
+    """What each thread's present call skips, and the output shapes of its last calls with the same input shapes.
 
-    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is how many parts the batch
-    has of which one is run.
+    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is the number of
+    branches in the batch, of which one runs.
     """
 
     def __init__(self) -> None:
         """Start before the first call."""
-        self.call: Any = self  # a switch asks its roles in every call
+        self.call: Any = self  # not None, so that switches ask their roles in every call
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
         self.shapes: dict[str, Any] = {}
@@ -159,7 +159,7 @@ class Present(threading.local):
         )
 
     def is_known(self, inputs: Any) -> bool:
-        """Whether the last call had such inputs; if not, forget the shapes that it made."""
+        """Whether the last call had inputs of these shapes; if not, forget the output shapes that it recorded."""
         if inputs == self.inputs:
             return True
         self.inputs, self.shapes, self.output = inputs, {}, None
@@ -173,7 +173,7 @@ class Present(threading.local):
 
     @contextlib.contextmanager
     def skipping(self, names: Set[str], share: int) -> Iterator[None]:
-        """Skip the modules of these names within the block, where one part in `share` of the batch is run."""
+        """Skip the modules of these names within the block, where one of `share` branches in the batch runs."""
         self.skipped, self.share = names, share
         try:
             yield
@@ -182,7 +182,7 @@ class Present(threading.local):
 
 
 class Twin(Role):
-    """Skips a module of a ControlNet together with the denoiser's of the same name."""
+    """Skips a module of a ControlNet together with the denoiser's module of the same name."""
 
     def __init__(self, present: Present, name: str) -> None:
         """Serve the module `name`."""
@@ -206,7 +206,7 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Find, by assignment, the modules whose outputs are thrown away when its region is reused."""
+    """Find, by assignment, the modules whose outputs nothing uses when its region is reused."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
     shared = {*here.values()} & {*there.values()}  # the denoiser's own switches intercept these
 

@@ -32,7 +32,7 @@ from cachekit.upstream.guiders import branch_name, name_by_guider
 from cachekit.upstream.pipelines import controlnets_of
 from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
-#: Counts what a run cost.
+#: Counts the MACs of a run.
 CostFunction = Callable[[Setup, Record], Cost]
 
 
@@ -52,7 +52,7 @@ class Driver:
     def __init__(
         self, setup: Setup, limit: Limit = NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
     ) -> None:
-        """Start without a run; `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`."""
+        """Start without a run; `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`."""
         self.setup = setup
         self.state = RunState()
         self.pipelines = Pipelines()

@@ -62,7 +62,7 @@ def _refusal(name: str, sample: Any, timestep: Any) -> str:
     for what, value, names in (("sample", sample, SAMPLE), ("timestep", timestep, TIMESTEP)):
         if value is None:
             return (
-                f"{name} is called without a {what} ({', '.join(names)}): so its steps cannot be identified; call"
+                f"{name} is called without a {what} ({', '.join(names)}), so its steps cannot be identified; call"
                 " cachekit.remove(pipe)"
             )
     return (

@@ -89,7 +89,7 @@ class OutputFinisher:
             self._show(call, inputs, lambda: {call.branch: tuple(tensors(output))}, is_whole=False)
 
     def _show(self, call: Call, inputs: CallInputs, by_branch: Callable[[], Outputs], is_whole: bool) -> None:
-        """Show computed outputs to the policies that keep or observe something of them.
+        """Pass computed outputs to the policies that keep or observe them.
 
         `is_whole` is whether these are the outputs of all branches.
         """

@@ -91,8 +91,8 @@ def _within(change: Callable[[Any], Any], output: Any) -> Any:
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:
     """Expand the output of one branch to that of all, as the pipeline expects it.
 
-    The dropped branches' outputs come from `restore`; by default that is the same output, and then the
-    pipeline's own u + g * (c - u) is exactly it.
+    The outputs of dropped branches are made by `restore`. Where that returns the same output again, the pipeline's own
+    u + g * (c - u) is exactly it.
     """
 
     def join(tensor: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class RunStarter:
     """Starts runs: detects the layout of branches, counts the steps, and fits the plan into the limit."""
 
     def __init__(self, setup: Setup, limit: Limit, fit: FitFunction) -> None:
-        """Start runs with `setup`; `fit` chooses what of a run fits into `limit`."""
+        """Start runs with `setup`; `fit` chooses what a run keeps within `limit`."""
         self._setup = setup
         self._limit = limit
         self._fit = fit
@@ -138,7 +138,7 @@ class RunStarter:
         return run
 
     def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:
-        """Prepare schedules and stand-ins for a run; one that doesn't serve it raises."""
+        """Call `begin` of schedules and stand-ins, which may refuse the run."""
         for index, bound in enumerate(self._setup.assignments):
             parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
             if not parts or bound.is_guidance or index in run.plan.dropped:
@@ -166,7 +166,7 @@ class RunStarter:
         refuse_inputs(pipe, inputs.sample, inputs.timestep)
         guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
-            guided = True  # for now: the second call, or its absence, will show
+            guided = True  # assumed until a second call confirms it, or fails to come
         first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipe))
         if inputs.writes_cache or inputs.cache_mode is not None:
             self._refuse_left_out(denoiser)

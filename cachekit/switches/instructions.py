@@ -31,8 +31,8 @@ class RegionInputs:
 class Instruction:
     """What one switch does in one call of its module, and the output that it sets aside.
 
-    Like modules share compiled code, which torch compiles again for every value it reads that differs. So it reads
-    nothing of the call itself: it follows `order`, and returns tensors or sets them aside.
+    Modules of one structure share compiled code, and torch compiles it again for each new value that it reads. So an
+    instruction reads nothing of the call itself: it follows `order`, and returns tensors or sets them aside.
     """
 
     order: Order

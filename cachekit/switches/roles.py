@@ -96,7 +96,7 @@ class Exit(AssignedRole):
         return self.quantity == "residual"
 
     def is_open(self, call: Call) -> bool:
-        """Whether values decide, or may decide how the tensors that enter the region are found."""
+        """Whether values decide the action, or any action where the region's inputs have to be recorded."""
         return super().is_open(call) or (self.needs_entry and OPEN in call.actions)
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -219,7 +219,7 @@ class Entry(AssignedRole):
         self.places = {name: place for place, name in enumerate(parameters_of(module))}
 
     def is_open(self, call: Call) -> bool:
-        """Whether values may decide how the tensors are found."""
+        """Whether values decide any action of the call: the inputs are then recorded outside of compiled code."""
         return OPEN in call.actions
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,7 +250,7 @@ class Probe(Entry):
         self.is_early = isinstance(bound.target, Region) and bound.target.early
 
     def is_open(self, call: Call) -> bool:
-        """Whether values are shown: in every call."""
+        """Whether values are shown, as they are in each call."""
         return True
 
     def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:

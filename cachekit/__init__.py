@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from cachekit.registry.hookspecs import hookimpl as hookimpl
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
-    from cachekit.reports.report import Report as Report
+    from cachekit.runs.report import Report as Report
     from cachekit.upstream.attention import attends as attends
     from cachekit.upstream.attention import module_sites as module_sites
     from cachekit.upstream.compiling import without_compiler as without_compiler
@@ -133,7 +133,7 @@ _HOMES = {
     "registry.catalog": ["Catalog"],
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
-    "reports.report": ["Report"],
+    "runs.report": ["Report"],
     "upstream.attention": ["attends", "module_sites"],
     "upstream.compiling": ["without_compiler"],
 }

@@ -10,15 +10,15 @@ from torch import nn
 
 from cachekit.attaching.lookup import ATTRIBUTE, INSTALLED
 from cachekit.attaching.tracking import track, untrack
-from cachekit.driving.controlnets import ControlNetInterceptor, Interceptors
+from cachekit.driving.controlnets import Interceptors
 from cachekit.driving.driver import CostFunction, Driver, no_cost, no_fit
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import FitFunction
 from cachekit.errors import AttachmentError
 from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
-from cachekit.reports.report import Report
 from cachekit.runs.limit import NO_LIMIT, Limit
+from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import planned_scheduler
@@ -44,12 +44,11 @@ class Attachment:
     ) -> None:
         """Prepare; nothing is changed before `install`.
 
-        `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`.
+        `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`.
         """
         self.setup = setup
         self.driver = Driver(setup, limit, cost, fit)
-        self._interceptors = Interceptors()
-        self._interceptors.driver = self.driver
+        self._interceptors = Interceptors(self.driver)
         self._is_installed = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,7 +87,7 @@ class Attachment:
             return
         (denoiser,) = self.setup.denoisers.values()
         for module in controlnets_of(pipe):
-            ControlNetInterceptor(self._interceptors, module, denoiser.module).install()
+            self._interceptors.install(module, denoiser.module, self.setup.assignments)
 
     def remove(self) -> None:
         """Put everything back as it was before `apply`; a second call does nothing."""
@@ -98,9 +97,7 @@ class Attachment:
         for denoiser in self.setup.denoisers.values():
             if vars(denoiser.module).get(ATTRIBUTE) is self:
                 del vars(denoiser.module)[ATTRIBUTE]
-        for interceptor in self._interceptors:
-            interceptor.uninstall()
-        self._interceptors.clear()
+        self._interceptors.uninstall()
         for pipe in list(self.driver.pipelines):
             untrack(pipe)
         self.driver.end_run(interrupted=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cachekit.attaching.lookup import attachments_of
-from cachekit.subclassing import intercept_calls, stop_intercepting
+from cachekit.switches.subclassing import intercept_calls, stop_intercepting
 
 
 def track(pipe: Any) -> None:

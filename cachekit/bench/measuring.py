@@ -16,7 +16,7 @@ from cachekit.interface.specs import split_specs
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cachekit.reports.report import Count, Report
+    from cachekit.runs.report import Count, Report
 
 __all__ = [
     "Configuration",

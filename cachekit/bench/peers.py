@@ -91,8 +91,8 @@ def published(twin: Any, policies: Sequence[Policy]) -> tuple[Callable[..., Any]
 
 def twin(pipe: Any) -> Any:
     """Copy a pipeline and its modules; every weight is shared with the original."""
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    weights = (weight for part in parts for weight in (*part.parameters(), *part.buffers()))
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    weights = (weight for module in modules for weight in (*module.parameters(), *module.buffers()))
     return copy.deepcopy(pipe, {id(weight): weight for weight in weights})
 
 

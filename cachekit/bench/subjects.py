@@ -22,7 +22,8 @@ from cachekit.models.loading import (
     precision,
     scheduler_for,
 )
-from cachekit.upstream.pipelines import denoiser_of
+from cachekit.upstream.pipelines import denoiser_of, hide_progress
+from cachekit.upstream.scales import SCALE
 
 __all__ = [
     "Subject",
@@ -58,7 +59,7 @@ def load(setting: Setting) -> Subject:
     else:
         pipe = pipeline(setting.model, **precision(setting.dtype), **_absent(setting.model))
     move(pipe, setting.device)
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     if setting.compiled:
         _compile(denoiser_of(pipe), setting.compiled)
     return Subject(pipe, _arguments(pipe, setting), setting.model in DEMOS)
@@ -157,7 +158,7 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
         scale = DEMO_GUIDANCE
     if scale is None and setting.model in architectures():
         scale = 5.0 if architecture(setting.model).guided else 1.0
-    fixed = {"height": setting.height, "width": setting.width, "guidance_scale": scale}
+    fixed = {"height": setting.height, "width": setting.width, SCALE: scale}
     given: dict[str, Any] = {name: value for name, value in fixed.items() if value is not None}
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:

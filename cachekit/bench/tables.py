@@ -26,8 +26,8 @@ def title(group: Group) -> str:
     """All that the rows of a group share."""
     cell = group.cell
     size = f"{cell.width or 'own'} x {cell.height or 'own'} pixels" if cell.width or cell.height else ""
-    parts = [cell.model, cell.scheduler, f"{cell.uncached_steps} steps", cell.dtype or "", cell.device or "", size]
-    return ", ".join(part for part in (*parts, f"compiled by {cell.compiled}" if cell.compiled else "") if part)
+    words = [cell.model, cell.scheduler, f"{cell.uncached_steps} steps", cell.dtype or "", cell.device or "", size]
+    return ", ".join(word for word in (*words, f"compiled by {cell.compiled}" if cell.compiled else "") if word)
 
 
 def headings(keys: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, ta
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
+from cachekit.upstream.versions import versions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -224,7 +225,6 @@ def _judged(caption: str, image: Image, plain: Image) -> dict[str, Any]:
 
 def environment(setting: Setting) -> dict[str, Any]:
     """Collect what figures depend on besides the cell: versions, machine and threads."""
-    import diffusers
     import torch
 
     from cachekit import __version__
@@ -232,8 +232,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available() and setting.device != "cpu"
     return {
         "cachekit": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        **versions(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),

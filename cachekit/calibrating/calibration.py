@@ -17,6 +17,7 @@ from typing_extensions import Self
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
 from cachekit.errors import CalibrationError
+from cachekit.upstream import versions as upstream
 
 #: The version of the file.
 VERSION = 1
@@ -180,12 +181,9 @@ def _between(one: Weights, two: Weights, share: float) -> Weights:
 
 def versions() -> dict[str, str]:
     """Collect the versions that a calibration was made with."""
-    import diffusers
-    import torch
-
     from cachekit import __version__
 
-    return {"cachekit": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    return {"cachekit": __version__, **upstream.versions()}
 
 
 def path_of(key: Key) -> Path:

@@ -96,7 +96,7 @@ def guidance_of(run: Beginning) -> float:
 
     scale = scale_of(run.arguments)
     if scale is None:
-        raise CalibrationError(f"{type(run.denoiser).__name__}: its pipeline takes no guidance scale; use forecast")
+        raise CalibrationError(f"{type(run.denoiser).__name__}: its pipeline takes no guidance scale; use what=linear")
     return scale
 
 

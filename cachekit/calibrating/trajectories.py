@@ -42,13 +42,15 @@ class Reference:
             self.is_scaled = call.is_scaled
             self.samples.append(call.sample.float().clone())
         elif not near(call.sample, self.samples[-1]):
-            raise CalibrationError("the pipeline changes the sample between two steps; use forecast in its place")
+            raise CalibrationError(
+                "the pipeline changes the sample between two steps; use what=linear, which has no weights"
+            )
         zero, one = call.try_constant(0.0), call.try_constant(1.0)
         made = call.run()
         if not near(made[0], zero + call.output.float() * (one - zero)):
             raise CalibrationError(
                 f"{scheduler}: its step isn't linear in the denoiser's output, or adds noise; use another scheduler,"
-                " or forecast:order=0,of=x0"
+                " or what=reuse(of=x0), which has no weights"
             )
         self.samples.append(made[0].float().clone())
         return made
@@ -121,7 +123,7 @@ class Cached:
         scales = self._scales([branch for call in seen for branch in call.branches[-1:]])
         if len(seen) != len(scales):
             raise CalibrationError(
-                f"step {self._step} has {len(seen)} calls of the denoiser; use forecast in its place"
+                f"step {self._step} has {len(seen)} calls of the denoiser; use what=linear, which has no weights"
             )
         names: list[str] = []
         terms: list[Tensor] = []
@@ -153,5 +155,6 @@ def _sign(returned: Tensor, output: Tensor) -> float:
             if near(output, sign * returned):
                 return sign
     raise CalibrationError(
-        "the pipeline gives the scheduler something else than u + g (c - u) of its branches; use forecast in its place"
+        "the pipeline gives the scheduler something else than u + g (c - u) of its branches; use what=linear, which"
+        " has no weights"
     )

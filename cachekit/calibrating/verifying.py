@@ -17,6 +17,7 @@ from cachekit.errors import CalibrationError
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.scales import scale_argument
 
 #: What is added to the seeds of a calibration, so that the noise is another.
@@ -29,7 +30,7 @@ def compare(request: Request, prompts: Sequence[str], path: str) -> Iterator[tup
     Prompts should be others than those that the calibration at `path` was made with, which would flatter it.
     """
     made, pipe = Calibration.load(path), request.load()
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     policy = policy_with(made, request.spec, path)
     for scale in made.scales:
         wanted = _images(request, pipe, prompts, request.steps, scale)

@@ -66,8 +66,9 @@ def _write(group: Group, settings: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def _machine() -> dict[str, Any]:
-    import diffusers
     import torch
 
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
-    return {"threads": torch.get_num_threads(), "machine": platform.machine(), "versions": versions}
+    from cachekit.upstream.versions import versions
+
+    used = {"python": platform.python_version(), **versions()}
+    return {"threads": torch.get_num_threads(), "machine": platform.machine(), "versions": used}

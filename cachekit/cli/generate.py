@@ -51,9 +51,10 @@ def generate(
     from cachekit.applying import apply
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
+    from cachekit.upstream.scales import SCALE
 
     policies = parse_all(spec or [], installed())
-    given = {"prompt": prompt, "num_inference_steps": steps, "guidance_scale": guidance}
+    given = {"prompt": prompt, "num_inference_steps": steps, SCALE: guidance}
     arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
     _check_output(output)
     pipe = loading.pipeline(pipeline, **loading.precision(dtype), **_pairs(load))

@@ -19,7 +19,7 @@ from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, archi
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
 from cachekit.registry.catalog import Catalog, installed
-from cachekit.reports.record import CallRecord, Record
+from cachekit.runs.record import CallRecord, Record
 from cachekit.tensors import tree_map
 from cachekit.upstream.pipelines import denoiser_of
 

@@ -8,11 +8,11 @@ import torch
 
 from cachekit.costs.rehearsal import Rehearsal, Usage
 from cachekit.driving.setup import Setup
+from cachekit.driving.starting import RunStart
 from cachekit.errors import BudgetError, CostError, PolicyError
 from cachekit.planning.plan import Plan
-from cachekit.reports.record import Fit
 from cachekit.runs.limit import Limit
-from cachekit.runs.start import RunStart
+from cachekit.runs.record import Fit
 from cachekit.runs.voting import vote_of
 
 

@@ -12,16 +12,14 @@ import torch
 from cachekit.costs.meta import on_meta
 from cachekit.costs.tracing import trace_forward
 from cachekit.driving.setup import Setup
-from cachekit.guidance.slicing import as_batch
+from cachekit.driving.starting import RunStart
 from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.sites import Kind
 from cachekit.planning.plan import Plan
 from cachekit.runs.call import Call
 from cachekit.runs.run import Run
-from cachekit.runs.start import RunStart
-from cachekit.switches.parts import Exit, entry_of
+from cachekit.switches.roles import Exit, entry_of
 from cachekit.tensors import tensors, tree_map
-from cachekit.upstream.arguments import SAMPLE, find
 
 
 class Usage(NamedTuple):
@@ -58,8 +56,8 @@ class Rehearsal:
         self._denoisers = [name for name, other in setup.denoisers.items() if type(other.module) is type(module)]
         self._by_name = dict(module.named_modules())
         here = [bound for bound in setup.assignments if bound.denoiser in self._denoisers]
-        self._forward = trace_forward(module, here, start.arguments)
-        self._sample: torch.Tensor = on_meta(as_batch(find(start.arguments, SAMPLE)))
+        self._forward = trace_forward(module, here, start.inputs.named)
+        self._sample: torch.Tensor = on_meta(start.inputs.sample)
 
     def plan(self, dropped: frozenset[int] = frozenset()) -> Plan:
         """Plan the run with the `dropped` assignments computed throughout."""
@@ -67,7 +65,7 @@ class Rehearsal:
 
     def usage(self, plan: Plan) -> Usage:
         """Count the bytes that a run of `plan` keeps."""
-        run = Run(plan, self._start.layout, self._start.steps, self._start.batch, is_replayed=True)
+        run = Run(plan, self._start.layout, self._start.steps, self._start.inputs.batch, is_replayed=True)
         exits = self._exits(plan)
         sizes = []
         for call in self._calls(run, plan):
@@ -96,9 +94,8 @@ class Rehearsal:
             run.enter(row)
             for name, branch in itertools.product(self._denoisers, branches):
                 if not branch or branch in row.branches:
-                    yield Call(
-                        run.keeper, run.calls, row, (name, branch), self._start.batch, whole=plan.wholes.get(name)
-                    )
+                    whole = plan.wholes.get(name)
+                    yield Call(run.keeper, run.calls, row, (name, branch), self._start.inputs.batch, whole=whole)
 
     def _keep_branches(self, run: Run, call: Call) -> None:
         """Store what guidance policies keep of a call with all branches."""

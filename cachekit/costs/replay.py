@@ -13,9 +13,9 @@ from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
 from cachekit.interface.moment import Action
-from cachekit.reports.record import CallRecord, Cost, Record
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
+from cachekit.runs.record import CallRecord, Cost, Record
 from cachekit.runs.run import Run
 from cachekit.tensors import tree_map
 

@@ -13,7 +13,7 @@ from cachekit.costs.counting import count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.interface.moment import Streams
 from cachekit.planning.assignments import Assignment
-from cachekit.switches.parts import entry_of
+from cachekit.switches.roles import entry_of
 from cachekit.tensors import tree_map
 from cachekit.upstream.arguments import by_name, parameters_of
 

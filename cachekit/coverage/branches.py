@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cachekit.interface.adapter import Layout
+from cachekit.upstream.arguments import SAMPLE, TIMESTEP
 
 #: Arguments that carry the condition, the first that a call has; those of its opposite begin with `negative_`.
 _CONDITIONS = (
@@ -51,8 +52,8 @@ def agrees(found: str, layout: Layout) -> bool:
 def _row_agrees(rows: str, letters: str) -> bool:
     """Whether a batch fits its branches; each may have several rows, one for each frame or image."""
     each, rest = divmod(len(rows), len(letters))
-    parts = {letter: rows[place * each : (place + 1) * each] for place, letter in enumerate(letters)}
-    return not rest and "c" not in parts.get("u", "") and ("c" in parts.get("c", "c") or "c" not in rows)
+    of_letter = {letter: rows[place * each : (place + 1) * each] for place, letter in enumerate(letters)}
+    return not rest and "c" not in of_letter.get("u", "") and ("c" in of_letter.get("c", "c") or "c" not in rows)
 
 
 def _calls(
@@ -95,7 +96,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _time(call: Call) -> float | None:
-    for name in ("timestep", "timesteps", "t", "timestep_ratio", "r", "vision_timesteps", "1"):
+    for name in (*TIMESTEP, "1"):
         for tensor in call.get(name, ()):
             if tensor.numel():
                 return float(tensor.max())
@@ -110,7 +111,7 @@ def _rows(plain: Call, prompted: Call, opposed: Call) -> str:
 
 
 def _sample(call: Call) -> list[torch.Tensor]:
-    return next((call[name] for name in ("hidden_states", "sample", "x", "vision_tokens", "0") if call.get(name)), [])
+    return next((call[name] for name in (*SAMPLE, "0") if call.get(name)), [])
 
 
 def _batch(call: Call) -> int:

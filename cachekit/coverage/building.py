@@ -11,16 +11,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from cachekit.coverage.components import NotBuiltError, make, make_one, seed_weights
 from cachekit.coverage.facts import Facts, facts_of
-from cachekit.coverage.parts import NotBuiltError, make, make_one, seed_weights
+from cachekit.upstream.pipelines import DENOISERS, STAGES, hide_progress
 
 #: Components that are left out unless facts ask for them.
 _LEFT_OUT = {"safety_checker", "watermarker"}
 #: Components whose weights are initialised at random: the denoisers, and what adds to their features.
-_SEEDED = (
-    *("unet", "transformer", "transformer_2", "prior", "decoder", "prior_prior", "unconditional_transformer"),
-    *("image_unet", "text_unet", "controlnet", "adapter", "motion_adapter"),
-)
+_SEEDED = (*DENOISERS, *STAGES, "text_unet", "controlnet", "adapter", "motion_adapter")
 #: Schedulers where the annotation leaves the choice open.
 _ANY_SCHEDULER = "KarrasDiffusionSchedulers"
 
@@ -62,7 +60,7 @@ def build(name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe = cls(**_components(cls, facts))
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     for key in _SEEDED:
         module = getattr(pipe, key, None)
         if isinstance(module, nn.Module):
@@ -103,8 +101,8 @@ def _components(cls: Any, facts: Facts) -> dict[str, Any]:
     for key, parameter in inspect.signature(cls.__init__).parameters.items():
         if key == "self" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        if key in facts.parts:
-            components[key] = _described(facts.parts[key], annotated.get(key, ()))
+        if key in facts.components:
+            components[key] = _described(facts.components[key], annotated.get(key, ()))
         elif parameter.default is parameter.empty:
             components[key] = None if key in _LEFT_OUT else _annotated(key, annotated.get(key, ()))
         elif key == "requires_safety_checker":

@@ -18,7 +18,7 @@ class Facts:
     """What is known of one pipeline class beyond its signature."""
 
     #: Components that differ from the annotated ones, by parameter of the constructor.
-    parts: dict[str, Any] = field(default_factory=dict)
+    components: dict[str, Any] = field(default_factory=dict)
     #: Arguments of a short call.
     call: dict[str, Any] = field(default_factory=dict)
     #: Methods to call first, with their arguments.
@@ -41,17 +41,17 @@ def entries() -> list[dict[str, Any]]:
 
 def facts_of(pipeline: str) -> Facts:
     """Merge all entries that match the name of a pipeline class; later ones override earlier ones."""
-    parts: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     call: dict[str, Any] = {}
     before: dict[str, dict[str, Any]] = {}
     notes = {"skip": "", "needs": "", "because": "", "output": ""}
     for entry in entries():
         if re.search(entry["match"], pipeline):
-            parts |= entry.get("parts", {})
+            components |= entry.get("components", {})
             call |= entry.get("call", {})
             before |= entry.get("before", {})
             notes |= {key: entry[key] for key in notes if key in entry}
-    return Facts(parts, call, before, **notes)
+    return Facts(components, call, before, **notes)
 
 
 def model_config(name: str) -> dict[str, Any] | None:
@@ -67,11 +67,6 @@ def class_notes(name: str) -> dict[str, str]:
     """Look up what is known of a class besides its configuration: its module (`from`), its package (`needs`)."""
     found = _read("models.json").get(name.partition("/")[0], {})
     return {key: found[key] for key in _CLASS_KEYS if key in found}
-
-
-def known_models() -> list[str]:
-    """List the names of all small configurations."""
-    return sorted(_read("models.json"))
 
 
 @functools.cache

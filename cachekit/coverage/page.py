@@ -35,7 +35,7 @@ blocks that run one after the other, or by its paired down and up blocks; one wi
 def markdown(coverage: Coverage) -> str:
     """Write the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
     notes = _numbers(coverage)
-    parts = [
+    sections = [
         _INTRODUCTION,
         _versions(coverage),
         *_table(["policy", *STATES], [[f"`{spec}`", *map(str, _counts(coverage, spec))] for spec in coverage.specs]),
@@ -53,7 +53,7 @@ def markdown(coverage: Coverage) -> str:
             ["pipeline", "reason"], [[f"`{trial.pipeline}`", _escaped(trial.reason)] for trial in coverage.not_built]
         ),
     ]
-    return "\n".join(parts) + "\n"
+    return "\n".join(sections) + "\n"
 
 
 def summary(coverage: Coverage) -> Iterable[Sequence[str]]:

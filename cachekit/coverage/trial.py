@@ -14,14 +14,14 @@ import torch
 from cachekit.applying import apply
 from cachekit.coverage.branches import agrees, branches_of, expected
 from cachekit.coverage.building import arguments, build
+from cachekit.coverage.components import NotBuiltError
 from cachekit.coverage.facts import facts_of
-from cachekit.coverage.parts import NotBuiltError
 from cachekit.coverage.results import FAILS, IDLE, REFUSED, WORKS, Result, Sites, Trial
 from cachekit.errors import CachekitError
 from cachekit.interface.sites import Kind
 from cachekit.interface.specs import split_specs
 from cachekit.registry.catalog import installed
-from cachekit.reports.report import Report
+from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import denoisers_of
 
 #: All numbers of a pipeline's output.

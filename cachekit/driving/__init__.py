@@ -1,1 +1,1 @@
-"""Take denoiser calls through the plan: locate them, run the forward or not, finish them."""
+"""Take denoiser calls through the plan: locate each, run its forward or leave it out, finish it."""

@@ -1,10 +1,10 @@
-"""Shorten ControlNet calls by what the denoiser's next call would throw away."""
+"""Leave out of ControlNet calls what the denoiser's next call will not use."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -12,49 +12,68 @@ from torch import Tensor, nn
 
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
-from cachekit.errors import AttachmentError
-from cachekit.guidance.slicing import pick_call, spread
+from cachekit.driving.slicing import pick_call, spread
+from cachekit.errors import AdapterError, AttachmentError
 from cachekit.interface.moment import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
-from cachekit.switches.parts import Part
 from cachekit.switches.placeholders import Placeholder, zeros, zeros_like
+from cachekit.switches.roles import Role
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors, tree_map
 from cachekit.upstream.arguments import parameters_of
 from cachekit.upstream.calls import CALL, class_call
 
 
-class Interceptors(list["ControlNetInterceptor"]):
-    """The interceptors of one attachment, and the driver that they ask; a deep copy starts empty, without a driver.
+class Interceptors:
+    """The interceptors of one attachment, and the driver that they ask; None where there is no denoiser to follow.
 
-    A ControlNet that is copied with the denoiser adds its own interceptor to the copy.
+    That is so in a deep copy of a ControlNet alone. One that is copied together with its denoiser, in whatever order,
+    joins the copy of this; the copied attachment then gives it a driver.
     """
 
-    driver: Driver | None = None
+    def __init__(self, driver: Driver | None) -> None:
+        """Start without an interceptor."""
+        self.driver = driver
+        self._joined: list[ControlNetInterceptor] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Interceptors:
-        """Start empty."""
-        return Interceptors()
+        """Start without an interceptor and without a driver."""
+        return Interceptors(None)
+
+    def install(self, module: nn.Module, denoiser: nn.Module, assignments: Sequence[Assignment]) -> None:
+        """Intercept the calls of the ControlNet `module`, which serves `denoiser`."""
+        ControlNetInterceptor(self, _twins(assignments, module, denoiser), module).install()
+
+    def join(self, interceptor: ControlNetInterceptor) -> None:
+        """Add an interceptor that is in place."""
+        self._joined.append(interceptor)
+
+    def uninstall(self) -> None:
+        """Put back exactly what was there; a second call does nothing."""
+        while self._joined:
+            self._joined.pop().uninstall()
 
 
 class ControlNetInterceptor:
-    """Shortens the calls of one ControlNet by what the denoiser's next call would throw away.
+    """Leaves out of one ControlNet's calls what the denoiser's next call will not use.
 
     A ControlNet is called before the denoiser, with the same timestep and batch. Where the denoiser's row is certain
     by then, outputs for skipped modules are left out, and so is the dropped branch; where the denoiser's call is left
     out, so is the ControlNet's. In doubt it runs in full.
     """
 
-    def __init__(self, interceptors: Interceptors, module: nn.Module, denoiser: nn.Module) -> None:
-        """Prepare for `module`, which serves `denoiser`; nothing is changed before `install`."""
-        assert interceptors.driver is not None
+    def __init__(self, interceptors: Interceptors, twins: Mapping[int, tuple[str, ...]], module: nn.Module) -> None:
+        """Prepare for `module`; nothing is changed before `install`.
+
+        `twins` names, by assignment, the modules whose outputs nothing uses when its region is reused.
+        """
         self._interceptors = interceptors
         self._module = module
         self._parameters = parameters_of(module)
         self._present = Present()
-        self._twins = _twins(interceptors.driver.setup.assignments, module, denoiser)
+        self._twins = twins
         modules = dict(module.named_modules())
         names = {name for twins in self._twins.values() for name in twins}
         self._switches = [
@@ -65,14 +84,14 @@ class ControlNetInterceptor:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Join the copied attachment; where only the ControlNet is copied, it runs in full."""
         vars(self).update(state)
-        self._interceptors.append(self)
+        self._interceptors.join(self)
 
     def install(self) -> None:
         """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
         for switch in self._switches:
             switch.install()
         vars(self._module)[CALL] = self.lead
-        self._interceptors.append(self)
+        self._interceptors.join(self)
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
@@ -82,13 +101,17 @@ class ControlNetInterceptor:
             del vars(self._module)[CALL]
 
     def lead(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one call of the ControlNet, as short as the denoiser's next call allows."""
+        """Run one call of the ControlNet, without what the denoiser's next call will not use."""
         forward = class_call(self._module)
-        if torch.compiler.is_compiling() or self._interceptors.driver is None:
+        driver = self._interceptors.driver
+        if torch.compiler.is_compiling() or driver is None:
             return forward(*args, **kwargs)
-        inputs = CallInputs(self._parameters, args, kwargs)
+        try:
+            inputs = CallInputs(self._module, self._parameters, args, kwargs)
+        except AdapterError:  # without a sample or a timestep its step is not known
+            return forward(*args, **kwargs)
         is_known = self._present.is_known([_signature(tensor) for tensor in tensors(inputs.named)])
-        call = self._interceptors.driver.foresee(self._module, inputs) if is_known else None
+        call = driver.foresee(self._module, inputs) if is_known else None
         if call is None:
             return self._present.note(forward(*args, **kwargs))
         if call.is_left_out and self._present.output is not None:
@@ -101,8 +124,8 @@ class ControlNetInterceptor:
             if call.narrowed_by is None:
                 return self._present.note(forward(*args, **kwargs))
             stays = call.branches[0]
-            args, kwargs = pick_call(inputs.named, self._parameters[: len(args)], layout, stays, call.batch)
-            return spread(forward(*args, **kwargs), layout, stays, lambda thrown_away: thrown_away)
+            args, kwargs = pick_call(inputs, layout, stays)
+            return spread(forward(*args, **kwargs), layout, stays, lambda unused: unused)
 
     def _skipped(self, call: Call) -> Set[str]:
         reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
@@ -110,15 +133,15 @@ class ControlNetInterceptor:
 
 
 class Present(threading.local):
-    """What the present call of each thread skips, and the shapes of what calls with such inputs return.
+    """What each thread's present call skips, and the output shapes of its last calls with the same input shapes.
 
-    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is how many parts the batch
-    has of which one is run.
+    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is the number of
+    branches in the batch, of which one runs.
     """
 
     def __init__(self) -> None:
         """Start before the first call."""
-        self.call: Any = self  # a switch asks its parts in every call
+        self.call: Any = self  # not None, so that switches ask their roles in every call
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
         self.shapes: dict[str, Any] = {}
@@ -136,7 +159,7 @@ class Present(threading.local):
         )
 
     def is_known(self, inputs: Any) -> bool:
-        """Whether the last call had such inputs; if not, forget the shapes that it made."""
+        """Whether the last call had inputs of these shapes; if not, forget the output shapes that it recorded."""
         if inputs == self.inputs:
             return True
         self.inputs, self.shapes, self.output = inputs, {}, None
@@ -150,7 +173,7 @@ class Present(threading.local):
 
     @contextlib.contextmanager
     def skipping(self, names: Set[str], share: int) -> Iterator[None]:
-        """Skip the modules of these names within the block, where one part in `share` of the batch is run."""
+        """Skip the modules of these names within the block, where one of `share` branches in the batch runs."""
         self.skipped, self.share = names, share
         try:
             yield
@@ -158,8 +181,8 @@ class Present(threading.local):
             self.skipped, self.share = frozenset(), 1
 
 
-class Twin(Part):
-    """Skips a module of a ControlNet together with the denoiser's of the same name."""
+class Twin(Role):
+    """Skips a module of a ControlNet together with the denoiser's module of the same name."""
 
     def __init__(self, present: Present, name: str) -> None:
         """Serve the module `name`."""
@@ -183,7 +206,7 @@ def _signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Find, by assignment, the modules whose outputs are thrown away when its region is reused."""
+    """Find, by assignment, the modules whose outputs nothing uses when its region is reused."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
     shared = {*here.values()} & {*there.values()}  # the denoiser's own switches intercept these
 

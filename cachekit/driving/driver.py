@@ -11,21 +11,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from cachekit.driving.entrance import CallSteps
-from cachekit.driving.inputs import CallInputs
+from cachekit.driving.inputs import CallInputs, timestep_of
 from cachekit.driving.installation import Installation
 from cachekit.driving.outputs import OutputFinisher
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
-from cachekit.driving.starting import FitFunction, RunStarter
+from cachekit.driving.starting import FitFunction, RunStart, RunStarter
 from cachekit.errors import CachekitError, CostError
-from cachekit.reports.record import Cost, Fit, Record
-from cachekit.reports.report import Report
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark, mark_of
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import NO_LIMIT, Limit
+from cachekit.runs.record import Cost, Fit, Record
+from cachekit.runs.report import Report
 from cachekit.runs.run import Run
-from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall, RunState
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.arguments import PAIR
@@ -33,7 +32,7 @@ from cachekit.upstream.guiders import branch_name, name_by_guider
 from cachekit.upstream.pipelines import controlnets_of
 from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
 
-#: Counts what a run cost.
+#: Counts the MACs of a run.
 CostFunction = Callable[[Setup, Record], Cost]
 
 
@@ -53,7 +52,7 @@ class Driver:
     def __init__(
         self, setup: Setup, limit: Limit = NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
     ) -> None:
-        """Start without a run; `cost` counts what a run cost, and `fit` chooses what of it fits into `limit`."""
+        """Start without a run; `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`."""
         self.setup = setup
         self.state = RunState()
         self.pipelines = Pipelines()
@@ -76,18 +75,18 @@ class Driver:
         outside of the denoiser.
         """
         self.state.call = None
-        start = time.perf_counter()
-        inputs = CallInputs(denoiser.parameters, args, kwargs)
         if self.state.paused:
-            self._pass_by(inputs)
-        call = None if self.state.paused else self.locate(denoiser, inputs)
+            self._pass_by(timestep_of(denoiser.parameters, args, kwargs))
+            return (yield from self._uncached(denoiser, args, kwargs, enclosed))
+        start = time.perf_counter()
+        inputs = CallInputs(denoiser.module, denoiser.parameters, args, kwargs)
+        call = self.locate(denoiser, inputs)
         if call is None:
-            with self.installation.prompting(denoiser.name, None, enclosed):
-                return (yield args, kwargs)
+            return (yield from self._uncached(denoiser, args, kwargs, enclosed))
         if call.is_dropped or call.is_left_out:
             _record(call, inputs, time.perf_counter() - start)
             return self._finisher.replaced(call) if call.is_dropped else self._finisher.predicted(call, inputs)
-        given = self._finisher.narrowed(call, denoiser, inputs)
+        given = self._finisher.narrowed(call, inputs)
         _record(call, inputs, time.perf_counter() - start)
         self.state.call = call
         try:
@@ -97,9 +96,12 @@ class Driver:
         finally:
             self.state.call = None
 
+    def _uncached(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
+        with self.installation.prompting(denoiser.name, None, enclosed):
+            return (yield args, kwargs)
+
     def locate(self, denoiser: Denoiser, inputs: CallInputs) -> Call | None:
         """Find the run, the step and the branches of a call; None where it runs uncached."""
-        inputs.check(denoiser)
         scheduler = self.pipelines.scheduler_behind(inputs.timestep, self.state.pipeline)
         mark = mark_of(inputs.timestep, scheduler if self.state.pipeline else None)
         if self._is_of_another_loop(mark, scheduler):
@@ -114,9 +116,9 @@ class Driver:
             self._starter.check_order(run.layout, denoiser)
         return call
 
-    def _pass_by(self, inputs: CallInputs) -> None:
+    def _pass_by(self, timestep: Any) -> None:
         """Note a paused call in a pipeline's loop: it counts as a step if the loop goes on after it."""
-        run, timestep = self.state.run, inputs.timestep
+        run = self.state.run
         if run is not None and self.state.pipeline and isinstance(timestep, Tensor) and is_entry(timestep):
             run.clock.note(mark_of(timestep, None))
 
@@ -221,7 +223,7 @@ class Driver:
         state, run = self.state, self.state.run
         if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
             return None
-        if inputs.timestep is None or not isinstance(inputs.sample, Tensor) or inputs.is_listed:
+        if inputs.is_listed:
             return None
         mark, batch = mark_of(inputs.timestep, scheduler_of(state.pipeline.pipe)), inputs.batch
         if not self._is_next(run, mark, batch) or all(

@@ -68,7 +68,7 @@ class Entrance:
         return _end(steps, output)
 
     def install(self) -> None:
-        """Intercept the module's calls; where it was compiled since the last time, before the compiled code."""
+        """Intercept the module's calls, in front of the compiled code where there is any."""
         self._installed = True
         held = vars(self._denoiser.module)
         held[CALL] = self.lead
@@ -79,7 +79,7 @@ class Entrance:
             held[NAMING] = self._naming
 
     def settle(self) -> None:
-        """Move before code that was compiled since `install`; after `uninstall`, by another thread too, do nothing."""
+        """Move in front of code that was compiled since `install`; do nothing once uninstalled, by any thread."""
         if self._installed:
             self.install()
 
@@ -136,6 +136,6 @@ def _abandon(steps: CallSteps, error: BaseException, name: str) -> None:
     steps.close()
     if is_refused(error):
         raise AttachmentError(
-            f"{name}: what is reused is decided within the call, which one graph of the whole cannot do;"
+            f"{name}: a policy decides within the call what is reused, which cannot be one graph with the rest;"
             " compile its blocks instead, or leave out fullgraph"
         ) from None

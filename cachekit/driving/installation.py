@@ -15,8 +15,8 @@ from cachekit.interface.sites import Region, Target
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
-from cachekit.switches.parts import Part, parts_of
 from cachekit.switches.prompter import Prompter
+from cachekit.switches.roles import Role, roles_of
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
 from cachekit.upstream.modules import find_module, modules_by_name
@@ -86,14 +86,14 @@ class Installation:
 
     def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
         modules: dict[str, nn.Module] = {}
-        parts: dict[str, list[Part]] = {}
+        roles: dict[str, list[Role]] = {}
         for index, bound in enumerate(self._setup.assignments):
             if bound.is_guidance or bound.is_whole or bound.denoiser != denoiser.name:
                 continue
             modules |= _modules_of(denoiser, bound.target)
-            for name, part in parts_of(index, bound, modules):
-                parts.setdefault(name, []).append(part)
-        return [Switch(self._state, modules[name], name, found) for name, found in parts.items()]
+            for name, role in roles_of(index, bound, modules):
+                roles.setdefault(name, []).append(role)
+        return [Switch(self._state, modules[name], name, found) for name, found in roles.items()]
 
 
 def _modules_of(denoiser: Denoiser, target: Target) -> dict[str, nn.Module]:

@@ -9,14 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.driving.inputs import CallInputs
+from cachekit.driving.observation import CallObservation
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
+from cachekit.driving.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.errors import answered
-from cachekit.guidance.observation import CallObservation
-from cachekit.guidance.slicing import as_batches, as_lists, by_branch, pick_call, spread
 from cachekit.interface.policy import Policy
 from cachekit.runs.call import Call
-from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
 from cachekit.tensors import tensors, with_tensors
 
@@ -34,12 +33,11 @@ class OutputFinisher:
         self._pipelines = pipelines
         self._guidance = [i for i, bound in enumerate(setup.assignments) if bound.is_guidance]
 
-    def narrowed(self, call: Call, denoiser: Denoiser, inputs: CallInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def narrowed(self, call: Call, inputs: CallInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Cut the arguments down to the branch that runs, where another is dropped from the batch."""
         if not call.is_narrowed:
             return inputs.args, inputs.kwargs
-        positional = denoiser.parameters[: len(inputs.args)]
-        return pick_call(inputs.named, positional, call.calls.layout, call.branches[0], call.batch)
+        return pick_call(inputs, call.calls.layout, call.branches[0])
 
     def replaced(self, call: Call) -> Any:
         """Make the output of a dropped call from that of the branch that ran."""
@@ -91,7 +89,7 @@ class OutputFinisher:
             self._show(call, inputs, lambda: {call.branch: tuple(tensors(output))}, is_whole=False)
 
     def _show(self, call: Call, inputs: CallInputs, by_branch: Callable[[], Outputs], is_whole: bool) -> None:
-        """Show computed outputs to the policies that keep or observe something of them.
+        """Pass computed outputs to the policies that keep or observe them.
 
         `is_whole` is whether these are the outputs of all branches.
         """
@@ -126,7 +124,7 @@ def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:
     """Cut the sample down to the branches that run."""
-    sample: Tensor = inputs.sample
+    sample = inputs.sample
     if not call.is_narrowed:
         return sample
     order = call.calls.layout.order

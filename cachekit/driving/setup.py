@@ -148,11 +148,13 @@ def _refusal(target: Target, choice: Choice) -> str:
             f"{choice.when} decides from a signal, which {target.name!r} lacks; use where=tail, modulated or denoiser"
         )
     if what.of == "residual" and isinstance(target, Region) and not target.streams:
-        where = f"what enters and leaves {target.entry!r} is not known" if target.entry else "nothing enters it alike"
+        where = (
+            f"what enters and leaves {target.entry!r} is not known" if target.entry else "its output has another shape"
+        )
         return f"{target.name!r} has no residual, {where}; use of=output or another policy"
     return ""
 
 
 def _shows(target: Target) -> bool:
-    """Whether an indicator sees something of a target's calls."""
+    """Whether a target has a probe, which shows its calls to an indicator."""
     return isinstance(target, Region) and bool(target.probe)

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from cachekit.driving.inputs import CallInputs
-from cachekit.driving.setup import Setup
-from cachekit.errors import GuidanceError, PolicyError, SiteError
-from cachekit.guidance.detection import (
-    HAS_MOMENTUM,
-    PERTURBS_ATTENTION,
-    WRITES_CACHE,
+from cachekit.driving.detection import (
     FirstCall,
+    Obstacle,
     layout_of_run,
     refuse_arguments,
     refuse_inputs,
     refuse_narrowing,
 )
+from cachekit.driving.inputs import CallInputs
+from cachekit.driving.setup import Setup
+from cachekit.errors import GuidanceError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
 from cachekit.interface.parts import Schedule, StandIn
 from cachekit.planning.lengths import refuse_unknown_length
-from cachekit.reports.record import Fit
 from cachekit.runs.border import asked
 from cachekit.runs.clock import Clock
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
+from cachekit.runs.record import Fit
 from cachekit.runs.run import Run
-from cachekit.runs.start import RunStart
 from cachekit.runs.state import PipelineCall
 from cachekit.runs.voting import vote_of
+from cachekit.tensors import tensors
 from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guidance import (
     attention_processors,
@@ -46,6 +45,25 @@ from cachekit.upstream.pipelines import plain_arguments
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import UNKNOWN_STEPS, count_steps
 
+
+@dataclass(frozen=True)
+class RunStart:
+    """What the first call of a run shows: its arguments, the layout of its branches, the run's length and its times."""
+
+    denoiser: Denoiser
+    inputs: CallInputs
+    layout: Layout
+    steps: int
+    times: tuple[Time, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the bytes that the run keeps depend on."""
+        given = sorted(self.inputs.named.items())
+        shapes = tuple((name, *((it.shape, it.dtype) for it in tensors(value))) for name, value in given)
+        return (self.denoiser.name, shapes, self.inputs.batch, self.layout, self.steps, self.times)
+
+
 #: Chooses what a run may keep.
 FitFunction = Callable[[Setup, RunStart], Fit]
 
@@ -54,7 +72,7 @@ class RunStarter:
     """Starts runs: detects the layout of branches, counts the steps, and fits the plan into the limit."""
 
     def __init__(self, setup: Setup, limit: Limit, fit: FitFunction) -> None:
-        """Start runs with `setup`; `fit` chooses what of a run fits into `limit`."""
+        """Start runs with `setup`; `fit` chooses what a run keeps within `limit`."""
         self._setup = setup
         self._limit = limit
         self._fit = fit
@@ -67,11 +85,11 @@ class RunStarter:
             return
         for denoiser in self._setup.denoisers.values():
             if will_perturb_attention(pipe, arguments, denoiser.module):
-                refuse_narrowing(type(pipe).__name__, PERTURBS_ATTENTION)
+                refuse_narrowing(type(pipe).__name__, Obstacle.PERTURBED_ATTENTION.value)
             if denoiser.layout.calls and has_true_guidance(arguments):
                 self.check_order(denoiser.layout.by_calls(denoiser.layout.calls), denoiser)
         if has_momentum(pipe):
-            refuse_narrowing(type(pipe).__name__, HAS_MOMENTUM)
+            refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
     def perturbed(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
         """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
@@ -107,7 +125,7 @@ class RunStarter:
         self._refuse_unknown(times, scheduler)
         if counted is None:
             refuse_unknown_length(self._setup.assignments)
-        fit = self._fit(self._setup, RunStart(denoiser, inputs.named, inputs.batch, layout, steps, times))
+        fit = self._fit(self._setup, RunStart(denoiser, inputs, layout, steps, times))
         run = Run(
             self._setup.plan(steps, layout, fit.dropped, times),
             layout,
@@ -124,7 +142,7 @@ class RunStarter:
         return run
 
     def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:
-        """Prepare schedules and stand-ins for a run; one that doesn't serve it raises."""
+        """Call `begin` of schedules and stand-ins, which may refuse the run."""
         for index, bound in enumerate(self._setup.assignments):
             parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
             if not parts or bound.is_guidance or index in run.plan.dropped:
@@ -152,15 +170,8 @@ class RunStarter:
         refuse_inputs(pipe, inputs.sample, inputs.timestep)
         guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
-            guided = True  # for now: the second call, or its absence, will show
-        first = FirstCall(
-            sample=inputs.sample,
-            guided=guided,
-            context=context,
-            writes_cache=inputs.writes_cache,
-            has_momentum=has_momentum(pipe),
-            perturbs_attention=perturbs_attention(pipe, denoiser.module),
-        )
+            guided = True  # assumed until a second call confirms it, or fails to come
+        first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipe))
         if inputs.writes_cache or inputs.cache_mode is not None:
             self._refuse_left_out(denoiser)
         layout, reason = layout_of_run(first, denoiser.layout)
@@ -185,8 +196,8 @@ class RunStarter:
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(
-                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, but {WRITES_CACHE};"
-                    " use a policy for attention or blocks"
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which"
+                    f" {Obstacle.WRITTEN_CACHE.value}; use a policy for attention or blocks"
                 )
 
     def _refuse_unknown(self, times: Sequence[Time], scheduler: Any) -> None:
@@ -199,6 +210,15 @@ class RunStarter:
                     f"{bound.policy}: {bound.choice.what} needs {missing}, which {name} does not give;"
                     " use axis=step and of=output"
                 )
+
+
+def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipe: Any) -> Obstacle | None:
+    """Find what keeps all branches of a run from being dropped, whatever its layout."""
+    if has_momentum(pipe):
+        return Obstacle.MOMENTUM
+    if inputs.writes_cache:
+        return Obstacle.WRITTEN_CACHE
+    return Obstacle.PERTURBED_ATTENTION if perturbs_attention(pipe, denoiser.module) else None
 
 
 def _begins(part: Schedule | StandIn) -> bool:

@@ -123,7 +123,7 @@ class NestedRegion(Where):
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the region; raises `SiteError` for a model without skip connections, or with fewer."""
         if not sites.regions:
-            cure = "use delta_dit" if sites.chains else "use a policy for attention or guidance"
+            cure = "use where=span" if sites.chains else "use a policy for attention or guidance"
             raise SiteError(f"looked for paired down and up blocks, but {sites.describe()}; {cure}")
         if self.branch >= len(sites.regions):
             last = len(sites.regions) - 1
@@ -199,7 +199,7 @@ class Span(Where):
     def chain_of(self, sites: SiteMap) -> int:
         """Find the number of the chain; raises `SiteError` where there is none."""
         if not sites.chains:
-            cure = "deepcache" if sites.regions else "a policy for attention or guidance"
+            cure = "where=region" if sites.regions else "a policy for attention or guidance"
             raise SiteError(f"looked for a chain of blocks, but {sites.describe()}; use {cure}")
         if self.chain is None or self.chain == "all":
             return max(range(len(sites.chains)), key=lambda index: len(sites.chains[index]))

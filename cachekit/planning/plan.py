@@ -142,7 +142,7 @@ def _mark_narrowing_stores(rows: Sequence[Row], assignments: Sequence[Assignment
 
 
 def _ends(rows: Sequence[Row], index: int, branch: str, bound: Assignment) -> Iterable[int]:
-    """Yield each step from which what is kept of a branch is replaced next, or never read again."""
+    """Yield each step from which nothing reads what is kept of a branch, until it is replaced if it ever is."""
     needed: float = 0
     for step in range(len(rows) - 1, -1, -1):
         was_needed = needed

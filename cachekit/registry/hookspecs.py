@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from cachekit.interface.parts import Schedule, StandIn, Where
     from cachekit.interface.policy import Policy
     from cachekit.planning.plan import Plan
-    from cachekit.reports.report import Report
+    from cachekit.runs.report import Report
 
 hookspec = pluggy.HookspecMarker("cachekit")
 #: Marks a function of a plugin as the implementation of the hook of the same name.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cachekit.registry.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from cachekit.reports.report import Report
+    from cachekit.runs.report import Report
 
 _log = logging.getLogger("cachekit")
 

@@ -14,11 +14,11 @@ from cachekit.interface.moment import OPEN, Action, Entry, History, Moment, Stre
 from cachekit.interface.sites import Branches
 from cachekit.planning.composer import time_of
 from cachekit.planning.row import Row
-from cachekit.reports.record import CallRecord
 from cachekit.runs.border import asked, decided, like_kept
 from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.quantities import give_back, give_whole, take, take_whole
+from cachekit.runs.record import CallRecord
 from cachekit.runs.store import Slot
 from cachekit.tensors import no_elements, tensors, tree_map, with_tensors
 
@@ -85,14 +85,14 @@ class Call:
 
     @property
     def lacks_branch(self) -> bool:
-        """Whether something is needed for the dropped branch's output, and nothing is kept for it."""
+        """Whether the dropped branch's output is made from kept tensors, and there are none."""
         index = self.narrowed_by
         if index is None or self.keeper.assignments[index].choice.what.entries == 0:
             return False
         return not self.keeper.store.has(self.slot(index), ())
 
     def widen(self) -> None:
-        """Run all branches, and keep anew what replaces the output of one."""
+        """Run all branches after all, and store anew what stands in for one of them."""
         index = self.narrowed_by
         assert index is not None
         self.miss(index)
@@ -188,7 +188,7 @@ class Call:
         return with_tensors(self.keeper.templates[self.slot(index)], own)
 
     def take_output(self, output: Any, sample: Tensor) -> Any:
-        """Keep what the denoiser has computed, and correct it where the stand-in does."""
+        """Keep what the denoiser has computed, and have the stand-in amend it where it does so."""
         index = self.whole
         assert index is not None
         action, what = self.action(index), self.keeper.assignments[index].choice.what
@@ -273,7 +273,7 @@ class Call:
             asked(bound, "learn", at, bound.choice.when.learn, output, signal, at)
 
     def count(self, index: int, action: Action) -> None:
-        """Count what has happened."""
+        """Count an action of assignment `index`."""
         self.counts[index][action] += 1
 
     def miss(self, index: int) -> None:

@@ -10,8 +10,8 @@ from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.row import Row
-from cachekit.reports.record import Record
 from cachekit.runs.memories import Memories
+from cachekit.runs.record import Record
 from cachekit.runs.store import Slot, Store
 from cachekit.tensors import is_finite
 

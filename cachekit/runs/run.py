@@ -14,12 +14,12 @@ from cachekit.interface.moment import OPEN, Action, Moment
 from cachekit.planning.composer import Composer
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Cell, Row
-from cachekit.reports.record import Fit, Record
 from cachekit.runs.border import agreed_action, asked, decided
 from cachekit.runs.branches import BranchCalls, Caller
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark
 from cachekit.runs.keeping import Keeper, Voting
+from cachekit.runs.record import Fit, Record
 from cachekit.runs.store import Store
 from cachekit.runs.voting import Vote
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachekit.errors import AttachmentError
-from cachekit.reports.report import Report
 from cachekit.runs.call import Call
+from cachekit.runs.report import Report
 from cachekit.runs.run import Run
 from cachekit.upstream.guidance import guidance_properties
 from cachekit.upstream.guiders import has_guider

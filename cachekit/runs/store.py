@@ -55,8 +55,8 @@ class Store:
     def push(self, slot: Slot, branches: Branches, entry: Entry, length: int | None) -> bool:
         """Keep an entry before those kept already, at most `length` of them; False where there is no room."""
         if len(branches) > 1 and any((slot, (branch,)) in self._histories for branch in branches):
-            parts = split((entry,), branches)
-            kept = [self.push(slot, (branch,), parts[branch][0], length) for branch in branches]
+            divided = split((entry,), branches)
+            kept = [self.push(slot, (branch,), divided[branch][0], length) for branch in branches]
             return all(kept)
         before = self._histories.get((slot, branches), ())
         if self.device is not None:
@@ -71,8 +71,8 @@ class Store:
         """Keep, of an entry made for all these branches, what the `last` of them will read."""
         if (slot, branches) in self._histories:
             self.take_apart(slot, branches, last, change)
-        parts = split((entry,), branches)
-        kept = dict.fromkeys(last, mean(parts)) if change is BranchChange.MEAN else parts
+        divided = split((entry,), branches)
+        kept = dict.fromkeys(last, mean(divided)) if change is BranchChange.MEAN else divided
         pushed = [self.push(slot, (branch,), kept[branch][0], length) for branch in last]
         return all(pushed)
 
@@ -143,11 +143,11 @@ class Store:
         elif len(before) > 1 and (slot, before) in self._histories:
             self.take_apart(slot, before, branches, BranchChange.MEAN)
         elif len(before) > 1 and len(branches) == 1 and all((slot, (branch,)) in self._histories for branch in before):
-            parts = {branch: self._histories[slot, (branch,)] for branch in before}
+            divided = {branch: self._histories[slot, (branch,)] for branch in before}
             for branch in before:
                 if (branch,) != branches:
                     self.drop(slot, (branch,))
-            self._set(slot, branches, mean(parts), is_fresh=True)
+            self._set(slot, branches, mean(divided), is_fresh=True)
 
     def take_apart(
         self, slot: Slot, joint: Branches, wanted: Branches, change: BranchChange = BranchChange.REMAINING
@@ -155,10 +155,10 @@ class Store:
         """Replace a history of several branches by one for each wanted branch, or by their mean for it."""
         history, is_fresh = self._histories[slot, joint], (slot, joint) in self._fresh
         homes = self._homes.get((slot, joint))
-        parts = split(history, joint)
+        divided = split(history, joint)
         self.drop(slot, joint)
         for branch in wanted:
-            kept = mean(parts) if change is BranchChange.MEAN else parts[branch]
+            kept = mean(divided) if change is BranchChange.MEAN else divided[branch]
             self._set(slot, (branch,), kept, is_fresh or change is BranchChange.MEAN)
             if homes is not None:
                 self._homes[slot, (branch,)] = homes
@@ -196,11 +196,11 @@ def split(history: History, branches: Branches) -> dict[str, History]:
     }
 
 
-def mean(parts: Mapping[str, History]) -> History:
+def mean(divided: Mapping[str, History]) -> History:
     """Compute the mean over branches of each entry."""
     return tuple(
         entries[0]._replace(tensors=tuple(map(_mean, zip(*(entry.tensors for entry in entries)))))
-        for entries in zip(*parts.values())
+        for entries in zip(*divided.values())
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cachekit.switches.orders import Order
-from cachekit.switches.parts import RUN_IT, AssignedPart, Entry, Restoring, computes
+from cachekit.switches.roles import RUN_IT, AssignedRole, Entry, Restoring, computes
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.hooks import run_group_offloading
 
@@ -31,8 +31,8 @@ class RegionInputs:
 class Instruction:
     """What one switch does in one call of its module, and the output that it sets aside.
 
-    Like modules share compiled code, which torch compiles again for every value it reads that differs. So it reads
-    nothing of the call itself: it follows `order`, and returns tensors or sets them aside.
+    Modules of one structure share compiled code, and torch compiles it again for each new value that it reads. So an
+    instruction reads nothing of the call itself: it follows `order`, and returns tensors or sets them aside.
     """
 
     order: Order
@@ -68,36 +68,36 @@ class Instruction:
         """Whether the module does not run."""
         return self.order in (Order.REUSE, Order.RESTORE)
 
-    def report(self, parts: Sequence[AssignedPart], call: Call) -> None:
+    def report(self, roles: Sequence[AssignedRole], call: Call) -> None:
         """Count and keep what was done in `call`, if the module was called."""
         if not self.is_reached:
             return
         # Compiled code may use the memory of its outputs again.
         output = tree_map(torch.clone, self.output) if self.order is Order.KEEP else self.output
-        for part in parts:
+        for role in roles:
             if self.skips:
-                part.skipped(call)
+                role.skipped(call)
             else:
-                part.after(call, output)
+                role.after(call, output)
 
 
 def instruct(
-    parts: Sequence[AssignedPart], call: Call | None, regions: Mapping[int, RegionInputs]
+    roles: Sequence[AssignedRole], call: Call | None, regions: Mapping[int, RegionInputs]
 ) -> Instruction | None:
-    """Decide what a module with these parts does in `call`; None where values within the call decide.
+    """Decide what a module with these roles does in `call`; None where values within the call decide.
 
     `call` is None where nothing is cached. `regions` holds the inputs of each assignment's region.
     """
     if call is None:
         return Instruction(Order.RUN)
-    if any(part.is_open(call) for part in parts):
+    if any(role.is_open(call) for role in roles):
         return None
-    begun = (part for part in parts if isinstance(part, Entry) and not computes(call, part.index))
-    entries = tuple((part, regions[part.index]) for part in begun)
-    for part in parts:
-        stand_in = part.before_compiled(call)
+    begun = (role for role in roles if isinstance(role, Entry) and not computes(call, role.index))
+    entries = tuple((role, regions[role.index]) for role in begun)
+    for role in roles:
+        stand_in = role.before_compiled(call)
         if isinstance(stand_in, Restoring):
-            return Instruction(Order.RESTORE, entries, stand_in, regions[part.index])
+            return Instruction(Order.RESTORE, entries, stand_in, regions[role.index])
         if stand_in is not RUN_IT:
             return Instruction(Order.REUSE, entries, stand_in)
-    return Instruction(max(part.needs(call) for part in parts), entries)
+    return Instruction(max(role.needs(call) for role in roles), entries)

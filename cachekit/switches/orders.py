@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Order(IntEnum):
-    """What a switch does with one call of its module; the highest that any part needs applies."""
+    """What a switch does with one call of its module; the highest that any role needs applies."""
 
     #: Run the module.
     RUN = 0

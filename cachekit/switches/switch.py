@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import nn
 
 from cachekit.interface.moment import Action
-from cachekit.subclassing import intercept_calls, is_intercepted, stop_intercepting
 from cachekit.switches.instructions import Instruction
-from cachekit.switches.parts import RUN_IT, AssignedPart, Part
+from cachekit.switches.roles import RUN_IT, AssignedRole, Role
+from cachekit.switches.subclassing import intercept_calls, is_intercepted, stop_intercepting
 from cachekit.upstream.compiling import BY_VALUES, is_traced, uncompiled
 from cachekit.upstream.hooks import register_alike, run_group_offloading, splitting_hook
 
@@ -39,7 +39,7 @@ class Switch:
         state: CurrentCall,
         module: nn.Module,
         name: str,
-        parts: Sequence[Part],
+        roles: Sequence[Role],
         *,
         runs_if_compiled: bool = False,
     ) -> None:
@@ -50,14 +50,14 @@ class Switch:
         self.state = state
         self.module = module
         self.name = name
-        self.parts = tuple(parts)
+        self.roles = tuple(roles)
         self.instruction: Instruction | None = None
         self._runs_if_compiled = runs_if_compiled
-        self.assigned = tuple(part for part in parts if isinstance(part, AssignedPart))
-        #: The assignments that have a part here, and those whose calls are counted here.
-        self._indices = tuple({part.index: None for part in self.assigned})
-        self._counted = tuple(part.index for part in self.assigned if part.is_counted)
-        self._always_asks = len(self.assigned) < len(parts)
+        self.assigned = tuple(role for role in roles if isinstance(role, AssignedRole))
+        #: The assignments that have a role here, and those whose calls are counted here.
+        self._indices = tuple({role.index: None for role in self.assigned})
+        self._counted = tuple(role.index for role in self.assigned if role.is_counted)
+        self._always_asks = len(self.assigned) < len(roles)
         #: What splits the module's input between processes, where something does, and the forward it wraps.
         self._splitter: Any = None
         self._inner: Callable[..., Any] | None = None
@@ -110,28 +110,28 @@ class Switch:
         if call is None:
             return forward(module, *args, **kwargs)
         if self._always_asks:
-            return self._ask_parts(call, forward, module, args, kwargs)
+            return self._ask_roles(call, forward, module, args, kwargs)
         actions = call.actions
         for index in self._indices:
             if actions[index] is not _COMPUTE:
-                return self._ask_parts(call, forward, module, args, kwargs)
+                return self._ask_roles(call, forward, module, args, kwargs)
         output = forward(module, *args, **kwargs)
         for index in self._counted:
             call.counts[index][_COMPUTE] += 1
         return output
 
-    def _ask_parts(
+    def _ask_roles(
         self, call: Any, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        for part in self.parts:
-            stand_in = part.before(call, args, kwargs)
+        for role in self.roles:
+            stand_in = role.before(call, args, kwargs)
             if stand_in is not RUN_IT:
-                part.skipped(call)
+                role.skipped(call)
                 run_group_offloading(module)
                 return stand_in
         output = forward(module, *args, **kwargs)
-        for part in self.parts:
-            part.after(call, output)
+        for role in self.roles:
+            role.after(call, output)
         return output
 
     def _call_compiled(

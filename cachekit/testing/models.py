@@ -15,6 +15,7 @@ from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
+from cachekit.upstream.pipelines import hide_progress
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
 _PROMPTS = ("prompt_embeds", "negative_prompt_embeds")
@@ -131,5 +132,5 @@ def twin(pipe: Any) -> Any:
     if "requires_safety_checker" in inspect.signature(type(pipe).__init__).parameters:
         parts["requires_safety_checker"] = False
     made = type(pipe)(**parts)
-    made.set_progress_bar_config(disable=True)
+    hide_progress(made)
     return made

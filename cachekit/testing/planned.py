@@ -14,7 +14,7 @@ from cachekit.interface.parts import BranchChange
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.planning.assignments import Assignment
-from cachekit.reports.record import CallRecord
+from cachekit.runs.record import CallRecord
 from cachekit.testing.models import drawn
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.subject import Subject, require_same_image

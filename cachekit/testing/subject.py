@@ -16,7 +16,7 @@ from cachekit.interface.moment import Action
 from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
-from cachekit.reports.report import Report
+from cachekit.runs.report import Report
 from cachekit.testing.models import MODELS, Call, drawn, pipeline, uncached
 from cachekit.testing.results import CheckFailedError
 from cachekit.testing.spies import Prediction, Recorder, watched

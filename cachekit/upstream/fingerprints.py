@@ -98,13 +98,13 @@ def _strength(adapter: Any) -> str:
 def _values(chosen: Sequence[tuple[Tensor, Place]]) -> Tensor:
     """Read some values of each parameter, in bfloat16 and on the CPU."""
     with torch.inference_mode():
-        parts = [
+        chunks = [
             parameter.as_strided(*place) if parameter.is_contiguous() else _scattered(parameter, *place)
             for parameter, place in chosen
         ]
-        if not {part.dtype for part in parts} <= _JOINED:
-            parts = [part.to(torch.bfloat16) for part in parts]
-        return torch.cat(parts).to("cpu", torch.bfloat16)
+        if not {chunk.dtype for chunk in chunks} <= _JOINED:
+            chunks = [chunk.to(torch.bfloat16) for chunk in chunks]
+        return torch.cat(chunks).to("cpu", torch.bfloat16)
 
 
 def _scattered(parameter: Tensor, size: tuple[int], stride: tuple[int]) -> Tensor:

@@ -12,9 +12,9 @@ from cachekit.errors import AdapterError
 from cachekit.upstream.compiling import without_compiler
 
 #: Attributes in which pipelines hold denoisers: together in one loop, or one loop after the other.
-_DENOISERS = ("unet", "transformer", "transformer_2", "image_unet", "unconditional_transformer")
+DENOISERS = ("unet", "transformer", "transformer_2", "image_unet", "unconditional_transformer")
 #: Attributes of pipelines in stages, each with a loop of its own; looked at where there is none of the above.
-_STAGES = ("prior", "decoder", "prior_prior")
+STAGES = ("prior", "decoder", "prior_prior")
 
 
 def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
@@ -26,7 +26,7 @@ def denoisers_of(pipe: Any) -> dict[str, nn.Module]:
         return {"": without_compiler(pipe)}
     found = _denoisers(pipe)
     if not found:
-        looked_for = ", ".join((*_DENOISERS, *_STAGES))
+        looked_for = ", ".join((*DENOISERS, *STAGES))
         raise AdapterError(f"{type(pipe).__name__} has no denoiser: looked for {looked_for}; give a diffusers pipeline")
     return found
 
@@ -49,6 +49,12 @@ def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
     found = getattr(pipe, "controlnet", None)
     if isinstance(found, nn.Module):
         yield from getattr(found, "nets", [found])
+
+
+def hide_progress(pipe: Any) -> None:
+    """Turn off the progress bar of a pipeline, where it has one."""
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
 
 
 def offloads(pipe: Any) -> bool:
@@ -82,7 +88,7 @@ def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _denoisers(pipe: Any) -> dict[str, nn.Module]:
-    return _modules(pipe, _DENOISERS) or _modules(pipe, _STAGES)
+    return _modules(pipe, DENOISERS) or _modules(pipe, STAGES)
 
 
 def _modules(pipe: Any, names: tuple[str, ...]) -> dict[str, nn.Module]:

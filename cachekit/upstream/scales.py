@@ -7,11 +7,13 @@ from typing import Any
 
 from cachekit.upstream.guidance import has_true_guidance
 
+#: The argument that holds the scale of guidance in most pipelines.
+SCALE = "guidance_scale"
 _TRUE = "true_cfg_scale"
 #: Arguments that hold the scale, the first of them that a call has.
-_SCALES = ("guidance_scale", "max_guidance_scale")
+_SCALES = (SCALE, "max_guidance_scale")
 #: Other arguments that change how branches are combined, or what the denoiser is given.
-_BESIDE = ("guidance_scale", "min_guidance_scale", "image_guidance_scale", "guidance_rescale", "pag_scale")
+_BESIDE = (SCALE, "min_guidance_scale", "image_guidance_scale", "guidance_rescale", "pag_scale")
 
 
 def scale_argument(arguments: Mapping[str, Any]) -> str:

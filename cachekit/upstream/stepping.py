@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachekit.upstream.pipelines import hide_progress
+
 _OUTPUT, _SAMPLE = "model_output", "sample"
 
 
@@ -68,6 +70,5 @@ def watched(pipe: Any, watch: Callable[[StepCall], Any]) -> Any:
 
     scheduler.step = step
     vars(twin)["scheduler"] = scheduler
-    if hasattr(twin, "set_progress_bar_config"):
-        twin.set_progress_bar_config(disable=True)
+    hide_progress(twin)
     return twin

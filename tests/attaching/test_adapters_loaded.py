@@ -67,7 +67,7 @@ def uncached(state: str) -> torch.Tensor:
 
 @functools.cache
 def wanted(specs: tuple[str, ...], state: str) -> torch.Tensor:
-    """Return the only image that an attachment of its own ever draws."""
+    """Draw a single image with an attachment of its own."""
     pipe = switch(loaded(), state)
     with cachekit.apply(pipe, specs) as attachment:
         found = draw(pipe)

@@ -23,7 +23,7 @@ from support import tiny
 import cachekit
 from cachekit import After, Choice, Drop, Guidance, Observation, Policy
 from cachekit.errors import AttachmentError
-from cachekit.switches.parts import Member
+from cachekit.switches.roles import Member
 from cachekit.switches.switch import Switch
 from cachekit.tensors import tensors
 from cachekit.upstream.pipelines import denoiser_of
@@ -41,10 +41,7 @@ TEXT = ("sd", "sdxl", "pixart", "sigma", "svd")
 ALL = tuple(MAKERS)
 BOTH = ("tgate:m=3", "deepcache:interval=2")
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    return MAKERS[name]()
+shared = tiny.sharing(MAKERS)
 
 
 @pytest.fixture
@@ -93,7 +90,7 @@ class Watch:
 
 @functools.cache
 def plain(name: str, steps: int) -> tuple[torch.Tensor, dict[str, int]]:
-    """Return the latents without any policy, and the guided batch of every watched module."""
+    """Compute the latents without any policy, and the guided batch of every watched module."""
     with Watch(denoiser_of(shared(name))) as watch:
         latents = tiny.latents(shared(name), steps=steps)
     assert all(len(batches) == steps for batches in watch.seen.values())
@@ -101,7 +98,7 @@ def plain(name: str, steps: int) -> tuple[torch.Tensor, dict[str, int]]:
 
 
 def marks(name: str, watch: Watch, role: str, steps: int) -> set[str]:
-    """Return what the modules of a role did: per step the number of branches, or a dot for none."""
+    """Write what the modules of a role did: per step the number of branches, or a dot for none."""
     guided = plain(name, steps)[1]
     return {
         "".join(str(2 * batches[step] // guided[module]) if step in batches else "." for step in range(steps))

@@ -194,7 +194,7 @@ def test_sliced_attention() -> None:
 
 
 def exit_of(unet: Any, branch: int) -> torch.nn.Module:
-    """Return the module whose output enters the up layer of a branch."""
+    """Find the module whose output enters the up layer of a branch."""
     depth, layer = divmod(branch, 3)
     up, boundary = len(unet.up_blocks) - 1 - depth, 2 - layer
     if boundary:

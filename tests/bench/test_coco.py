@@ -28,7 +28,7 @@ run, printed = (functools.partial(command, "bench", "coco") for command in (comm
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Return a folder with captions, a rendered scene for each, and networks with random weights."""
+    """Make a folder with captions, a rendered scene for each, and networks with random weights."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
     (folder / "true").mkdir()
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(data):
-    """Return all arguments but where the images go."""
+    """List all arguments but the folder of the images."""
     metrics = ["--metric", f"fid={data / 'features.pt'}", "--metric", f"clip={data / 'clip'}"]
     texts = ["--captions", data / "captions.txt", "--references", data / "true"]
     return ["demo", *texts, *metrics, "--spec", SPEC, "--steps", STEPS, "--seed", 7, "--threads", 1]
@@ -52,7 +52,7 @@ def given(data):
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
-    """Return the folder of one whole run."""
+    """Make the folder of one whole run."""
     folder = tmp_path_factory.mktemp("whole") / "images"
     printed(*given, "--images", folder)
     return folder
@@ -236,7 +236,7 @@ def test_a_file_of_lines_is_cut_at_the_ends_of_lines_only(tmp_path):
 
 @pytest.fixture
 def wrong(data, annotations, tmp_path):
-    """Return a folder with what cannot be used."""
+    """Make a folder with what cannot be used."""
     (tmp_path / "notes.txt").write_text("notes")
     (tmp_path / "empty").mkdir()
     shutil.copytree(data / "true", tmp_path / "damaged")

@@ -51,7 +51,7 @@ def captions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(folder, captions, tmp_path_factory):
-    """Return the file of one whole run, published packages included."""
+    """Make the file of one whole run, published packages included."""
     file = tmp_path_factory.mktemp("results") / "bench.jsonl"
     printed(folder, *GRID, *SMALL, "--captions", captions, "--output", file)
     return file
@@ -274,7 +274,7 @@ def test_the_images_of_a_row_have_a_distance_to_true_ones_when_they_are_enough(t
     result = next(result for result in read(file)[0] if result.cell.specs)
 
     def shifted(seed, specs=("tgate:m=1",)):
-        """Return the result of another seed, whose cached images are one unit away from the uncached ones."""
+        """Make the result of another seed, whose cached images are one unit away from the uncached ones."""
         plain = np.random.default_rng(seed).normal(size=(2, 16))
         samples = [
             sample.model_copy(update={"features": list(found + 1), "uncached_features": list(found)})

@@ -210,7 +210,7 @@ def test_narrow_and_dark_screens_can_be_read(shown, scheme):
 
 
 def luminance(colour):
-    """Return the relative luminance of rgb(...), as the guidelines for accessible pages define it."""
+    """Compute the relative luminance of rgb(...), as the guidelines for accessible pages define it."""
     channels = [int(channel) / 255 for channel in re.findall(r"\d+", colour)[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear))

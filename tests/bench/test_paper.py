@@ -23,7 +23,7 @@ PRINTED = [row for part in ("rows", "cair", "scaling") for row in tables()[part]
 
 
 def tolerance(row):
-    """Return how far from the printed figure an exact count may be: the papers round, and count SD a little high."""
+    """Compute how far from the printed figure an exact count may be: the papers round, and count SD a little high."""
     if row["table"] == "10":
         return 0.0005 + 5e-4 * row["paper"]
     # CAIR prints two places, the others three.

@@ -25,7 +25,7 @@ BENCHES = ["grid", "coco", "paper"]
 
 
 def refused(*arguments):
-    """Return the one line of an error; above it diffusers may have shown how it loads."""
+    """Get the one line of an error; above it diffusers may have shown its loading."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.count("error: ") == 1
@@ -100,7 +100,7 @@ def test_the_installed_script_ends_with_two_and_one_line():
 
 
 def own_keys(part):
-    """Return the keys of a policy or part, without those that replace parts of any policy."""
+    """List the keys of a policy or part, without those that replace parts of any policy."""
     return [key for key in part.model_fields if part not in CHOOSING or key not in ("where", "when", "what")]
 
 
@@ -115,7 +115,7 @@ PARTS = {
 
 
 def origin_of(title, name):
-    """Return the distribution and the plugin that registered a part of the list with this title."""
+    """Find the distribution and the plugin that registered a part of the list with this title."""
     owner = CATALOG.owners[f"{title.split()[0].removesuffix('s')} {name!r}"]
     return f"{CATALOG.plugins[owner]} (plugin {owner})"
 
@@ -132,7 +132,7 @@ def test_list_names_all_policies_with_summary_keys_paper_and_origin():
 
 
 def source_of(part):
-    """Return the distribution and the plugin that a part comes from, as listings print it."""
+    """Write the distribution and the plugin that a part comes from, as listings print it."""
     plugin = {"calibrated": "forecast", "frequencies": "fastercache"}.get(part)
     return f"cachekit-diffusion (plugin {plugin})" if plugin else "cachekit (plugin parts)"
 

@@ -42,15 +42,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
 }
 SPECS = {"sd": ("tgate:m=3,sp_interval=2", "deepcache:interval=2"), "pixart": ("tgate:m=3",)}
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    return MAKERS[name]()
-
-
-@functools.cache
-def plain(name: str) -> torch.Tensor:
-    return tiny.latents(shared(name), steps=STEPS)
+shared = tiny.sharing(MAKERS)
+plain = tiny.uncached(shared, steps=STEPS)
 
 
 def cached(name: str, specs: Any, **limits: Any) -> tuple[torch.Tensor, Any]:
@@ -202,7 +195,7 @@ def test_it_is_planned_once_for_each_kind_of_run(monkeypatch: pytest.MonkeyPatch
 
     class Counted(fitting.Rehearsal):
         def __init__(self, setup: Any, start: Any) -> None:
-            planned.append((start.steps, start.batch))
+            planned.append((start.steps, start.inputs.batch))
             super().__init__(setup, start)
 
     monkeypatch.setattr(fitting, "Rehearsal", Counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -17,9 +18,9 @@ from cachekit.cli.coverage import CALIBRATED, COMPOSITIONS, OPTIONS, default_spe
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
 from cachekit.coverage.building import pipeline_class, pipeline_names
-from cachekit.coverage.facts import class_notes, entries, known_models
+from cachekit.coverage.components import NotBuiltError, make, seed_weights, tokenizer
+from cachekit.coverage.facts import class_notes, entries
 from cachekit.coverage.page import markdown
-from cachekit.coverage.parts import NotBuiltError, make, seed_weights, tokenizer
 from cachekit.coverage.results import FAILS, JOIN, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
 from cachekit.coverage.survey import TrialProcess, survey
 from cachekit.coverage.trial import Subject, examine
@@ -47,7 +48,7 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("name", known_models())
+@pytest.mark.parametrize("name", sorted(json.loads((ROOT / "cachekit/coverage/models.json").read_text())))
 def test_every_small_configuration_makes_its_class(name):
     if "needs" in class_notes(name) and find_spec(class_notes(name)["needs"]) is None:
         with pytest.raises(NotBuiltError, match="needs "):
@@ -68,7 +69,7 @@ def test_every_entry_of_the_facts_is_of_use(entry):
     takes = {key for cls in classes for key in inspect.signature(cls.__init__).parameters}
     called = {key for cls in classes for key in inspect.signature(cls.__call__).parameters}
     if classes:
-        assert set(entry.get("parts", {})) <= takes
+        assert set(entry.get("components", {})) <= takes
         assert set(entry.get("call", {})) <= called
     for cls in classes:
         for method, given in entry.get("before", {}).items():

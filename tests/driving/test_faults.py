@@ -111,7 +111,7 @@ def run_with(pipe: Any, names: dict[str, str], see: Callable[[str, int, bool], N
 
 
 def named_places(attachment: Any) -> dict[str, str]:
-    """Return a module of each kind, the last one."""
+    """Find the last module of each kind."""
     (denoiser,) = attachment.setup.denoisers.values()
     names = {str(site.kind): site.name for site in sorted(denoiser.sites.sites, key=lambda site: site.name)}
     for region in (bound.target for bound in attachment.setup.assignments if isinstance(bound.target, Region)):
@@ -168,7 +168,7 @@ def broken(*_: Any, **__: Any) -> Any:
 
 
 def broken_adapter(method: str) -> Any:
-    """Return the installed catalog with an adapter that fails when asked for its sites or its layout."""
+    """Make the installed catalog with an adapter that fails when asked for its sites or its layout."""
     catalog = installed()
     good = catalog.adapters["unet"]
     bad = type("Bad", (type(good),), {method: broken})()

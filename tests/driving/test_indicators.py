@@ -158,7 +158,7 @@ def test_a_place_without_a_signal_is_refused_in_a_line(make: Any, place: Where, 
 
 
 class Tensors(Scripted):
-    """Returns a tensor where a truth is wanted."""
+    """An indicator whose answer is a tensor instead of a bool."""
 
     name: ClassVar[str] = "tensors"
 

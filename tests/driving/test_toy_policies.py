@@ -158,7 +158,7 @@ class Probed:
 
 
 def by_hand(hand, first, stop, steps=8, guided=True, alone_from=99):
-    """Return the sample and how often each block ran, by a loop that knows nothing of cachekit."""
+    """Compute the sample, and how often each block ran, by a loop written without cachekit."""
     blocks, sample, ran = ToyDenoiser().blocks, SAMPLE, Counter()
 
     def run(index, hidden, timestep):
@@ -187,7 +187,7 @@ def by_hand(hand, first, stop, steps=8, guided=True, alone_from=99):
 
 
 def cached(*policies, **call):
-    """Return sample, runs of each block and report of a toy pipeline; check the undo to the bit."""
+    """Run a toy pipeline: sample, runs of each block and report; check the undo to the bit."""
     pipe = ToyPipeline()
     plain, before = pipe(**call), [dict(vars(module)) for module in pipe.transformer.modules()]
     results = []

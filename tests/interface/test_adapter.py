@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cachekit import Layout
-from cachekit.guidance.slicing import pick
+from cachekit.driving.slicing import pick
 from cachekit.upstream.arguments import LAYERED, UNBATCHED
 
 #: Two images with two branches each.

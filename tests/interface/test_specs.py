@@ -230,7 +230,7 @@ def test_no_policies_at_all():
 
 
 def only(**policies):
-    """Return the installed catalog with these policies alone."""
+    """Make the installed catalog with these policies alone."""
     return dataclasses.replace(WORDS, policies=policies)
 
 
@@ -394,7 +394,7 @@ def test_a_wrong_value_in_python_is_one_line_too(make, said):
 
 
 class Chosen(Policy):
-    """Return whatever is given as choices."""
+    """A policy whose choices are whatever it is given."""
 
     name: ClassVar[str] = "chosen"
     given_choices: ClassVar[Any] = None

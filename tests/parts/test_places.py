@@ -85,7 +85,7 @@ def test_a_span_is_a_run_of_blocks_of_the_longest_chain(span, entry, exit_, stre
         ),
         (Sites(kinds=("self_attention", "block")), BARE, "looked for block, self_attention, but"),
         (NestedRegion(), BARE, "looked for paired down and up blocks, but Bare has feed_forward x 1; use a policy for"),
-        (NestedRegion(), CHAINS, "use delta_dit"),
+        (NestedRegion(), CHAINS, "use where=span"),
         (NestedRegion(branch=2), TOY, "branch=2, but ToyUNet has branches 0..1; use one of them"),
         (Features(), BARE, "looked for blocks in a row, but Bare has feed_forward x 1; use where=denoiser"),
         (Span(), BARE, "looked for a chain of blocks, but Bare has feed_forward x 1; use a policy for attention"),

@@ -15,7 +15,7 @@ MARKS = {"compute": ".", "store": "S", "reuse": "r"}
 
 
 def marks(schedule, steps, origin=0, times=None):
-    """Return a mark for each step from `origin` on."""
+    """Write a mark for each step from `origin` on."""
     moments = [Moment(step, steps, origin, times[step] if times else Time(step)) for step in range(origin, steps)]
     return "".join(MARKS[schedule.action(at).value] for at in moments)
 

@@ -20,7 +20,7 @@ from support import tiny
 
 import cachekit
 from cachekit import Action, Kind
-from cachekit.coverage.parts import make
+from cachekit.coverage.components import make
 from cachekit.errors import CachekitError, SiteError
 from cachekit_dit.streams import streams_of, streams_of_all
 
@@ -248,9 +248,9 @@ def test_tgate_on_joint_attention_names_what_to_use(make: Any) -> None:
 
 
 def test_on_a_unet_it_names_the_policy_to_use_and_the_other_way_round() -> None:
-    with pytest.raises(SiteError, match=r"delta_dit: looked for a chain of blocks, but UNet.*; use deepcache$"):
+    with pytest.raises(SiteError, match=r"delta_dit: looked for a chain of blocks, but UNet.*; use where=region$"):
         cachekit.apply(tiny.small(), "delta_dit")
-    with pytest.raises(SiteError, match=r"deepcache: looked for paired down and up blocks, .*; use delta_dit$"):
+    with pytest.raises(SiteError, match=r"deepcache: looked for paired down and up blocks, .*; use where=span$"):
         cachekit.apply(tiny.pixart(), "deepcache")
 
 

@@ -22,16 +22,8 @@ MAKERS = {"flux": tiny.flux, "pixart": tiny.pixart, "wan": tiny.wan, "sd3": tiny
 #: Rounding: transforms of a difference and of what it is between.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    """The pipeline that all cached and plain runs share."""
-    return MAKERS[name]()
-
-
-@functools.cache
-def plain(name: str) -> torch.Tensor:
-    return tiny.latents(shared(name), steps=STEPS)
+shared = tiny.sharing(MAKERS)
+plain = tiny.uncached(shared, steps=STEPS)
 
 
 def cached(name: str, spec: str) -> tuple[torch.Tensor, Any]:

@@ -18,16 +18,8 @@ from cachekit import Action, Guidance, PolicyError, SpecError
 STEPS = 8
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "sd3": tiny.sd3, "wan": tiny.wan}
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    """The pipeline that all cached and plain runs share."""
-    return MAKERS[name]()
-
-
-@functools.cache
-def plain(name: str) -> torch.Tensor:
-    return tiny.latents(shared(name), steps=STEPS)
+shared = tiny.sharing(MAKERS)
+plain = tiny.uncached(shared, steps=STEPS)
 
 
 def guided_in(spec: str, name: str) -> list[bool]:

@@ -31,11 +31,7 @@ LOADERS = {
     "svd": published.TgateSVDLoader,
 }
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    """The pipeline that all cached and plain runs share, because whatever is applied to it is undone."""
-    return MAKERS[name]()
+shared = tiny.sharing(MAKERS)
 
 
 def cached(name: str, *specs: str, **changes: Any) -> torch.Tensor:

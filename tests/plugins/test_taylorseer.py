@@ -25,16 +25,8 @@ PIPES: dict[str, Callable[[], Any]] = {
 #: Interval, order and steps before the first forecast.
 CASES = [(2, 1, 3), (3, 2, 3), (4, 1, 1), (3, 2, 2)]
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    """The pipeline of plain and cached runs, because whatever is applied to it is undone."""
-    return PIPES[name]()
-
-
-@functools.cache
-def plain(name: str) -> torch.Tensor:
-    return tiny.latents(shared(name), steps=STEPS)
+shared = tiny.sharing(PIPES)
+plain = tiny.uncached(shared, steps=STEPS)
 
 
 @functools.cache

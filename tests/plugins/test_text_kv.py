@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -24,11 +23,7 @@ MAKERS = {
     "controlled": tiny.controlled,
 }
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    """The pipeline that all runs share, because whatever is applied to it is undone."""
-    return MAKERS[name]()
+shared = tiny.sharing(MAKERS)
 
 
 def missed_and_stored(report: Any) -> tuple[int, int]:

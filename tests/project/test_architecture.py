@@ -23,14 +23,14 @@ PACKAGES = {path.name for room in ("plugins", "adapters") for path in (ROOT / ro
 
 
 def module_of(path):
-    """Return the dotted name of a file, and whether it is a package."""
+    """Find the dotted name of a file, and whether it is a package."""
     top_level = next(parent for parent in path.parents if not (parent / "__init__.py").exists())
     parts = path.relative_to(top_level).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts), parts[-1] == "__init__"
 
 
 def imports(path):
-    """Return the absolute modules and names that a file imports: at its top, in functions, for type checking."""
+    """Collect the absolute modules and names that a file imports: at its top, in functions, for type checking."""
     name, is_package = module_of(path)
     return imports_of(tree_of(path), name, is_package)
 
@@ -55,7 +55,7 @@ def top(modules):
 
 
 def strings(path):
-    """Return every string that is not a docstring."""
+    """List every string that is not a docstring."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
     docs = {id(node.body[0].value) for node in nodes if docs_of(node)}
@@ -64,7 +64,7 @@ def strings(path):
 
 
 def names(path):
-    """Return every identifier and every string that is not a docstring."""
+    """Yield every identifier and every string that is not a docstring."""
     yield from strings(path)
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Name):
@@ -102,7 +102,7 @@ def test_every_sort_of_import_is_read(line, expected):
 
 
 def rooms():
-    """Return the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
+    """Read the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     return {room.strip(): rank for rank, layer in enumerate(reversed(layers)) for room in layer.split("|")}
@@ -111,7 +111,7 @@ def rooms():
 def test_the_rooms_are_those_of_the_linter():
     there = {path.name.removesuffix(".py") for path in (ROOT / "cachekit").iterdir() if path.suffix in ("", ".py")}
     assert there - {"__init__", "__pycache__", "py.typed"} == set(rooms())
-    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 18
+    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 16
 
 
 def test_the_page_about_the_architecture_lists_every_room():
@@ -129,7 +129,7 @@ def test_imports_between_rooms_go_down(path):
 
 
 def graph():
-    """Return the files that each file of the core imports; packages themselves hold nothing to import."""
+    """Collect the files that each file of the core imports; packages themselves hold nothing to import."""
     modules = {module_of(path)[0]: path for path in CORE if path.name != "__init__.py"}
     return {name: imports(path) & (modules.keys() - {name}) for name, path in modules.items()}
 
@@ -160,6 +160,12 @@ def test_a_room_re_exports_nothing(path):
 def test_the_core_imports_no_plugin_and_no_adapter(path):
     assert not top(imports(path)) & PACKAGES
     assert not any(package in name for name in names(path) for package in PACKAGES)
+
+
+@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] not in ("bench", "cli", "testing")])
+def test_texts_of_the_core_name_no_policy_of_a_plugin(path):
+    policies = {name.removeprefix("cachekit_") for name in PACKAGES if (ROOT / "plugins" / name).exists()}
+    assert not policies & {word for text in strings(path) for word in re.findall(r"\w+", text)}
 
 
 @each([*PLUGINS, *EXAMPLES])
@@ -195,26 +201,32 @@ def test_an_adapter_knows_no_policy(path):
     assert not {name for name in names(path) if name.lower() in policies}
 
 
-#: Rooms that drive the engine; those above load and build models of diffusers by name.
-ENGINE = (
-    "interface",
-    "planning",
-    "reports",
-    "guidance",
-    "runs",
-    "registry",
-    "switches",
-    "driving",
-    "attaching",
-    "costs",
-)
-#: Words of our own that diffusers uses too; "v_prediction" is a value of `Time.kind`.
-OURS = {"_F", "feed_forward", "step_index", "v_prediction"}
+#: Files that build models of diffusers or call pipelines, whose configurations and arguments they write down.
+SPELLING = {
+    "bench/subjects.py": {"negative_prompt", "negative_prompt_embeds"},
+    "calibrating/batches.py": {"negative_prompt"},
+    "models/architectures.py": {"cross_attention_dim", "encoder_hidden_states", "hidden_states", "time_cond_proj_dim"},
+    "models/loading.py": {"block_out_channels"},
+    "testing/models.py": {"negative_prompt_embeds"},
+    "testing/tiny/calls.py": {
+        "guidance_scale",
+        "max_guidance_scale",
+        "min_guidance_scale",
+        "negative_prompt",
+        "negative_prompt_embeds",
+    },
+    "testing/tiny/unet.py": {"block_out_channels", "cross_attention_dim"},
+    "testing/tiny/weights.py": {"block_out_channels"},
+}
+#: Rooms that load or build models of diffusers by the names of its classes.
+MODELS = ("upstream", "models", "coverage", "bench", "testing")
+#: Python's words, and our own that diffusers uses too; "v_prediction" is a value of `Time.kind`.
+OURS = {"_F", "__self__", "feed_forward", "step_index", "v_prediction"}
 
 
 @functools.cache
 def upstream_names():
-    """Return what torch and diffusers call things, as the room of such facts spells it."""
+    """Collect the names of torch and diffusers that `upstream/` spells."""
     spelled = {name for path in CORE if path.parent.name == "upstream" for name in strings(path)}
     telling = re.compile(r"\w*[a-z]_[a-z]\w*|_\w+|\w*[a-z][A-Z]\w*")
     return {name for name in spelled if telling.fullmatch(name)} - OURS
@@ -224,10 +236,16 @@ def test_there_are_names_of_upstream():
     assert {"_call_impl", "encoder_hidden_states", "do_classifier_free_guidance"} <= upstream_names()
 
 
-@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] in ENGINE])
+@each([path for path in CORE if path.parent.name != "upstream"])
 def test_only_one_room_spells_names_of_torch_and_diffusers(path):
     attributes = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
-    assert not upstream_names() & (attributes | set(strings(path)))
+    spelled = upstream_names() & (attributes | set(strings(path)))
+    assert spelled == SPELLING.get(path.relative_to(ROOT / "cachekit").as_posix(), set())
+
+
+@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] not in MODELS])
+def test_only_some_rooms_import_diffusers(path):
+    assert "diffusers" not in top(imports(path))
 
 
 def public_functions(path):

@@ -56,7 +56,7 @@ class Prompted(StableDiffusionPipeline):
 
 
 def preamble():
-    """Return what every document may take for granted: a loaded pipeline."""
+    """Make what every document may take for granted: a loaded pipeline."""
     torch.manual_seed(0)
     loaded = tiny.sd()
     pipe = Prompted(**loaded.components, requires_safety_checker=False)
@@ -196,7 +196,7 @@ def test_specs_in_the_documents_parse(path):
 
 
 def specs_of(text):
-    """Return the specs of shipped policies in a text; brackets may stand within each other once."""
+    """Find the specs of shipped policies in a text; brackets may be nested once."""
     value = r"(?:[^\"'`+\s|()]|\((?:[^()\s]|\([^()\s]*\))*\))+"
     return re.findall(rf"[\"'`+ ]((?:{'|'.join(SHIPPED)}):\w+={value})[\"'`+ \n)]", text)
 

@@ -107,7 +107,7 @@ def test_values_of_specs_are_not_evaluated(value):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return the folder of a pipeline, and of files that are made when something in it is run."""
+    """Make the folder of a pipeline, and one for files that are made when something in it is run."""
     tiny.small().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

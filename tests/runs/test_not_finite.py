@@ -46,7 +46,7 @@ def poisoned(denoiser: Any, inner: str, outer: str, value: float, call: int) -> 
 
 
 def forgetting(slots: Callable[[Any], list[Any]], at: int) -> Any:
-    """Return a callback that makes the run forget what it keeps in these slots."""
+    """Make a callback that makes the run forget what it keeps in these slots."""
 
     def callback(pipe: Any, step: int, t: Any, given: dict[str, Any]) -> dict[str, Any]:
         run = denoiser_of(pipe)._cachekit_attachment.driver.state.run

@@ -17,7 +17,7 @@ ROUNDING = 1e-4
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
-    """Return what each of two processes found; a deadlock is a failure."""
+    """Run two processes and collect what each found; a deadlock is a failure."""
     folder = tmp_path_factory.mktemp("ranks")
     processes = multiprocessing.start_processes(two_ranks.work, (folder,), nprocs=2, join=False, start_method="spawn")
     deadline = time.monotonic() + 120

@@ -15,8 +15,8 @@ from torch import nn
 import cachekit
 from cachekit import Action, Choice, Every, Kind, Policy, Region, Reuse, Site, Sites
 from cachekit.planning.assignments import Assignment
-from cachekit.switches.parts import Exit, Member, Part
 from cachekit.switches.placeholders import Placeholder, Scratch, zeros_like
+from cachekit.switches.roles import Exit, Member, Role
 from cachekit.switches.switch import Switch
 
 INPUT = torch.arange(4.0)
@@ -49,8 +49,8 @@ class FakeCall:
         return [(index, action) for index, counts in enumerate(self.counts) for action in counts.elements()]
 
 
-class Noting(Part):
-    """A part of no assignment."""
+class Noting(Role):
+    """A role of no assignment."""
 
     def __init__(self) -> None:
         self.outputs: list[Any] = []
@@ -63,9 +63,9 @@ def bound(target: Any = SITE) -> Assignment:
     return Assignment(Policy(), Choice(Sites(kinds="block"), Every(n=2), Reuse()), target)
 
 
-def switched(call: Any, *parts: Part) -> tuple[Double, Switch]:
+def switched(call: Any, *roles: Role) -> tuple[Double, Switch]:
     module = Double()
-    switch = Switch(Held(call), module, "module", parts)
+    switch = Switch(Held(call), module, "module", roles)
     switch.install()
     return module, switch
 
@@ -90,14 +90,14 @@ def test_without_a_call_nothing_is_asked() -> None:
     assert torch.equal(module(INPUT), 2 * INPUT)
 
 
-def test_a_part_of_no_assignment_sees_every_output() -> None:
-    part = Noting()
-    module, switch = switched(FakeCall(), part)
+def test_a_role_of_no_assignment_sees_every_output() -> None:
+    role = Noting()
+    module, switch = switched(FakeCall(), role)
     output = module(INPUT)
-    assert part.outputs == [output]
+    assert role.outputs == [output]
     switch.uninstall()
     module(INPUT)
-    assert part.outputs == [output]
+    assert role.outputs == [output]
 
 
 def test_a_module_is_as_it_was_once_its_switch_is_gone() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cachekit.testing.tiny.parts import TOKENS, WIDTH
+from cachekit.testing.tiny.weights import TOKENS, WIDTH
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 
-from cachekit.testing.tiny.parts import WIDTH, quiet, reproducible, seeded, vae, without_texts
+from cachekit.testing.tiny.weights import WIDTH, quiet, reproducible, seeded, vae, without_texts
 
 
 @reproducible

@@ -12,7 +12,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from cachekit.testing.tiny.parts import WIDTH, quiet, reproducible, seeded, vae, without_texts
+from cachekit.testing.tiny.weights import WIDTH, quiet, reproducible, seeded, vae, without_texts
 
 
 @reproducible

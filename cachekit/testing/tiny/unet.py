@@ -14,7 +14,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from cachekit.testing.tiny.parts import WIDTH, quiet, reproducible, seeded, vae, without_texts
+from cachekit.testing.tiny.weights import WIDTH, quiet, reproducible, seeded, vae, without_texts
 
 
 @reproducible

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from cachekit.testing.tiny.parts import WIDTH, quiet, reproducible, seeded, without_texts
+from cachekit.testing.tiny.weights import WIDTH, quiet, reproducible, seeded, without_texts
 
 
 @reproducible

@@ -3,44 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cachekit.driving.inputs import CallInputs
 from cachekit.interface.adapter import Layout
 from cachekit.interface.sites import Branches
 from cachekit.tensors import tensors, tree_map
-from cachekit.upstream.arguments import LAYERED, PER_FRAME, SAMPLE, UNBATCHED
+from cachekit.upstream.arguments import LAYERED, PER_FRAME, UNBATCHED
 
 
-def as_batch(sample: Any) -> Any:
-    """Stack a sample that is a list with a tensor for each image, all of one size; others are returned unchanged."""
-    if not isinstance(sample, list) or not all(isinstance(one, Tensor) for one in sample):
-        return sample
-    return torch.stack(sample) if len({one.shape for one in sample}) == 1 else sample
+def pick_call(inputs: CallInputs, layout: Layout, branch: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Cut a call's arguments down to one branch, as (args, kwargs)."""
+    picked = pick(inputs.named, layout, branch, inputs.batch, inputs.is_listed)
+    return tuple(picked.pop(name) for name in inputs.positional), picked
 
 
-def pick_call(
-    arguments: Mapping[str, Any], positional: Sequence[str], layout: Layout, branch: str, batch: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Cut a call's `arguments`, by name, down to one branch, as (args, kwargs); `positional` names the args."""
-    picked = pick(arguments, layout, branch, batch)
-    return tuple(picked.pop(name) for name in positional), picked
-
-
-def pick(arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int) -> dict[str, Any]:
+def pick(
+    arguments: Mapping[str, Any], layout: Layout, branch: str, batch: int, is_listed: bool = False
+) -> dict[str, Any]:
     """Cut every batched tensor in a denoiser's arguments down to one branch.
 
     `batch` is the size of dimension 0 over all branches. Nested dicts, lists and masks are included; text
-    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. Where the
-    sample is a list with a tensor for each image, so is every other list of that length.
+    and residuals may be repeated per frame, so their first dimension may be a multiple of `batch`. With `is_listed`,
+    where the sample is a list with a tensor for each image, every other list of that length has an entry for each.
     """
     cutter = _Cutter(layout, layout.order.index(branch), batch)
-    listed = any(isinstance(arguments.get(name), list) for name in SAMPLE)
     return {
-        name: cutter.cut_list(value) if listed and isinstance(value, list) else cutter.cut(name, value)
+        name: cutter.cut_list(value) if is_listed and isinstance(value, list) else cutter.cut(name, value)
         for name, value in arguments.items()
     }
 
@@ -98,8 +91,8 @@ def _within(change: Callable[[Any], Any], output: Any) -> Any:
 def spread(output: Any, layout: Layout, branch: str, restore: Callable[[Tensor], Tensor]) -> Any:
     """Expand the output of one branch to that of all, as the pipeline expects it.
 
-    The dropped branches' outputs come from `restore`; by default that is the same output, and then the
-    pipeline's own u + g * (c - u) is exactly it.
+    The outputs of dropped branches are made by `restore`. Where that returns the same output again, the pipeline's own
+    u + g * (c - u) is exactly it.
     """
 
     def join(tensor: Tensor) -> Tensor:

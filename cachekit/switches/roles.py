@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 RUN_IT = object()
 
 
-class Part:
+class Role:
     """One role of a module, which may skip the module's calls or use what they return."""
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,19 +36,19 @@ class Part:
         return RUN_IT
 
     def skipped(self, call: Call) -> None:
-        """Count that the module was skipped, because this part or another made a stand-in."""
+        """Count that the module was skipped, because this role or another made a stand-in."""
 
     def after(self, call: Call, output: Any) -> None:
         """Use the output of the module, which ran."""
 
 
-class AssignedPart(Part):
+class AssignedRole(Role):
     """One role of a module for one assignment.
 
-    Where the assignment's action is COMPUTE the module runs and the part does nothing but count.
+    Where the assignment's action is COMPUTE the module runs and the role does nothing but count.
     """
 
-    #: Whether this part counts.
+    #: Whether this role counts.
     is_counted = False
 
     def __init__(self, index: int, bound: Assignment) -> None:
@@ -59,7 +59,7 @@ class AssignedPart(Part):
         self.target = bound.target
 
     def is_open(self, call: Call) -> bool:
-        """Whether what this part does depends on values within the call."""
+        """Whether what this role does depends on values within the call."""
         return call.actions[self.index] is OPEN
 
     def before_compiled(self, call: Call) -> Any:
@@ -79,7 +79,7 @@ class AssignedPart(Part):
         return Order.RUN
 
 
-class Exit(AssignedPart):
+class Exit(AssignedRole):
     """Keeps and restores the output of a site, or of the last module of a region."""
 
     is_counted = True
@@ -96,7 +96,7 @@ class Exit(AssignedPart):
         return self.quantity == "residual"
 
     def is_open(self, call: Call) -> bool:
-        """Whether values decide, or may decide how the tensors that enter the region are found."""
+        """Whether values decide the action, or any action where the region's inputs have to be recorded."""
         return super().is_open(call) or (self.needs_entry and OPEN in call.actions)
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,7 +170,7 @@ class Restoring:
         return with_tensors(self.template, tuple(into + added for into, added in zip(entered, self.predicted)))
 
 
-class Member(AssignedPart):
+class Member(AssignedRole):
     """Skips a module inside a region; its stand-in has the right shapes and nothing else."""
 
     def __init__(self, index: int, bound: Assignment, name: str) -> None:
@@ -209,7 +209,7 @@ class Member(AssignedPart):
             found[call.branch] = (tree_map(zeros_like, output), len(call.branches))
 
 
-class Entry(AssignedPart):
+class Entry(AssignedRole):
     """Remembers the tensors that enter a site or region, for what is kept of a residual."""
 
     def __init__(self, index: int, bound: Assignment, module: nn.Module, streams: tuple[str, ...]) -> None:
@@ -219,7 +219,7 @@ class Entry(AssignedPart):
         self.places = {name: place for place, name in enumerate(parameters_of(module))}
 
     def is_open(self, call: Call) -> bool:
-        """Whether values may decide how the tensors are found."""
+        """Whether values decide any action of the call: the inputs are then recorded outside of compiled code."""
         return OPEN in call.actions
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -250,7 +250,7 @@ class Probe(Entry):
         self.is_early = isinstance(bound.target, Region) and bound.target.early
 
     def is_open(self, call: Call) -> bool:
-        """Whether values are shown: in every call."""
+        """Whether values are shown, as they are in each call."""
         return True
 
     def streams_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Streams:
@@ -279,8 +279,8 @@ class Probe(Entry):
         return tuple(output[self.returned.index(name)] for name in self.streams)
 
 
-def parts_of(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedPart]]:
-    """Yield, by module name, the parts that skip and restore the target of assignment `index`."""
+def roles_of(index: int, bound: Assignment, modules: dict[str, nn.Module]) -> Iterator[tuple[str, AssignedRole]]:
+    """Yield, by module name, the roles that skip and restore the target of assignment `index`."""
     target = bound.target
     if isinstance(target, Region) and target.probe and isinstance(bound.choice.when, Indicator):
         yield target.probe, Probe(index, bound, modules[target.probe], _streams_of_probe(target, modules))

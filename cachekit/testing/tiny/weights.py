@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from cachekit.upstream.pipelines import hide_progress
+
 #: Tokens of a prompt, and the channels of its embedding.
 TOKENS, WIDTH = 7, 16
 
@@ -52,7 +54,7 @@ def vae(**changes: Any) -> AutoencoderKL:
 
 def quiet(pipe: Any) -> Any:
     """Switch a pipeline's progress bar off."""
-    pipe.set_progress_bar_config(disable=True)
+    hide_progress(pipe)
     return pipe
 
 

@@ -239,7 +239,7 @@ def test_calls_without_names_come_in_the_known_order(name: str) -> None:
 
 
 def modular_wan(**guiders: Any) -> Any:
-    """Return the part of Wan 2.2's modular pipeline from embeddings to latents, with the classic one's parts."""
+    """Build Wan 2.2's modular pipeline from embeddings to latents, with the classic one's components."""
     source, pipe = wan(boundary=0.8), Wan22CoreDenoiseStep().init_pipeline()
     parts = {name: getattr(source, name) for name in ("transformer", "transformer_2", "scheduler")}
     pipe.update_components(**parts, **guiders, boundary_ratio=0.8)
@@ -313,7 +313,7 @@ def test_the_last_difference_is_that_of_each_output() -> None:
 
 
 def first_of(value: Any) -> Any:
-    """Return the array within a pipeline's output."""
+    """Find the array within a pipeline's output."""
     while isinstance(value, (tuple, list, dict)):
         value = next(iter(value.values() if isinstance(value, dict) else value))
     return value

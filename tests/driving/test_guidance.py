@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,9 +23,9 @@ from support import tiny
 
 import cachekit
 from cachekit.coverage.building import arguments, build
+from cachekit.driving.detection import Layout
+from cachekit.driving.slicing import pick
 from cachekit.errors import GuidanceError
-from cachekit.guidance.detection import Layout
-from cachekit.guidance.slicing import pick
 from cachekit.interface.moment import Entry, Time
 from cachekit.interface.parts import BranchChange, Choice
 from cachekit.interface.policy import Policy
@@ -35,10 +34,7 @@ from cachekit.upstream.prediction import predict_x0
 
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}
 
-
-@functools.cache
-def shared(name: str) -> Any:
-    return MAKERS[name]()
+shared = tiny.sharing(MAKERS)
 
 
 def cached(name: str, *specs: str, **changes: Any) -> torch.Tensor:
@@ -214,7 +210,7 @@ def test_narrowing_cuts_lists_by_their_items_where_each_is_an_image() -> None:
     images, captions, others = ([torch.full((4, 2), float(place)) for place in range(count)] for count in (4, 4, 3))
     residual = torch.arange(8.0).reshape(4, 2)
     arguments = {"x": images, "t": torch.arange(4), "cap_feats": captions, "samples": {0: residual}, "others": others}
-    picked = pick(arguments, Layout(("cond", "uncond")), "uncond", 4)
+    picked = pick(arguments, Layout(("cond", "uncond")), "uncond", 4, is_listed=True)
     assert [one.mean().item() for one in (*picked["x"], *picked["cap_feats"])] == [2, 3, 2, 3]
     assert picked["t"].tolist() == [2, 3]
     assert torch.equal(picked["samples"][0], residual[2:])
@@ -238,7 +234,7 @@ def scheduler_of(kind: type, prediction: str) -> Any:
 
 
 def gammas_by_hand(scheduler: Any, space: str, steps: int, batch: int) -> list[float]:
-    """Return the cosine of both branches in each step of a fully guided run, of the image where it is smallest."""
+    """Compute the cosine of both branches in each step of a fully guided run, of the image where it is smallest."""
     unet, gammas = tiny.small().unet, []
     text = torch.cat([tiny.text(batch, seed=4), tiny.text(batch)])
     scheduler.set_timesteps(steps)

@@ -11,7 +11,7 @@ from typing import Any
 from cachekit.errors import CostError
 from cachekit.interface.moment import Action
 from cachekit.planning.assignments import Assignment
-from cachekit.reports.record import Cost, Record
+from cachekit.runs.record import Cost, Record
 
 
 @dataclass(frozen=True)

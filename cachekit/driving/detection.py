@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -14,25 +15,27 @@ from cachekit.interface.adapter import Layout
 from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guidance import reads_attention
 
-WRITES_CACHE = "each call writes keys and values that later ones of its branch read"
-HAS_MOMENTUM = "the guider adds up what branches differed by; set its momentum to None"
-PERTURBS_ATTENTION = "perturbed-attention guidance adds a branch of its own; set pag_scale=0"
+
+class Obstacle(Enum):
+    """What keeps all branches of a run from being dropped, as the reason that its refusal gives."""
+
+    MOMENTUM = "the guider adds up what branches differed by; set its momentum to None"
+    WRITTEN_CACHE = "each call writes keys and values that later ones of its branch read"
+    PERTURBED_ATTENTION = "perturbed-attention guidance adds a branch of its own; set pag_scale=0"
 
 
 @dataclass(frozen=True)
 class FirstCall:
     """What the first call of a run shows of its guidance.
 
-    `guided` is None if it is not known yet; `context` is the name that the pipeline gives the call.
-    `writes_cache`, `has_momentum` and `perturbs_attention` are reasons against dropping a branch.
+    `guided` is None if it is not known yet; `context` is the name that the pipeline gives the call. Of several
+    obstacles, `obstacle` is the first in the order of the enum.
     """
 
     sample: Tensor
     guided: bool | None
     context: str | None
-    writes_cache: bool = False
-    has_momentum: bool = False
-    perturbs_attention: bool = False
+    obstacle: Obstacle | None = None
 
 
 def layout_of_run(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
@@ -43,17 +46,16 @@ def layout_of_run(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
     are its branches. Anything else (three branches, calls without names) counts as a single branch, because a wrong
     guess would mix images.
     """
-    if first.writes_cache and first.guided is not False:
-        return layout.alone, WRITES_CACHE
-    if first.has_momentum:
-        return layout.alone, HAS_MOMENTUM
+    obstacle = first.obstacle
+    if obstacle is Obstacle.MOMENTUM or (obstacle is Obstacle.WRITTEN_CACHE and first.guided is not False):
+        return layout.alone, obstacle.value
     if first.context in PAIR and (first.guided is not False or first.context == PAIR[1]):
         other = PAIR[1 - PAIR.index(first.context)]
         return layout.by_calls((first.context, other)), ""
     if first.guided is False:
         return layout.alone, ""
-    if first.perturbs_attention:
-        return layout.alone, PERTURBS_ATTENTION
+    if obstacle is Obstacle.PERTURBED_ATTENTION:
+        return layout.alone, obstacle.value
     if first.guided and layout.calls:
         return layout.by_calls(layout.calls), ""
     return _layout_of_batch(first, layout)

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
-from cachekit.subclassing import intercept_calls, is_intercepted, stop_intercepting
+from cachekit.switches.subclassing import intercept_calls, is_intercepted, stop_intercepting
 
 
 class Adder:

@@ -1,1 +1,0 @@
-"""Records of runs, and the reports on them."""

@@ -45,6 +45,16 @@ def test_equal_to_the_naive_replay(name: str, threshold: float, coefficients: tu
     assert 0 < replays.reused(report) == hand.full.count(False) < len(hand.full) * (STEPS - 2) / STEPS
 
 
+def test_texts_of_the_branches_may_differ_in_length() -> None:
+    """What stands in for the skipped attention of the first block has the length of its branch's text."""
+    pipe, short = tiny.flux(), tiny.text(1, seed=4)[:, :5]
+    given = {**replays.TRUE_GUIDANCE, "negative_prompt_embeds": short, "negative_pooled_prompt_embeds": short[:, 0]}
+    hand = ByHand(pipe, branches=2)
+    hand.threshold = 1.0
+    report = replays.check_applied(pipe, "teacache:threshold=1", hand.latents(STEPS, **given), STEPS, **given)
+    assert 0 < replays.reused(report) == hand.full.count(False)
+
+
 def test_the_polynomial_is_fitted_to_measured_changes(tmp_path: Any) -> None:
     pipe, path = tiny.flux(), tmp_path / "teacache.json"
     made = replays.measured(pipe, "teacache", STEPS)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from torch import distributed
 
 from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
-from cachekit.errors import CachekitError
-from cachekit.reports.record import Record
+from cachekit.interface.moment import Action
+from cachekit.reports.record import CallRecord
 from cachekit.testing.models import Call, drawn
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.subject import Subject
@@ -35,51 +37,58 @@ def check_ranks(subject: Subject) -> None:
         raise NotApplicableError("never decides from values")
     if not (distributed.is_available() and distributed.is_gloo_available()):
         raise NotApplicableError("torch has no gloo")
-    calls = (subject.call, replace(subject.call, seed=7, positive=8, negative=9))
-    one, other = _records(subject, calls)
-    for mine, theirs in zip(one.calls, other.calls):
-        if (mine.row.actions, mine.row.branches) != (theirs.row.actions, theirs.row.branches):
-            raise CheckFailedError(f"two processes part in step {mine.row.step}{_place(subject, mine.row, theirs.row)}")
-    if len(one.calls) != len(other.calls):
-        raise CheckFailedError(f"one process makes {len(one.calls)} calls, the other {len(other.calls)}")
+    ranks = _drawn(subject, (subject.call, replace(subject.call, seed=7, positive=8, negative=9)))
+    own = next((rank.error for rank in ranks if rank.error and not isinstance(rank.error, RuntimeError)), None)
+    if own is not None:
+        raise own
+    one, other = ([(call.row.step, list(call.row.actions), call.row.branches) for call in rank.calls] for rank in ranks)
+    for (step, mine, branches), (_, theirs, others) in zip(one, other):
+        if mine != theirs or branches != others:
+            raise CheckFailedError(f"two processes part in step {step}{_place(subject, mine, theirs)}")
+    if ranks[0].error or ranks[1].error:
+        raise CheckFailedError("two processes wait for each other") from ranks[0].error or ranks[1].error
 
 
-def _place(subject: Subject, mine: Any, theirs: Any) -> str:
-    bounds = zip(subject.plan.assignments, mine.actions, theirs.actions)
-    found = next((each for each in bounds if each[1] is not each[2]), None)
-    return f": {found[0].target.name!r} is {found[1].value} in one, {found[2].value} in the other" if found else ""
+def _place(subject: Subject, mine: Sequence[Action | None], theirs: Sequence[Action | None]) -> str:
+    """Name the first target at which the actions differ."""
+    for bound, one, other in zip(subject.plan.assignments, mine, theirs):
+        if one is not other:
+            done, instead = (action.value if action else "open" for action in (one, other))
+            return f": {bound.target.name!r} is {done} in one and {instead} in the other"
+    return ": other branches run"
 
 
-def _records(subject: Subject, calls: tuple[Call, Call]) -> list[Record]:
-    """Draw at once, each rank its own call; raises what one of them raised."""
-    meeting, found = distributed.HashStore(), dict[int, Record | Exception]()
+class _Rank(threading.Thread):
+    """A thread that draws as one of the processes which share an image: its calls, and what it raised."""
 
-    def draw(rank: int, pipe: Any, attachment: Attachment) -> None:
+    def __init__(self, subject: Subject, attachment: Attachment, pipe: Any, call: Call, group: Any) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self.calls: Sequence[CallRecord] = ()
+        self._attachment, self._pipe, self._group = attachment, pipe, group
+        self._given = call.arguments(subject.model, pipe)
+
+    def run(self) -> None:
         try:
-            group = distributed.ProcessGroupGloo(meeting, rank, len(calls), _PATIENCE)
-            with sharing(denoiser_of(pipe), group):
-                drawn(pipe, calls[rank].arguments(subject.model, pipe))
-            found[rank] = attachment.report().record
-        except Exception as error:  # noqa: BLE001 - raised again below
-            found[rank] = error
+            with sharing(denoiser_of(self._pipe), self._group()):
+                drawn(self._pipe, self._given)
+        except Exception as error:  # noqa: BLE001 - the check raises it
+            self.error = error
+        self.calls = self._attachment.report().record.calls
 
+
+def _drawn(subject: Subject, calls: Sequence[Call]) -> list[_Rank]:
+    """Draw at once, each rank its own call."""
+    meeting = distributed.HashStore()  # type: ignore[attr-defined]
     with ExitStack() as stack:
-        pipes = [subject.model.make() for _ in calls]
-        policies = [copy.deepcopy(subject.policies) for _ in calls]
-        applied = [stack.enter_context(apply(pipe, own, catalog=subject.catalog)) for pipe, own in zip(pipes, policies)]
-        threads = [threading.Thread(target=draw, args=each) for each in zip(range(len(calls)), pipes, applied)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    return _without_errors([found[rank] for rank in range(len(calls))])
-
-
-def _without_errors(found: list[Record | Exception]) -> list[Record]:
-    """Raise the policy's own error first: the other rank then waits in vain, which is an error too."""
-    errors = sorted((one for one in found if isinstance(one, Exception)), key=lambda one: isinstance(one, RuntimeError))
-    if errors and (isinstance(errors[0], CachekitError) or not isinstance(errors[0], RuntimeError)):
-        raise errors[0]
-    if errors:
-        raise CheckFailedError(f"two processes wait for each other: {str(errors[0]).partition('. ')[0]}")
-    return [one for one in found if isinstance(one, Record)]
+        ranks = []
+        for number, call in enumerate(calls):
+            pipe, policies = subject.model.make(), copy.deepcopy(subject.policies)
+            attachment = stack.enter_context(apply(pipe, policies, catalog=subject.catalog))
+            group = partial(distributed.ProcessGroupGloo, meeting, number, len(calls), _PATIENCE)
+            ranks.append(_Rank(subject, attachment, pipe, call, group))
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    return ranks

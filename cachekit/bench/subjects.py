@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +88,19 @@ def _absent(model: str) -> dict[str, None]:
 
 
 def shape_of_model(model: str) -> nn.Module:
-    """Build a model's denoiser without weights; a name close to an architecture's is refused as a misspelling."""
+    """Build a model's denoiser without weights, once for each content of its files.
+
+    A name close to an architecture's is refused as a misspelling.
+    """
     near = model not in DEMOS and not Path(model).exists() and nearest(model, architectures())
-    return architecture(model).build() if model in architectures() or near else denoiser_from_config(model)
+    if model in architectures() or near:
+        return architecture(model).build()
+    return _shape_of_files(model, model_hash(model))
+
+
+@lru_cache(maxsize=4)
+def _shape_of_files(model: str, digest_of_files: str) -> nn.Module:
+    return denoiser_from_config(model)
 
 
 def model_hash(model: str) -> str:

@@ -139,7 +139,7 @@ class ImageRunner:
             image=image,
             seconds=watch.seconds,
             macs=self._count(configuration, report),
-            cache_bytes=report.cache_bytes,
+            cache_bytes=report.cache_bytes + report.memory_bytes,
             deciding_seconds=report.deciding_seconds,
             peak_memory=watch.peak_memory,
             counts=tuple(report.counts),

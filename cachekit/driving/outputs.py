@@ -124,8 +124,4 @@ def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:
     """Cut the sample down to the branches that run."""
-    sample = inputs.sample
-    if not call.is_narrowed:
-        return sample
-    order = call.calls.layout.order
-    return sample.chunk(len(order))[order.index(call.branches[0])]
+    return call.calls.part(inputs.sample, call.branches) if call.is_narrowed else inputs.sample

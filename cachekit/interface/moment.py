@@ -73,7 +73,8 @@ class Moment(NamedTuple):
 
     `branches` are those of the call, and `branch` is the only one of them, or "". Both are empty in a plan. `memory`
     is a dict of the run for this target and these branches, `shared` one for all targets of the policy; a list under
-    `shared["trace"]` is shown in the report. A plan has empty ones that cannot be written.
+    `shared["trace"]` is shown in the report. Tensors in them are counted in `Report.memory_bytes`, not as kept for
+    reuse. A plan has empty ones that cannot be written.
 
     >>> at = Moment(step=3, steps=25, time=Time(3, 781.0, 0.8, 0.6))
     >>> at.timestep, at.sigma, at.alpha, at.origin

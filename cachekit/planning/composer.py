@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from cachekit.errors import PolicyError, answered
 from cachekit.interface.adapter import Layout
+from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Branches
@@ -54,6 +55,10 @@ class Composer:
         self._schedules: dict[tuple[int, int], list[Cell]] = {}
         self._blocks = [index for index, bound in enumerate(assignments) if bound.is_block]
         self._guidance = [index for index, bound in enumerate(assignments) if bound.is_guidance]
+        #: Decided again where the branches change, by the sample and the memory of those that run.
+        self._by_sample = [
+            index for index in self._blocks if assignments[index].is_whole and _is_indicator(assignments[index])
+        ]
         self._inside = {index: self._inside_of(index) for index in self._blocks}
         #: STOREs that have been postponed, and the branches of which each assignment has stored something.
         self._owed: set[int] = set()
@@ -66,9 +71,11 @@ class Composer:
         cells = [self._cell(index, step, decide) for index in range(len(self.assignments))]
         before = self.branches
         self._settle_guidance(cells)
-        if self.branches != before and step:
-            for index in self._stale(step, before):
+        if self.branches != before:
+            stale = self._stale(step, before) if step else []
+            for index in stale:
                 self._restart(index, step)
+            for index in {*stale, *self._by_sample}:
                 cells[index] = self._cell(index, step, decide)
         self._force_full(cells, step, decide)
         self._postpone(cells, step)
@@ -204,6 +211,10 @@ class Composer:
             for inner, bound in enumerate(self.assignments)
             if inner != index and (block.covers(bound) or (block.is_whole and bound.is_guidance))
         )
+
+
+def _is_indicator(bound: Assignment) -> bool:
+    return isinstance(bound.choice.when, Indicator)
 
 
 def time_of(times: Sequence[Time], step: int) -> Time:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.adapter import Layout
+from cachekit.interface.sites import Branches
 from cachekit.runs.clock import Clock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: A denoiser's name, and the branch that a call of it is for.
 Caller = tuple[str, str]
@@ -31,6 +35,11 @@ class BranchCalls:
     def together(self) -> int:
         """How many branches lie in the batch of one call."""
         return self.layout.together
+
+    def part(self, sample: Tensor, branches: Branches) -> Tensor:
+        """Cut a sample `(branches * batch, ...)` down to the one branch that runs; all of it where all do."""
+        order = self.layout.order
+        return sample if len(branches) == len(order) else sample.chunk(len(order))[order.index(branches[0])]
 
     def begin_step(self) -> Layout | None:
         """Forget the calls of the last step; return the new layout if it changes with this one."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from cachekit.interface.sites import Branches
+from cachekit.tensors import size_in_bytes, tensors
 
 Memory = dict[str, Any]
 
@@ -20,6 +24,7 @@ class Memories:
         """Start empty."""
         self._of_policies: defaultdict[str, Memory] = defaultdict(dict)
         self._of_targets: defaultdict[tuple[int, Branches, int], Memory] = defaultdict(dict)
+        self.peak_bytes = 0
 
     def of(self, policy: str) -> Memory:
         """Get the memory that all targets of a policy share."""
@@ -33,7 +38,19 @@ class Memories:
         """Copy what policies recorded for the report, by name of the policy."""
         return {name: list(memory["trace"]) for name, memory in self._of_policies.items() if "trace" in memory}
 
+    def measure(self) -> None:
+        """Take note of the bytes of the tensors that policies hold now; those in traces are not counted."""
+        used = [memory for memory in (*self._of_policies.values(), *self._of_targets.values()) if memory]
+        held = {id(tensor): tensor for memory in used for tensor in _held(memory)}
+        self.peak_bytes = max(self.peak_bytes, size_in_bytes(held))
+
     def clear(self) -> None:
         """Forget everything."""
         self._of_policies.clear()
         self._of_targets.clear()
+
+
+def _held(memory: Memory) -> Iterator[Tensor]:
+    for key, value in memory.items():
+        if key != "trace":
+            yield from tensors(value)

@@ -55,6 +55,8 @@ class Record:
     #: What `max_cache_bytes` left of the plan.
     fit: Fit | None = None
     peak_bytes: int = 0
+    #: Most bytes of tensors that policies held at once in `Moment.memory` and `Moment.shared`.
+    memory_bytes: int = 0
     #: Seconds spent in finding steps, composing rows and observing.
     deciding_seconds: float = 0.0
     #: ControlNet calls that skipped outputs which the denoiser wouldn't have read.

@@ -80,8 +80,16 @@ class Report:
 
     @property
     def cache_bytes(self) -> int:
-        """Most bytes kept at once."""
+        """Most bytes kept at once for reuse: what `max_cache_bytes` limits and estimates predict."""
         return self.record.peak_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Most bytes of tensors that policies held at once to decide by, in the memories of a `Moment`.
+
+        They are not part of `cache_bytes`: the limit doesn't apply to them, and estimates don't have them.
+        """
+        return self.record.memory_bytes
 
     @property
     def deciding_seconds(self) -> float:
@@ -153,6 +161,10 @@ class Report:
         return f" and {self.left_out} left out" if self.left_out else ""
 
     @property
+    def _held(self) -> str:
+        return f" and {self.memory_bytes:,} bytes to decide by" if self.memory_bytes else ""
+
+    @property
     def _guided(self) -> str:
         return "guided" if self.record.guided else "unguided"
 
@@ -190,7 +202,7 @@ class Report:
         lines += [
             f"steps {self.steps}, denoiser calls {self.calls}{self._omitted}, {self._guided}",
             self._cost_line(),
-            f"kept at peak {self.cache_bytes:,} bytes, deciding {self.deciding_seconds * 1e3:.1f} ms",
+            f"kept at peak {self.cache_bytes:,} bytes{self._held}, deciding {self.deciding_seconds * 1e3:.1f} ms",
         ]
         lines += self._budget_lines()
         if self.record.shortened:

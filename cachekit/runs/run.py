@@ -128,6 +128,7 @@ class Run:
             return Action.STORE
         (_, branch), sample = shown
         branches = (branch,) if branch else self._composing().branches
+        sample = sample if branch else self.calls.part(sample, branches)
         at = at._replace(branches=branches, memory=self.keeper.memories.of_target(index, branches, 0))
         return decided(bound, Signal((sample,)), at, self.keeper.vote)
 
@@ -189,6 +190,7 @@ class Run:
         if self.calls.only_first_called(self.clock):
             self._take_as_alone()
         self._begin_step()
+        self.keeper.memories.measure()
         self.calls.expect_guidance(context)
         step, caller = self.clock.step, (denoiser, self.calls.branch_of(self.clock.call, context))
         is_late = step > 0 and caller not in self.calls.seen
@@ -249,6 +251,8 @@ class Run:
     def finish(self) -> Record:
         """Complete the record."""
         self.record.peak_bytes = self.keeper.store.peak_bytes
+        self.keeper.memories.measure()
+        self.record.memory_bytes = self.keeper.memories.peak_bytes
         self.record.traces = self.keeper.memories.traces()
         return self.record
 

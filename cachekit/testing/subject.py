@@ -111,6 +111,7 @@ class Subject:
 
     @functools.cached_property
     def _first(self) -> Drawn | Exception:
+        self.uncached(self.call)  # before a policy can change a class, or torch, for all pipelines
         try:
             return self.draw_fresh(self.call)
         except Exception as error:  # noqa: BLE001 - whatever a policy raises is a result

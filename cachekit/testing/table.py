@@ -15,6 +15,7 @@ from cachekit.testing.parts import (
     check_spec_round_trip,
 )
 from cachekit.testing.planned import check_composes, check_counts_match_plan, check_origin, check_schedule_is_pure
+from cachekit.testing.ranks import check_ranks
 from cachekit.testing.repeating import (
     check_again,
     check_compiled,
@@ -69,8 +70,9 @@ _ALL = (
     Check(check_interrupt, "state that is reset at the end of a run alone; use at.memory"),
     Check(check_shape_change, "tensors kept on the policy, or a shape that it remembers"),
     Check(check_threads, "state that threads share; use at.memory, which is the run's own"),
+    Check(check_ranks, "a decision from values outside of decide and needs, whose answers alone are agreed on"),
     Check(check_deepcopy, "a reference to the model or a module"),
-    Check(check_compiled, "a decision or a side effect that compiled code doesn't repeat"),
+    Check(check_compiled, "a side effect that compiled code doesn't repeat, or a value that the same call has written"),
     Check(check_schedule_is_pure, "a counter in the schedule; use at.step and at.origin"),
     Check(check_counts_match_plan, "a reuse before the first full step, or a schedule that counts calls"),
     Check(check_origin, "a schedule that uses at.step where it should use at.step - at.origin"),

@@ -74,16 +74,13 @@ class BlockChanges(Measured, Schedule):
 
     def full(self, at: Moment) -> bool:
         """Whether the step ends a row of reused ones; every step is full without a file."""
-        total = inf
+        total, name, figures = inf, name_of(at), self.figures
         for step in range(at.origin, at.step + 1):
-            total = inf if step == at.origin else total + self._change(at, step)
+            changes = figures[step] if at.origin < step < len(figures) else {}
+            total += changes.get(name, inf)
             is_full = not total <= self.threshold
             total = 0.0 if is_full else total
         return is_full
-
-    def _change(self, at: Moment, step: int) -> float:
-        change = self.figure(name_of(at), at._replace(step=step))
-        return inf if change is None else change
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure by how much a block's output changes from step to step."""

@@ -62,16 +62,14 @@ class ErrorCurves(Measured, Schedule):
 
     def full(self, at: Moment) -> bool:
         """Whether the step ends a row of reused ones; every step is full without a file."""
-        last = at.origin
+        names = [curve(at, gap) for gap in range(1, self.longest + 1)]
+        last, figures = at.origin, self.figures
         for step in range(at.origin + 1, at.step + 1):
             gap = step - last
-            if gap > self.longest or not self._error(at, gap, step) < self.threshold:
+            errors = figures[step] if step < len(figures) else {}
+            if gap > self.longest or not errors.get(names[gap - 1], inf) < self.threshold:
                 last = step
         return last == at.step
-
-    def _error(self, at: Moment, gap: int, step: int) -> float:
-        error = self.figure(curve(at, gap), at._replace(step=step))
-        return inf if error is None else error
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure the errors of reusing each of the last outputs in place of the new one."""

@@ -15,6 +15,7 @@ import cachekit
 from cachekit.models.demo.pipeline import WEIGHTS
 
 STEPS = 4
+small = functools.partial(tiny.small, layers_per_block=1)
 TGATE, DEEPCACHE = "tgate:m=2", "deepcache:interval=2"
 BOTH = (TGATE, DEEPCACHE)
 POLICIES = [(TGATE,), (DEEPCACHE,), BOTH]
@@ -42,7 +43,7 @@ def weights(unet: Any, seed: int) -> dict[str, torch.Tensor]:
 def load(pipe: Any) -> Any:
     for seed, name in enumerate(("one", "two")):
         # The names of modules are those before the first LoRA took their place.
-        pipe.load_lora_weights(weights(tiny.small().unet, seed), adapter_name=name)
+        pipe.load_lora_weights(weights(small().unet, seed), adapter_name=name)
     return pipe
 
 
@@ -57,7 +58,7 @@ def switch(pipe: Any, state: str) -> Any:
 
 @functools.cache
 def loaded() -> Any:
-    return load(tiny.small())
+    return load(small())
 
 
 @functools.cache
@@ -78,7 +79,7 @@ def wanted(specs: tuple[str, ...], state: str) -> torch.Tensor:
 @pytest.mark.parametrize("before_apply", [True, False])
 @pytest.mark.parametrize("specs", POLICIES, ids="+".join)
 def test_runs_under_one_lora_after_the_other(specs: tuple[str, ...], before_apply: bool) -> None:
-    pipe = tiny.small()
+    pipe = small()
     without = draw(pipe)
     if before_apply:
         load(pipe)
@@ -98,7 +99,7 @@ def test_runs_under_one_lora_after_the_other(specs: tuple[str, ...], before_appl
 
 @pytest.mark.parametrize("specs", POLICIES, ids="+".join)
 def test_a_lora_is_fused_and_taken_out_again(specs: tuple[str, ...]) -> None:
-    pipe = switch(load(tiny.small()), "one")
+    pipe = switch(load(small()), "one")
     with cachekit.apply(pipe, specs):
         pipe.fuse_lora(adapter_names=["one"])
         first = draw(pipe)
@@ -113,7 +114,7 @@ def test_a_lora_is_fused_and_taken_out_again(specs: tuple[str, ...]) -> None:
 
 
 def test_a_lora_stays_when_the_policies_go() -> None:
-    pipe = tiny.small()
+    pipe = small()
     attachment = cachekit.apply(pipe, BOTH)
     switch(load(pipe), "two")
     attachment.remove()
@@ -126,7 +127,7 @@ def test_a_lora_stays_when_the_policies_go() -> None:
 @pytest.mark.parametrize("before_apply", [True, False])
 @pytest.mark.parametrize("specs", POLICIES, ids="+".join)
 def test_fused_projections(specs: tuple[str, ...], before_apply: bool) -> None:
-    pipe = tiny.small()
+    pipe = small()
     with cachekit.apply(pipe, specs):
         separate = draw(pipe)
     without = draw(pipe)
@@ -149,9 +150,7 @@ def test_fused_projections(specs: tuple[str, ...], before_apply: bool) -> None:
 
 
 def with_perturbed_attention() -> Any:
-    pipe = StableDiffusionPAGPipeline(
-        **tiny.small().components, requires_safety_checker=False, pag_applied_layers=["mid"]
-    )
+    pipe = StableDiffusionPAGPipeline(**small().components, requires_safety_checker=False, pag_applied_layers=["mid"])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -177,7 +176,7 @@ def test_processors_that_a_pipeline_exchanges_within_its_call(spec: str, scale: 
 
 @tiny.reproducible
 def with_text() -> Any:
-    pipe = tiny.small()
+    pipe = small()
     pipe.tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "unet" / "tokenizer")
     size = {"hidden_size": tiny.WIDTH, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokens = {name: getattr(pipe.tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -236,7 +235,7 @@ def interrupt(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dic
 @pytest.mark.parametrize("edit", [stop_guidance, other_text, other_latents, interrupt])
 @pytest.mark.parametrize("specs", [(DEEPCACHE,), ("tgate:m=3",), ("tgate:m=3", DEEPCACHE)], ids="+".join)
 def test_a_run_edited_from_within_leaves_the_next_one_clean(specs: tuple[str, ...], edit: Any) -> None:
-    pipe = tiny.small()
+    pipe = small()
     given = {"callback_on_step_end": edit, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
     without, edited = draw(pipe), draw(pipe, **given)
     with cachekit.apply(pipe, specs) as attachment:

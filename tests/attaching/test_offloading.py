@@ -18,6 +18,8 @@ from support import tiny
 
 import cachekit
 
+#: Every block has what offloading moves.
+small = functools.partial(tiny.small, layers_per_block=1)
 CPU, STEPS = torch.device("cpu"), 4
 TGATE, DEEPCACHE = "tgate:m=2", "deepcache:interval=2"
 BOTH = (TGATE, DEEPCACHE)
@@ -70,14 +72,14 @@ def draw(pipe: Any, **given: Any) -> torch.Tensor:
 @functools.cache
 def wanted(specs: tuple[str, ...]) -> tuple[torch.Tensor, list[Any], Any]:
     """The image, the counts and the cost without offloading."""
-    pipe = tiny.small()
+    pipe = small()
     with cachekit.apply(pipe, specs) as attachment:
         return draw(pipe), attachment.report().counts, attachment.report().cost
 
 
 @functools.cache
 def plain() -> torch.Tensor:
-    return draw(tiny.small())
+    return draw(small())
 
 
 def is_alike(found: torch.Tensor, other: torch.Tensor, name: str) -> bool:
@@ -90,7 +92,7 @@ def is_alike(found: torch.Tensor, other: torch.Tensor, name: str) -> bool:
 def test_offloaded_weights_give_the_same_cached_image(
     name: str, specs: tuple[str, ...], before_apply: bool, tmp_path: Path
 ) -> None:
-    pipe = tiny.small()
+    pipe = small()
     image, counts, cost = wanted(specs)
     if before_apply:
         FEATURES[name](pipe, tmp_path)
@@ -113,7 +115,7 @@ def test_offloaded_weights_give_the_same_cached_image(
 
 @pytest.mark.parametrize("name", ["sequential", "whole models", "leaves"])
 def test_offloading_ends_while_policies_are_applied(name: str, tmp_path: Path) -> None:
-    pipe = tiny.small()
+    pipe = small()
     FEATURES[name](pipe, tmp_path)
     with cachekit.apply(pipe, BOTH):
         assert torch.equal(draw(pipe), wanted(BOTH)[0])
@@ -126,7 +128,7 @@ def test_offloading_ends_while_policies_are_applied(name: str, tmp_path: Path) -
 
 
 def test_a_skipped_module_does_not_fetch_its_weights() -> None:
-    pipe = tiny.small()
+    pipe = small()
     leaves(pipe, Path())
     fetched = []
     group = pipe.unet.mid_block.resnets[0].conv1._diffusers_hook.get_hook("group_offloading").group
@@ -139,7 +141,7 @@ def test_a_skipped_module_does_not_fetch_its_weights() -> None:
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("specs", "before_apply"), [(BOTH, True), (BOTH, False), ((TGATE,), False)])
 def test_weights_stored_in_another_dtype(specs: tuple[str, ...], before_apply: bool, storage: torch.dtype) -> None:
-    pipe, other = tiny.small(), tiny.small()
+    pipe, other = small(), small()
     for cast in (pipe, other) if before_apply else (other,):
         cast.unet.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
     without = draw(other)
@@ -157,7 +159,7 @@ def test_weights_stored_in_another_dtype(specs: tuple[str, ...], before_apply: b
 
 @pytest.mark.parametrize("feature", ["tiling", "slicing"])
 def test_the_vae_decodes_as_it_likes(feature: str) -> None:
-    pipe = tiny.small()
+    pipe = small()
     given = {"batch": 2, "output_type": "pt"}
     with cachekit.apply(pipe, BOTH):
         cached = draw(pipe, **{**given, "output_type": "latent"})

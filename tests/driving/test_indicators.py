@@ -299,3 +299,58 @@ def test_a_run_of_one_call_a_time_without_guidance() -> None:
     found = trace(tiny.flux(), Scripting(needed=(1,)))
     assert [entry[:3] for entry in found] == [(step, ("cond",), step < 2) for step in range(STEPS)]
     assert found[0][3:] == ([IMAGE, TEXT], [IMAGE, TEXT])
+
+
+@pytest.mark.parametrize(
+    ("partner", "alone"), [("adaptive_guidance:m=3", {3, 4, 5}), ("guidance_interval:first=2,stop=4", {0, 1, 4, 5})]
+)
+def test_it_decides_by_the_branches_that_run_in_the_step(partner: str, alone: set[int]) -> None:
+    """Guidance is settled in the same step, before the memory and the sample are those of one branch."""
+    both = ("uncond", "cond")
+
+    class Noting(Scripted):
+        def full(self, at: Moment) -> bool:
+            return False
+
+        def needs(self, signal: Signal, at: Moment) -> bool:
+            needed[at.step] = (at.branches, signal.entered[0], dict(at.memory))
+            return at.step % 2 == 0
+
+        def took(self, signal: Signal, at: Moment, full: bool) -> None:
+            branches, sample, memory = needed[at.step]
+            assert (branches, memory) == (at.branches, at.memory)
+            assert torch.equal(sample, signal.entered[0])
+            at.memory.setdefault("steps", []).append(at.step)
+
+        def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
+            at.shared["trace"] = []
+
+    needed: dict[int, Any] = {}
+    pipe = tiny.sd()
+    trace(pipe, Scripting(at=WholeDenoiser(), when_=Noting()), partner)
+    assert {step: found[0] for step, found in needed.items()} == {
+        step: ("cond",) if step in alone else both for step in range(STEPS)
+    }
+
+
+@pytest.mark.parametrize(("make", "branches"), [(tiny.flux, 1), (tiny.wan, 2)])
+def test_tensors_in_memories_are_counted_apart(make: Any, branches: int) -> None:
+    class Holding(Scripted):
+        def took(self, signal: Signal, at: Moment, full: bool) -> None:
+            held = signal.left[0].clone()
+            at.memory["last"] = {"some": (held, held), "step": at.step}
+            at.shared["trace"] = [held]
+            sizes.append(held.numel() * held.element_size())
+
+    sizes: list[int] = []
+    pipe = make()
+    with cachekit.apply(pipe, Scripting()) as attachment:
+        tiny.latents(pipe, steps=STEPS)
+        plain = attachment.report()
+    with cachekit.apply(pipe, Scripting(when_=Holding())) as attachment:
+        tiny.latents(pipe, steps=STEPS)
+        report = attachment.report()
+    assert (plain.memory_bytes, report.memory_bytes) == (0, branches * sizes[0])
+    assert report.cache_bytes == plain.cache_bytes
+    assert f"bytes and {report.memory_bytes:,} bytes to decide by, deciding" in str(report)
+    assert "to decide by" not in str(plain)

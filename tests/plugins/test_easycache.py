@@ -93,5 +93,5 @@ def test_a_branch_that_is_dropped_has_a_memory_of_its_own() -> None:
     with cachekit.apply(pipe, ["easycache:threshold=1000,first=2", "adaptive_guidance:m=5"]) as attachment:
         assert torch.isfinite(tiny.latents(pipe, steps=STEPS)).all()
         report = attachment.report()
-    # Full are steps 0 and 1, and the last two: step 5 is still decided by what both branches showed.
-    assert report.left_out == STEPS - 4
+    # Full are steps 0 and 1 of both branches, steps 5 and 6 of the one that remains, and the last one.
+    assert report.left_out == STEPS - 5

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from support import block_replays as replays
 from support import tiny
 
@@ -43,6 +44,27 @@ def test_equal_to_the_naive_replay(name: str, threshold: float, coefficients: tu
     policy = cachekit.policies()["teacache"](threshold=threshold, coefficients=coefficients)
     report = replays.check_applied(pipe, policy, hand.latents(STEPS), STEPS)
     assert 0 < replays.reused(report) == hand.full.count(False) < len(hand.full) * (STEPS - 2) / STEPS
+
+
+def test_texts_of_the_branches_may_differ_in_length() -> None:
+    """What stands in for the skipped attention of the first block has the length of its branch's text."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=tiny.WIDTH,
+        axes_dims_rope=(4, 6, 6),
+    )
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipe = QwenImagePipeline(transformer=tiny.seeded(transformer), **parts)
+    short = tiny.text(1, seed=4)[:, :5]
+    given = {"negative_prompt_embeds": short, "true_cfg_scale": 4.0, "guidance_scale": None, "height": 32, "width": 32}
+    hand = ByHand(pipe, branches=2)
+    hand.threshold = 1.0
+    report = replays.check_applied(pipe, "teacache:threshold=1", hand.latents(STEPS, **given), STEPS, **given)
+    assert 0 < replays.reused(report) == hand.full.count(False)
 
 
 def test_the_polynomial_is_fitted_to_measured_changes(tmp_path: Any) -> None:

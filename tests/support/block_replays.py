@@ -8,7 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, WanPipeline
+from diffusers import FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline, WanPipeline
 from diffusers.models.cache_utils import CacheMixin
 
 import cachekit
@@ -48,7 +48,7 @@ class Replay:
     def __init__(self, pipe: Any, first: int = 0, branches: int | None = None) -> None:
         self.pipe = copy.deepcopy(pipe)
         model, blocks = self.pipe.transformer, blocks_of(self.pipe.transformer)
-        is_joint = isinstance(pipe, (FluxPipeline, StableDiffusion3Pipeline))
+        is_joint = isinstance(pipe, (FluxPipeline, QwenImagePipeline, StableDiffusion3Pipeline))
         self.streams = ["encoder_hidden_states", "hidden_states"] if is_joint else ["hidden_states"]
         self.branches = branches or (2 if isinstance(pipe, WanPipeline) else 1)
         self.call, self.steps, self.full = -1, 0, []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -36,9 +37,14 @@ def modular(guider: Any) -> Any:
     return pipe
 
 
+@functools.cache
+def _classic() -> Any:
+    return tiny.sdxl()
+
+
 def draw(pipe: Any) -> torch.Tensor:
     """Latents of `STEPS` steps, from the arguments that `tiny.latents` gives the classic pipeline."""
-    given = tiny.arguments(tiny.sdxl(), steps=STEPS)
+    given = tiny.arguments(_classic(), steps=STEPS)
     for unknown in ("guidance_scale", "output_type"):
         del given[unknown]
     return pipe(**given, height=32, width=32, output="latents")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import PrivateAttr
 
 from cachekit import (
+    OPEN,
     Action,
     BranchChange,
     Choice,
@@ -291,6 +293,105 @@ class Nondeterministic(Wrong):
     stand_in = Noisy()
 
 
+class Accumulating(Newest):
+    """Counts the predictions since the run began, with any other thread's."""
+
+    _count: int = PrivateAttr(default=0)
+
+    def begin(self, run, shared):
+        self._count = 0
+
+    def changed(self, tensor, history, at):
+        self._count += 1
+        time.sleep(0.02)
+        return tensor * (1 + 0.01 * self._count)
+
+
+@caught_by("check_threads")
+class SharedByThreads(Wrong):
+    stand_in = Accumulating()
+
+
+class Peeking(Newest):
+    """Follows what other targets have left in this very call, or in the last one where the denoiser is compiled."""
+
+    watches: ClassVar[bool] = True
+
+    def watch(self, kept, history, at):
+        at.shared["seen"] = float(kept[0].abs().mean())
+
+    def changed(self, tensor, history, at):
+        return tensor * at.shared["seen"]
+
+
+@caught_by("check_compiled")
+class ReadInTheSameCall(Wrong):
+    def choices(self):
+        seen = Choice(Sites(kinds="self_attention"), Every(n=1), Peeking())
+        return {"seen": seen, "scaled": Choice(Sites(kinds="feed_forward"), Every(n=2), Peeking())}
+
+
+# -- the model ----------------------------------------------------------------------------------------------------
+
+
+class Hooking(Reuse):
+    def begin(self, run, shared):
+        return run.denoiser.register_forward_hook(
+            lambda module, args, output: tuple(tensor * 1.01 for tensor in output)
+        )
+
+
+@caught_by("check_noop_is_exact")
+class HookLeftOnTheModel(Wrong):
+    stand_in = Hooking()
+
+
+class HookingAgain(Hooking):
+    """Replaces the hook of the last run, which may have been on another copy of the model."""
+
+    _last: Any = PrivateAttr(default=None)
+
+    def begin(self, run, shared):
+        if self._last is not None:
+            self._last.remove()
+        self._last = super().begin(run, shared)
+
+
+@caught_by("check_deepcopy")
+class HookForgottenOnACopy(Wrong):
+    stand_in = HookingAgain()
+
+
+class Tuning(Reuse):
+    def begin(self, run, shared):
+        run.denoiser.proj_out.bias.data += 0.01
+
+
+@caught_by("check_undo")
+class WeightsChanged(Wrong):
+    stand_in = Tuning()
+
+
+@caught_by("check_differs")
+class NothingToSave(Wrong):
+    """Approximates what is equal in all steps."""
+
+    place = Sites(kinds="text_key_value")
+
+
+class Halves(Newest):
+    """Takes for granted that both branches run."""
+
+    def changed(self, tensor, history, at):
+        first, second = tensor.chunk(2)
+        return torch.cat([first, second])
+
+
+@caught_by("check_composes")
+class BothBranchesNeeded(Wrong):
+    stand_in = Halves()
+
+
 # -- schedules ----------------------------------------------------------------------------------------------------
 
 _COUNTER = itertools.count()
@@ -323,6 +424,30 @@ class PerCall(Schedule):
 class CounterPerCall(Wrong):
     def choices(self):
         return {"it": Choice(WholeDenoiser(), PerCall(), Reuse())}
+
+
+class ByPrompt(Schedule):
+    """Full in more steps for some prompts, as decided at the beginning by each process on its own."""
+
+    name: ClassVar[str] = "by_prompt"
+    _often: bool = PrivateAttr(default=False)
+
+    def begin(self, run, shared):
+        self._often = bool(run.arguments["prompt_embeds"].sum() > 10)
+
+    def action(self, at):
+        if at.step == 0:
+            return OPEN
+        return Action.STORE if at.step % (2 if self._often else 3) == 0 else Action.REUSE
+
+    def decide(self, at):
+        return Action.STORE
+
+
+@caught_by("check_ranks", "flux")
+class DecidedByEachRank(Wrong):
+    def choices(self):
+        return {"it": Choice(WholeDenoiser(), ByPrompt(), Reuse())}
 
 
 class Early(Schedule):

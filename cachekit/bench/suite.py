@@ -19,7 +19,7 @@ from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import denoiser_from_config, precision, scheduler_for
+from cachekit.models.loading import denoiser_from_config, is_architecture, precision, scheduler_for
 from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Suite:
 
     def _checked(self) -> nn.Module:
         precision(self.setting.dtype)
-        denoiser, catalog = denoiser_from_config(self.setting.model), installed()
+        denoiser, catalog = _shape(self.setting.model), installed()
         for policies in self.compositions:
             Setup.of({"": denoiser}, policies, catalog)
         return denoiser
@@ -89,11 +89,21 @@ class Suite:
 
 def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:
     """Select the compositions that find their sites in a model; raise `BenchError` where none does."""
-    denoiser = denoiser_from_config(model)
+    denoiser = _shape(model)
     found = [policies for policies in compositions if _fits(denoiser, policies)]
     if not found:
         raise BenchError(f"{model}: none of the usual specs fits {type(denoiser).__name__}; name others with --spec")
     return found
+
+
+def _shape(model: str) -> nn.Module:
+    """Build a model's denoiser without weights, once for each content of its files."""
+    return denoiser_from_config(model) if is_architecture(model) else _shape_of_files(model, model_hash(model))
+
+
+@lru_cache(maxsize=4)
+def _shape_of_files(model: str, content: str) -> nn.Module:
+    return denoiser_from_config(model)
 
 
 def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:

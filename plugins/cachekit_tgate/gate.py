@@ -96,17 +96,20 @@ class AroundGate(Gate):
 
     def action(self, at: Moment) -> Action | None:
         """Compute up to the warm-up, then keep every so many steps and reuse between them."""
-        return OPEN if self.gate is None else self._action(at, at.step == self.gate - 1)
+        return OPEN if self.gate is None else self._action(at, self.gate - 1)
 
     def decide(self, at: Moment) -> Action:
         """Do the same around a gate that the run finds."""
-        return self._action(at, self.is_past(at) and at.step == at.shared[_GATE])
+        return self._action(at, at.step if self.is_past(at) and at.step == at.shared[_GATE] else None)
 
-    def _action(self, at: Moment, is_gate: bool) -> Action:
-        if is_gate or at.step == self.warm_up:
+    def _action(self, at: Moment, last: int | None) -> Action:
+        """Decide a step; `last` is the one that is kept for the gate."""
+        if at.step == last:
             return Action.STORE
         if self.is_past(at):
             return Action.STORE if at.step % self.after == 0 else Action.REUSE
+        if at.step == self.warm_up:
+            return Action.STORE
         if at.step < self.warm_up:
             return Action.COMPUTE
         return Action.STORE if at.step % self.before == 0 else Action.REUSE

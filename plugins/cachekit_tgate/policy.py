@@ -98,7 +98,7 @@ class Tgate(Policy):
     warm_up: int = Field(0, ge=0)
     keep: Keep = "auto"
     mean: bool = True
-    settled: float = Field(SETTLED, gt=0, lt=1)
+    settled: float = Field(SETTLED, gt=0, le=1)
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose cross-attention and guidance, and self-attention if an interval reuses it."""

@@ -133,7 +133,7 @@ def test_the_remaining_branch_keeps_its_own_attention(keep: str) -> None:
     [
         ("tgate:m=0", "m=0: Input should be greater than or equal to 1, or 'auto'"),
         ("cair:n=soon", "n=soon: Input should be a valid integer, unable to parse string as an integer, or 'auto'"),
-        ("tgate:settled=1", "settled=1: Input should be less than 1"),
+        ("tgate:settled=2", "settled=2: Input should be less than or equal to 1"),
     ],
 )
 def test_wrong_values_name_what_is_allowed(spec: str, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,8 +26,10 @@ KINDS = (*LAYERS, Kind.BLOCK)
 _BRANCHES = ("cond", "uncond")
 _LAST = "last_difference"
 
-#: L2 norms `(2, branches * batch)` of a change, and of what changed, by kind, site and step.
+#: L2 norms `(2, branches * batch)` of changes, and of what changed, by kind, site and step.
 _Norms = dict[tuple[str, str, int], list["Tensor"]]
+#: Pairs of such norms by step.
+_Values = dict[int, list[tuple[float, float]]]
 
 
 class Notes:
@@ -139,7 +141,7 @@ def curves(notes: Notes) -> dict[str, Any]:
     return found
 
 
-def _curve(values: Mapping[int, Sequence[tuple[float, float]]]) -> dict[str, Any]:
+def _curve(values: _Values) -> dict[str, Any]:
     """Compute the mean and the spread of each step's pairs of distance and norm."""
     steps = sorted(values)
     l2 = [[apart for apart, _ in values[step]] for step in steps]

@@ -32,9 +32,10 @@ def chart(title: str, up: str, curves: Mapping[str, Curve]) -> str:
     across = Axis.over("step", steps, _LEFT, _WIDTH - _RIGHT)
     height = Axis.over(up, ends, _HEIGHT - _BOTTOM, _TOP)
     tall = _HEIGHT + _LINE * len(curves)
+    box = f"viewBox='0 0 {_WIDTH} {tall}' width='{_WIDTH}' height='{tall}'"
+    label = f"role='img' aria-label='{escape(title, quote=True)}'"
     parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {_WIDTH} {tall}' width='{_WIDTH}' height='{tall}' {_FONT}"
-        f" role='img' aria-label='{escape(title, quote=True)}'>",
+        f"<svg xmlns='http://www.w3.org/2000/svg' {box} {_FONT} {label}>",
         f"<rect width='{_WIDTH}' height='{tall}' fill='#fff'/>",
         f"<text x='{_LEFT}' y='18' font-weight='bold'>{escape(title)}</text>",
         *_axes(across, height),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cachekit.bench.cells import BenchError, Cell, Setting
@@ -17,6 +18,8 @@ GATES = (3, 5, 10)
 LENGTHS = {15: 6, 25: 10, 50: 20, 100: 25}
 #: The papers' schedulers (tables 3 and 8).
 SCHEDULERS = ("EulerDiscrete", "DPMSolverMultistep", "DDIM")
+#: The beginnings of the specs that have text in the first steps alone, and of TGATE's.
+TEXT_FIRST, GATED = "null_text:after=", "tgate:m="
 _STEPS = 25
 
 
@@ -28,7 +31,7 @@ def gates(steps: int) -> list[int]:
 
 def first(gate: int) -> str:
     """Make the spec of S^F: text before the gate alone."""
-    return f"null_text:after={gate}"
+    return f"{TEXT_FIRST}{gate}"
 
 
 def last(gate: int) -> str:
@@ -63,45 +66,56 @@ def compared(bench: Workbench, cell: Cell, specs: Iterable[str]) -> Group:
 def orders(group: Group) -> list[dict[str, Any]]:
     """Compare the order of images with that of the papers, by each figure that was measured.
 
-    In the papers S^F is at least as good as S, and S^L worse than S; TGATE is at least as good as its base. Caption
-    match is better where it is higher, the Frechet distance where it is lower.
+    In the papers S^F is at least as good as S, and better than S^L; TGATE is at least as good as its base. Caption
+    match is better where it is higher, the Frechet distance where it is lower. PSNR to S is of S^F and S^L alone.
     """
     rows = {row.cell.specs[0]: row for row in group.rows}
-    found = []
-    for spec in rows:
-        if spec.startswith(("null_text:after", "tgate")):
-            other = rows.get(last(int(spec.partition("=")[2]))) if spec.startswith("null_text") else None
-            found += [*_orders(group.uncached, spec, rows[spec], other)]
+    found: list[dict[str, Any]] = []
+    for spec, row in rows.items():
+        if spec.startswith(TEXT_FIRST):
+            found += _orders({"base": group.uncached, "row": row, "text_last": rows.get(last(_gate_of(spec)))}, row)
+        elif spec.startswith(GATED):
+            found += _orders({"base": group.uncached, "row": row}, row)
     return found
 
 
-def _orders(base: Row, spec: str, row: Row, other: Row | None) -> Iterable[dict[str, Any]]:
-    """Yield the figures of the base, of the row, and of S^L where there is one, for each figure."""
-    for name, sign in (("caption_match", 1), ("frechet", -1)):
-        named = {"base": base, "row": row, **({"text_last": other} if other else {})}
-        values = {key: getattr(one, name) for key, one in named.items()}
-        if any(value is None for value in values.values()):
+def _gate_of(spec: str) -> int:
+    return int(spec.partition("=")[2])
+
+
+def _orders(named: dict[str, Row | None], row: Row) -> Iterator[dict[str, Any]]:
+    """Yield, for each figure, those of the base, of a row and of S^L, and whether they are in the papers' order."""
+    known = {key: one for key, one in named.items() if one is not None}
+    for figure, sign in (("caption_match", 1), ("frechet", -1), ("psnr", 1)):
+        values = {key: getattr(one, figure) for key, one in known.items() if (figure, key) != ("psnr", "base")}
+        if len(values) < 2 or any(value is None or math.isinf(value) for value in values.values()):
             continue
         good = {key: sign * value for key, value in values.items()}
+        holds = good["row"] >= good.get("base", good["row"]) and good["row"] > good.get("text_last", -math.inf)
         yield {
-            "spec": spec,
+            "spec": row.cell.specs[0],
             "scheduler": row.cell.scheduler,
             "steps": row.cell.steps,
-            "figure": name,
+            "figure": figure,
             **values,
-            "as_good_as_base": good["row"] >= good["base"],
-            **({"better_than_text_last": good["row"] > good["text_last"]} if other else {}),
+            "is_tie": len(set(values.values())) == 1,
+            "is_papers_order": holds,
         }
 
 
-def as_lines(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Write orders as lines, for the console."""
-    lines = []
+#: What the figures of an order are of, in words.
+_NAMES = {"base": "uncached", "row": "{}", "text_last": "text from there on"}
+
+
+def as_lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Write orders as lines."""
     for order in found:
-        values = f"{order['base']:.3f} uncached, {order['row']:.3f} {order['spec']}"
-        last_values = f", {order['text_last']:.3f} text from there on" if "text_last" in order else ""
-        agrees = order["as_good_as_base"] and order.get("better_than_text_last", True)
-        verdict = "the papers' order" if agrees else "not the papers' order"
-        name = order["figure"].replace("_", " ")
-        lines.append(f"{order['scheduler']}, {order['steps']} steps, {name}: {values}{last_values}: {verdict}")
-    return lines
+        values = [
+            f"{order[key]:.3f} {name.format(order['spec'])}"
+            for key, name in _NAMES.items()
+            if order.get(key) is not None
+        ]
+        holds = "the papers' order" if order["is_papers_order"] else "not the papers' order"
+        figure = order["figure"].replace("_", " ")
+        verdict = "a tie" if order["is_tie"] else holds
+        yield f"{order['scheduler']}, {order['steps']} steps, {figure}: {', '.join(values)}: {verdict}"

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.analysis.changes import Changes, Notes, curves
 from cachekit.analysis.charts import Curve, chart
-from cachekit.analysis.comparing import LENGTHS, SCHEDULERS, as_lines, cell_of, compared, first, gates, last, orders
+from cachekit.analysis.comparing import (
+    GATED,
+    LENGTHS,
+    SCHEDULERS,
+    as_lines,
+    cell_of,
+    compared,
+    first,
+    gates,
+    last,
+    orders,
+)
 from cachekit.analysis.noise import mean_noise
 from cachekit.applying import apply, sites
 from cachekit.bench.cells import BenchError, Setting
@@ -127,7 +138,7 @@ class Analysis:
     def schedulers(self) -> Found:
         """Compare TGATE and images with the text in a part of the steps for several schedulers (tables 3 and 8)."""
         gate = gates(self._steps)[-1:]
-        specs = [spec for step in gate for spec in (f"tgate:m={step}", *_both(step))]
+        specs = [spec for step in gate for spec in (f"{GATED}{step}", *_both(step))]
         return self._compared("schedulers", [(name, self._steps, specs) for name in self._usable_schedulers()])
 
     def _compared(self, part: str, trials: Sequence[tuple[str, int, list[str]]]) -> Found:

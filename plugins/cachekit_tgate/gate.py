@@ -42,7 +42,7 @@ class Gate(Schedule):
     """
 
     gate: int | None = None
-    settled: float = 0.5
+    settled: float
 
     def is_past(self, at: Moment) -> bool:
         """Whether a step comes after the gate; where the run decides, it does so for all targets at once."""

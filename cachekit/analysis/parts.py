@@ -111,7 +111,7 @@ class Analysis:
     def noise(self) -> Found:
         """Compute the mean of the predicted noise with text throughout, before and from a gate on (figure 3)."""
         gate = gates(self._steps)[-1:]
-        named = {"text in all steps": []}
+        named: dict[str, list[str]] = {"text in all steps": []}
         for step in gate:
             named |= {f"text before step {step}": [first(step)], f"text from step {step} on": [last(step)]}
         prompts = list(self._prompts())

@@ -51,7 +51,8 @@ class Gate(Schedule):
         norms = at.shared.pop(_NORMS, None)
         if norms and self._has_settled(norms, at.shared):
             at.shared[_GATE] = at.step
-        return at.step >= at.shared.get(_GATE, at.step + 1)
+        gate: int | None = at.shared.get(_GATE)
+        return gate is not None and at.step >= gate
 
     def _has_settled(self, norms: list[Any], shared: dict[str, Any]) -> bool:
         """Compare the change of the last step with the greatest one."""
@@ -62,7 +63,8 @@ class Gate(Schedule):
         shared.setdefault("trace", []).append((norms[0][0], change))
         if not isfinite(change):
             return False
-        shared[_GREATEST] = greatest = max(change, shared.get(_GREATEST, 0.0))
+        greatest: float = max(change, shared.get(_GREATEST, 0.0))
+        shared[_GREATEST] = greatest
         return change <= self.settled * greatest
 
 

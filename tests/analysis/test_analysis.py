@@ -18,7 +18,9 @@ from cachekit.analysis.captions import usable_captions
 from cachekit.analysis.changes import Changes, Notes, curves
 from cachekit.analysis.charts import Curve, chart
 from cachekit.analysis.comparing import as_lines, gates
+from cachekit.bench import frechet
 from cachekit.bench.cells import BenchError
+from cachekit.models.demo import heldout_captions
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.stepping import StepCall, predicted_noise
 
@@ -161,9 +163,13 @@ def test_captions_that_are_empty_or_cut_off_are_refused(tmp_path, text, reason):
 def written(tmp_path_factory):
     """What the command printed for the embedded model, and its folder."""
     folder = tmp_path_factory.mktemp("analysis") / "out"
-    options = ["--captions", 1, "--steps", STEPS, "--scheduler", "euler", "--output", folder]
+    captions = folder.parent / "captions.txt"
+    captions.write_text(heldout_captions(1, 78)[0])  # its statistics are remembered, and other tests don't use it
+    options = ["--captions", captions, "--steps", STEPS, "--scheduler", "euler", "--output", folder]
     parts = [word for part in ("changes", "noise", "schedulers") for word in ("--only", part)]
-    return commands.printed("analyze", "demo", *options, *parts), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frechet, "RENDERED", 2)
+        return commands.printed("analyze", "demo", *options, *parts), folder
 
 
 def test_the_command_writes_figures_tables_and_pictures(written):

@@ -154,6 +154,7 @@ class Analysis:
                 groups.append(compared(bench, cell, specs))
             except BenchError as error:
                 notes.append(str(error))
+        self._ran(self._total, self._total)  # what is left out doesn't run
         return _images(part, groups, notes)
 
     def _usable_schedulers(self) -> list[str]:

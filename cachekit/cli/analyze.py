@@ -63,8 +63,8 @@ def analyze(
             found[name] = Analysis(setting, subject, steps, seed, scheduler or (), show).run(name)
         _print(found[name])
         _write(found, _settings(setting, steps, seed), output)
-    for path in sorted(output.iterdir()):
-        say(f"wrote {path}")
+    for name in ("analysis.json", "tables.md", *(name for one in found.values() for name in one.pictures)):
+        say(f"wrote {output / name}")
 
 
 def _parts(only: Sequence[str], known: Mapping[str, Any]) -> list[str]:

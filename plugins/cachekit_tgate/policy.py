@@ -31,7 +31,7 @@ Keep = Literal["auto", "cond", "uncond"]
 #: The number of guided steps, or `auto` where the run finds it.
 Step = Union[Annotated[int, Field(ge=1)], Literal["auto"]]
 #: The share of the greatest change at which cross-attention counts as converged.
-SETTLED = 0.3
+SETTLED = 0.4
 
 
 class CrossAttention(Sites):

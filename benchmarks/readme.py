@@ -74,6 +74,7 @@ def filled() -> dict[Path, str]:
         "longer runs": carry_tables.longer(),
         "batches": carry_tables.batches(),
         "gpu": gpu_tables.table(),
+        "gates": gate_tables(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
@@ -111,6 +112,13 @@ def frontier_tables() -> str:
 
     found = tables()
     return f"{found}\n{EQUAL_LEGEND}" if found else ""
+
+
+def gate_tables() -> str:
+    """Tables of fixed and found gates."""
+    from .gates import tables
+
+    return tables()
 
 
 def overhead_table() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import bench, calibrate, check, coverage, demo, doctor, estimate, generate, inspection, new
+from cachekit.cli import analyze, bench, calibrate, check, coverage, demo, doctor, estimate, generate, inspection, new
 from cachekit.cli.output import Group
 
 __all__ = ["app"]
@@ -18,6 +18,7 @@ app.command()(estimate.estimate)
 app.command()(generate.generate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
+app.command()(analyze.analyze)
 app.command()(calibrate.calibrate)
 app.command()(check.check)
 app.command()(coverage.coverage)

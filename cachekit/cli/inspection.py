@@ -174,6 +174,9 @@ def _type(annotation: Any) -> str:
     """Describe a field's type for specs: the allowed words, or the kind of number."""
     from typing import Literal, get_args, get_origin
 
+    if get_origin(annotation) is Annotated:
+        kind, *notes = get_args(annotation)
+        return _type(kind) + _bounds([bound for note in notes for bound in getattr(note, "metadata", [note])])
     if get_origin(annotation) is Literal:
         return " | ".join(str(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:

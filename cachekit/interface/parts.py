@@ -273,12 +273,21 @@ def word(value: Any) -> str:
 
 
 def _reason(error: ValidationError) -> str:
-    """Write the first reason of an error of pydantic, after the key and the value that are wrong."""
-    first = error.errors()[0]
-    key, given = ".".join(map(str, first["loc"])), first["input"]
+    """Write the first reason of an error of pydantic, after the key and the value that are wrong.
+
+    Where a key takes one of several types, the reasons of all of them are in the error.
+    """
+    first, *others = error.errors()
+    key, given = _key(first["loc"]), first["input"]
     if first["type"] == "missing":
         return f"{key} is needed; give {key}=..."
     if isinstance(given, type):
         return f"{key} is the class {given.__name__}, not an instance; write {given.__name__}()"
-    message = first["msg"].removeprefix("Value error, ")
+    same = [other["msg"].removeprefix("Input should be ") for other in others if _key(other["loc"]) == key]
+    message = ", or ".join([first["msg"].removeprefix("Value error, "), *same])
     return f"{key}={repr(given)[1:-1] if isinstance(given, str) else given}: {message}" if key else message
+
+
+def _key(loc: tuple[Any, ...]) -> str:
+    """Write the place of an error without the names of a union's types, which follow the key."""
+    return ".".join(str(part) for place, part in enumerate(loc) if place == 0 or isinstance(part, int))

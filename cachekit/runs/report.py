@@ -141,8 +141,8 @@ class Report:
         reused: dict[str, int] = defaultdict(int)
         for count in (count for report in (*self.earlier, self) for count in report.counts):
             reused[count.policy] += count.reused
-        watching = {str(bound.policy) for bound in self._assignments if bound.choice.what.watches}
-        idle = (policy for policy, total in reused.items() if not total and policy not in watching)
+        acting = {str(bound.policy) for bound in self._assignments if not bound.choice.what.watches}
+        idle = (policy for policy, total in reused.items() if not total and policy in acting)
         never = [f"{policy} never fired in this run of {self.steps} {self._guided} steps" for policy in idle]
         policies = dict.fromkeys(bound.policy for bound in self._assignments)
         cautions = (policy.caution for policy in policies if str(policy) in reused and reused[str(policy)])

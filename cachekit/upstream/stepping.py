@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cachekit.errors import GuidanceError
+from cachekit.interface.moment import Time
 from cachekit.upstream.pipelines import hide_progress
 
 _OUTPUT, _SAMPLE = "model_output", "sample"
@@ -57,6 +59,25 @@ class StepCall:
             return False
         given: Tensor = twin.scale_model_input(self.sample, self.arguments["timestep"])
         return not torch.equal(given, self.sample)
+
+
+def predicted_noise(call: StepCall, time: Time) -> Tensor:
+    """Compute the noise in a step's sample that its output implies, at a place in the scheduler's table.
+
+    Raises `GuidanceError` where the scheduler doesn't show how much of the sample is noise.
+    """
+    sigma, alpha, output = time.sigma, time.alpha, call.output.float()
+    if not time.kind or sigma is None or alpha is None:
+        raise GuidanceError(f"{type(call.scheduler).__name__} doesn't show its predicted noise; use another scheduler")
+    # Sigma-based schedulers keep x0 + noise; alpha of it is what the denoiser is given.
+    sample = call.sample.float() * (alpha if call.is_scaled else 1.0)
+    shared = tuple(slice(min(sizes)) for sizes in zip(sample.shape, output.shape))
+    sample, output = sample[shared], output[shared]
+    if time.kind == "flow":
+        return sample + alpha * output
+    if time.kind == "v_prediction":
+        return alpha * output + sigma * sample
+    return (sample - alpha * output) / sigma if time.kind == "sample" else output
 
 
 def watched(pipe: Any, watch: Callable[[StepCall], Any]) -> Any:

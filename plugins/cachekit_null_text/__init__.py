@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cachekit import Action, Kind, Policy, hookimpl
+from cachekit import OPEN, Action, Kind, Policy, hookimpl
 
 if TYPE_CHECKING:
     from cachekit import Plan, Report
@@ -31,9 +31,10 @@ def cachekit_check_plan(plan: Plan) -> list[str]:
         if narrowing is None or narrowing.name != "null_text":
             continue
         for bound, action in zip(plan.assignments, row.actions):
-            if bound.target.kind is Kind.CROSS_ATTENTION and action is Action.STORE:
+            if bound.target.kind is Kind.CROSS_ATTENTION and action in (Action.STORE, OPEN):
+                keeps = "keeps" if action is Action.STORE else "may keep"
                 reasons.append(
-                    f"{str(narrowing)!r} takes the text away at step {row.step}, where {str(bound.policy)!r} keeps"
+                    f"{str(narrowing)!r} takes the text away at step {row.step}, where {str(bound.policy)!r} {keeps}"
                     " cross-attention; keep it at another step"
                 )
     return reasons

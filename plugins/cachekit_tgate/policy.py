@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field
 
 from cachekit import (
-    Action,
     After,
     BranchChange,
     Choice,
     Drop,
     Guidance,
     Kind,
-    Moment,
     Policy,
     Reuse,
     Schedule,
@@ -26,8 +24,14 @@ from cachekit import (
     Where,
 )  # fmt: skip
 
+from .gate import AroundGate, MeasuredReuse, UntilGate
+
 #: The branch that runs on after the gate.
 Keep = Literal["auto", "cond", "uncond"]
+#: The number of guided steps, or `auto` where the run finds it.
+Step = Union[Annotated[int, Field(ge=1)], Literal["auto"]]
+#: The share of the greatest change at which cross-attention counts as converged.
+SETTLED = 0.4
 
 
 class CrossAttention(Sites):
@@ -56,36 +60,19 @@ class SelfAttention(Where):
         return sites.of(Kind.SELF_ATTENTION, Kind.TEMPORAL_ATTENTION)
 
 
-class AroundGate(Schedule):
-    """The second version's schedule at self-attention, around the gate at step `gate`.
-
-    Kept at step `warm_up`, then every `before` steps up to the gate and every `after` steps from it on.
-    """
-
-    name: ClassVar[str] = "around_gate"
-
-    gate: int
-    before: int
-    after: int
-    warm_up: int
-
-    def action(self, at: Moment) -> Action:
-        """Compute up to the warm-up, then keep every so many steps and reuse between them."""
-        if at.step >= self.gate:
-            return Action.STORE if at.step % self.after == 0 else Action.REUSE
-        if at.step in (self.warm_up, self.gate - 1):
-            return Action.STORE
-        if at.step < self.warm_up:
-            return Action.COMPUTE
-        return Action.STORE if at.step % self.before == 0 else Action.REUSE
-
-
-def gated(m: int, keep: Keep) -> Mapping[str, Choice]:
+def gated(m: Step, keep: Keep, mean: bool, settled: float) -> Mapping[str, Choice]:
     """Keep cross-attention at step m - 1 and drop a branch from step m on; equation 6 keeps the branches' mean."""
+    when: Schedule = UntilGate(settled=settled) if m == "auto" else After(m=m)
+    what = MeasuredReuse() if m == "auto" else Reuse()
     return {
-        "cross_attention": Choice(CrossAttention(), After(m=m), Reuse(), BranchChange.MEAN),
-        "guidance": Choice(Guidance(keep=keep), After(m=m), Drop()),
+        "cross_attention": Choice(CrossAttention(), when, what, _change(mean)),
+        "guidance": Choice(Guidance(keep=keep), when, Drop()),
     }
+
+
+def _change(mean: bool) -> BranchChange:
+    """Choose what is kept where a branch is dropped: the mean of all, or the remaining branch's own part."""
+    return BranchChange.MEAN if mean else BranchChange.REMAINING
 
 
 class Tgate(Policy):
@@ -94,26 +81,38 @@ class Tgate(Policy):
     The cross-attention outputs of step m - 1 serve from step m on. Self-attention is kept at step `warm_up`, then
     recomputed every `sp_interval` steps before the gate and every `fi_interval` steps after it; an interval of 1
     never reuses it. `keep` is the branch that runs on: `auto` is the unconditional one, as published (the conditional
-    one where the condition is an image), or the branch called first where each has a call of its own.
+    one where the condition is an image), or the branch called first where each has a call of its own. What is kept is
+    the mean of both branches, as published; with `mean=false` the branch that runs on keeps its own.
+
+    With `m=auto` the gate opens once cross-attention has converged: after the first step in which its outputs change by
+    at most `settled` of their greatest change so far.
     """
 
     name: ClassVar[str] = "tgate"
     summary: ClassVar[str] = "keep cross-attention from step m - 1 on and drop one guidance branch"
     paper: ClassVar[str] = "arXiv 2404.02747"
 
-    m: int = Field(10, ge=1)
+    m: Step = 10
     sp_interval: int = Field(1, ge=1)
     fi_interval: int = Field(1, ge=1)
     warm_up: int = Field(0, ge=0)
     keep: Keep = "auto"
+    mean: bool = True
+    settled: float = Field(SETTLED, gt=0, le=1)
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose cross-attention and guidance, and self-attention if an interval reuses it."""
-        choices = gated(self.m, self.keep)
+        choices = gated(self.m, self.keep, self.mean, self.settled)
         if (self.sp_interval, self.fi_interval) == (1, 1):
             return choices
-        when = AroundGate(gate=self.m, before=self.sp_interval, after=self.fi_interval, warm_up=self.warm_up)
-        return {**choices, "self_attention": Choice(SelfAttention(), when, Reuse(), BranchChange.MEAN)}
+        when = AroundGate(
+            gate=None if self.m == "auto" else self.m,
+            settled=self.settled,
+            before=self.sp_interval,
+            after=self.fi_interval,
+            warm_up=self.warm_up,
+        )
+        return {**choices, "self_attention": Choice(SelfAttention(), when, Reuse(), _change(self.mean))}
 
 
 class Cair(Policy):
@@ -123,9 +122,10 @@ class Cair(Policy):
     summary: ClassVar[str] = "TGATE's schedule under its other name: n is m"
     paper: ClassVar[str] = "arXiv 2404.02747"
 
-    n: int = Field(10, ge=1)
+    n: Step = 10
     keep: Keep = "auto"
+    mean: bool = True
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose cross-attention and guidance."""
-        return gated(self.n, self.keep)
+        return gated(self.n, self.keep, self.mean, SETTLED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import pytest
 from hypothesis import example, given, settings
@@ -40,6 +40,7 @@ VALID = {
     "tgate:m=10": "tgate",
     "deepcache:end=none": "deepcache",
     "tgate:m=5": "tgate:m=5",
+    "tgate:m=auto,mean=true": "tgate:m=auto",
     "tgate:keep=cond,m=5": "tgate:m=5,keep=cond",
     " tgate : m = 5 , keep = auto ": "tgate:m=5",
     "tgate:m=007": "tgate:m=7",
@@ -272,6 +273,8 @@ def values(annotation, bounds, depth):
     if type(None) in get_args(annotation):
         inner = (one for one in get_args(annotation) if one is not type(None))
         return st.one_of(st.none(), *(values(one, bounds, depth) for one in inner))
+    if get_origin(annotation) is Union:
+        return st.one_of(*(values(one, bounds, depth) for one in get_args(annotation)))
     if get_origin(annotation) is Annotated:
         return values(annotation.__origin__, annotation.__metadata__[0].metadata, depth)
     if get_origin(annotation) is tuple:

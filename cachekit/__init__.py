@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from cachekit.parts.standins import Taylor as Taylor
     from cachekit.planning.plan import Plan as Plan
     from cachekit.registry.catalog import Catalog as Catalog
+    from cachekit.registry.catalog import installed as installed
     from cachekit.registry.hookspecs import hookimpl as hookimpl
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
@@ -132,7 +133,7 @@ _HOMES = {
     "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window", "ends_row"],
     "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],
-    "registry.catalog": ["Catalog"],
+    "registry.catalog": ["Catalog", "installed"],
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
     "runs.report": ["Report"],

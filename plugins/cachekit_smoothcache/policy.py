@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import inf
 from statistics import fmean
 from typing import ClassVar
@@ -64,10 +64,11 @@ class ErrorCurves(Measured, Schedule):
     def full(self, at: Moment) -> bool:
         """Whether the step ends a row of reused ones; every step is full without a file."""
         names, figures = [curve(at, gap) for gap in range(1, self.longest + 1)], self.figures
-        return ends_row(
-            at,
-            lambda last: (errors.get(name, inf) < self.threshold for name, errors in zip(names, figures[last + 1 :])),
-        )
+
+        def row(last: int) -> Iterator[bool]:
+            return (errors.get(name, inf) < self.threshold for name, errors in zip(names, figures[last + 1 :]))
+
+        return ends_row(at, row)
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure the errors of reusing each of the last outputs in place of the new one."""

@@ -135,7 +135,7 @@ def test_a_sample_without_axes_is_refused_before_anything_is_computed() -> None:
     assert str(caught.value) == "seacache: the sample (1, 16, 16) has no axes of space; use easycache"
     assert not calls
     (result,) = check_policy("seacache", models=["flux"], checks=["check_runs"])
-    assert (result.outcome, result.note) == (Outcome.REFUSED, str(caught.value).replace("16, 16", "64, 16"))
+    assert (result.outcome, result.note) == (Outcome.REFUSED, str(caught.value))
 
 
 def test_a_scheduler_without_a_share_of_noise_is_refused_when_the_run_begins() -> None:

@@ -64,7 +64,7 @@ def filled() -> dict[Path, str]:
         "paper table": paper_table(),
         **{
             f"{name} grid": grid_table(name)
-            for name in ("demo", "demo-dit", "sd15", "pixart", "methods-demo", "methods-demo-dit")
+            for name in ("demo", "demo-dit", "sd15", "pixart", "methods-demo", "methods-demo-dit", "methods-demo-flow")
         },
         "verdict": verdict(),
         "methods": methods.table(),

@@ -1,4 +1,4 @@
-"""Measure the grids that come with the repository: `python -m benchmarks.ship [demo|demo-dit|sd15|pixart ...]`.
+"""Measure the grids that come with the repository: `python -m benchmarks.ship [NAME ...]`.
 
 Each is a `cachekit bench grid` command, so an interrupted one is resumed. Nothing else should run meanwhile.
 """
@@ -29,16 +29,23 @@ TRUE_SIZE = (
 )
 #: Methods with settings of about the same cost; those that are measured first have files of figures.
 METHODS = (
-    "--steps 25 --captions 12 --executor process --threads 1 --no-peers --scheduler EulerDiscreteScheduler"
-    " --spec forecast:interval=2 --spec calibrated:interval=4 --spec tgate:m=10"
-    " --spec adaptive_guidance:m=10 --spec guidance_interval:first=2,stop=16 --spec text_kv"
+    "--steps 25 --captions 12 --executor process --threads 1 --no-peers"
+    " --spec forecast:interval=2 --spec calibrated:interval=4"
+    " --spec adaptive_guidance:m=10 --spec guidance_interval:first=2,stop=16"
     " --spec fora:interval=3 --spec pab --spec fastercache --spec taylorseer:interval=3 --spec hicache:interval=3"
     " --spec taylorseer:interval=3,at=features --spec spectrum --spec easycache:threshold=0.1 --spec seacache"
 )
-MEASURED = {"demo": ("smoothcache", "block_cache"), "demo-dit": ("smoothcache", "magcache", "teacache")}
+CROSS_ATTENTION = "--scheduler EulerDiscreteScheduler --spec tgate:m=10 --spec text_kv"
+FIRST_BLOCK = "--spec delta_dit:interval=2 --spec fbcache:threshold=0.1 --spec dicache"
+MEASURED = {
+    "demo": ("smoothcache", "block_cache"),
+    "demo-dit": ("smoothcache", "magcache", "teacache"),
+    "demo-flow": ("smoothcache", "magcache", "teacache"),
+}
 GRIDS = {
-    "methods-demo": [f"demo {METHODS} --spec deepcache:interval=3"],
-    "methods-demo-dit": [f"demo-dit {METHODS} --spec delta_dit:interval=2 --spec fbcache:threshold=0.1 --spec dicache"],
+    "methods-demo": [f"demo {METHODS} {CROSS_ATTENTION} --spec deepcache:interval=3"],
+    "methods-demo-dit": [f"demo-dit {METHODS} {CROSS_ATTENTION} {FIRST_BLOCK}"],
+    "methods-demo-flow": [f"demo-flow {METHODS} --scheduler FlowMatchEulerDiscreteScheduler {FIRST_BLOCK}"],
     "demo": [
         f"{DEMO} --scheduler {name} --no-peers"
         for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
@@ -67,9 +74,7 @@ def measured(model: str) -> list[str]:
     for method in MEASURED[model]:
         file = RESULTS / f"{method}-{model}.json"
         if not file.exists():
-            given = (
-                f"{model} --spec {method} --steps 25 --scheduler EulerDiscreteScheduler --guidance 3.5 --output {file}"
-            )
+            given = f"{model} --spec {method} --steps 25 --scheduler euler --guidance 3.5 --output {file}"
             app(["calibrate", *shlex.split(given)], standalone_mode=False)
         specs.append(f"{method}:file={file.relative_to(RESULTS.parents[1])}")
     return specs

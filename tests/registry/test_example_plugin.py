@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "cachekit-pyramid-lite"
 
 USE = """
-import json, sys, torch, cachekit
+import importlib, json, sys, torch, cachekit
 from support import commands, tiny
 
 def measure(family, specs):
@@ -36,8 +36,10 @@ def measure(family, specs):
 
 torch.set_num_threads(1)
 POLICY = "pyramid_lite:interval=3"
-found = {f: [measure(f, [POLICY]), measure(f, [POLICY, "tgate:m=5"])] for f in ("sd", "pixart")}
+found = {f: [measure(f, [POLICY]), measure(f, [POLICY, "tgate:m=5"])] for f in ("small", "pixart")}
 found["list"], found["show"] = commands.printed("list"), commands.printed("show", "pyramid_lite")
+demo = importlib.import_module("cachekit.cli.demo")
+demo.SPECS = demo.SPECS[:1]  # beside one of those that the demo compares anyway
 spec = "pyramid_lite:interval=2+deepcache:interval=2"
 commands.printed("demo", "--captions", 1, "--steps", 5, "--output", sys.argv[1], "--spec", spec)
 print(json.dumps(found))
@@ -64,7 +66,7 @@ def found(demo, tmp_path_factory):
 
 
 def test_it_is_cached_undone_and_cached_again(found):
-    for family, sites in (("sd", 16), ("pixart", 3)):
+    for family, sites in (("small", 10), ("pixart", 3)):
         alone, composed = found[family]
         for one in (alone, composed):
             assert (one["differs"], one["undone"], one["again"]) == (True, True, True)

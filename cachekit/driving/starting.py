@@ -139,17 +139,19 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
-        self._begin(run, tuple(inputs.sample.shape), scheduler, pipeline)
+        self._begin(run, denoiser, inputs, scheduler, pipeline)
         return run
 
-    def _begin(self, run: Run, sample: tuple[int, ...], scheduler: Any, pipeline: PipelineCall | None) -> None:
-        """Call `begin` of schedules and stand-ins, which may refuse the run."""
+    def _begin(
+        self, run: Run, denoiser: Denoiser, inputs: CallInputs, scheduler: Any, pipeline: PipelineCall | None
+    ) -> None:
+        """Call `begin` of schedules and stand-ins, which may refuse the run; guidance belongs to the first denoiser."""
         for index, bound in enumerate(self._setup.assignments):
             parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
-            if not parts or bound.is_guidance or index in run.plan.dropped:
+            if not parts or index in run.plan.dropped:
                 continue
             beginning = Beginning(
-                self._setup.denoisers[bound.denoiser].module,
+                (denoiser if bound.is_guidance else self._setup.denoisers[bound.denoiser]).module,
                 scheduler,
                 pipeline.arguments if pipeline else {},
                 run.record.steps,
@@ -157,7 +159,7 @@ class RunStarter:
                 run.layout,
                 str(bound.choice.when),
                 run.plan.full(index),
-                sample,
+                tuple(inputs.sample.shape),
             )
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)
@@ -185,7 +187,7 @@ class RunStarter:
         """Raise `GuidanceError` where a policy keeps a branch that is not called first."""
         called_first = layout.order[0]
         for bound in self._setup.narrowing:
-            stays = bound.choice.where.stays(layout)
+            stays = bound.stays(layout)
             if stays != called_first:
                 name = type(denoiser.module).__name__
                 raise GuidanceError(

@@ -66,7 +66,7 @@ def found(demo, tmp_path_factory):
 
 
 def test_it_is_cached_undone_and_cached_again(found):
-    for family, sites in (("small", 10), ("pixart", 3)):
+    for family, sites in (("small", 6), ("pixart", 3)):
         alone, composed = found[family]
         for one in (alone, composed):
             assert (one["differs"], one["undone"], one["again"]) == (True, True, True)

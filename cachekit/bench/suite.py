@@ -20,7 +20,7 @@ from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import DEMOS, denoiser_from_config, precision, scheduler_for
+from cachekit.models.loading import DEMOS, denoiser_from_config, is_architecture, precision, scheduler_for
 from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tupl
 
 
 def _shape(model: str) -> nn.Module:
-    """Build a model's denoiser without weights, once for each content of its files where they are at hand."""
-    is_local = model in DEMOS or Path(model).is_dir()
-    return _shape_of_files(model, model_hash(model)) if is_local else denoiser_from_config(model)
+    """Build a model's denoiser without weights, once for each content of its files."""
+    has_files = not is_architecture(model) and (model in DEMOS or Path(model).is_dir())
+    return _shape_of_files(model, model_hash(model)) if has_files else denoiser_from_config(model)
 
 
 @lru_cache(maxsize=4)

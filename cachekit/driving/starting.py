@@ -200,7 +200,7 @@ class RunStarter:
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(
-                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which"
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, but"
                     f" {Obstacle.WRITTEN_CACHE.value}; use a policy for attention or blocks"
                 )
 

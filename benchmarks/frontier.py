@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,13 @@ def main() -> None:
 
 def fresh_captions(count: int) -> tuple[str, ...]:
     """List held-out captions that neither a calibration nor the demo uses."""
-    used = {caption for seed in USED for caption in heldout_captions(64, seed)}
     found = dict.fromkeys(heldout_captions(4 * count, FRESH))
-    return tuple(caption for caption in found if caption not in used)[:count]
+    return tuple(caption for caption in found if caption not in _used_captions())[:count]
+
+
+@cache
+def _used_captions() -> frozenset[str]:
+    return frozenset(caption for seed in USED for caption in heldout_captions(64, seed))
 
 
 def measure(setting: Setting, scheduler: str, specs: Sequence[str], seed: int, results: Results) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cachekit.interface.adapter import Adapter as Adapter
     from cachekit.interface.adapter import Layout as Layout
     from cachekit.interface.beginning import Beginning as Beginning
+    from cachekit.interface.indicators import Accumulating as Accumulating
     from cachekit.interface.indicators import Indicator as Indicator
     from cachekit.interface.indicators import Signal as Signal
     from cachekit.interface.indicators import relative_change as relative_change
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from cachekit.parts.schedules import Mask as Mask
     from cachekit.parts.schedules import Quadratic as Quadratic
     from cachekit.parts.schedules import Window as Window
+    from cachekit.parts.schedules import ends_row as ends_row
     from cachekit.parts.standins import Chebyshev as Chebyshev
     from cachekit.parts.standins import Drop as Drop
     from cachekit.parts.standins import Extrapolation as Extrapolation
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from cachekit.parts.standins import Taylor as Taylor
     from cachekit.planning.plan import Plan as Plan
     from cachekit.registry.catalog import Catalog as Catalog
+    from cachekit.registry.catalog import installed as installed
     from cachekit.registry.hookspecs import hookimpl as hookimpl
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
@@ -119,7 +122,7 @@ _HOMES = {
     ],
     "interface.adapter": ["Adapter", "Layout"],
     "interface.beginning": ["Beginning"],
-    "interface.indicators": ["Indicator", "Signal", "relative_change"],
+    "interface.indicators": ["Accumulating", "Indicator", "Signal", "relative_change"],
     "interface.observation": ["Observation"],
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
@@ -127,10 +130,10 @@ _HOMES = {
     "interface.sites": ["DENOISER", "GUIDANCE", "LAYERS", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
     "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],
-    "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window"],
+    "parts.schedules": ["After", "Every", "Mask", "Quadratic", "Window", "ends_row"],
     "parts.standins": ["Chebyshev", "Drop", "Extrapolation", "Hermite", "Linear", "Reuse", "Taylor"],
     "planning.plan": ["Plan"],
-    "registry.catalog": ["Catalog"],
+    "registry.catalog": ["Catalog", "installed"],
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
     "runs.report": ["Report"],

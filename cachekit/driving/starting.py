@@ -116,7 +116,8 @@ class RunStarter:
         """Start a run with its first call, to which `clock` has advanced; `context` is the name of the call.
 
         Raises `GuidanceError` where a policy would drop a branch that cannot be dropped, `BudgetError` where nothing
-        fits into the limit, and `PolicyError` where a part needs what the loop doesn't show.
+        fits into the limit, `PolicyError` where a part needs what the loop doesn't show, and what parts raise in
+        `begin`.
         """
         layout = self._layout(denoiser, inputs, pipeline, context)
         counted = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
@@ -138,10 +139,12 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
-        self._begin(run, denoiser, scheduler, pipeline)
+        self._begin(run, denoiser, inputs, scheduler, pipeline)
         return run
 
-    def _begin(self, run: Run, denoiser: Denoiser, scheduler: Any, pipeline: PipelineCall | None) -> None:
+    def _begin(
+        self, run: Run, denoiser: Denoiser, inputs: CallInputs, scheduler: Any, pipeline: PipelineCall | None
+    ) -> None:
         """Call `begin` of schedules and stand-ins, which may refuse the run; guidance belongs to the first denoiser."""
         for index, bound in enumerate(self._setup.assignments):
             parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
@@ -156,6 +159,7 @@ class RunStarter:
                 run.layout,
                 str(bound.choice.when),
                 run.plan.full(index),
+                tuple(inputs.sample.shape),
             )
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)

@@ -15,8 +15,8 @@ class Beginning(NamedTuple):
 
     `denoiser` is the module, and `scheduler` the pipeline's, or None. `arguments` are those of the pipeline's call by
     name, defaults included, and empty in a bare loop. `times` has the steps' places in the scheduler's table, or is
-    empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule`
-    is the spec of the choice's own.
+    empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule` is the spec of the
+    choice's own. `sample` is the shape of what the denoiser receives, `(branches * batch, channels, ...)`.
     """
 
     denoiser: Any
@@ -27,3 +27,4 @@ class Beginning(NamedTuple):
     layout: Layout
     schedule: str
     full: tuple[int, ...]
+    sample: tuple[int, ...] = ()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
+
+from pydantic import Field
 
 from cachekit.interface.moment import OPEN, Action, Moment, Streams
 from cachekit.interface.parts import Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: What the last call showed, and the sum of the changes since the last full step, in `Moment.memory`.
+_SHOWN, _SUM = "shown", "sum"
 
 
 class Signal(NamedTuple):
@@ -62,6 +68,55 @@ class Indicator(Schedule):
 
     def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
         """Take note of what a computed call of the denoiser returned, where the denoiser is the target."""
+
+
+class Accumulating(Indicator):
+    """Full where the changes from step to step, added up since the last full step, reach `threshold`.
+
+    `shown` takes from a signal what is compared, and `change` measures it, by default as `relative_change` does. An
+    indicator that follows the sample:
+
+    >>> class Wandering(Accumulating):
+    ...     name = "wandering"
+    ...     def shown(self, signal: Signal, at: Moment):
+    ...         return signal.entered[0]
+    >>> import torch
+    >>> wandering, memory = Wandering(threshold=0.5), {}
+    >>> for step, value in enumerate([1.0, 1.2, 1.5, 1.8]):
+    ...     signal, at = Signal((torch.tensor([value]),)), Moment(step, 4, memory=memory)
+    ...     full = wandering.needs(signal, at)
+    ...     wandering.took(signal, at, full)
+    ...     print(full, round(memory["sum"], 2))
+    True 0.0
+    False 0.2
+    False 0.45
+    True 0.0
+
+    The memory has the sum as `sum`.
+    """
+
+    threshold: float = Field(ge=0)
+
+    def shown(self, signal: Signal, at: Moment) -> Tensor:
+        """Take what is compared from step to step; it is held until the next one."""
+        raise NotImplementedError
+
+    def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
+        """Compute what a step adds to the sum; infinity where that isn't known yet."""
+        return relative_change(new, old)
+
+    def needs(self, signal: Signal, at: Moment) -> bool:
+        """Whether nothing has been shown before, or the sum reaches the threshold or isn't a number."""
+        return not self._sum(self.shown(signal, at), at) < self.threshold
+
+    def took(self, signal: Signal, at: Moment, full: bool) -> None:
+        """Hold what the step shows, and the sum, which a full step sets to 0."""
+        new = self.shown(signal, at)
+        at.memory[_SUM] = 0.0 if full or _SHOWN not in at.memory else self._sum(new, at)
+        at.memory[_SHOWN] = new
+
+    def _sum(self, new: Tensor, at: Moment) -> float:
+        return float(at.memory[_SUM] + self.change(new, at.memory[_SHOWN], at)) if _SHOWN in at.memory else inf
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:

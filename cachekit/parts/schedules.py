@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from itertools import islice, takewhile
 from typing import ClassVar
 
 from pydantic import Field, model_validator
@@ -163,3 +165,24 @@ class Quadratic(Schedule):
 
 def _root(value: float, power: float) -> float:
     return float(abs(value) ** (1 / power)) * (1 if value >= 0 else -1)
+
+
+def ends_row(at: Moment, row: Callable[[int], Iterable[bool]]) -> bool:
+    """Whether a step is full because a row of skipped ones ends there, or because the schedule starts with it.
+
+    For `Schedule.full` of methods that skip steps while something measured, added up since the last full step, stays
+    small. `row(last)` has, for each step after the full step `last`, whether it may be skipped. The first that may not
+    is full, and the next row follows it; a step for which `row` has nothing may not. Skipping while errors add up to at
+    most 1:
+
+    >>> from itertools import accumulate
+    >>> errors = [0, 0.4, 0.4, 0.4, 0.4, 0.4]
+    >>> def row(last):
+    ...     return (total <= 1 for total in accumulate(errors[last + 1 :]))
+    >>> [step for step in range(6) if ends_row(Moment(step, 6), row)]
+    [0, 3]
+    """
+    last = at.origin
+    while last < at.step:
+        last += 1 + sum(takewhile(bool, islice(row(last), at.step - last)))
+    return last == at.step

@@ -17,8 +17,8 @@ class NotApplicableError(Exception):
 class Outcome(str, Enum):
     """How a check ended.
 
-    `REFUSED` is a model that the policy refuses in `apply`, or for its guidance when the run begins. `EXPECTED` is a
-    failure for which a reason was given beforehand.
+    `REFUSED` is a model that the policy refuses in `apply`, or for its guidance or sample when the run begins.
+    `EXPECTED` is a failure for which a reason was given beforehand.
     """
 
     PASSED = "passed"

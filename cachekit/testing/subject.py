@@ -96,7 +96,7 @@ class Subject:
             return str(error)
         except Exception:  # noqa: BLE001 - what else is wrong is for a check to report
             return ""
-        return str(self.error) if isinstance(self.error, GuidanceError) else ""
+        return str(self.error) if isinstance(self.error, (SiteError, GuidanceError)) else ""
 
     @functools.cached_property
     def steps(self) -> int:

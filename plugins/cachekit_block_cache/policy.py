@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from math import inf
 from statistics import fmean
 from typing import ClassVar
@@ -25,6 +26,7 @@ from cachekit import (
     Streams,
     Target,
     Where,
+    ends_row,
     relative_change,
 )  # fmt: skip
 
@@ -74,13 +76,8 @@ class BlockChanges(Measured, Schedule):
 
     def full(self, at: Moment) -> bool:
         """Whether the step ends a row of reused ones; every step is full without a file."""
-        total, name, figures = inf, name_of(at), self.figures
-        for step in range(at.origin, at.step + 1):
-            changes = figures[step] if at.origin < step < len(figures) else {}
-            total += changes.get(name, inf)
-            is_full = not total <= self.threshold
-            total = 0.0 if is_full else total
-        return is_full
+        changes = [figures.get(name_of(at), inf) for figures in self.figures]
+        return ends_row(at, lambda last: (total <= self.threshold for total in accumulate(changes[last + 1 :])))
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure by how much a block's output changes from step to step."""

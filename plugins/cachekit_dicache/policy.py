@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cachekit import Choice, Indicator, Moment, Policy, Signal, StandIn, Tail, Time, relative_change
+from cachekit import Accumulating, Choice, Moment, Policy, Signal, StandIn, Tail, Time
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What is held of the probe: its last output, the sum of its changes, its residuals in full steps, and the gain.
-_OUTPUT, _SUM, _RESIDUALS, _GAIN = "output", "sum", "residuals", "gain"
+#: What is held of the probe: its residuals in full steps, and the gain.
+_RESIDUALS, _GAIN = "residuals", "gain"
 
 
 class DiCache(Policy):
@@ -39,34 +39,29 @@ class DiCache(Policy):
         return {"blocks": Choice(Tail(m=self.m), when, Trajectory(of="residual"))}
 
 
-class ProbeChange(Indicator):
+class ProbeChange(Accumulating):
     """Full where the accumulated change of the probe's output reaches `threshold`."""
 
     name: ClassVar[str] = "probe_change"
 
-    threshold: float
     retained: float
 
     def full(self, at: Moment) -> bool:
         """Whether the step is one of the retained ones, or the last."""
         return at.step <= int(self.retained * at.steps) or at.step == at.steps - 1
 
-    def needs(self, signal: Signal, at: Moment) -> bool:
-        """Whether the sum reaches the threshold, or isn't a number."""
-        return _OUTPUT not in at.memory or not self._sum(signal, at) < self.threshold
+    def shown(self, signal: Signal, at: Moment) -> Tensor:
+        """Take the probe's output."""
+        return signal.left[0]
 
     def took(self, signal: Signal, at: Moment, full: bool) -> None:
-        """Hold the probe's output and the sum; of full steps its residual, and of others where it is between two."""
+        """Hold the probe's residual in full steps too, and in others where it is between the last two."""
+        super().took(signal, at, full)
         residual, residuals = signal.left[0] - signal.entered[0], at.memory.get(_RESIDUALS, ())
-        at.memory[_SUM] = 0.0 if full else self._sum(signal, at)
-        at.memory[_OUTPUT] = signal.left[0]
         if full:
             at.memory[_RESIDUALS] = (residual, *residuals[:1])
         elif len(residuals) == 2:
             at.memory[_GAIN] = gain(residual, *residuals)
-
-    def _sum(self, signal: Signal, at: Moment) -> float:
-        return float(at.memory[_SUM] + relative_change(signal.left[0], at.memory[_OUTPUT]))
 
 
 class Trajectory(StandIn):

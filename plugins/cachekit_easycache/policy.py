@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from math import inf
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cachekit import Choice, Indicator, Moment, Policy, Reuse, Signal, Streams, WholeDenoiser
+from cachekit import Accumulating, Choice, Moment, Policy, Reuse, Signal, Streams, WholeDenoiser
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SAMPLE, _ERROR, _FULL, _RATE = "sample", "error", "full", "rate"
+_FULL, _RATE = "full", "rate"
 
 
 class EasyCache(Policy):
@@ -37,12 +38,11 @@ class EasyCache(Policy):
         return {"denoiser": Choice(WholeDenoiser(), when, Reuse(of="residual"))}
 
 
-class SampleChange(Indicator):
+class SampleChange(Accumulating):
     """Full where the error that the sample's change foretells reaches `threshold`."""
 
     name: ClassVar[str] = "sample_change"
 
-    threshold: float
     first: int
     last: bool
 
@@ -50,14 +50,15 @@ class SampleChange(Indicator):
         """Whether the step is one of the first, or the last."""
         return at.step < self.first or (self.last and at.step == at.steps - 1)
 
-    def needs(self, signal: Signal, at: Moment) -> bool:
-        """Whether nothing is known yet, or the error reaches the threshold or isn't a number."""
-        return _RATE not in at.memory or not self._error(signal, at.memory) < self.threshold
+    def shown(self, signal: Signal, at: Moment) -> Tensor:
+        """Take a copy of the sample, which schedulers may write into."""
+        return signal.entered[0].clone()
 
-    def took(self, signal: Signal, at: Moment, full: bool) -> None:
-        """Hold the sample of each step, and the error since the last full one."""
-        at.memory[_ERROR] = 0.0 if full or _RATE not in at.memory else self._error(signal, at.memory)
-        at.memory[_SAMPLE] = signal.entered[0].clone()  # schedulers may write into it
+    def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
+        """Compute the error that the sample's change foretells; infinite before the rate is known."""
+        if _RATE not in at.memory:
+            return inf
+        return float(at.memory[_RATE] * size(new - old) / size(at.memory[_FULL][1]))
 
     def learn(self, output: Streams, signal: Signal, at: Moment) -> None:
         """Hold the sample and the output of full steps, and how much the output changes with the sample."""
@@ -65,10 +66,6 @@ class SampleChange(Indicator):
         if last is not None:
             at.memory[_RATE] = size(new[1] - last[1]) / size(new[0] - last[0])
         at.memory[_FULL] = new
-
-    def _error(self, signal: Signal, memory: Mapping[str, Any]) -> float:
-        change = size(signal.entered[0] - memory[_SAMPLE])
-        return float(memory[_ERROR] + memory[_RATE] * change / size(memory[_FULL][1]))
 
 
 def size(tensor: Tensor) -> Tensor:

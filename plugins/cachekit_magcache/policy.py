@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, islice
+from operator import mul
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -20,6 +22,7 @@ from cachekit import (
     Signal,
     Span,
     Streams,
+    ends_row,
 )  # fmt: skip
 
 _RATIO = "ratio"
@@ -78,16 +81,13 @@ class Magnitudes(Measured, Schedule):
 
     def full(self, at: Moment) -> bool:
         """Whether the step is retained, or ends a row of skipped ones; every step is full without ratios."""
-        ratios = self._ratios_of(at.steps)
-        first = int(self.retained * at.steps + 0.5)
-        is_full, ratio, error, skipped = True, 1.0, 0.0, 0
-        for step in range(max(first, at.origin), at.step + 1 if ratios else 0):
-            ratio, skipped = ratio * ratios[step], skipped + 1
-            error += abs(1 - ratio)
-            is_full = step == at.origin or error > self.threshold or skipped > self.longest
-            if is_full:
-                ratio, error, skipped = 1.0, 0.0, 0
-        return is_full
+        ratios, first = self._ratios_of(at.steps), int(self.retained * at.steps + 0.5)
+
+        def row(last: int) -> Iterator[bool]:
+            errors = accumulate(abs(1 - ratio) for ratio in accumulate(ratios[last + 1 :], mul))
+            return (error <= self.threshold for error in islice(errors, 0 if last + 1 < first else self.longest))
+
+        return ends_row(at, row)
 
     def _ratios_of(self, steps: int) -> Sequence[float]:
         ratios = self.ratios or [figures.get(_RATIO, 1.0) for figures in self.figures]

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from cachekit import (
+    Accumulating,
+    Beginning,
     Choice,
-    Indicator,
     Linear,
     Moment,
     Policy,
     PolicyError,
     Reuse,
     Signal,
+    SiteError,
     WholeDenoiser,
     relative_change,
 )  # fmt: skip
@@ -25,8 +27,8 @@ from cachekit import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: The last filtered sample, the sum of its changes, and the number of calls left out in a row.
-_FILTERED, _SUM, _ROW = "filtered", "sum", "row"
+#: The number of calls left out in a row.
+_ROW = "row"
 #: The least share of image and of noise in a sample, so that the filter is defined at both ends of a run.
 _LEAST = 1e-6
 
@@ -61,46 +63,49 @@ class SeaCache(Policy):
         return {"denoiser": Choice(WholeDenoiser(), when, (Linear if self.order else Reuse)(of="residual"))}
 
 
-class FilteredChange(Indicator):
+class FilteredChange(Accumulating):
     """Full where the accumulated change of the filtered sample reaches `threshold`."""
 
     name: ClassVar[str] = "filtered_change"
 
-    threshold: float
     first: int
     final: int
     longest: int
     power: float | None
+
+    def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
+        """Refuse a run whose sample has no axes of space, or whose scheduler gives no share of noise.
+
+        Raises `SiteError` for the sample, and `PolicyError` for the scheduler.
+        """
+        if len(run.sample) < 4:
+            raise SiteError(f"seacache: the sample {run.sample} has no axes of space; use easycache")
+        if not run.times or any(time.sigma is None or time.alpha is None for time in run.times):
+            raise PolicyError("seacache: the scheduler gives no share of noise to filter by; use easycache")
 
     def full(self, at: Moment) -> bool:
         """Whether the step is one of the first or of the last."""
         return at.step < self.first or at.step >= at.steps - self.final
 
     def needs(self, signal: Signal, at: Moment) -> bool:
-        """Whether enough calls have been left out, or the sum reaches the threshold or isn't a number."""
-        if _FILTERED not in at.memory or 0 < self.longest <= at.memory[_ROW]:
-            return True
-        return not self._sum(self.filtered(signal, at), at) < self.threshold
+        """Whether enough calls have been left out, or the sum is too large."""
+        return 0 < self.longest <= at.memory.get(_ROW, 0) or super().needs(signal, at)
 
     def took(self, signal: Signal, at: Moment, full: bool) -> None:
-        """Hold the filtered sample of each step, and sum and number since the last full one."""
-        new, begins = self.filtered(signal, at), full or _FILTERED not in at.memory
-        at.memory[_SUM] = 0.0 if begins else self._sum(new, at)
-        at.memory[_ROW] = 0 if begins else at.memory[_ROW] + 1
-        at.memory[_FILTERED] = new
+        """Count the calls left out since the last full step too."""
+        super().took(signal, at, full)
+        at.memory[_ROW] = 0 if full else at.memory.get(_ROW, 0) + 1
 
-    def _sum(self, new: Tensor, at: Moment) -> float:
-        return float(at.memory[_SUM] + fmean(map(relative_change, new, at.memory[_FILTERED])))
-
-    def filtered(self, signal: Signal, at: Moment) -> Tensor:
-        """Filter the sample; raises `PolicyError` where it has no axes of space, or the share of noise is unknown."""
+    def shown(self, signal: Signal, at: Moment) -> Tensor:
+        """Filter the sample."""
         (sample,) = signal.entered
-        if sample.dim() < 4:
-            raise PolicyError(f"seacache: the sample {tuple(sample.shape)} has no axes of space; use easycache")
-        if at.sigma is None or at.alpha is None:
-            raise PolicyError("seacache: the scheduler gives no share of noise to filter by; use easycache")
         power = self.power or (3.0 if sample.dim() > 4 else 2.0)
-        return filtered(sample, max(at.alpha, _LEAST), max(at.sigma, _LEAST), power)
+        alpha, sigma = (max(share or 0.0, _LEAST) for share in (at.alpha, at.sigma))
+        return filtered(sample, alpha, sigma, power)
+
+    def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
+        """Compute the change of each image on its own."""
+        return fmean(map(relative_change, new, old))
 
 
 def filtered(sample: Tensor, alpha: float, sigma: float, power: float) -> Tensor:

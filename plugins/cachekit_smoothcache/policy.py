@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import inf
 from statistics import fmean
 from typing import ClassVar
@@ -21,6 +21,7 @@ from cachekit import (
     Signal,
     Sites,
     Streams,
+    ends_row,
     relative_change,
 )  # fmt: skip
 
@@ -62,14 +63,12 @@ class ErrorCurves(Measured, Schedule):
 
     def full(self, at: Moment) -> bool:
         """Whether the step ends a row of reused ones; every step is full without a file."""
-        names = [curve(at, gap) for gap in range(1, self.longest + 1)]
-        last, figures = at.origin, self.figures
-        for step in range(at.origin + 1, at.step + 1):
-            gap = step - last
-            errors = figures[step] if step < len(figures) else {}
-            if gap > self.longest or not errors.get(names[gap - 1], inf) < self.threshold:
-                last = step
-        return last == at.step
+        names, figures = [curve(at, gap) for gap in range(1, self.longest + 1)], self.figures
+
+        def row(last: int) -> Iterator[bool]:
+            return (errors.get(name, inf) < self.threshold for name, errors in zip(names, figures[last + 1 :]))
+
+        return ends_row(at, row)
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure the errors of reusing each of the last outputs in place of the new one."""

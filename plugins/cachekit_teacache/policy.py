@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from cachekit import (
+    Accumulating,
     Beginning,
     Choice,
     History,
-    Indicator,
     Measured,
     Modulated,
     Moment,
@@ -25,9 +25,12 @@ from cachekit import (
     relative_change,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 #: The polynomial that leaves a change as it is.
 _IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)
-_INPUT, _OUTPUT, _SUM, _COEFFICIENTS = "input", "output", "sum", "coefficients"
+_INPUT, _OUTPUT, _COEFFICIENTS = "input", "output", "coefficients"
 
 
 class TeaCache(Policy):
@@ -61,12 +64,11 @@ class TeaCache(Policy):
         return {"blocks": Choice(Modulated(), when, Reuse(of="residual"))}
 
 
-class ModulatedChange(Measured, Indicator):
+class ModulatedChange(Measured, Accumulating):
     """Full where the accumulated polynomial of the signal's change reaches `threshold`."""
 
     name: ClassVar[str] = "modulated_change"
 
-    threshold: float
     coefficients: tuple[float, ...]
 
     def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
@@ -79,19 +81,14 @@ class ModulatedChange(Measured, Indicator):
         """Whether the step is the first or the last."""
         return at.step in (0, at.steps - 1)
 
-    def needs(self, signal: Signal, at: Moment) -> bool:
-        """Whether the sum reaches the threshold, or isn't a number."""
-        return _INPUT not in at.memory or not self._sum(signal, at) < self.threshold
+    def shown(self, signal: Signal, at: Moment) -> Tensor:
+        """Take the modulated input."""
+        return signal.entered[0]
 
-    def took(self, signal: Signal, at: Moment, full: bool) -> None:
-        """Hold the input of each step, and the sum since the last full one."""
-        at.memory[_SUM] = 0.0 if full else self._sum(signal, at)
-        at.memory[_INPUT] = signal.entered[0]
-
-    def _sum(self, signal: Signal, at: Moment) -> float:
-        change = relative_change(signal.entered[0], at.memory[_INPUT])
-        coefficients = at.shared.get(_COEFFICIENTS, self.coefficients)
-        return float(at.memory[_SUM] + reduce(lambda total, factor: total * change + factor, coefficients, 0.0))
+    def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
+        """Compute the polynomial of the input's change."""
+        change, coefficients = relative_change(new, old), at.shared.get(_COEFFICIENTS, self.coefficients)
+        return reduce(lambda total, factor: total * change + factor, coefficients, 0.0)
 
     def measure(self, kept: Streams, history: History, at: Moment, signal: Signal | None) -> Mapping[str, float]:
         """Measure by how much the modulated input and the output of the blocks change from step to step."""

@@ -47,7 +47,7 @@ class Recorded(StableDiffusionPipeline):
 
 @pytest.fixture(scope="module")
 def pipe():
-    made = tiny.small()
+    made = tiny.small(layers_per_block=1)
     made.__class__ = Recorded
     return made
 

@@ -135,7 +135,7 @@ def test_features_are_asked_for_and_not_the_classes(folder):
 
 def test_a_grid_reports_both_for_the_contender_and_the_uncached_image(folder, alexnet, clip, tmp_path):
     file = tmp_path / "r.jsonl"
-    tiny.sd().save_pretrained(tmp_path / "model")
+    tiny.small(layers_per_block=1).save_pretrained(tmp_path / "model")
     metrics = ["--metric", f"lpips={folder / 'alexnet.pth'}", "--metric", f"clip={folder / 'clip'}"]
     given = ["--spec", "tgate:m=2", "--steps", 4, "--captions", 1, "--no-peers", "--threads", 1]
     text = commands.printed("bench", "grid", tmp_path / "model", *given, *metrics, "--output", file)

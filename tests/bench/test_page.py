@@ -50,7 +50,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    tiny.small().save_pretrained(folder / "model")
+    tiny.small(layers_per_block=1).save_pretrained(folder / "model")
     setting = Setting(model=str(folder / "model"), captions=(HOSTILE,), device="cpu", threads=1)
     suite = Suite(setting, expand(["tgate:m=2"], installed()), steps=(4,), peers=False)
     results = Results(folder / "r.jsonl")
@@ -97,7 +97,7 @@ def test_everything_is_there(page, file):
 
 
 def test_spacings_of_plain_steps_are_named(tmp_path):
-    tiny.sd().save_pretrained(tmp_path / "model")
+    tiny.small(layers_per_block=1).save_pretrained(tmp_path / "model")
     setting = Setting(model=str(tmp_path / "model"), captions=("a",), device="cpu", threads=1)
     compositions = expand(["forecast:interval=2"], installed())
     suite = Suite(setting, compositions, schedulers=["EulerDiscrete"], steps=(5,), peers=False)

@@ -18,12 +18,18 @@ WITHOUT_TORCH = {
     "cachekit.interface.policy": 1,
     "cachekit.interface.sites": 5,
     "cachekit.parts.places": 1,
-    "cachekit.parts.schedules": 5,
+    "cachekit.parts.schedules": 6,
     "cachekit.parts.standins": 2,
     "cachekit.planning.plan": 1,
 }
 #: Those that need torch, or the catalog, which has adapters that do.
-WITH_TORCH = {"cachekit.interface.specs": 3, "cachekit.tensors": 1, "cachekit.upstream.attention": 1}
+WITH_TORCH = {
+    "cachekit.calibrating.measured": 1,
+    "cachekit.interface.indicators": 2,
+    "cachekit.interface.specs": 3,
+    "cachekit.tensors": 1,
+    "cachekit.upstream.attention": 1,
+}
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'numpy']))"
 RUN = """
 import doctest, importlib

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cachekit import OPEN, Action, After, Every, Mask, Moment, Quadratic, SpecError, Time, Window
+from cachekit import OPEN, Action, After, Every, Mask, Moment, Quadratic, SpecError, Time, Window, ends_row
 
 MARKS = {"compute": ".", "store": "S", "reuse": "r"}
 
@@ -153,3 +153,24 @@ def test_quadratic_counts_its_start_and_its_origin_as_full():
     schedule = Quadratic(n=5, center=15, start=3)
     assert {step for step in range(50) if schedule.full(Moment(step, 50))} >= {0, 3}
     assert schedule.full(Moment(8, 50, origin=8))
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.integers(0, 11), st.integers(1, 9))
+def test_rows_end_where_a_loop_from_step_to_step_ends_them(errors, origin, limit):
+    origin, full, total = min(origin, len(errors) - 1), [], 0
+    for step in range(origin, len(errors)):
+        total += errors[step]
+        full.append(step == origin or total > limit)
+        total = 0 if full[-1] else total
+
+    def row(last):
+        return (total <= limit for total in itertools.accumulate(errors[last + 1 :]))
+
+    assert [ends_row(Moment(step, 12, origin), row) for step in range(origin, len(errors))] == full
+
+
+def test_a_step_for_which_a_row_has_nothing_is_full():
+    moments = [Moment(step, 6) for step in range(6)]
+    assert [ends_row(at, lambda last: [True, True]) for at in moments] == [True, False, False, True, False, False]
+    assert all(ends_row(at, lambda last: ()) for at in moments)
+    assert [ends_row(at, lambda last: itertools.repeat(True)) for at in moments] == [True, *[False] * 5]

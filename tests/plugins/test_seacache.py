@@ -11,7 +11,8 @@ from diffusers.hooks import sea_cache
 from support import tiny
 
 import cachekit
-from cachekit import DENOISER, Linear, Moment, PolicyError, Reuse, Signal, Time
+from cachekit import DENOISER, Linear, Moment, PolicyError, Reuse, Signal, SiteError, Time
+from cachekit.testing import Outcome, check_policy
 
 STEPS = 10
 
@@ -125,11 +126,23 @@ def test_equal_to_the_loop_by_hand(name: str, order: int) -> None:
         assert torch.equal(tiny.latents(pipe, steps=STEPS), cached)
 
 
-def test_a_sample_without_axes_is_refused_in_a_line() -> None:
+def test_a_sample_without_axes_is_refused_before_anything_is_computed() -> None:
     pipe = tiny.flux()
-    with cachekit.apply(pipe, "seacache"), pytest.raises(PolicyError) as caught:
+    calls = []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
+    with cachekit.apply(pipe, "seacache"), pytest.raises(SiteError) as caught:
         tiny.latents(pipe, steps=STEPS)
-    assert str(caught.value).startswith("seacache: the sample (1, 16, 16) has no axes of space; use easycache")
+    assert str(caught.value) == "seacache: the sample (1, 16, 16) has no axes of space; use easycache"
+    assert not calls
+    (result,) = check_policy("seacache", models=["flux"], checks=["check_runs"])
+    assert (result.outcome, result.note) == (Outcome.REFUSED, str(caught.value))
+
+
+def test_a_scheduler_without_a_share_of_noise_is_refused_when_the_run_begins() -> None:
+    when = cachekit.policies()["seacache"]().choices()["denoiser"].when
+    run = cachekit.Beginning(None, None, {}, 2, (Time(0, 9.0),) * 2, cachekit.Layout(), "", (), (1, 4, 8, 8))
+    with pytest.raises(PolicyError, match="seacache: the scheduler gives no share of noise to filter by; use easy"):
+        when.begin(run, {})
 
 
 def test_the_order_chooses_the_stand_in() -> None:

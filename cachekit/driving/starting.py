@@ -14,6 +14,7 @@ from cachekit.driving.detection import (
     refuse_inputs,
     refuse_narrowing,
 )
+from cachekit.driving.evidence import warn_of_run
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
 from cachekit.errors import GuidanceError, PolicyError, SiteError
@@ -139,6 +140,8 @@ class RunStarter:
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
         self._begin(run, scheduler, pipeline)
+        for preset in self._setup.presets:
+            warn_of_run(preset, counted, pipeline.arguments if pipeline else {})
         return run
 
     def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:

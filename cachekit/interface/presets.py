@@ -57,12 +57,14 @@ class PlainSteps(_Part):
 class Evidence(_Part):
     """What a preset was measured on, and the figures; None where it holds for any.
 
+    `architecture` is the name of the published model that a denoiser without weights is recognised as, such as sdxl;
     `model` is the digest of the denoiser's weights. `steps` are those of the cached run, `reference_steps` those of the
     uncached one beside it. `source` is where published settings come from, `target` what was asked for.
     """
 
     pipeline: str | None = None
     denoiser: str | None = None
+    architecture: str | None = None
     model: str | None = None
     scheduler: str | None = None
     steps: int | None = Field(default=None, ge=1)

@@ -42,6 +42,9 @@ class Architecture:
     latent: int
     #: Whether the model is published with classifier-free guidance, that is two branches.
     guided: bool
+    #: Class of the scheduler that the model is published with, and the steps that its pipeline takes by default.
+    scheduler: str
+    steps: int
     #: Where latents are packed into tokens, those of a token count as one.
     pixels_per_latent: int = PIXELS_PER_LATENT
     latent_width: int | None = None

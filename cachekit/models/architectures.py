@@ -27,6 +27,12 @@ _PUBLISHED = {
 }
 
 
+#: Keys of a config that models of one architecture may differ in.
+_FREE = frozenset({"sample_size"})
+#: Key of a config that has the width of an embedded guidance scale.
+_SCALE_WIDTH = "time_cond_proj_dim"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Class, config and inputs of one published denoiser."""
@@ -42,7 +48,8 @@ class Architecture:
     latent: int
     #: Whether the model is published with classifier-free guidance, that is two branches.
     guided: bool
-    #: Class of the scheduler that the model is published with, and the steps that its pipeline takes by default.
+    #: Classes of the pipeline and the scheduler that the model is published with, and the steps of a run by default.
+    pipeline: str
     scheduler: str
     steps: int
     #: Where latents are packed into tokens, those of a token count as one.
@@ -58,6 +65,13 @@ class Architecture:
             times = 6 * self.config["addition_time_embed_dim"]
             return int(self.config["projection_class_embeddings_input_dim"] - times)
         return int(self.config.get("pooled_projection_dim", 0))
+
+    def has_config(self, config: dict[str, Any]) -> bool:
+        """Whether a denoiser of the class has the architecture; a key that only `config` has is one at its default."""
+        own = {key: value for key, value in _plain(self.config).items() if key not in _FREE}
+        # Distilled models differ in this key alone.
+        distilled = config.get(_SCALE_WIDTH) == own.get(_SCALE_WIDTH)
+        return distilled and all(config.get(key) == value for key, value in own.items())
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
         """Build the denoiser, with random weights unless it is on the meta device.
@@ -118,6 +132,18 @@ def architecture(name: str) -> Architecture:
     if name not in known:
         raise CachekitError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]
+
+
+def recognised(denoiser: nn.Module) -> Architecture | None:
+    """Find the architecture that a denoiser has, whatever its weights and its image size; None for another one."""
+    config, kind = _plain(getattr(denoiser, "config", {})), type(denoiser).__name__
+    return next((one for one in architectures().values() if one.cls == kind and one.has_config(config)), None)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Write tuples of a config as lists, as they are read from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return found
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:

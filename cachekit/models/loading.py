@@ -170,8 +170,10 @@ def _on_meta(model: str, config: Any) -> nn.Module:
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"model {model!r}: diffusers has no class {name!r}; load it in Python")
+    # Schedulers calculate their tables, for which they need values.
+    device = "cpu" if issubclass(kind, diffusers.SchedulerMixin) else "meta"
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             denoiser: nn.Module = kind.from_config(config)
     except _DAMAGED as error:
         raise _unreadable(model, error) from error

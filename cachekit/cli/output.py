@@ -57,6 +57,16 @@ def write(path: Path, text: str) -> None:
     say(f"wrote {path}")
 
 
+def check_writable(path: Path | None) -> None:
+    """Raise a `CachekitError` for a file that cannot be written, before the work for it."""
+    if path is None:
+        return
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
     """Print a table with its first column aligned left and the others right; a caption stands below it."""
     from rich.table import Table

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekit.cli.inspection import Model
-from cachekit.cli.output import print_table, say, write
+from cachekit.cli.output import check_writable, print_table, say, write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +27,7 @@ def recommend(
     """Recommend settings for a model by estimates and published presets; nothing is run, no weights are needed."""
     from cachekit.tuning.recommend import recommend as recommend_for
 
+    check_writable(file)
     found = recommend_for(model, steps)
     _print_model(found)
     _print_settings(found.settings)
@@ -71,6 +72,8 @@ def _print_line(line: Line) -> None:
 
 def _costs(costs: Costs) -> list[str]:
     """Write the MAC reduction and the kept bytes; what is decided during a run has no reduction before it."""
+    from cachekit.bench.figures import size
+
     if costs.mac_reduction is None or costs.cache_bytes is None:
         return ["unknown", "unknown"]
-    return ["in the run" if costs.open else f"{costs.mac_reduction:.2f}x", f"{costs.cache_bytes / 2**20:,.1f} MiB"]
+    return ["in the run" if costs.open else f"{costs.mac_reduction:.2f}x", size(costs.cache_bytes)]

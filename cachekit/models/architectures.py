@@ -134,10 +134,14 @@ def architecture(name: str) -> Architecture:
     return known[name]
 
 
-def recognised(denoiser: nn.Module) -> Architecture | None:
-    """Find the architecture that a denoiser has, whatever its weights and its image size; None for another one."""
+def recognised(denoiser: nn.Module, scheduler: str = "") -> Architecture | None:
+    """Find the architecture that a denoiser has, whatever its weights and its image size; None for another one.
+
+    Of those with the same config, it is the one that is published with `scheduler`, else one with guidance.
+    """
     config, kind = _plain(getattr(denoiser, "config", {})), type(denoiser).__name__
-    return next((one for one in architectures().values() if one.cls == kind and one.has_config(config)), None)
+    fitting = [one for one in architectures().values() if one.cls == kind and one.has_config(config)]
+    return max(fitting, key=lambda one: (len(one.config), one.scheduler == scheduler, one.guided), default=None)
 
 
 def _plain(config: Any) -> dict[str, Any]:

@@ -150,13 +150,16 @@ class _ComponentsFromConfig:
         return int(2 ** (len(channels) - 1))
 
     def __getattr__(self, name: str) -> Any:
-        from diffusers import AutoModel
+        import diffusers
 
         entry = vars(self)["_index"].get(name)
         if not isinstance(entry, (list, tuple)) or not entry or entry[0] is None:
             raise AttributeError(name)
+        kind = getattr(diffusers, str(entry[-1]), None)
+        # A scheduler's config has another file name than a model's.
+        loader = kind if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) else diffusers.AutoModel
         try:
-            config = AutoModel.load_config(self._model, subfolder=name)
+            config = loader.load_config(self._model, subfolder=name)
         except _DAMAGED as error:
             raise _unreadable(self._model, error) from error
         return _on_meta(self._model, config)

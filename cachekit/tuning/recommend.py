@@ -13,7 +13,7 @@ from cachekit.calibrating.calibration import ships
 from cachekit.costs.estimate import Estimate, Estimator
 from cachekit.errors import CachekitError
 from cachekit.interface.moment import OPEN
-from cachekit.interface.presets import WORD, Preset
+from cachekit.interface.presets import WORD, Preset, read
 from cachekit.models.loading import is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.tuning.subject import Subject, presets_for
@@ -185,7 +185,8 @@ def _setting(name: str, preset: Preset, price: _Prices) -> Setting:
     evidence = preset.evidence
     costs, refused = Costs(evidence.steps or price.steps), ""
     try:
-        costs = price([f"{WORD}:{name}"], evidence.steps)
+        _, specs = read(f"{WORD}:{name}", installed().policies)
+        costs = price(specs, evidence.steps)
     except CachekitError as error:
         refused = str(error)
     kind = evidence.architecture or evidence.pipeline or evidence.denoiser or ""
@@ -249,13 +250,14 @@ def _static(settings: Sequence[Setting]) -> list[Setting]:
 def _balanced_setting(settings: Sequence[Setting]) -> Setting | None:
     """Choose, of the published settings within `BALANCED`, the one that keeps the fewest bytes."""
     low, high = BALANCED
-    found = [one for one in _static(settings) if low <= (one.costs.mac_reduction or 0.0) <= high]
+    long = [one for one in settings if one.costs.steps >= FEW_STEPS]
+    found = [one for one in _static(long) if low <= (one.costs.mac_reduction or 0.0) <= high]
     return min(found, key=lambda one: one.costs.cache_bytes or 0, default=None)
 
 
 def _published_lines(settings: Sequence[Setting]) -> list[Line]:
-    """Make lines for a run of few steps: the published setting that saves least, the middle one, and the most."""
-    found = _static(settings)
+    """Make lines for a run of few steps, of settings for such runs: what saves least, the middle one, and the most."""
+    found = _static([one for one in settings if one.costs.steps < FEW_STEPS])
     if not found:
         return []
     chosen = (found[0], found[len(found) // 2], found[-1])
@@ -269,7 +271,7 @@ def _code(specs: Sequence[str]) -> str:
 def _note(subject: Subject, price: _Prices, lines: Sequence[Line]) -> str:
     if not lines:
         return (
-            f"{subject.steps} steps leave nothing to forecast between, and nothing is published for this model; fewer"
-            " steps are what is left"
+            f"{subject.steps} steps leave nothing to forecast between, and no setting for so few is published for this"
+            " model; fewer steps are what is left"
         )
     return f"no costs: {price.problem}" if price.problem else ""

@@ -54,10 +54,12 @@ class Subject:
         Raises `CachekitError` where it can't be read, or has no adapter.
         """
         source: Any = architecture(model).name if is_architecture(model) else pipeline_from_config(model)
-        denoiser = architecture(model).build() if isinstance(source, str) else denoiser_of(source)
-        known = recognised(denoiser)
+        named = architecture(model) if isinstance(source, str) else None
+        denoiser = named.build() if named else denoiser_of(source)
+        own = None if named else scheduler_of(source)
+        known = named or recognised(denoiser, type(own).__name__)
         kind = _pipeline_class(source, known)
-        scheduler = _scheduler(source, known)
+        scheduler = own if own is not None else _published_scheduler(known)
         adapter = installed().adapter_for(denoiser)
         guided = known.guided if known else not _embeds_scale(denoiser)
         apart = bool(adapter.layout(denoiser).calls) or (kind is not None and names_branches(kind))
@@ -86,12 +88,11 @@ def _pipeline_class(source: Any, known: Architecture | None) -> type[Any] | None
     return next((kind for kind in found if kind is not None), None)
 
 
-def _scheduler(source: Any, known: Architecture | None) -> Any:
-    """Get the pipeline's own scheduler, or make one of the class that the architecture is published with."""
+def _published_scheduler(known: Architecture | None) -> Any:
+    """Make a scheduler of the class that an architecture is published with."""
     import diffusers
 
-    own = None if isinstance(source, str) else scheduler_of(source)
-    return own if own is not None or known is None else getattr(diffusers, known.scheduler)()
+    return getattr(diffusers, known.scheduler)() if known else None
 
 
 def _steps(model: str, known: Architecture | None, kind: type[Any] | None) -> int:

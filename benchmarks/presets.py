@@ -1,7 +1,7 @@
 """Write the presets of the embedded models, with what `benchmarks.frontier` measured: `python -m benchmarks.presets`.
 
-Without results of the model's present weights, a preset has no figures. `--check` writes nothing, and fails where a file
-is stale.
+Without results of the model's present weights, a preset has no figures. `--check` writes nothing, and fails where a
+file is stale.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ class Rule:
 
 #: Where calibrations ship. docs/choosing.md has the measurements behind all of these.
 CALIBRATED = (
-    Rule(CAREFUL, "forecast:interval=2", "the closest to uncached images at half the cost; needs no weights"),
-    Rule(MIDDLE, "calibrated:interval=3", "as close as fewer plain steps get at twice the cost"),
-    Rule(BOLD, "calibrated:interval=5", "shows nearly as many captions, where fewer plain steps lose many"),
+    Rule(CAREFUL, "forecast:interval=2", "closest to uncached images at half the cost; needs no weights"),
+    Rule(MIDDLE, "calibrated:interval=3", "weights measured on the model keep longer gaps close"),
+    Rule(BOLD, "calibrated:interval=5", "the same with one call in five"),
 )
 #: Where they would have to be made; a published setting comes before the second.
 UNCALIBRATED = (

@@ -1,4 +1,4 @@
-"""The tables of docs/choosing.md: what the levels of `cachekit recommend` are measured to do, and the presets that ship."""
+"""The tables of docs/choosing.md: what the levels of `cachekit recommend` come to, and the presets that ship."""
 
 from __future__ import annotations
 
@@ -10,30 +10,26 @@ from cachekit.bench.tables import markdown
 from cachekit.interface.presets import Preset, shipped
 from cachekit.tuning.recommend import CALIBRATED
 
-from .calibrations import NAMES
-from .frontier import RESULTS
+from .calibrations import NAMES, RESULTS
 
 
 def levels() -> str:
     """Table of the levels' PSNR on each embedded model, beside the best plain steps of equal cost."""
-    source = RESULTS / "calibrations.json"
-    if not source.exists():
-        return ""
-    stored = json.loads(source.read_text())
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     cells = {(row["model"], row["scheduler"], row["guidance"], row["interval"]): row for row in stored}
     keys = dict.fromkeys(key[:3] for key in cells)
     header = ["model", "scheduler", "guidance"]
     for rule in CALIBRATED:
-        header += [f"{rule.level}: `{rule.spec}`", "plain steps"]
-    rows = [[NAMES[key[0]], *map(str, key[1:]), *_figures(cells, key)] for key in keys]
-    return markdown(header, rows, left=2)
+        header += [f"{rule.level}: `{rule.spec}`", "`forecast`", "plain steps"]
+    rows = [[NAMES[key[0]], NAMES[key[1]], f"{key[2]:g}", *_figures(cells, key)] for key in keys]
+    return markdown(header, rows, left=2) if rows else ""
 
 
 def _figures(cells: dict[Any, Any], key: tuple[Any, ...]) -> Iterator[str]:
     for rule in CALIBRATED:
-        policy, _, interval = rule.spec.partition(":interval=")
-        row = cells[(*key, int(interval))]
-        yield f"{row[policy]:.1f}"
+        row = cells[(*key, int(rule.spec.rpartition("=")[2]))]
+        yield f"{row['calibrated']:.1f}"
+        yield f"{row['forecast']:.1f}"
         yield f"{max(row['plain'].values()):.1f}"
 
 

@@ -26,6 +26,7 @@ from .frontier import MODELS, RESULTS, stored
 #: What ships for each model, and what it is.
 SPECS = {
     "forecast:interval=2": "A line through the last two outputs in every second step",
+    "calibrated:interval=2": "Calibrated forecasts in every second step",
     "calibrated:interval=3": "Calibrated forecasts, with a full step in three",
     "calibrated:interval=4": "Calibrated forecasts, with a full step in four",
     "calibrated:interval=5": "Calibrated forecasts, with a full step in five",

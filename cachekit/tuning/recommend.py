@@ -36,14 +36,14 @@ class Rule:
 
 #: Where calibrations ship. docs/choosing.md has the measurements behind all of these.
 CALIBRATED = (
-    Rule(CAREFUL, "forecast:interval=2", "closest to uncached images at half the cost; needs no weights"),
+    Rule(CAREFUL, "calibrated:interval=2", "closest to uncached images at half the cost, whatever the scheduler"),
     Rule(MIDDLE, "calibrated:interval=3", "weights measured on the model keep longer gaps close"),
     Rule(BOLD, "calibrated:interval=5", "the same with one call in five"),
 )
 #: Where they would have to be made; a published setting comes before the second.
 UNCALIBRATED = (
-    CALIBRATED[0],
-    Rule(MIDDLE, "forecast:interval=3,first=4", "nothing static is published; compare some images first"),
+    Rule(CAREFUL, "forecast:interval=2", "needs no weights; check images at high guidance with a multistep scheduler"),
+    Rule(MIDDLE, "forecast:interval=3,first=4", "no static setting is published; it can miss by far, so check images"),
     Rule(BOLD, "calibrated:interval=4", "safe with weights measured on the model itself"),
 )
 #: Where the scheduler adds noise in each step: lines through past outputs miss, the clean sample holds still.

@@ -8,7 +8,7 @@ from typing import Any
 
 from cachekit.bench.tables import markdown
 from cachekit.interface.presets import Preset, shipped
-from cachekit.tuning.recommend import CALIBRATED
+from cachekit.tuning.recommend import RULES
 
 from .calibrations import NAMES, RESULTS
 
@@ -19,15 +19,16 @@ def levels() -> str:
     cells = {(row["model"], row["scheduler"], row["guidance"], row["interval"]): row for row in stored}
     keys = dict.fromkeys(key[:3] for key in cells)
     header = ["model", "scheduler", "guidance"]
-    for rule in CALIBRATED:
+    for rule in RULES.calibrated:
         header += [f"{rule.level}: `{rule.spec}`", "`forecast`", "plain steps"]
     rows = [[NAMES[key[0]], NAMES[key[1]], f"{key[2]:g}", *_figures(cells, key)] for key in keys]
     return markdown(header, rows, left=2) if rows else ""
 
 
 def _figures(cells: dict[Any, Any], key: tuple[Any, ...]) -> Iterator[str]:
-    for rule in CALIBRATED:
-        row = cells[(*key, int(rule.spec.rpartition("=")[2]))]
+    for rule in RULES.calibrated:
+        interval = int(rule.spec.rpartition("=")[2])
+        row = cells[key + (interval,)]
         yield f"{row['calibrated']:.1f}"
         yield f"{row['forecast']:.1f}"
         yield f"{max(row['plain'].values()):.1f}"

@@ -21,7 +21,8 @@ from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of
 
-from .frontier import MODELS, RESULTS, stored
+from .frontier import MODELS, stored
+from .readme import RESULTS
 
 #: What ships for each model, and what it is.
 SPECS = {
@@ -51,7 +52,7 @@ def made() -> Iterator[tuple[str, Preset]]:
     for model in MODELS:
         pipe = pipeline(model)
         found = _group(model, type(scheduler_of(pipe)).__name__)
-        shared = {
+        shared: dict[str, Any] = {
             "pipeline": PIPELINES[DEMOS[model]],
             "denoiser": type(denoiser_of(pipe)).__name__,
             "model": fingerprint(denoiser_of(pipe)),

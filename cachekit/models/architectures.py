@@ -29,8 +29,6 @@ _PUBLISHED = {
 
 #: Keys of a config that models of one architecture may differ in.
 _FREE = frozenset({"sample_size"})
-#: Key of a config that has the width of an embedded guidance scale.
-_SCALE_WIDTH = "time_cond_proj_dim"
 
 
 @dataclass(frozen=True)
@@ -67,11 +65,16 @@ class Architecture:
         return int(self.config.get("pooled_projection_dim", 0))
 
     def has_config(self, config: dict[str, Any]) -> bool:
-        """Whether a denoiser of the class has the architecture; a key that only `config` has is one at its default."""
+        """Whether a denoiser of the class with this config has the architecture."""
         own = {key: value for key, value in _plain(self.config).items() if key not in _FREE}
-        # Distilled models differ in this key alone.
-        distilled = config.get(_SCALE_WIDTH) == own.get(_SCALE_WIDTH)
-        return distilled and all(config.get(key) == value for key, value in own.items())
+        return all(config.get(key) == value for key, value in own.items())
+
+    @property
+    def published_scheduler(self) -> Any:
+        """A scheduler of the class that the model is published with."""
+        import diffusers
+
+        return getattr(diffusers, self.scheduler)()
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
         """Build the denoiser, with random weights unless it is on the meta device.
@@ -137,7 +140,8 @@ def architecture(name: str) -> Architecture:
 def recognised(denoiser: nn.Module, scheduler: str = "") -> Architecture | None:
     """Find the architecture that a denoiser has, whatever its weights and its image size; None for another one.
 
-    Of those with the same config, it is the one that is published with `scheduler`, else one with guidance.
+    Of several, it is the one with the longest config, as distilled models have further keys; of those with the same
+    config the one that is published with `scheduler`, else one with guidance.
     """
     config, kind = _plain(getattr(denoiser, "config", {})), type(denoiser).__name__
     fitting = [one for one in architectures().values() if one.cls == kind and one.has_config(config)]

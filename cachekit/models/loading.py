@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,20 @@ def pipeline(model: str, **arguments: Any) -> Any:
         raise _unreadable(model, error) from error
 
 
+def class_of(pipe: Any, name: str = "") -> type[Any] | None:
+    """Find the class of diffusers that a pipeline or its stand-in has, else the one called `name`; None for neither."""
+    import diffusers
+
+    found = (getattr(diffusers, known, None) for known in (type(pipe).__name__, name) if known.endswith("Pipeline"))
+    return next((kind for kind in found if kind is not None), None)
+
+
+def default_steps(kind: type[Any]) -> int | None:
+    """Read how many steps pipelines of a class take by default; None where the class has no default."""
+    parameter = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
 def precision(name: str | None) -> dict[str, Any]:
     """Turn the name of a dtype into arguments for `from_pretrained`.
 
@@ -157,7 +172,8 @@ class _ComponentsFromConfig:
             raise AttributeError(name)
         kind = getattr(diffusers, str(entry[-1]), None)
         # A scheduler's config has another file name than a model's.
-        loader = kind if isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin) else diffusers.AutoModel
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        loader: Any = kind if is_scheduler else diffusers.AutoModel
         try:
             config = loader.load_config(self._model, subfolder=name)
         except _DAMAGED as error:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib import resources
 from typing import Any
 
 from cachekit.calibrating.calibration import ships
@@ -18,12 +19,6 @@ from cachekit.models.loading import is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.tuning.subject import Subject, presets_for
 
-#: Runs shorter than this leave no room for forecasts between full steps.
-FEW_STEPS = 10
-#: MAC reductions with which a published setting counts as balanced.
-BALANCED = (1.9, 3.6)
-CAREFUL, MIDDLE, BOLD = LEVELS = ("careful", "balanced", "bold")
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -34,24 +29,34 @@ class Rule:
     why: str
 
 
-#: Where calibrations ship. docs/choosing.md has the measurements behind all of these.
-CALIBRATED = (
-    Rule(CAREFUL, "calibrated:interval=2", "closest to uncached images at half the cost, whatever the scheduler"),
-    Rule(MIDDLE, "calibrated:interval=3", "weights measured on the model keep longer gaps close"),
-    Rule(BOLD, "calibrated:interval=5", "the same with one call in five"),
-)
-#: Where they would have to be made; a published setting comes before the second.
-UNCALIBRATED = (
-    Rule(CAREFUL, "forecast:interval=2", "needs no weights; check images at high guidance with a multistep scheduler"),
-    Rule(MIDDLE, "forecast:interval=3,first=4", "no static setting is published; it can miss by far, so check images"),
-    Rule(BOLD, "calibrated:interval=4", "safe with weights measured on the model itself"),
-)
-#: Where the scheduler adds noise in each step: lines through past outputs miss, the clean sample holds still.
-NOISY = (
-    Rule(CAREFUL, "forecast:interval=2,order=0,of=x0", "the scheduler adds noise, so the clean sample is reused"),
-    Rule(MIDDLE, "forecast:interval=3,order=0,of=x0", "as careful, with fewer full steps"),
-    Rule(BOLD, "forecast:interval=4,order=0,of=x0", "as careful, with fewer full steps"),
-)
+@dataclass(frozen=True)
+class Rules:
+    """What is recommended when: the contents of rules.json.
+
+    Runs of fewer than `few_steps` steps leave no room between full steps. A published setting counts as balanced where
+    its MAC reduction lies within `balanced`. There is a rule for each level where calibrations ship, where they would
+    have to be made (a published setting comes before the second), and where the scheduler adds noise in each step, so
+    that lines through past outputs miss while the clean sample holds still.
+    """
+
+    few_steps: int
+    balanced: tuple[float, float]
+    calibrated: tuple[Rule, ...]
+    uncalibrated: tuple[Rule, ...]
+    noisy: tuple[Rule, ...]
+
+    @classmethod
+    def read(cls) -> Rules:
+        """Read the rules; docs/choosing.md has the measurements behind them."""
+        data = json.loads(resources.files("cachekit.tuning").joinpath("rules.json").read_text())
+        kinds = {
+            name: tuple(Rule(**rule) for rule in data.pop(name)) for name in ("calibrated", "uncalibrated", "noisy")
+        }
+        return cls(data.pop("few_steps"), tuple(data.pop("balanced")), **kinds)
+
+
+RULES = Rules.read()
+LEVELS = tuple(rule.level for rule in RULES.calibrated)
 
 
 @dataclass(frozen=True)
@@ -205,15 +210,15 @@ def _measured(preset: Preset) -> str:
 
 
 def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> list[Line]:
-    if subject.steps < FEW_STEPS:
+    if subject.steps < RULES.few_steps:
         return _published_lines(settings)
     if subject.noisy:
-        return [_line(rule, price) for rule in NOISY]
-    if all(_has_weights(rule.spec, subject, price) for rule in CALIBRATED):
-        return [_line(rule, price) for rule in CALIBRATED]
-    careful, balanced, bold = UNCALIBRATED
+        return [_line(rule, price) for rule in RULES.noisy]
+    if all(_has_weights(rule.spec, subject, price) for rule in RULES.calibrated):
+        return [_line(rule, price) for rule in RULES.calibrated]
+    careful, balanced, bold = RULES.uncalibrated
     static = _balanced_setting(settings)
-    middle = _from_setting(MIDDLE, static) if static else _line(balanced, price)
+    middle = _from_setting(balanced.level, static) if static else _line(balanced, price)
     return [_line(careful, price), middle, _to_calibrate(bold, subject, price)]
 
 
@@ -248,16 +253,16 @@ def _static(settings: Sequence[Setting]) -> list[Setting]:
 
 
 def _balanced_setting(settings: Sequence[Setting]) -> Setting | None:
-    """Choose, of the published settings within `BALANCED`, the one that keeps the fewest bytes."""
-    low, high = BALANCED
-    long = [one for one in settings if one.costs.steps >= FEW_STEPS]
+    """Choose, of the published settings that count as balanced, the one that keeps the fewest bytes."""
+    low, high = RULES.balanced
+    long = [one for one in settings if one.costs.steps >= RULES.few_steps]
     found = [one for one in _static(long) if low <= (one.costs.mac_reduction or 0.0) <= high]
     return min(found, key=lambda one: one.costs.cache_bytes or 0, default=None)
 
 
 def _published_lines(settings: Sequence[Setting]) -> list[Line]:
     """Make lines for a run of few steps, of settings for such runs: what saves least, the middle one, and the most."""
-    found = _static([one for one in settings if one.costs.steps < FEW_STEPS])
+    found = _static([one for one in settings if one.costs.steps < RULES.few_steps])
     if not found:
         return []
     chosen = (found[0], found[len(found) // 2], found[-1])
@@ -271,7 +276,7 @@ def _code(specs: Sequence[str]) -> str:
 def _note(subject: Subject, price: _Prices, lines: Sequence[Line]) -> str:
     if not lines:
         return (
-            f"{subject.steps} steps leave nothing to forecast between, and no setting for so few is published for this"
+            f"{subject.steps} steps leave nothing to skip between, and no setting for so few is published for this"
             " model; fewer steps are what is left"
         )
     return f"no costs: {price.problem}" if price.problem else ""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from cachekit.interface.presets import Evidence, Preset, shipped
 from cachekit.models.architectures import Architecture, architecture, recognised
 from cachekit.models.demo import DEMO_STEPS
-from cachekit.models.loading import DEMOS, is_architecture, pipeline_from_config
+from cachekit.models.loading import DEMOS, class_of, default_steps, is_architecture, pipeline_from_config
 from cachekit.registry.catalog import installed
 from cachekit.upstream.fingerprints import fingerprint
-from cachekit.upstream.pipelines import default_steps, denoiser_of, names_branches
+from cachekit.upstream.guidance import takes_scale
+from cachekit.upstream.pipelines import denoiser_of, names_branches
 from cachekit.upstream.schedulers import adds_noise, scheduler_of
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 #: Steps of a run where nothing else gives their number.
 _STEPS = 25
-#: Keys of a config by which a denoiser takes the guidance scale as an embedding, and so has no branches.
-_EMBEDDED_SCALE = ("guidance_embeds", "time_cond_proj_dim")
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ class Subject:
         denoiser = named.build() if named else denoiser_of(source)
         own = None if named else scheduler_of(source)
         known = named or recognised(denoiser, type(own).__name__)
-        kind = _pipeline_class(source, known)
-        scheduler = own if own is not None else _published_scheduler(known)
+        kind = class_of(source, known.pipeline if known else "")
+        scheduler = known.published_scheduler if own is None and known else own
         adapter = installed().adapter_for(denoiser)
-        guided = known.guided if known else not _embeds_scale(denoiser)
+        guided = not takes_scale(denoiser) and (known is None or known.guided)
         apart = bool(adapter.layout(denoiser).calls) or (kind is not None and names_branches(kind))
         return cls(
             model=model,
@@ -79,37 +78,16 @@ class Subject:
         )
 
 
-def _pipeline_class(source: Any, known: Architecture | None) -> type[Any] | None:
-    """Find the class of diffusers that runs the model; None for a bare denoiser that isn't a known architecture."""
-    import diffusers
-
-    names = [type(source).__name__, *([known.pipeline] if known else [])]
-    found = (getattr(diffusers, name, None) for name in names if name.endswith("Pipeline"))
-    return next((kind for kind in found if kind is not None), None)
-
-
-def _published_scheduler(known: Architecture | None) -> Any:
-    """Make a scheduler of the class that an architecture is published with."""
-    import diffusers
-
-    return getattr(diffusers, known.scheduler)() if known else None
-
-
 def _steps(model: str, known: Architecture | None, kind: type[Any] | None) -> int:
     if model in DEMOS:
         return DEMO_STEPS
     return (known.steps if known else None) or (default_steps(kind) if kind else None) or _STEPS
 
 
-def _embeds_scale(denoiser: nn.Module) -> bool:
-    config = getattr(denoiser, "config", None) or {}
-    return any(config.get(key) for key in _EMBEDDED_SCALE)
-
-
 def _guidance(denoiser: nn.Module, guided: bool, apart: bool) -> str:
     if guided:
         return f"two guidance branches {'with a call each' if apart else 'in one batch'}"
-    return "the guidance scale is an input, no branches" if _embeds_scale(denoiser) else "no guidance"
+    return "the guidance scale is an input, no branches" if takes_scale(denoiser) else "no guidance"
 
 
 def presets_for(subject: Subject) -> dict[str, Preset]:

@@ -77,12 +77,6 @@ def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return arguments
 
 
-def default_steps(kind: type[Any]) -> int | None:
-    """Read how many steps pipelines of a class take by default; None where the class doesn't say."""
-    parameter = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
-    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
-
-
 def names_branches(kind: type[Any]) -> bool:
     """Whether pipelines of a class call the denoiser once for each guidance branch, under the branch's name."""
     return 'cache_context("uncond")' in inspect.getsource(inspect.unwrap(kind.__call__))

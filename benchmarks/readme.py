@@ -18,7 +18,7 @@ from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, gpu_tables, methods
+from . import border, calibrations, carry_tables, choosing, gpu_tables, methods
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -75,6 +75,8 @@ def filled() -> dict[Path, str]:
         "batches": carry_tables.batches(),
         "gpu": gpu_tables.table(),
         "gates": gate_tables(),
+        "levels": choosing.levels(),
+        "presets": choosing.presets(),
     }
     documents = {}
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from cachekit.errors import PluginError as PluginError
     from cachekit.errors import PluginWarning as PluginWarning
     from cachekit.errors import PolicyError as PolicyError
+    from cachekit.errors import PresetError as PresetError
+    from cachekit.errors import PresetWarning as PresetWarning
     from cachekit.errors import SiteError as SiteError
     from cachekit.errors import SpecError as SpecError
     from cachekit.interface.adapter import Adapter as Adapter
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from cachekit.interface.parts import Where as Where
     from cachekit.interface.parts import combine as combine
     from cachekit.interface.policy import Policy as Policy
+    from cachekit.interface.presets import Preset as Preset
     from cachekit.interface.sites import DENOISER as DENOISER
     from cachekit.interface.sites import GUIDANCE as GUIDANCE
     from cachekit.interface.sites import LAYERS as LAYERS
@@ -117,6 +120,8 @@ _HOMES = {
         "PluginError",
         "PluginWarning",
         "PolicyError",
+        "PresetError",
+        "PresetWarning",
         "SiteError",
         "SpecError",
     ],
@@ -127,6 +132,7 @@ _HOMES = {
     "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
     "interface.policy": ["Policy"],
+    "interface.presets": ["Preset"],
     "interface.sites": ["DENOISER", "GUIDANCE", "LAYERS", "Kind", "Region", "Site", "SiteMap", "Target"],
     "models.demo": ["demo_pipeline"],
     "parts.places": ["Features", "Guidance", "Modulated", "NestedRegion", "Sites", "Span", "Tail", "WholeDenoiser"],

@@ -9,10 +9,12 @@ from cachekit.attaching.attachment import Attachment
 from cachekit.attaching.lookup import attachment_of
 from cachekit.costs.fitting import Fitter
 from cachekit.costs.replay import cost_of
+from cachekit.driving.evidence import warn_of_pipeline
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
+from cachekit.interface.presets import expanded
 from cachekit.interface.sites import SiteMap
-from cachekit.interface.specs import Spec, parse_all
+from cachekit.interface.specs import Spec, listed_specs, parse_all
 from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.limit import Limit
 from cachekit.upstream.hooks import refuse_other_caches
@@ -35,6 +37,8 @@ def apply(
 
     `pipe` is a diffusers pipeline or a bare denoiser. `specs` is one policy or several: each a spec such as
     "tgate:m=10,sp_interval=2" (a name, then options) or a `Policy` instance. `cachekit.policies()` lists the names.
+    "preset:FILE" or "preset:NAME" stands for the specs of a preset; where the pipeline, or a run of it, differs from
+    what its evidence is for, a `PresetWarning` names both values.
     `remove(pipe)`, `attachment.remove()` and the end of a `with` block all restore the pipeline exactly.
 
     `max_cache_bytes` limits what a run keeps at once: before the run begins, the places that save the fewest MACs per
@@ -43,13 +47,14 @@ def apply(
 
     Raises a `CachekitError` of one line that names what to do, and leaves the pipeline as it was: for an unknown
     policy or option (`SpecError`), policies that collide (`ConflictError`), a denoiser without an adapter
-    (`AdapterError`) or without the sites that a policy acts on (`SiteError`), and a pipeline with an attachment or
+    (`AdapterError`) or without the sites that a policy acts on (`SiteError`), a preset that can't be used (`PresetError`), and a pipeline with an attachment or
     another cache (`AttachmentError`). What only a run can show is raised when it begins: guidance that isn't supported
     (`GuidanceError`), and a `max_cache_bytes` that nothing fits into (`BudgetError`).
     """
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
-    policies = parse_all(specs, catalog)
+    listed, presets = expanded(listed_specs(specs), catalog.policies)
+    policies = parse_all(listed, catalog)
     denoisers = denoisers_of(pipe)
     for denoiser in denoisers.values():
         found = attachment_of(denoiser)
@@ -61,8 +66,11 @@ def apply(
             )
     for name, denoiser in denoisers.items():
         refuse_other_caches(denoiser, name, denoiser.modules())
-    attachment = Attachment(Setup.of(denoisers, policies, catalog), limit, cost_of, Fitter(limit))
+    setup = Setup.of(denoisers, policies, catalog, presets)
+    attachment = Attachment(setup, limit, cost_of, Fitter(limit))
     attachment.install(pipe)
+    for preset in presets:
+        warn_of_pipeline(preset, pipe, next(iter(denoisers.values())))
     return attachment
 
 

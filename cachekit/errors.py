@@ -60,12 +60,20 @@ class CalibrationError(CachekitError):
     """A calibration that can't be made or read, or that was made for something else than the present run."""
 
 
+class PresetError(CachekitError):
+    """A preset that can't be read or written, or that needs what isn't installed."""
+
+
 class PluginError(CachekitError):
     """A plugin that raised within a hook, or that registered a name already taken."""
 
 
 class PluginWarning(UserWarning):
     """A plugin that failed while the others go on: it was left out, or its hook was."""
+
+
+class PresetWarning(UserWarning):
+    """A pipeline or a run that differs from what a preset's evidence is for."""
 
 
 def answered(name: Callable[[], str], ask: Callable[..., _Answer], *given: Any) -> _Answer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from cachekit.bench.summary import Row
 
-__all__ = ["FIGURES", "Figure", "decimals"]
+__all__ = ["FIGURES", "Figure", "decimals", "size"]
 
 
 def decimals(value: float) -> str:
@@ -24,7 +24,8 @@ def _decibels(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "identical"
 
 
-def _bytes(value: float) -> str:
+def size(value: float) -> str:
+    """Format a number of bytes."""
     if value < 1 << 20:
         return f"{value / (1 << 10):.0f} KiB" if value else "0"
     return f"{value / (1 << 20):.1f} MiB"
@@ -86,10 +87,10 @@ _DECLARED = (
         "distance of n images to scenes rendered from the same captions, which grows as n falls",
         images="frechet_images",
     ),
-    Figure("cache_bytes", "kept", _bytes, "peak size of cached tensors"),
+    Figure("cache_bytes", "kept", size, "peak size of cached tensors"),
     Figure("deciding_seconds", "deciding", lambda value: f"{value * 1e3:.1f} ms", "time policies took to decide"),
     Figure("reused", "reused", "{:.0f}".format, "reuses in the first image"),
-    Figure("peak_memory", "peak memory", _bytes),
+    Figure("peak_memory", "peak memory", size),
 )
 
 #: Each figure by its key, in the order of columns.

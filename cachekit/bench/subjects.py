@@ -11,7 +11,7 @@ from typing import Any
 
 from cachekit.bench.cells import BenchError, Setting, digest
 from cachekit.bench.measuring import Arguments
-from cachekit.bench.untrained import pipeline_name, scheduler_of, untrained_pipeline, untrained_text
+from cachekit.bench.untrained import scheduler_of, untrained_pipeline, untrained_text
 from cachekit.errors import nearest
 from cachekit.models.architectures import architecture, architecture_of, architectures
 from cachekit.models.demo.pipeline import PIPELINES, folders
@@ -37,6 +37,8 @@ __all__ = [
 
 #: Fields of an architecture as they are for images.
 _AS_IMAGES = (("latent_width", None), ("frames", 1))
+#: Fields that say how a model is run by default, which a cell has in fields of its own.
+_AS_RUN = ("pipeline", "scheduler", "steps")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def model_hash(model: str) -> str:
     """Digest of a model's files, or of its configuration where it is an architecture without files."""
     if model in architectures():
         # What images lack counts for videos alone, so hashes of stored results remain valid.
-        described = asdict(architecture(model))
+        described = {key: value for key, value in asdict(architecture(model)).items() if key not in _AS_RUN}
         return digest({key: value for key, value in described.items() if (key, value) not in _AS_IMAGES})
     found = hashlib.sha256()
     for folder in _folders(model):
@@ -119,7 +121,7 @@ def class_of_pipeline(model: str) -> str:
     if model in DEMOS:
         return PIPELINES[DEMOS[model]]
     if model in architectures():
-        return pipeline_name(architecture(model))
+        return architecture(model).pipeline
     from diffusers import DiffusionPipeline
 
     return str(DiffusionPipeline.load_config(model)["_class_name"])

@@ -6,14 +6,7 @@ from typing import Any
 
 from cachekit.models.architectures import Architecture
 
-__all__ = ["pipeline_name", "scheduler_of", "untrained_pipeline", "untrained_text"]
-
-_PIPELINES = {
-    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
-    "FluxTransformer2DModel": "FluxPipeline",
-    "QwenImageTransformer2DModel": "QwenImagePipeline",
-    "WanTransformer3DModel": "WanPipeline",
-}
+__all__ = ["scheduler_of", "untrained_pipeline", "untrained_text"]
 #: Text encoders of each pipeline, which has as many tokenizers.
 _ENCODERS = {"StableDiffusionXLPipeline": 2, "StableDiffusion3Pipeline": 3, "FluxPipeline": 2}
 
@@ -24,7 +17,7 @@ def untrained_pipeline(known: Architecture, device: str = "cpu", dtype: Any = No
     import torch
 
     torch.manual_seed(0)
-    name = pipeline_name(known)
+    name = known.pipeline
     denoiser = known.build(device, dtype or torch.float32)
     parts: dict[str, Any] = {"scheduler": scheduler_of(known), **_without_texts(_ENCODERS.get(name, 1))}
     if known.cls == "UNet2DConditionModel":
@@ -38,16 +31,6 @@ def untrained_pipeline(known: Architecture, device: str = "cpu", dtype: Any = No
     return getattr(diffusers, name)(**parts)
 
 
-def pipeline_name(known: Architecture) -> str:
-    """Name of the pipeline's class."""
-    if known.cls == "PixArtTransformer2DModel":
-        return "PixArtSigmaPipeline" if known.tokens > 120 else "PixArtAlphaPipeline"
-    if known.cls in _PIPELINES:
-        return _PIPELINES[known.cls]
-    is_xl = known.config.get("addition_embed_type") == "text_time"
-    return "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
-
-
 def scheduler_of(known: Architecture) -> Any:
     """Make a scheduler for the model's own kind of noise schedule."""
     import diffusers
@@ -56,7 +39,7 @@ def scheduler_of(known: Architecture) -> Any:
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if known.cls == "SD3Transformer2DModel":
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    if known.cls in _PIPELINES:
+    if known.scheduler.startswith("FlowMatch"):
         return diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     if not known.guided:
         return diffusers.LCMScheduler()

@@ -188,8 +188,16 @@ def versions() -> dict[str, str]:
 
 def path_of(key: Key) -> Path:
     """Name the file of a calibration that ships."""
-    kind = key.scheduler.removesuffix("Scheduler").lower()
-    return FOLDER / f"{key.model}-{kind}-{key.steps}-{len(key.full)}.json"
+    return _path(key.model, key.scheduler, key.steps, len(key.full))
+
+
+def ships(model: str, scheduler: str, steps: int, full: int) -> bool:
+    """Whether a calibration ships for runs of `steps` steps, `full` of them full, with a model of this digest."""
+    return bool(model) and _path(model, scheduler, steps, full).is_file()
+
+
+def _path(model: str, scheduler: str, steps: int, full: int) -> Path:
+    return FOLDER / f"{model}-{scheduler.removesuffix('Scheduler').lower()}-{steps}-{full}.json"
 
 
 def shipped(key: Key) -> str:

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import analyze, bench, calibrate, check, coverage, demo, doctor, estimate, generate, inspection, new
+from cachekit.cli import (
+    analyze,
+    bench,
+    calibrate,
+    check,
+    coverage,
+    demo,
+    doctor,
+    estimate,
+    generate,
+    inspection,
+    new,
+    recommend,
+)
 from cachekit.cli.output import Group
 
 __all__ = ["app"]
@@ -15,6 +28,7 @@ app.command()(inspection.show)
 app.command()(inspection.sites)
 app.command()(inspection.plan)
 app.command()(estimate.estimate)
+app.command()(recommend.recommend)
 app.command()(generate.generate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import print_table, say, write
+from cachekit.cli.output import check_writable, print_table, say, write
 from cachekit.errors import CachekitError
 from cachekit.models.loading import EMBEDDED
 
@@ -23,7 +23,7 @@ _STRIDE = 16
 
 
 class EstimateError(CachekitError):
-    """A size or a file that an estimate cannot use."""
+    """A size that an estimate cannot use."""
 
 
 def estimate(
@@ -41,7 +41,7 @@ def estimate(
 
     policies = parse_all(specs or [], installed())
     _check_size(height, width)
-    _check_file(file)
+    check_writable(file)
     found = estimate_cost(_subject(model), policies, num_inference_steps=steps, height=height, width=width)
     say(_title(model, [str(policy) for policy in policies], steps))
     _print_totals(found)
@@ -63,16 +63,6 @@ def _check_size(*sizes: int | None) -> None:
     for size in sizes:
         if size is not None and size % _STRIDE:
             raise EstimateError(f"a size of {size} pixels: give a multiple of {_STRIDE}")
-
-
-def _check_file(file: Path | None) -> None:
-    """Refuse a file that cannot be written, before anything is counted."""
-    if file is None:
-        return
-    try:
-        file.open("a").close()
-    except OSError as error:
-        raise EstimateError(f"cannot write {str(file)!r}: {error.strerror}") from error
 
 
 def _title(model: str, specs: list[str], steps: int) -> str:

@@ -26,7 +26,8 @@ Model = Annotated[str, typer.Argument(help=_MODEL)]
 
 
 def list_installed() -> None:
-    """List the installed policies, their parts and adapters, with their keys and the packages they come from."""
+    """List the installed policies, parts, adapters and presets, with their keys and where they come from."""
+    from cachekit.interface.presets import Preset, shipped
     from cachekit.registry.catalog import installed
 
     catalog = installed()
@@ -40,6 +41,10 @@ def list_installed() -> None:
     for name, adapter in sorted(catalog.adapters.items()):
         say(f"  {name}: {adapter.summary}")
         say(f"      from {_origin(catalog, 'adapter', name)}")
+    say("presets (preset:NAME)")
+    for name, preset in ((name, Preset.load(path)) for name, path in shipped().items()):
+        say(f"  {name}: {preset.summary}")
+        say(f"      {preset.evidence.source or 'measured by python -m benchmarks.frontier'}")
 
 
 def show(name: Annotated[str, typer.Argument(help="Name of a policy or of a part, as in a spec.")]) -> None:

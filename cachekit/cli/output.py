@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from cachekit.errors import CachekitError, PluginWarning
+from cachekit.errors import CachekitError, PluginWarning, PresetWarning
 
 #: Width in characters where stdout is no terminal, enough for every table.
 _WIDTH = 140
@@ -57,6 +57,16 @@ def write(path: Path, text: str) -> None:
     say(f"wrote {path}")
 
 
+def check_writable(path: Path | None) -> None:
+    """Raise a `CachekitError` for a file that cannot be written, before the work for it."""
+    if path is None:
+        return
+    try:
+        path.open("a").close()
+    except OSError as error:
+        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None) -> None:
     """Print a table with its first column aligned left and the others right; a caption stands below it."""
     from rich.table import Table
@@ -94,7 +104,7 @@ def progress_bar(name: str) -> Iterator[Progress]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    if issubclass(category, PluginWarning):
+    if issubclass(category, (PluginWarning, PresetWarning)):
         typer.echo(f"warning: {message}", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, *rest[:2]), err=True, nl=False)

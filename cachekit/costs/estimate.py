@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
-from cachekit.costs.counting import count_forward
+from cachekit.costs.counting import Forward, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
@@ -85,15 +86,52 @@ def estimate(
     Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
     bad spec, a size that is no multiple of a latent's, or a denoiser that doesn't run on the meta device.
     """
-    catalog = catalog or installed()
-    if guided is None:
-        guided = architecture(model).guided if isinstance(model, str) else True
-    denoiser, arguments = _prepare(model, (2 if guided else 1, height, width), inputs)
-    policies = parse_all(specs, catalog)
-    setup = Setup.of({"": denoiser}, policies, catalog)
-    plan = setup.plan_of(num_inference_steps, guided)
-    layout = setup.layout if guided else setup.layout.alone
-    return _measure(setup, plan, _as_planned(plan, layout, arguments))
+    estimator = Estimator.of(model, (height, width), inputs=inputs, guided=guided, catalog=catalog)
+    return estimator(specs, num_inference_steps)
+
+
+class Estimator:
+    """Estimates runs of one model with one policy or another; its uncached forward is counted once.
+
+    `arguments` are those of one forward over all branches, on the meta device as the denoiser is.
+    """
+
+    def __init__(self, denoiser: nn.Module, arguments: dict[str, Any], guided: bool, catalog: Catalog) -> None:
+        """Estimate runs of `denoiser`."""
+        self._denoiser = denoiser
+        self._arguments = arguments
+        self._guided = guided
+        self._catalog = catalog
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        size: tuple[int | None, int | None] = (None, None),
+        *,
+        inputs: dict[str, Any] | None = None,
+        guided: bool | None = None,
+        catalog: Catalog | None = None,
+    ) -> Estimator:
+        """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
+        if guided is None:
+            guided = architecture(model).guided if isinstance(model, str) else True
+        denoiser, arguments = _prepare(model, (2 if guided else 1, *size), inputs)
+        return cls(denoiser, arguments, guided, catalog or installed())
+
+    def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
+        """Estimate one run; raises a `CachekitError` as `estimate` does."""
+        policies = parse_all(specs, self._catalog)
+        # The replay leaves its denoiser intercepted.
+        setup = Setup.of({"": meta_copy(self._denoiser)}, policies, self._catalog)
+        plan = setup.plan_of(num_inference_steps, self._guided)
+        layout = setup.layout if self._guided else setup.layout.alone
+        record = _as_planned(plan, layout, self._arguments)
+        return _measure(setup, plan, record, self._uncached)
+
+    @cached_property
+    def _uncached(self) -> Forward:
+        return count_forward(self._denoiser, (), self._arguments)
 
 
 def _prepare(
@@ -120,15 +158,13 @@ def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record
     return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
 
 
-def _measure(setup: Setup, plan: Plan, record: Record) -> Estimate:
+def _measure(setup: Setup, plan: Plan, record: Record, full: Forward) -> Estimate:
     denoiser = setup.denoisers[""].module
-    baselines = {key: count_forward(denoiser, *inputs) for key, inputs in record.inputs.items()}
-    forwards, peak = replay(setup, record, baselines)
+    forwards, peak = replay(setup, record, dict.fromkeys(record.inputs, full))
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(record.rows, forwards)
     )
-    (full,) = baselines.values()
     final = forwards[_final_phase(record.rows) :]
     idle = full.ran - frozenset().union(*(forward.ran for forward in final))
     params = sum(parameter.numel() for parameter in denoiser.parameters())

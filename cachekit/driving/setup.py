@@ -16,6 +16,7 @@ from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
 from cachekit.interface.parts import Choice, Where
 from cachekit.interface.policy import Policy
+from cachekit.interface.presets import Preset
 from cachekit.interface.sites import Kind, Region, Site, SiteMap, Target
 from cachekit.planning.assignments import Assignment, Bound, assign
 from cachekit.planning.plan import Plan, make_plan
@@ -30,23 +31,33 @@ _MOST_PLANS = 64
 
 @dataclass(frozen=True)
 class Setup:
-    """The denoisers of a pipeline by name, the policies on them, and the catalog of policies and adapters."""
+    """The denoisers of a pipeline by name, the policies on them, and the catalog of policies and adapters.
+
+    `presets` are those that the policies come from.
+    """
 
     denoisers: dict[str, Denoiser]
     policies: tuple[Policy, ...]
     assignments: tuple[Assignment, ...]
     catalog: Catalog
+    presets: tuple[Preset, ...] = ()
     _plans: dict[tuple[Any, ...], Plan] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, modules: Mapping[str, nn.Module], policies: Sequence[Policy], catalog: Catalog) -> Setup:
+    def of(
+        cls,
+        modules: Mapping[str, nn.Module],
+        policies: Sequence[Policy],
+        catalog: Catalog,
+        presets: Sequence[Preset] = (),
+    ) -> Setup:
         """Choose an adapter for each module and the targets of each policy.
 
         Raises a `CachekitError` where an adapter or a target is missing, policies collide or a plugin refuses the plan.
         """
         denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
         chosen = (bound for policy in policies for bound in _select(policy, denoisers))
-        setup = cls(denoisers, tuple(policies), assign(chosen), catalog)
+        setup = cls(denoisers, tuple(policies), assign(chosen), catalog, tuple(presets))
         catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
         return setup
 

@@ -14,6 +14,7 @@ from cachekit.driving.detection import (
     refuse_inputs,
     refuse_narrowing,
 )
+from cachekit.driving.evidence import warn_of_run
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.setup import Setup
 from cachekit.errors import GuidanceError, PolicyError, SiteError
@@ -140,6 +141,8 @@ class RunStarter:
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
         self._begin(run, denoiser, inputs, scheduler, pipeline)
+        for preset in self._setup.presets:
+            warn_of_run(preset, counted, pipeline.arguments if pipeline else {})
         return run
 
     def _begin(

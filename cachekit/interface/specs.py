@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origi
 from cachekit.errors import SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
+from cachekit.interface.presets import expanded
 
 #: A policy, or its spec: `name` or `name:key=value,key=value`.
 Spec = Union[str, Policy]
@@ -74,11 +75,12 @@ def _built(spec: str, words: Vocabulary) -> Policy:
 
 
 def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, ...]:
-    """Parse one spec or several; raises `SpecError` as `parse` does, and for a policy that is named twice."""
-    if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)) or isinstance(specs, type):
-        raise SpecError(f"specs {specs!r}: is a {_described(specs)}; give a spec or a list of specs")
-    # A policy is iterable too, over its fields.
-    listed = [specs] if isinstance(specs, (str, Policy)) else list(specs)
+    """Parse one spec or several; a preset among them stands for its own.
+
+    Raises `SpecError` as `parse` does, and for a policy that is named twice, and `PresetError` for a preset that can't
+    be used.
+    """
+    listed, _ = expanded(listed_specs(specs), words.policies)
     parsed = tuple(parse(spec, words) for spec in listed)
     seen: dict[str, Policy] = {}
     for policy in parsed:
@@ -89,6 +91,14 @@ def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, 
             )
         seen[policy.name] = policy
     return parsed
+
+
+def listed_specs(specs: Spec | Iterable[Spec]) -> list[Spec]:
+    """List specs that are given as one or several; raises `SpecError` for anything else."""
+    if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)) or isinstance(specs, type):
+        raise SpecError(f"specs {specs!r}: is a {_described(specs)}; give a spec or a list of specs")
+    # A policy is iterable too, over its fields.
+    return [specs] if isinstance(specs, (str, Policy)) else list(specs)
 
 
 def is_name(name: str) -> bool:

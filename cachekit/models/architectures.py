@@ -27,6 +27,10 @@ _PUBLISHED = {
 }
 
 
+#: Keys of a config that models of one architecture may differ in.
+_FREE = frozenset({"sample_size"})
+
+
 @dataclass(frozen=True)
 class Architecture:
     """Class, config and inputs of one published denoiser."""
@@ -42,6 +46,10 @@ class Architecture:
     latent: int
     #: Whether the model is published with classifier-free guidance, that is two branches.
     guided: bool
+    #: Classes of the pipeline and the scheduler that the model is published with, and the steps of a run by default.
+    pipeline: str
+    scheduler: str
+    steps: int
     #: Where latents are packed into tokens, those of a token count as one.
     pixels_per_latent: int = PIXELS_PER_LATENT
     latent_width: int | None = None
@@ -55,6 +63,18 @@ class Architecture:
             times = 6 * self.config["addition_time_embed_dim"]
             return int(self.config["projection_class_embeddings_input_dim"] - times)
         return int(self.config.get("pooled_projection_dim", 0))
+
+    def has_config(self, config: dict[str, Any]) -> bool:
+        """Whether a denoiser of the class with this config has the architecture."""
+        own = {key: value for key, value in _plain(self.config).items() if key not in _FREE}
+        return all(config.get(key) == value for key, value in own.items())
+
+    @property
+    def published_scheduler(self) -> Any:
+        """A scheduler of the class that the model is published with."""
+        import diffusers
+
+        return getattr(diffusers, self.scheduler)()
 
     def build(self, device: str = "meta", dtype: torch.dtype = torch.float16) -> nn.Module:
         """Build the denoiser, with random weights unless it is on the meta device.
@@ -115,6 +135,23 @@ def architecture(name: str) -> Architecture:
     if name not in known:
         raise CachekitError(f"unknown model {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return known[name]
+
+
+def recognised(denoiser: nn.Module, scheduler: str = "") -> Architecture | None:
+    """Find the architecture that a denoiser has, whatever its weights and its image size; None for another one.
+
+    Of several, it is the one with the longest config, as distilled models have further keys; of those with the same
+    config the one that is published with `scheduler`, else one with guidance.
+    """
+    config, kind = _plain(getattr(denoiser, "config", {})), type(denoiser).__name__
+    fitting = [one for one in architectures().values() if one.cls == kind and one.has_config(config)]
+    return max(fitting, key=lambda one: (len(one.config), one.scheduler == scheduler, one.guided), default=None)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """Write tuples of a config as lists, as they are read from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+    return found
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:

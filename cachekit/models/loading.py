@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,20 @@ def pipeline(model: str, **arguments: Any) -> Any:
         raise _unreadable(model, error) from error
 
 
+def class_of(pipe: Any, name: str = "") -> type[Any] | None:
+    """Find the class of diffusers that a pipeline or its stand-in has, else the one called `name`; None for neither."""
+    import diffusers
+
+    found = (getattr(diffusers, known, None) for known in (type(pipe).__name__, name) if known.endswith("Pipeline"))
+    return next((kind for kind in found if kind is not None), None)
+
+
+def default_steps(kind: type[Any]) -> int | None:
+    """Read how many steps pipelines of a class take by default; None where the class has no default."""
+    parameter = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
 def precision(name: str | None) -> dict[str, Any]:
     """Turn the name of a dtype into arguments for `from_pretrained`.
 
@@ -150,13 +165,17 @@ class _ComponentsFromConfig:
         return int(2 ** (len(channels) - 1))
 
     def __getattr__(self, name: str) -> Any:
-        from diffusers import AutoModel
+        import diffusers
 
         entry = vars(self)["_index"].get(name)
         if not isinstance(entry, (list, tuple)) or not entry or entry[0] is None:
             raise AttributeError(name)
+        kind = getattr(diffusers, str(entry[-1]), None)
+        # A scheduler's config has another file name than a model's.
+        is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        loader: Any = kind if is_scheduler else diffusers.AutoModel
         try:
-            config = AutoModel.load_config(self._model, subfolder=name)
+            config = loader.load_config(self._model, subfolder=name)
         except _DAMAGED as error:
             raise _unreadable(self._model, error) from error
         return _on_meta(self._model, config)
@@ -170,8 +189,10 @@ def _on_meta(model: str, config: Any) -> nn.Module:
     kind = getattr(diffusers, name, None)
     if kind is None:
         raise ModelError(f"model {model!r}: diffusers has no class {name!r}; load it in Python")
+    # Schedulers calculate their tables, for which they need values.
+    device = "cpu" if issubclass(kind, diffusers.SchedulerMixin) else "meta"
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             denoiser: nn.Module = kind.from_config(config)
     except _DAMAGED as error:
         raise _unreadable(model, error) from error

@@ -16,6 +16,7 @@ from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarn
 from cachekit.interface.adapter import Adapter
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
+from cachekit.interface.presets import WORD
 from cachekit.interface.specs import is_name
 from cachekit.parts import registration
 from cachekit.planning.plan import Plan
@@ -240,6 +241,8 @@ def _check(registered: Any, kind: _Kind) -> None:
     name = registered.__name__
     if not is_name(registered.name):
         raise ValueError(f"{name}.name is {registered.name!r}; use lower case, digits and underscores")
+    if registered.name == WORD:
+        raise ValueError(f"{name}.name is {WORD!r}, which stands for files of specs; use another")
     needed = {Schedule: ("full", "action"), StandIn: ("weights", "predict")}.get(kind.base, (kind.method,))
     if all(getattr(registered, method) is getattr(kind.base, method) for method in needed):
         raise ValueError(f"{name} has no {' or '.join(needed)}; write it")

@@ -74,6 +74,12 @@ def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn
     return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
 
 
+def takes_scale(denoiser: nn.Module) -> bool:
+    """Whether the guidance scale is an input of the denoiser, so that a run has no branches."""
+    config = getattr(denoiser, "config", None) or {}
+    return _embeds_scale(denoiser) or bool(config.get("guidance_embeds"))
+
+
 def attention_processors(denoiser: nn.Module) -> dict[str, Any]:
     """Collect the attention processors of a denoiser, by name; none where it has no way to set them."""
     return dict(getattr(denoiser, "attn_processors", {})) if hasattr(denoiser, "set_attn_processor") else {}

@@ -77,6 +77,11 @@ def call_arguments(pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return arguments
 
 
+def names_branches(kind: type[Any]) -> bool:
+    """Whether pipelines of a class call the denoiser once for each guidance branch, under the branch's name."""
+    return 'cache_context("uncond")' in inspect.getsource(inspect.unwrap(kind.__call__))
+
+
 def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments that a report may hold on to: numbers, texts and lists of texts."""
     plain = (str, int, float, bool)

@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+#: Schedulers that add noise in each step, beside those with "Ancestral" or "SDE" in their names.
+_NOISY = frozenset({"DDPMScheduler", "LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"})
 #: Number of steps to plan where nothing gives one; a longer run lengthens its plan.
 UNKNOWN_STEPS = 100
 
@@ -64,6 +66,13 @@ def planned_scheduler(pipe: Any, steps: int) -> Any:
     except Exception:  # noqa: BLE001 - schedulers raise whatever they like where they miss an argument
         return None
     return planned
+
+
+def adds_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds fresh noise in each step, so that outputs of neighbouring steps don't lie on a curve."""
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    own = str(config.get("algorithm_type", "")).startswith("sde") or bool(config.get("stochastic_sampling"))
+    return own or name in _NOISY or "Ancestral" in name or "SDE" in name
 
 
 def step_index(scheduler: Any) -> int | None:

@@ -1,0 +1,119 @@
+"""Write the presets of the embedded models, with what `benchmarks.frontier` measured: `python -m benchmarks.presets`.
+
+Without results of the model's present weights, a preset has no figures. `--check` writes nothing, and fails where a
+file is stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from cachekit.bench.subjects import model_hash
+from cachekit.bench.summary import Group, Row
+from cachekit.interface.presets import FOLDER, Evidence, Figures, PlainSteps, Preset
+from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
+from cachekit.models.demo.pipeline import PIPELINES
+from cachekit.models.loading import DEMOS, pipeline
+from cachekit.upstream.fingerprints import fingerprint
+from cachekit.upstream.pipelines import denoiser_of
+from cachekit.upstream.schedulers import scheduler_of
+
+from .frontier import MODELS, stored
+from .readme import RESULTS
+
+#: What ships for each model, and what it is.
+SPECS = {
+    "forecast:interval=2": "A line through the last two outputs in every second step",
+    "calibrated:interval=2": "Calibrated forecasts in every second step",
+    "calibrated:interval=3": "Calibrated forecasts, with a full step in three",
+    "calibrated:interval=4": "Calibrated forecasts, with a full step in four",
+    "calibrated:interval=5": "Calibrated forecasts, with a full step in five",
+}
+
+
+def main() -> None:
+    """Write what is stale, or fail with `--check`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail where a preset is stale")
+    options = parser.parse_args()
+    stale = {name: preset for name, preset in made() if not _is_current(name, preset)}
+    if options.check and stale:
+        raise SystemExit(f"stale: {', '.join(stale)}; run python -m benchmarks.presets")
+    for name, preset in stale.items():
+        preset.save(FOLDER / f"{name}.json")
+        print(f"wrote {name}")
+
+
+def made() -> Iterator[tuple[str, Preset]]:
+    """Make each preset, with its name."""
+    for model in MODELS:
+        pipe = pipeline(model)
+        found = _group(model, type(scheduler_of(pipe)).__name__)
+        shared: dict[str, Any] = {
+            "pipeline": PIPELINES[DEMOS[model]],
+            "denoiser": type(denoiser_of(pipe)).__name__,
+            "model": fingerprint(denoiser_of(pipe)),
+            "scheduler": type(scheduler_of(pipe)).__name__,
+            "steps": DEMO_STEPS,
+            "reference_steps": DEMO_STEPS,
+            "guidance": DEMO_GUIDANCE,
+        }
+        for spec, summary in SPECS.items():
+            policy, _, keys = spec.partition(":")
+            evidence = Evidence(**shared, **(_measured(found, spec) if found else {}))
+            requires = {policy: "cachekit-diffusion"}
+            yield (
+                f"{model}-{policy}-{keys.rpartition('=')[2]}",
+                Preset(summary=summary, specs=[spec], requires=requires, evidence=evidence),
+            )
+
+
+def _is_current(name: str, preset: Preset) -> bool:
+    path = FOLDER / f"{name}.json"
+    return path.exists() and Preset.load(path) == preset
+
+
+def _group(model: str, scheduler: str) -> Group | None:
+    """Find the results of a model's present weights with its own scheduler; None where there are none."""
+    wanted = (model_hash(model), scheduler, DEMO_GUIDANCE)
+    groups = stored(RESULTS / f"frontier-{model}.jsonl")
+    cells = ((group, group.cell) for group in groups)
+    return next((group for group, cell in cells if (cell.model_hash, cell.scheduler, cell.guidance) == wanted), None)
+
+
+def _measured(group: Group, spec: str) -> dict[str, Any]:
+    """Collect the figures of a spec, and those of the best plain steps of equal cost; nothing where it wasn't run."""
+    row = next((row for row in group.rows if row.cell.specs == (spec,)), None)
+    if row is None:
+        return {}
+    plain = group.best_plain(row.plain_steps()["MACs"])
+    beside = PlainSteps(steps=plain.cell.steps, spacing=plain.cell.spacing, figures=_figures(plain)) if plain else None
+    shown = {name: str(group.environment[name]) for name in ("cachekit", "diffusers", "torch")}
+    figures = _figures(row).model_copy(update={"uncached_caption_match": group.uncached.caption_match})
+    return {"figures": figures, "plain": beside, "versions": shown}
+
+
+def _figures(row: Row) -> Figures:
+    return Figures(
+        images=len(row.samples),
+        psnr=_rounded(row.psnr, 2),
+        ssim=_rounded(row.ssim, 4),
+        caption_match=row.caption_match,
+        checked=row.checked_images,
+        macs=row.macs,
+        mac_reduction=_rounded(row.mac_reduction, 3),
+        seconds=_rounded(row.seconds, 4),
+        speedup=_rounded(row.speedup, 3),
+    )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    """Round a figure; that of identical images, which is infinite, is None as in a preset."""
+    return None if value is None or math.isinf(value) else round(value, digits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tuning: search for the specs that reach a target on one model."""

@@ -1,0 +1,108 @@
+"""`cachekit recommend`: what it prints can be pasted, its costs are the estimate's, errors are one line."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from support import commands, tiny
+from support.commands import printed, run
+
+import cachekit
+from cachekit.tuning.recommend import LEVELS, recommend
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny PixArt pipeline, of no known architecture, as configs alone."""
+    made = tmp_path_factory.mktemp("pixart")
+    tiny.pixart().save_pretrained(made)
+    for weights in made.rglob("*.safetensors"):
+        weights.unlink()
+    return made
+
+
+def pasted(text):
+    return [json.loads(found) for found in re.findall(r"cachekit\.apply\(pipe, (.*)\)$", text, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    return recommend(str(folder), steps=20)
+
+
+def test_the_lines_for_an_embedded_model_run_as_they_are():
+    found = recommend("demo")
+    assert [line.level for line in found.lines] == [*LEVELS]
+    assert all(not line.first for line in found.lines)
+    assert {one.name for one in found.settings} >= {"demo-calibrated-3", "demo-calibrated-5"}
+    pipe = cachekit.demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    for line in found.lines[1:]:
+        with cachekit.apply(pipe, line.specs) as attachment:
+            pipe("a red circle", num_inference_steps=found.steps, guidance_scale=3.5, output_type="latent")
+            report = attachment.report()
+            assert report.baseline_macs / report.macs == pytest.approx(line.costs.mac_reduction)
+
+
+def test_costs_are_those_of_the_estimate(found):
+    careful, _, bold = found.lines
+    cost = cachekit.estimate(tiny.pixart(), careful.specs, num_inference_steps=20)
+    assert (careful.costs.mac_reduction, careful.costs.cache_bytes) == (cost.speedup, cost.cache_bytes)
+    assert careful.costs.mac_reduction < bold.costs.mac_reduction
+
+
+def test_weights_that_have_to_be_made_first_come_with_their_command(found):
+    bold = found.lines[-1]
+    assert "file=calibration.json" in bold.code
+    command, arguments = commands.parsed(bold.first)
+    assert command == "calibrate"
+    assert (arguments["spec"], arguments["steps"]) == ("calibrated:interval=4", 20)
+
+
+def test_a_folder_of_an_unknown_architecture_has_the_presets_of_its_class(folder, tmp_path):
+    file = tmp_path / "found.json"
+    text = printed("recommend", folder, "--json", file)
+    data = json.loads(file.read_text())
+    assert (data["architecture"], data["denoiser"]) == (None, "PixArtTransformer2DModel")
+    assert data["scheduler"] == type(tiny.pixart().scheduler).__name__
+    assert {one["published_for"] for one in data["settings"]} == {"pixart-alpha", "pixart-sigma", "lcm-pixart"}
+    assert "cross_attention x" in text
+    assert len(pasted(text)) == len(LEVELS)
+    for spec in pasted(text)[:2]:
+        cachekit.apply(tiny.pixart(), spec).remove()
+
+
+def test_a_run_of_few_steps_gets_what_is_published_for_such_runs(folder):
+    found = recommend(str(folder), steps=4)
+    presets = {f'cachekit.apply(pipe, "preset:lcm-pixart-tgate-{m}")' for m in (1, 2)}
+    assert {line.code for line in found.lines} == presets
+
+
+def test_without_anything_published_for_few_steps_there_are_no_lines():
+    found = recommend("demo-flow", steps=4)
+    assert found.lines == []
+    assert "fewer steps are what is left" in found.note
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["sdlx"], "did you mean 'sdxl'?"),
+        (["./no-such-folder"], "there is no such folder"),
+        (["sd15", "--json", "no/such/folder.json"], "cannot write 'no/such/folder.json'"),
+    ],
+)
+def test_an_error_is_one_line(arguments, said):
+    result = run("recommend", *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_the_list_has_the_presets_with_their_sources():
+    text = printed("list")
+    assert "sdxl-tgate-deepcache: TGATE and DeepCache together" in text
+    assert "arXiv 2404.02747, version 1, table 7" in text

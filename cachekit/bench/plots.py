@@ -10,7 +10,7 @@ from typing import Any
 from cachekit.bench.cells import Method
 from cachekit.bench.summary import Row
 
-__all__ = ["plots"]
+__all__ = ["Axis", "plots"]
 
 _WIDTH, _HEIGHT = 420, 310
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 28, 40, 44
@@ -51,8 +51,8 @@ def _source(method: Method) -> str:
 
 
 def _plot(speed: str, quality: str, points: Sequence[_Point]) -> dict[str, Any]:
-    across = _Axis.over(speed, [point.x for point in points], _LEFT, _WIDTH - _RIGHT)
-    up = _Axis.over(quality, [point.y for point in points], _HEIGHT - _BOTTOM, _TOP)
+    across = Axis.over(speed, [point.x for point in points], _LEFT, _WIDTH - _RIGHT)
+    up = Axis.over(quality, [point.y for point in points], _HEIGHT - _BOTTOM, _TOP)
     front = [one for one in points if not any(_beats(other, one) for other in points)]
     places = [(across.at(point.x), up.at(point.y)) for point in points]
     # Points drawn last lie on top.
@@ -98,7 +98,7 @@ def _free(
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     """Maps values to pixels between `start` and `stop`, the pixels of the first and last mark."""
 
     name: str
@@ -107,7 +107,7 @@ class _Axis:
     stop: float
 
     @classmethod
-    def over(cls, name: str, values: Sequence[float], start: float, stop: float) -> _Axis:
+    def over(cls, name: str, values: Sequence[float], start: float, stop: float) -> Axis:
         """Choose round marks that enclose all values."""
         low, high = min(values), max(values)
         width = (high - low) or abs(high) or 1.0

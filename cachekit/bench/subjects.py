@@ -32,6 +32,7 @@ __all__ = [
     "model_hash",
     "own_scheduler",
     "set_scheduler",
+    "subject_of",
 ]
 
 
@@ -62,6 +63,11 @@ def load(setting: Setting) -> Subject:
     hide_progress(pipe)
     if setting.compiled:
         _compile(denoiser_of(pipe), setting.compiled)
+    return subject_of(pipe, setting)
+
+
+def subject_of(pipe: Any, setting: Setting) -> Subject:
+    """Measure a loaded pipeline, which is called as the setting says."""
     return Subject(pipe, _arguments(pipe, setting), setting.model in DEMOS)
 
 

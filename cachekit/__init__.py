@@ -89,6 +89,8 @@ if TYPE_CHECKING:
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
     from cachekit.runs.report import Report as Report
+    from cachekit.tuning.tune import Tuned as Tuned
+    from cachekit.tuning.tune import tune as tune
     from cachekit.upstream.attention import attends as attends
     from cachekit.upstream.attention import module_sites as module_sites
     from cachekit.upstream.compiling import without_compiler as without_compiler
@@ -140,6 +142,7 @@ _HOMES = {
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
     "runs.report": ["Report"],
+    "tuning.tune": ["Tuned", "tune"],
     "upstream.attention": ["attends", "module_sites"],
     "upstream.compiling": ["without_compiler"],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cachekit.cli import bench, calibrate, check, coverage, demo, doctor, estimate, generate, inspection, new
+from cachekit.cli import bench, calibrate, check, coverage, demo, doctor, estimate, generate, inspection, new, tune
 from cachekit.cli.output import Group
 
 __all__ = ["app"]
@@ -19,6 +19,7 @@ app.command()(generate.generate)
 app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(calibrate.calibrate)
+app.command()(tune.tune)
 app.command()(check.check)
 app.command()(coverage.coverage)
 app.command()(new.new_policy)

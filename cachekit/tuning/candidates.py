@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal, Protocol, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -14,9 +15,9 @@ from pydantic_core import PydanticUndefined
 from torch import nn
 
 from cachekit.driving.setup import Setup
-from cachekit.errors import CachekitError
+from cachekit.errors import CachekitError, SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
-from cachekit.interface.policy import PARTS, Policy
+from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import alternatives, parse_all
 from cachekit.registry.catalog import Catalog
 
@@ -78,12 +79,22 @@ class _Drawn:
 class Space:
     """All candidates for a denoiser: the policies that find their sites in it, alone and in pairs."""
 
-    def __init__(self, denoiser: nn.Module, catalog: Catalog, steps: int, spacings: Sequence[str]) -> None:
-        """Choose from `catalog`; `steps` are those of the uncached pipeline, `spacings` those that plain steps have."""
+    def __init__(
+        self, denoiser: nn.Module, catalog: Catalog, steps: int, spacings: Sequence[str], policies: Collection[str] = ()
+    ) -> None:
+        """Choose from `catalog`, or from the `policies` named alone.
+
+        `steps` are those of the uncached pipeline, `spacings` those that plain steps have. Raises `SpecError` for an
+        unknown policy.
+        """
+        for name in policies:
+            if name not in catalog.policies:
+                known = ", ".join(sorted(catalog.policies)) or "none"
+                raise SpecError(f"unknown policy {name!r}{nearest(name, catalog.policies)}; known: {known}")
         self._catalog = catalog
         self._steps = steps
         self._spacings = tuple(spacings)
-        self.policies = tuple(name for name in sorted(catalog.policies) if self._fits(denoiser, name))
+        self.policies = tuple(name for name in sorted(policies or catalog.policies) if self._fits(denoiser, name))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -103,15 +114,20 @@ class Space:
         return Candidate(tuple(sorted(map(str, parse_all(written, self._catalog)))), steps)
 
     def beginnings(self) -> Iterator[dict[str, Any]]:
-        """Yield parameters to begin a study with: plain steps with each spacing, then each policy as it is."""
+        """Yield parameters to begin a study with: in turns a policy as it is, and plain steps of some spacing."""
+        caches = [
+            {"policy": name, "with": NONE, "steps": self._steps, **self._defaults(name), f"0.{name}.part": _OWN}
+            for name in self.policies
+        ]
         rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)}, reverse=True)
-        rungs = [steps for steps in rungs if steps < self._steps]
-        for steps in rungs:
-            for spacing in self._spacings:
-                yield {"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing}
-        for name in self.policies:
-            own = self._defaults(name)
-            yield {"policy": name, "with": NONE, "steps": self._steps, **own, f"0.{name}.part": _OWN}
+        plain = [
+            {"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing}
+            for steps in rungs
+            for spacing in self._spacings
+            if steps < self._steps
+        ]
+        for pair in zip_longest(caches, plain):
+            yield from filter(None, pair)
 
     def _fits(self, denoiser: nn.Module, name: str) -> bool:
         """Whether a policy finds its sites: as it is by default, or with one of a few values drawn at random."""

@@ -24,40 +24,40 @@ class Lots:
     fresh: tuple[str, ...]
 
 
-def lots_of(captions: int | Sequence[str], is_embedded: bool) -> Lots:
+def lots_of(captions: int | Sequence[str], fresh: int | None, is_embedded: bool) -> Lots:
     """Share out captions; a number draws as many for the search of an embedded model, and others for the rest.
+
+    Of texts, the last `fresh` are kept for the verdict, by default half.
 
     Raises `TuningError` where there are too few, or one is empty or too long, with its line.
     """
     if isinstance(captions, int):
-        return _drawn(captions, is_embedded)
+        return _drawn(captions, fresh, is_embedded)
     texts = [_checked(number, text) for number, text in enumerate(captions, 1)]
     different = tuple(dict.fromkeys(texts))
-    half = len(different) // 2
-    if half < 1:
+    kept = fresh or -(-len(different) // 2)
+    if not 0 < kept < len(different):
         raise TuningError(
-            f"{len(different)} different captions: the search and the verdict need some each; give 4 or more"
+            f"{len(different)} different captions, {kept} of them for the verdict: the search needs some too; give more"
         )
-    return Lots(different[:half], different[:half][:_WEIGHTS], different[half:])
+    return Lots(different[:-kept], different[:-kept][:_WEIGHTS], different[-kept:])
 
 
-def _drawn(count: int, is_embedded: bool) -> Lots:
+def _drawn(count: int, fresh: int | None, is_embedded: bool) -> Lots:
     from cachekit.models.demo import heldout_captions
 
     if not is_embedded:
         raise TuningError(f"captions {count}: numbers are for embedded models; give texts, or a file with one per line")
     if count < 1:
         raise TuningError(f"captions {count}: give a number above 0")
-    fresh = max(count, _FRESH)
-    drawn = heldout_captions(count + _WEIGHTS + fresh, 0)
+    drawn = heldout_captions(count + _WEIGHTS + (fresh or max(count, _FRESH)), 0)
     return Lots(tuple(drawn[:count]), tuple(drawn[count : count + _WEIGHTS]), tuple(drawn[count + _WEIGHTS :]))
 
 
 def _checked(number: int, text: str) -> str:
-    if not text.strip():
-        raise TuningError(f"captions, line {number}: empty; write one caption per line, of 1 to {_LONGEST} characters")
-    if len(text) > _LONGEST:
+    wrong = "empty" if not text.strip() else f"{len(text)} characters" if len(text) > _LONGEST else ""
+    if wrong:
         raise TuningError(
-            f"captions, line {number}: {len(text)} characters; write one caption per line, of 1 to {_LONGEST} characters"
+            f"captions, line {number}: {wrong}; write one caption per line, of 1 to {_LONGEST} characters"
         )
     return text.strip()

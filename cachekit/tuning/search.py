@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from cachekit.bench.results import Result
@@ -47,6 +47,7 @@ class Search:
     targets: Targets
     captions: Sequence[str]
     guided: bool = True
+    _refused: dict[Candidate, str] = field(default_factory=dict, init=False)
 
     def run(self, budget: Budget, progress: Progress) -> None:
         """Try candidates until the budget is spent; what is measured is in the journal at once."""
@@ -76,13 +77,15 @@ class Search:
         candidate = None
         try:
             candidate = self.space.choose(trial)
-            reason = self._refusal(candidate, beside)
+            reason = self._refused.get(candidate) or self._refusal(candidate, beside)
         except CachekitError as error:
             reason = str(error)
-        if reason:
-            self.journal.refuse(trial, candidate, reason)
-            return None
-        return candidate
+        if not reason:
+            return candidate
+        if candidate is not None:
+            self._refused[candidate] = reason
+        self.journal.refuse(trial, candidate, reason)
+        return None
 
     def _refusal(self, candidate: Candidate, beside: Sequence[Candidate]) -> str:
         """Why a candidate need not be measured, "" where it must; raises `CachekitError` where it can't be."""

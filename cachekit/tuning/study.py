@@ -117,7 +117,9 @@ class Journal:
         """Those measured that no other beats in similarity, cost and caption match, the cheapest first."""
         everything = self.measured
         found = [one for one in everything if not any(self.beats(other.figures, one.figures) for other in everything)]
-        return sorted(found, key=lambda one: -self._targets.saving(one.figures))
+        # Of equals, such as one step with whatever spacing, the first is shown.
+        different = {tuple(self._values(one.figures)): one for one in reversed(found)}
+        return sorted(different.values(), key=lambda one: -self._targets.saving(one.figures))
 
     def beats(self, one: Figures, other: Figures, margin: float = 0.0) -> bool:
         """Whether `one` is nowhere worse than `other` and somewhere better; by `margin` dB at least."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cachekit.errors import CachekitError
 from cachekit.interface.presets import Figures
 
-__all__ = ["TuningError", "Target", "Targets", "similarity_of"]
+__all__ = ["Target", "Targets", "TuningError", "similarity_of"]
 
 _UNITS = {"s": 1.0, "ms": 1e-3}
 
@@ -102,7 +102,7 @@ class Targets:
         return all(target.reached(figures) for target in self.listed)
 
     def merit(self, figures: Figures) -> tuple[float, float]:
-        """What is to be as great as possible among those that reach the targets, and then what else."""
+        """Rank figures that reach the targets, by what is to be as great as possible, and then what else."""
         saved, similar = self.saving(figures), similarity_of(figures)
         return (saved, similar) if self.fixes_quality else (similar, saved)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +36,12 @@ __all__ = ["Tuned", "tune"]
 class Tuned:
     """What a tuning has found.
 
-    `front` are the candidates of the search that no other beats, the cheapest first. `verdict` has the figures on fresh
-    captions, `preset` the best of them with its evidence, None where no cached candidate reaches the target. `refused`
-    are the reasons for which candidates were not measured.
+    `measured` has all candidates of the search, `front` those that no other beats, the cheapest first. `verdict` has
+    the figures on fresh captions, `preset` the best of them with its evidence, None where no cached candidate reaches
+    the target. `refused` are the reasons for which candidates were not measured.
     """
 
+    measured: list[Measured]
     front: list[Measured]
     verdict: Verdict
     preset: Preset | None
@@ -52,10 +53,12 @@ def tune(
     model: Any,
     captions: int | Sequence[str] = 16,
     *,
+    fresh: int | None = None,
     at_least: float | None = None,
     caption_match: float | None = None,
     at_most: float | None = None,
     speedup: float | None = None,
+    policies: Collection[str] = (),
     trials: int = 40,
     seconds: float | None = None,
     num_inference_steps: int = 25,
@@ -75,25 +78,26 @@ def tune(
         tuned = cachekit.tune("demo", 16, at_least=35, output="fast.json")
         cachekit.apply(pipe, "preset:fast.json")
 
-    `model` is a loaded pipeline, or what `cachekit bench` takes. `captions` are texts, half of which are kept for the
-    verdict, or for an embedded model the number of held-out ones that the search draws. All targets given must hold:
-    `at_least` is a PSNR in dB to uncached images of `num_inference_steps` steps, `caption_match` the change of the share
-    of images that show their captions (-0.01), `at_most` seconds for an image, `speedup` a ratio of wall times. Where a
-    quality is asked, the cheapest that reaches it is the best; otherwise the most similar.
+    `model` is a loaded pipeline, or what `cachekit bench` takes. `captions` are texts, of which the last `fresh` are
+    kept for the verdict, by default half; for an embedded model the number of held-out ones that the search draws. All
+    targets given must hold: `at_least` is a PSNR in dB to uncached images of `num_inference_steps` steps,
+    `caption_match` the change of the share of images that show their captions (-0.01), `at_most` seconds for an image,
+    `speedup` a ratio of wall times. Where a quality is asked, the cheapest that reaches it is the best; otherwise the most similar.
 
-    The search ends after `trials` measured candidates, or `seconds`. `journal` is a file that keeps the study: a stopped
-    one resumes, and several processes may share it. The preset is written to `output`, beside weights that it needs.
-    `executor` is as for the bench; a loaded pipeline is measured in this process alone.
+    `policies` are the names of those to try, by default all that find their sites. The search ends after `trials`
+    measured candidates, or `seconds`. `journal` is a file that keeps the study: a stopped one resumes, and several
+    processes may share it. The preset is written to `output`, beside weights that it needs. `executor` is as for the
+    bench; a loaded pipeline is measured in this process alone.
 
-    Raises `TuningError`, a `CachekitError`, for a target that makes no sense, captions that can't be used, and a journal
-    with a study of something else.
+    Raises `TuningError`, a `CachekitError`, for a target that makes no sense, captions that can't be used, and a
+    journal with a study of something else.
     """
     targets = Targets(at_least, caption_match, at_most, speedup)
     executor_of(executor)
     named = isinstance(model, str)
     if not named and executor != "serial":
         raise TuningError(f"executor {executor!r} loads models by name; give the pipeline's folder, or executor serial")
-    lots = lots_of(captions, named and model in DEMOS)
+    lots = lots_of(captions, fresh, named and model in DEMOS)
     setting = Setting(
         model=model if named else type(model).__name__,
         captions=lots.search,
@@ -114,32 +118,33 @@ def tune(
     with _scheduler_of(subject.pipe, scheduler) as name:
         weights = Weights(subject, name, lots.weights, _beside(target_file))
         measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, executor, workers)
-        work = _Tuning(measurer, targets, lots)
+        work = _Tuning(measurer, targets, lots, policies)
         return work.run(Budget(trials, seconds), Path(journal) if journal is not None else None, target_file, progress)
 
 
 class _Tuning:
     """One tuning: its search, its verdict and its preset."""
 
-    def __init__(self, measurer: Measurer, targets: Targets, lots: Lots) -> None:
-        self._measurer, self._targets, self._lots = measurer, targets, lots
+    def __init__(self, measurer: Measurer, targets: Targets, lots: Lots, policies: Collection[str]) -> None:
+        self._measurer, self._targets, self._lots, self._policies = measurer, targets, lots, policies
         self._pipe = measurer.subject.pipe
 
     def run(self, budget: Budget, journal: Path | None, output: Path | None, progress: Progress | None) -> Tuned:
         """Search, judge, and write the preset."""
         measurer, targets, show = self._measurer, self._targets, progress or (lambda done, total, line: None)
+        spacings = [*self._spacings()]
+        space = Space(denoiser_of(self._pipe), installed(), measurer.steps, spacings, self._policies)
         study = Journal(journal, self._key(), targets, measurer.subject.draws_scenes, measurer.seed)
-        space = Space(denoiser_of(self._pipe), installed(), measurer.steps, [*self._spacings()])
         Search(space, study, measurer, targets, self._lots.search, self._scale != 1).run(budget, show)
         show(budget.trials, budget.trials, "")
         verdict = judge(study, measurer, targets, self._lots.fresh, type(self._pipe).__name__)
         preset = self._preset(verdict.best, output) if verdict.best else None
         if preset and output:
             preset.save(output)
-        return Tuned(study.front(), verdict, preset, study.reasons, targets)
+        return Tuned(study.measured, study.front(), verdict, preset, study.reasons, targets)
 
     def _key(self) -> dict[str, Any]:
-        """What the figures of a study are of: a study of anything else is another."""
+        """List what the figures of a study are of: a study of anything else is another."""
         measurer = self._measurer
         return {
             "model": measurer.model,

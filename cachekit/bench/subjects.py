@@ -42,11 +42,15 @@ _AS_IMAGES = (("latent_width", None), ("frames", 1))
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions."""
+    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions.
+
+    `has_reference` is whether they are compared with scenes rendered from the captions too, by the Frechet distance.
+    """
 
     pipe: Any
     arguments: Arguments
     draws_scenes: bool = False
+    has_reference: bool = True
 
 
 def load(setting: Setting) -> Subject:

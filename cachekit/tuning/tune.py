@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def tune(
     kept for the verdict, by default half; for an embedded model the number of held-out ones that the search draws. All
     targets given must hold: `at_least` is a PSNR in dB to uncached images of `num_inference_steps` steps,
     `caption_match` the change of the share of images that show their captions (-0.01), `at_most` seconds for an image,
-    `speedup` a ratio of wall times. Where a quality is asked, the cheapest that reaches it is the best; otherwise the most similar.
+    `speedup` a ratio of wall times. Where a quality is asked, the cheapest that reaches it is the best; otherwise the
+    most similar.
 
     `policies` are the names of those to try, by default all that find their sites. The search ends after `trials`
     measured candidates, or `seconds`. `journal` is a file that keeps the study: a stopped one resumes, and several
@@ -109,7 +110,8 @@ def tune(
     target_file = Path(output) if output is not None else None
     if target_file is not None and not target_file.absolute().parent.is_dir():
         raise TuningError(f"cannot write {str(target_file)!r}: there is no folder {str(target_file.parent)!r}")
-    subject = load(setting) if named else subject_of(model, setting)
+    # A search has too few images for Frechet distances.
+    subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
     if targets.caption_match is not None and not subject.draws_scenes:
         raise TuningError(
             f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cachekit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from cachekit.applying import apply as apply
     from cachekit.applying import attachment as attachment
@@ -94,8 +96,6 @@ if TYPE_CHECKING:
     from cachekit.upstream.attention import attends as attends
     from cachekit.upstream.attention import module_sites as module_sites
     from cachekit.upstream.compiling import without_compiler as without_compiler
-
-__version__ = "0.1.0"
 
 #: The module that defines each public name.
 _HOMES = {

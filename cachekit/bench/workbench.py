@@ -227,7 +227,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     """Collect what figures depend on besides the cell: versions, machine and threads."""
     import torch
 
-    from cachekit import __version__
+    from cachekit.version import __version__
 
     on_gpu = torch.cuda.is_available() and setting.device != "cpu"
     return {

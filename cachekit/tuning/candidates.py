@@ -230,10 +230,10 @@ def _range(field: FieldInfo, steps: int) -> tuple[float, float] | None:
     types = alternatives(field.annotation)
     if bool in types or not {int, float} & set(types):
         return None
-    low, high = -math.inf, math.inf
-    for bound in field.metadata:
-        low = max(low, bound.ge if isinstance(bound, Ge) else bound.gt if isinstance(bound, Gt) else low)
-        high = min(high, bound.le if isinstance(bound, Le) else bound.lt if isinstance(bound, Lt) else high)
+    low = max((_float(bound.ge) for bound in field.metadata if isinstance(bound, Ge)), default=-math.inf)
+    low = max((_float(bound.gt) for bound in field.metadata if isinstance(bound, Gt)), default=low)
+    high = min((_float(bound.le) for bound in field.metadata if isinstance(bound, Le)), default=math.inf)
+    high = min((_float(bound.lt) for bound in field.metadata if isinstance(bound, Lt)), default=high)
     usual = field.default if isinstance(field.default, (int, float)) else None
     if int in types:
         low = max(low, 0)
@@ -241,6 +241,10 @@ def _range(field: FieldInfo, steps: int) -> tuple[float, float] | None:
     if usual:
         return max(low, usual / 4), min(high, usual * 4)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _float(bound: Any) -> float:
+    return float(bound)
 
 
 def _chosen(chooser: Chooser, field: FieldInfo, path: str, steps: int) -> Any:

@@ -217,6 +217,6 @@ def _owners(specs: Sequence[str]) -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    from cachekit import __version__
+    from cachekit.version import __version__
 
     return {"cachekit": __version__, **{name: str(value) for name, value in versions().items()}}

@@ -99,7 +99,9 @@ def _best_plain(group: Group, row: Row) -> PlainSteps | None:
     if steps == row.cell.uncached_steps or not row.cell.specs:
         return None
     best = group.best_plain(steps)
-    return best and PlainSteps(steps=steps, spacing=best.cell.spelled, figures=figures_of(best.results))
+    if best is None:
+        return None
+    return PlainSteps(steps=steps, spacing=best.cell.spelled, figures=figures_of(best.results))
 
 
 # -- what comes near --------------------------------------------------------------------------------------

@@ -133,7 +133,7 @@ def _report(tuned: Tuned, output: Path) -> None:
         say(f"{len(tuned.refused)} candidates were refused before they were measured, such as {tuned.refused[0]}")
     best, rival = tuned.verdict.best, tuned.verdict.rival
     if rival:
-        say(f"plain steps are the better choice: {rival.candidate.label} ({_line(rival.figures, tuned.targets)})")
+        say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")
     if best and tuned.preset:
         say(f"{' + '.join(tuned.preset.specs)}, {best.candidate.steps} steps: {_line(best.figures, tuned.targets)}")
         say(f"wrote {output}; use it as preset:{output}")

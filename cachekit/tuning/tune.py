@@ -25,8 +25,8 @@ from cachekit.tuning.study import Journal, Measured
 from cachekit.tuning.targets import Targets, TuningError
 from cachekit.tuning.verdict import Judged, Verdict, judge
 from cachekit.tuning.weights import Weights
-from cachekit.upstream.pipelines import denoiser_of
-from cachekit.upstream.scales import SCALE
+from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
+from cachekit.upstream.scales import scale_of
 from cachekit.upstream.versions import versions
 
 __all__ = ["Tuned", "tune"]
@@ -117,7 +117,7 @@ def tune(
             f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"
             " a similarity"
         )
-    with _scheduler_of(subject.pipe, scheduler) as name:
+    with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe):
         weights = Weights(subject, name, lots.weights, _beside(target_file))
         measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, executor, workers)
         work = _Tuning(measurer, targets, lots, policies)
@@ -159,8 +159,8 @@ class _Tuning:
 
     @property
     def _scale(self) -> float | None:
-        value = self._measurer.subject.arguments(self._lots.search[0]).get(SCALE)
-        return float(value) if isinstance(value, (int, float)) else None
+        given = dict(self._measurer.subject.arguments(self._lots.search[0]))
+        return scale_of(call_arguments(self._pipe, (), given))
 
     def _spacings(self) -> Iterator[str]:
         cell = self._measurer.cell(Candidate((), 1), self._lots.search)

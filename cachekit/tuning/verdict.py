@@ -34,13 +34,13 @@ class Judged:
 class Verdict:
     """What was judged on fresh captions, and the best of it: None where no candidate reaches the targets.
 
-    `rival` are plain steps that reach the targets at no greater cost than the best. `nearest` is a line about the
+    `rival` are plain steps that reach the targets and are better than the best. `nearest` is a line about the
     candidates on each side of the targets where none reaches them.
     """
 
     judged: list[Judged]
     best: Judged | None
-    rival: Judged | None
+    rival: PlainSteps | None
     nearest: str
 
 
@@ -57,11 +57,25 @@ def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequ
         if cached or not left:
             break
     best = max(cached, key=lambda one: targets.merit(one.figures), default=None)
-    plain = [one for one in reaching if not one.candidate.specs]
+    return Verdict(judged, best, _rival(reaching, best, targets), _missed(journal, judged, reaching, targets))
+
+
+def _rival(reaching: Sequence[Judged], best: Judged | None, targets: Targets) -> PlainSteps | None:
+    """Best plain steps that reach the targets, those beside the best candidate included; None where that beats them."""
+    plain = [
+        PlainSteps(steps=one.candidate.steps, spacing=one.candidate.spacing, figures=one.figures)
+        for one in reaching
+        if not one.candidate.specs
+    ]
+    plain += [one.plain for one in reaching if one.plain and targets.reached(one.plain.figures)]
     rival = max(plain, key=lambda one: targets.merit(one.figures), default=None)
     if rival and best and targets.merit(rival.figures) <= targets.merit(best.figures):
-        rival = None
-    return Verdict(judged, best, rival, "" if reaching else nearest(journal.measured, judged, targets))
+        return None
+    return rival
+
+
+def _missed(journal: Journal, judged: Sequence[Judged], reaching: Sequence[Judged], targets: Targets) -> str:
+    return "" if reaching else nearest(journal.measured, judged, targets)
 
 
 def _promising(journal: Journal, targets: Targets) -> list[Candidate]:

@@ -76,8 +76,7 @@ def test_a_stopped_study_resumes(tuned, folder):
     again = cachekit.tune(
         "demo",
         1,
-        speedup=None,
-        at_least=10,
+        at_least=90,
         trials=3,
         journal=folder / "study.log",
         progress=lambda done, total, line: lines.append(done),
@@ -86,6 +85,8 @@ def test_a_stopped_study_resumes(tuned, folder):
     after = {one.candidate: one.figures for one in again.measured}
     assert before.items() <= after.items()
     assert (lines[0], len(after)) == (2, 3)
+    assert again.preset is None
+    assert again.verdict.judged == []
 
 
 def test_a_study_of_another_model_is_refused_with_both_hashes(tuned, folder):

@@ -63,7 +63,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['speedup']:.3f}",
         f"{row['mac_reduction']:.3f}",
         _figure(row.get("estimated_mac_reduction"), ".3f"),
-        _figure(row["kept_bytes"], ",.0f", 2**20),
+        _figure(row["kept_bytes"], ",.1f", 2**20),
         _figure(row["extra_bytes"], ",.0f", 2**20),
         "yes" if row["equal"] else "no",
     ]
@@ -76,7 +76,7 @@ def _compiled(row: dict[str, Any]) -> list[str]:
         f"{row['speedup']:.3f}",
         f"{row['eager_speedup']:.3f}",
         f"{row['first_seconds']:.1f}",
-        _figure(row["kept_bytes"], ",.0f", 2**20),
+        _figure(row["kept_bytes"], ",.1f", 2**20),
     ]
 
 

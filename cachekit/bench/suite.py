@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cachekit.bench.caches import caches_for
@@ -19,7 +20,7 @@ from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import denoiser_from_config, is_architecture, precision, scheduler_for
+from cachekit.models.loading import DEMOS, denoiser_from_config, is_architecture, precision, scheduler_for
 from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tupl
 
 def _shape(model: str) -> nn.Module:
     """Build a model's denoiser without weights, once for each content of its files."""
-    return denoiser_from_config(model) if is_architecture(model) else _shape_of_files(model, model_hash(model))
+    has_files = not is_architecture(model) and (model in DEMOS or Path(model).is_dir())
+    return _shape_of_files(model, model_hash(model)) if has_files else denoiser_from_config(model)
 
 
 @lru_cache(maxsize=4)

@@ -143,7 +143,7 @@ def choice_of(policy: Policy) -> Choice:
     choices = list(policy.chosen().values())
     if len(choices) != 1 or getattr(choices[0].where, "name", "") != DENOISER.name:
         raise CalibrationError(
-            f"{policy}: skips more or other than whole calls of the denoiser; use calibrated:interval=4"
+            f"{policy}: skips more or other than whole calls of the denoiser; use where=denoiser alone"
         )
     return choices[0]
 

@@ -139,19 +139,19 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
-        self._begin(run, scheduler, pipeline)
+        self._begin(run, denoiser, scheduler, pipeline)
         for preset in self._setup.presets:
             warn_of_run(preset, counted, pipeline.arguments if pipeline else {})
         return run
 
-    def _begin(self, run: Run, scheduler: Any, pipeline: PipelineCall | None) -> None:
-        """Call `begin` of schedules and stand-ins, which may refuse the run."""
+    def _begin(self, run: Run, denoiser: Denoiser, scheduler: Any, pipeline: PipelineCall | None) -> None:
+        """Call `begin` of schedules and stand-ins, which may refuse the run; guidance belongs to the first denoiser."""
         for index, bound in enumerate(self._setup.assignments):
             parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
-            if not parts or bound.is_guidance or index in run.plan.dropped:
+            if not parts or index in run.plan.dropped:
                 continue
             beginning = Beginning(
-                self._setup.denoisers[bound.denoiser].module,
+                (denoiser if bound.is_guidance else self._setup.denoisers[bound.denoiser]).module,
                 scheduler,
                 pipeline.arguments if pipeline else {},
                 run.record.steps,
@@ -186,7 +186,7 @@ class RunStarter:
         """Raise `GuidanceError` where a policy keeps a branch that is not called first."""
         called_first = layout.order[0]
         for bound in self._setup.narrowing:
-            stays = bound.choice.where.stays(layout)
+            stays = bound.stays(layout)
             if stays != called_first:
                 name = type(denoiser.module).__name__
                 raise GuidanceError(
@@ -199,7 +199,7 @@ class RunStarter:
         for bound in self._setup.assignments:
             if bound.is_whole and bound.denoiser == denoiser.name:
                 raise SiteError(
-                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, which"
+                    f"{bound.policy}: would leave out calls of {type(denoiser.module).__name__}, but"
                     f" {Obstacle.WRITTEN_CACHE.value}; use a policy for attention or blocks"
                 )
 

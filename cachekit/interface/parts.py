@@ -133,7 +133,11 @@ class Schedule(Part):
         `OPEN`, which is None, leaves it to the run: to `decide`, or to the signals of an `Indicator`. STOREs that no
         later REUSE reads are only computed.
         """
-        return Action.STORE if self.full(at) else Action.REUSE
+        full = self.full(at)
+        if not isinstance(full, bool):
+            name = f" for {at.target.name!r}" if at.target else ""
+            raise PolicyError(f"{self}: full{name} at step {at.step} returned {full!r}; return True or False")
+        return Action.STORE if full else Action.REUSE
 
     def decide(self, at: Moment) -> Action:
         """Decide an open action at the beginning of a step, with the run's memory in `at.memory` and `at.shared`."""
@@ -209,8 +213,11 @@ class StandIn(Part):
 def combine(history: History, weights: Sequence[float]) -> Streams:
     """Add up the tensors of a history, each entry times its weight; low precision is added up in float32.
 
-    Entries with a weight of 0 are left out, and a single entry with a weight of 1 is returned as it is.
+    Entries with a weight of 0 are left out, and a single entry with a weight of 1 is returned as it is. Raises
+    `ValueError` where there are not as many weights as entries.
     """
+    if len(weights) != len(history):
+        raise ValueError(f"{len(weights)} weights for {len(history)} kept entries; give one for each")
     used = [(entry.tensors, weight) for entry, weight in zip(history, weights) if weight]
     if len(used) == 1 and used[0][1] == 1:
         return used[0][0]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cachekit.errors import ConflictError, SiteError
+from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind, Site, Target
+
+if TYPE_CHECKING:
+    from cachekit.interface.adapter import Layout
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,14 @@ class Assignment:
         if not self.is_block or other.is_guidance or self.denoiser != other.denoiser:
             return False
         return self.is_whole or (not other.is_whole and self.target.covers(other.target.exit))
+
+    def stays(self, layout: Layout) -> str:
+        """Name the branch that runs on where guidance drops one; raises `PolicyError` for one that isn't there."""
+        found = self.choice.where.stays(layout)
+        if found not in layout.order:
+            named = " or ".join(map(repr, layout.order))
+            raise PolicyError(f"{self.policy}: stays of {self.choice.where} returned {found!r}; return {named}")
+        return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
         """Share the assignment between copies of a model: it is immutable."""

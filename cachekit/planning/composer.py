@@ -131,7 +131,7 @@ class Composer:
             self.narrowed_by = min(votes, key=lambda index: self.assignments[index].policy.name, default=None)
         self.branches = self.layout.order
         if self.narrowed_by is not None:
-            self.branches = (self.assignments[self.narrowed_by].choice.where.stays(self.layout),)
+            self.branches = (self.assignments[self.narrowed_by].stays(self.layout),)
         for index in self._guidance:
             cells[index] = self._guidance_cell(index, cells[index])
 

@@ -223,7 +223,7 @@ class Call:
     def keep_branch(self, index: int, outputs: Mapping[str, Streams]) -> None:
         """Keep, of both branches' outputs, what a guidance choice needs in place of one of them."""
         bound = self.keeper.assignments[index]
-        stays = bound.choice.where.stays(self.calls.layout)
+        stays = bound.stays(self.calls.layout)
         (dropped,) = [branch for branch in outputs if branch != stays]
         time = self._time
         kept = take(bound.choice.what.of, outputs[dropped], outputs[stays], time)

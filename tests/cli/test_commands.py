@@ -437,3 +437,9 @@ def test_a_broken_plugin_is_one_line_of_warning_elsewhere(with_plugins):
     assert result.exit_code == 0
     assert result.stderr.startswith("warning: plugin 'broken'")
     assert result.stderr.count("\n") == 1
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "cachekit", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Usage: cachekit" in done.stdout

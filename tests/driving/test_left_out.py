@@ -21,9 +21,9 @@ from support import tiny
 from torch import nn
 
 import cachekit
-from cachekit import Action, Choice, Every, History, Moment, Policy, Reuse, StandIn, Streams, WholeDenoiser
+from cachekit import Action, Choice, Every, Guidance, History, Moment, Policy, Reuse, StandIn, Streams, WholeDenoiser
 from cachekit.coverage.building import arguments, build
-from cachekit.errors import CachekitError, PolicyError, SiteError
+from cachekit.errors import CachekitError, PolicyError, SiteError, SpecError
 
 STEPS = 8
 FORECAST = "forecast:interval=3"
@@ -459,6 +459,50 @@ def test_what_a_stand_in_returns_is_checked(how: str) -> None:
     with cachekit.apply(pipe, Wronged(how=how)), pytest.raises(PolicyError, match=line) as caught:
         tiny.latents(pipe, steps=STEPS)
     assert len(str(caught.value).splitlines()) == 1
+    assert torch.equal(tiny.latents(pipe, steps=STEPS), plain)
+
+
+class Unweighted(Reuse):
+    name = "unweighted"
+    length = 2
+
+    def weights(self, times: Any, at: Any) -> Any:
+        return [1.0]
+
+    def predict(self, history: Any, at: Any, given: Any = ()) -> Any:
+        return StandIn.predict(self, history, at, given)
+
+
+def test_a_stand_in_gives_a_weight_for_each_entry() -> None:
+    pipe = tiny.small()
+
+    class Lacking(Policy):
+        name = "lacking"
+
+        def choices(self) -> Any:
+            return {"denoiser": Choice(WholeDenoiser(), Every(n=2), Unweighted())}
+
+    with cachekit.apply(pipe, Lacking()), pytest.raises(PolicyError, match=r"at step 3 .*1 weights for 2 kept entries"):
+        tiny.latents(pipe, steps=5)
+
+
+def test_a_part_at_guidance_may_refuse_a_run() -> None:
+    class Refusing(Reuse):
+        name = "refusing"
+
+        def begin(self, run: Any, shared: Any) -> None:
+            raise SpecError(f"not for {type(run.denoiser).__name__}")
+
+    class Refused(Policy):
+        name = "refused"
+
+        def choices(self) -> Any:
+            return {"guidance": Choice(Guidance(), Every(n=2), Refusing())}
+
+    pipe = tiny.small()
+    plain = tiny.latents(pipe, steps=STEPS)
+    with cachekit.apply(pipe, Refused()), pytest.raises(SpecError, match=r"^not for UNet2DConditionModel$"):
+        tiny.latents(pipe, steps=STEPS)
     assert torch.equal(tiny.latents(pipe, steps=STEPS), plain)
 
 

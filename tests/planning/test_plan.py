@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 from support.scripted import TOY, Script, Scripted
 
-from cachekit import Chebyshev, Linear, Reuse
+from cachekit import After, Chebyshev, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse
 from cachekit.driving.setup import _targets
 from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
@@ -271,6 +271,31 @@ def test_a_schedule_that_fails_is_one_line_with_policy_target_and_step(when, rea
     with pytest.raises(PolicyError) as caught:
         plan_of(Bad(script="S"), steps=4)
     assert str(caught.value) == (f"scripted:script=S: action of script(actions=S) for 'mid.cross' at step 2 {reason}")
+
+
+@pytest.mark.parametrize("answer", [None, "reuse", 1])
+def test_full_returns_a_boolean(answer):
+    class Vague(Every):
+        def full(self, at):
+            return at.step == 0 or answer
+
+    with pytest.raises(PolicyError, match=rf"full for 'x' at step 1 returned {answer!r}; return True or False"):
+        [Vague(n=2).action(Moment(step, 4, target=Site("x", Kind.BLOCK))) for step in range(2)]
+
+
+def test_the_branch_that_stays_is_one_of_the_run():
+    class Lost(Guidance):
+        def stays(self, layout):
+            return "both"
+
+    class Losing(Policy):
+        name = "losing"
+
+        def choices(self):
+            return {"guidance": Choice(Lost(), After(m=1), Drop())}
+
+    with pytest.raises(PolicyError, match=r"losing: stays of .* returned 'both'; return 'uncond' or 'cond'"):
+        plan_of(Losing(), steps=3)
 
 
 # -- conflicts -------------------------------------------------------------------------------------------------

@@ -204,9 +204,17 @@ def test_an_adapter_knows_no_policy(path):
 
 #: Files that build models of diffusers or call pipelines, whose configurations and arguments they write down.
 SPELLING = {
-    "bench/subjects.py": {"negative_prompt", "negative_prompt_embeds"},
+    "bench/untrained.py": {"negative_prompt", "negative_prompt_embeds"},
     "calibrating/batches.py": {"negative_prompt"},
-    "models/architectures.py": {"cross_attention_dim", "encoder_hidden_states", "hidden_states", "time_cond_proj_dim"},
+    "models/architectures.py": {"cross_attention_dim"},
+    "models/inputs.py": {
+        "encoder_hidden_states",
+        "guidance_embeds",
+        "hidden_states",
+        "img_ids",
+        "time_cond_proj_dim",
+        "txt_ids",
+    },
     "models/loading.py": {"block_out_channels"},
     "testing/models.py": {"negative_prompt_embeds"},
     "testing/tiny/calls.py": {

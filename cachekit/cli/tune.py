@@ -86,7 +86,7 @@ def tune(settings: TuneSettings) -> None:
             dtype=settings.dtype,
             progress=lambda done, total, line: show(done, total, line and f"not measured: {line}"),
         )
-    _report(tuned, settings.output)
+    print_report(tuned, settings.output)
     if tuned.verdict.nearest:
         typer.echo(f"error: no candidate reaches the target: {tuned.verdict.nearest}", err=True)
         raise typer.Exit(1)
@@ -117,7 +117,8 @@ def _captions(source: str) -> int | list[str]:
 # -- what is printed --------------------------------------------------------------------------------------
 
 
-def _report(tuned: Tuned, output: Path) -> None:
+def print_report(tuned: Tuned, output: Path) -> None:
+    """Print the tables of a tuning and what was written, and draw its picture."""
     from cachekit.tuning.picture import pareto_picture
 
     rows = [

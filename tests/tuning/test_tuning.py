@@ -7,6 +7,7 @@ from support import commands, tiny
 
 import cachekit
 from cachekit import CachekitError, Preset
+from cachekit.cli.tune import print_report
 from cachekit.interface.presets import Figures
 from cachekit.registry.catalog import installed
 from cachekit.tuning.candidates import PLAIN, Space
@@ -108,6 +109,26 @@ def test_a_target_that_nothing_reaches_names_what_is_nearest(tuned, folder):
     assert not output.exists()
     assert output.with_suffix(".png").exists()
     assert "The search: what no other candidate beats." in result.stdout
+
+
+def test_the_best_and_the_plain_steps_beside_it_are_printed(tuned, folder, capsys):
+    found, _ = tuned
+    print_report(found, folder / "fast.json")
+    text = capsys.readouterr().out
+    assert f"{found.preset.specs[0]}, {found.verdict.best.candidate.steps} steps: " in text
+    assert f"use it as preset:{folder / 'fast.json'}" in " ".join(text.split())
+    assert "The verdict: captions that the search never used." in text
+    assert ("plain steps are the better choice" in text) == (found.verdict.rival is not None)
+    for one in found.verdict.judged:
+        assert one.plain is None or "beside it: " in text
+
+
+def test_captions_of_a_file_are_refused_with_the_line(folder):
+    path = folder / "captions.txt"
+    path.write_text("a cat\n\na dog\n")
+    result = commands.run("tune", "demo", "--at-least", "30dB", "--captions", path)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "captions, line 2: empty" in result.stderr
 
 
 def test_a_file_that_is_no_journal_is_refused(folder):

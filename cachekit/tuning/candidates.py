@@ -17,16 +17,16 @@ from torch import nn
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError, SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
-from cachekit.interface.policy import PARTS
+from cachekit.interface.policy import PARTS, Policy
 from cachekit.interface.specs import alternatives, parse_all
 from cachekit.registry.catalog import Catalog
 
-__all__ = ["NONE", "PLAIN", "Candidate", "Chooser", "Space"]
+__all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
 
-#: Values of the parameters that choose policies: plain steps, and no second policy.
-PLAIN, NONE = "(plain steps)", "(none)"
-#: No part of a policy is replaced.
-_OWN = "(own)"
+#: The value of the parameter that chooses the policy, for none.
+PLAIN = "(plain steps)"
+#: First values of a whole number without a default.
+_RUNGS = (3, 4, 6)
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
 
@@ -61,7 +61,7 @@ class Chooser(Protocol):
 
 
 class _Drawn:
-    """Chooses at random, but no replacements of a policy's parts."""
+    """Chooses at random."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -73,7 +73,7 @@ class _Drawn:
         return self._random.uniform(low, high)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        return _OWN if _OWN in choices else self._random.choice(choices)
+        return self._random.choice(choices)
 
 
 class Space:
@@ -94,6 +94,7 @@ class Space:
         self._catalog = catalog
         self._steps = steps
         self._spacings = tuple(spacings)
+        self._sites = catalog.adapter_for(denoiser).sites(denoiser)
         self.policies = tuple(name for name in sorted(policies or catalog.policies) if self._fits(denoiser, name))
 
     @property
@@ -108,17 +109,19 @@ class Space:
             steps = chooser.suggest_int("plain.steps", 1, max(1, self._steps - 1))
             return Candidate((), steps, chooser.suggest_categorical("plain.spacing", self._spacings))
         steps = chooser.suggest_categorical("steps", self.lengths)
-        second = chooser.suggest_categorical("with", (NONE, *self.policies))
-        names = [first, *([second] if second != NONE else [])]
+        # Whether there is a second policy is drawn first: most pairs collide.
+        paired = len(self.policies) > 1 and chooser.suggest_categorical("paired", (False, True))
+        names = [first, *([chooser.suggest_categorical("with", self.policies)] if paired else [])]
         written = [self._spec(chooser, name, f"{place}.{name}") for place, name in enumerate(names)]
         return Candidate(tuple(sorted(map(str, parse_all(written, self._catalog)))), steps)
 
     def beginnings(self) -> Iterator[dict[str, Any]]:
-        """Yield parameters to begin a study with: in turns a policy as it is, and plain steps of some spacing."""
-        caches = [
-            {"policy": name, "with": NONE, "steps": self._steps, **self._defaults(name), f"0.{name}.part": _OWN}
-            for name in self.policies
-        ]
+        """Yield parameters to begin a study with: policies and plain steps of each spacing, in turns.
+
+        Each policy comes as it is by default, then with greater values of its first whole number.
+        """
+        ladders = [[*self._ladder(name)] for name in self.policies]
+        caches = [one for rung in zip_longest(*ladders) for one in rung if one]
         rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)}, reverse=True)
         plain = [
             {"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing}
@@ -128,6 +131,22 @@ class Space:
         ]
         for pair in zip_longest(caches, plain):
             yield from filter(None, pair)
+
+    def _ladder(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield a policy alone, with parameters around its defaults."""
+        kind, path = self._catalog.policies[name], f"0.{name}"
+        alone = {"policy": name, "paired": False, "steps": self._steps, f"{path}.replaced": False}
+        alone |= self._defaults(name)
+        fields = {key: field for key, field in kind.model_fields.items() if int in alternatives(field.annotation)}
+        whole = next((key for key, field in fields.items() if _range(field, self._steps)), None)
+        if whole is None:
+            yield alone
+            return
+        usual, bounds = fields[whole].default, _range(fields[whole], self._steps)
+        values = (usual, usual + 1, 2 * usual) if isinstance(usual, int) else _RUNGS
+        for value in values:
+            if bounds and bounds[0] <= value <= bounds[1]:
+                yield {**alone, f"{path}.given": whole, f"{path}.{whole}": value}
 
     def _fits(self, denoiser: nn.Module, name: str) -> bool:
         """Whether a policy finds its sites: as it is by default, or with one of a few values drawn at random."""
@@ -160,9 +179,8 @@ class Space:
     def _spec(self, chooser: Chooser, name: str, path: str) -> str:
         kind = self._catalog.policies[name]
         keys = self._keys(chooser, kind, path)
-        if not any(kind.model_fields[part].is_required() for part in PARTS):
-            part = chooser.suggest_categorical(f"{path}.part", (_OWN, *self._replacements()))
-            keys += [part] if part != _OWN else []
+        if _takes_parts(kind) and chooser.suggest_categorical(f"{path}.replaced", (False, True)):
+            keys.append(chooser.suggest_categorical(f"{path}.part", self._replacements()))
         return f"{name}:{','.join(keys)}" if keys else name
 
     def _keys(self, chooser: Chooser, kind: type[Part], path: str) -> list[str]:
@@ -186,13 +204,20 @@ class Space:
 
     def _part(self, chooser: Chooser, base: type[Part], path: str) -> str:
         parts = self._parts(base)
-        spelled = [word for part in parts.values() for word in part.spellings()]
-        alone = [name for name, part in parts.items() if _stands(part)]
+        spelled = [word for kind in parts.values() for word, part in kind.spellings().items() if self._finds(part)]
+        alone = [name for name, kind in parts.items() if _stands(kind) and self._finds(kind())]
         name = str(chooser.suggest_categorical(path, sorted([*alone, *spelled])))
         if name in spelled:
             return name
         keys = self._keys(chooser, parts[name], f"{path}.{name}") if base is not Where else []
         return f"{name}({','.join(keys)})" if keys else name
+
+    def _finds(self, part: Part) -> bool:
+        """Whether a place has targets in the model; other parts have none to find."""
+        try:
+            return not isinstance(part, Where) or bool(part.find(self._sites))
+        except CachekitError:
+            return False
 
     def _parts(self, base: type[Part]) -> Mapping[str, type[Part]]:
         found: dict[type[Part], Mapping[str, type[Part]]] = {
@@ -213,6 +238,16 @@ def _stands(kind: type[Part]) -> bool:
     except CachekitError:
         return False
     return True
+
+
+def _takes_parts(kind: type[Part]) -> bool:
+    """Whether a spec may replace a part of a policy: where it has one choice by default."""
+    if not (issubclass(kind, Policy) and _stands(kind)):
+        return False
+    try:
+        return len(kind().chosen()) == 1
+    except CachekitError:
+        return False
 
 
 def _options(field: FieldInfo) -> tuple[Any, ...]:

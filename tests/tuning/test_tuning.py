@@ -170,7 +170,9 @@ def test_policies_without_sites_are_left_out(space):
 def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
     made = [space.choose(Scripted(**parameters)) for parameters in space.beginnings()]
     assert {one.spacing for one in made if not one.specs} == {"", "karras"}
-    assert {"tgate", "forecast", "deepcache"} <= {one.specs[0] for one in made if one.specs}
+    caches = {one.specs[0] for one in made if one.specs}
+    assert {"tgate", "forecast", "forecast:interval=3", "forecast:interval=4", "calibrated:interval=4"} <= caches
+    assert not any("," in one for one in caches if one.startswith("deepcache"))
 
 
 def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
@@ -178,7 +180,9 @@ def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
         Scripted(
             policy="tgate",
             steps=50,
-            **{"with": "deepcache", "0.tgate.m": 7, "1.deepcache.interval": 3, "1.deepcache.part": "what=linear"},
+            paired=True,
+            **{"with": "deepcache", "0.tgate.m": 7, "1.deepcache.interval": 3},
+            **{"1.deepcache.replaced": True, "1.deepcache.part": "what=linear"},
         )
     )
     assert made.steps == 50
@@ -187,9 +191,22 @@ def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
     assert "m=7" in made.specs[1]
 
 
+def test_places_without_targets_in_the_model_are_left_out(space):
+    seen = []
+
+    class Watching(Scripted):
+        def suggest_categorical(self, name, choices):
+            seen.extend(choices if name.endswith(".where") else ())
+            return super().suggest_categorical(name, choices)
+
+    space.choose(Watching(policy="cache", steps=25))
+    assert {"denoiser", "cross_attention", "block"} <= set(seen)
+    assert not {"joint_attention", "temporal_attention", "tail"} & set(seen)
+
+
 def test_the_same_policy_twice_is_refused(space):
     with pytest.raises(CachekitError, match="given twice"):
-        space.choose(Scripted(policy="tgate", **{"with": "tgate", "0.tgate.m": 7}))
+        space.choose(Scripted(policy="tgate", paired=True, **{"with": "tgate", "0.tgate.m": 7}))
 
 
 def test_an_unknown_policy_is_refused():

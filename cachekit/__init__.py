@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from cachekit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from cachekit.applying import apply as apply
     from cachekit.applying import attachment as attachment
@@ -92,11 +94,11 @@ if TYPE_CHECKING:
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
     from cachekit.runs.report import Report as Report
+    from cachekit.tuning.tune import Tuned as Tuned
+    from cachekit.tuning.tune import tune as tune
     from cachekit.upstream.attention import attends as attends
     from cachekit.upstream.attention import module_sites as module_sites
     from cachekit.upstream.compiling import without_compiler as without_compiler
-
-__version__ = "0.1.0"
 
 #: The module that defines each public name.
 _HOMES = {
@@ -143,6 +145,7 @@ _HOMES = {
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
     "runs.report": ["Report"],
+    "tuning.tune": ["Tuned", "tune"],
     "upstream.attention": ["attends", "module_sites"],
     "upstream.compiling": ["without_compiler"],
 }

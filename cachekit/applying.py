@@ -48,9 +48,9 @@ def apply(
     Raises a `CachekitError` of one line that names what to do, and leaves the pipeline as it was: for an unknown
     policy or option (`SpecError`), policies that collide (`ConflictError`), a denoiser without an adapter
     (`AdapterError`) or without the sites that a policy acts on (`SiteError`), a preset that can't be used
-    (`PresetError`), and a pipeline with an attachment or another cache (`AttachmentError`). What only a run can
-    show is raised when it begins: guidance that isn't supported (`GuidanceError`), and a `max_cache_bytes` that
-    nothing fits into (`BudgetError`).
+    (`PresetError`), and a pipeline with an attachment or another cache (`AttachmentError`). What only a run can show is
+    raised when it begins: guidance that isn't supported (`GuidanceError`), and a `max_cache_bytes` that nothing fits
+    into (`BudgetError`).
     """
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()

@@ -20,14 +20,14 @@ from cachekit.bench.workbench import measure
 from cachekit.clusters import cluster, imported_ray
 from cachekit.errors import nearest
 
-__all__ = ["EXECUTORS", "Outcome", "executor"]
+__all__ = ["EXECUTORS", "FAILURES", "Outcome", "executor"]
 
 #: A cell, and its result or the reason why there is none.
 Outcome = tuple[Cell, "Result | str"]
 Executor = Callable[[Setting, Sequence[Cell], int], Iterator[Outcome]]
 
 #: Exceptions that fail a single cell and not the others: memory, shapes, a published package that is too old.
-_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
 
 
 def executor(name: str) -> Executor:
@@ -41,7 +41,7 @@ def attempt(setting: Setting, cell: Cell) -> Result | str:
     """Measure a cell; return its result, or one line with the reason of its failure."""
     try:
         return measure(setting, cell)
-    except _FAILURES as error:
+    except FAILURES as error:
         lines = str(error).strip().splitlines() or [""]
         return f"{cell.label}: {type(error).__name__}: {lines[0]}"
 

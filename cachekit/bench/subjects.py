@@ -32,6 +32,7 @@ __all__ = [
     "model_hash",
     "own_scheduler",
     "set_scheduler",
+    "subject_of",
 ]
 
 
@@ -43,11 +44,15 @@ _AS_RUN = ("pipeline", "scheduler", "steps")
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions."""
+    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions.
+
+    `has_reference` is whether they are compared with scenes rendered from the captions too, by the Frechet distance.
+    """
 
     pipe: Any
     arguments: Arguments
     draws_scenes: bool = False
+    has_reference: bool = True
 
 
 def load(setting: Setting) -> Subject:
@@ -64,6 +69,11 @@ def load(setting: Setting) -> Subject:
     hide_progress(pipe)
     if setting.compiled:
         _compile(denoiser_of(pipe), setting.compiled)
+    return subject_of(pipe, setting)
+
+
+def subject_of(pipe: Any, setting: Setting) -> Subject:
+    """Measure a loaded pipeline, which is called as the setting says."""
     return Subject(pipe, _arguments(pipe, setting), setting.model in DEMOS)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import product
@@ -26,7 +26,7 @@ from cachekit.registry.catalog import installed
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Suite", "fitting", "measure_suite"]
+__all__ = ["Suite", "fitting", "measure_suite", "shared_fields"]
 
 #: Called after each cell with the number of cells done, of all cells known by then, and the reason of a failure.
 Progress = Callable[[int, int, "str | None"], None]
@@ -76,16 +76,20 @@ class Suite:
         return list(dict.fromkeys(type(scheduler_for(pipe, name)).__name__ for name in self.schedulers))
 
     def _shared(self) -> dict[str, Any]:
-        setting = self.setting
-        around = {**environment(setting), "executor": self.executor, "workers": self.workers}
-        names = ("model", "dtype", "device", "compiled", "height", "width", "guidance")
-        return {
-            **{name: getattr(setting, name) for name in names},
-            "model_hash": model_hash(setting.model),
-            "captions": digest(setting.captions),
-            "metrics": tuple(name for name, _ in setting.metrics),
-            "environment": digest(around),
-        }
+        around = {"executor": self.executor, "workers": self.workers}
+        return shared_fields(self.setting, model_hash(self.setting.model), around)
+
+
+def shared_fields(setting: Setting, hash_of_model: str, around: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a cell that follow from a setting, and from what its figures depend on besides."""
+    names = ("model", "dtype", "device", "compiled", "height", "width", "guidance")
+    return {
+        **{name: getattr(setting, name) for name in names},
+        "model_hash": hash_of_model,
+        "captions": digest(setting.captions),
+        "metrics": tuple(name for name, _ in setting.metrics),
+        "environment": digest({**environment(setting), **around}),
+    }
 
 
 def fitting(model: str, compositions: Sequence[tuple[Policy, ...]]) -> list[tuple[Policy, ...]]:

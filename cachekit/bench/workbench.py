@@ -123,7 +123,7 @@ class Workbench:
             counts=[asdict(count) for count in pairs[0][0].counts],
             plan=self.plan(cell, cell.specs) if cell.method is Method.CACHEKIT else None,
             pictures=pictures[: self._setting.pictures],
-            reference=rendered(captions) if self._subject.draws_scenes else None,
+            reference=rendered(captions) if self._subject.draws_scenes and self._subject.has_reference else None,
             warnings=list(dict.fromkeys(warning for result, _ in pairs for warning in result.warnings)),
         )
 
@@ -227,7 +227,7 @@ def environment(setting: Setting) -> dict[str, Any]:
     """Collect what figures depend on besides the cell: versions, machine and threads."""
     import torch
 
-    from cachekit import __version__
+    from cachekit.version import __version__
 
     on_gpu = torch.cuda.is_available() and setting.device != "cpu"
     return {

@@ -181,7 +181,7 @@ def _between(one: Weights, two: Weights, share: float) -> Weights:
 
 def versions() -> dict[str, str]:
     """Collect the versions that a calibration was made with."""
-    from cachekit import __version__
+    from cachekit.version import __version__
 
     return {"cachekit": __version__, **upstream.versions()}
 

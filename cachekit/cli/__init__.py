@@ -17,6 +17,7 @@ from cachekit.cli import (
     inspection,
     new,
     recommend,
+    tune,
 )
 from cachekit.cli.output import Group
 
@@ -34,6 +35,7 @@ app.command()(demo.demo)
 app.add_typer(bench.app, name="bench")
 app.command()(analyze.analyze)
 app.command()(calibrate.calibrate)
+app.command()(tune.tune)
 app.command()(check.check)
 app.command()(coverage.coverage)
 app.command()(new.new_policy)

@@ -17,7 +17,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
 
 def doctor() -> None:
     """Check versions, plugins and the embedded model; exit with code 1 where a check fails."""
-    from cachekit import __version__
+    from cachekit.version import __version__
 
     say(f"ok      python {platform.python_version()}")
     say(f"ok      cachekit {__version__}")

@@ -53,7 +53,8 @@ def generate(
     from cachekit.registry.catalog import installed
     from cachekit.upstream.scales import SCALE
 
-    policies = parse_all(spec or [], installed())
+    # Refused here before the model is loaded; `apply` is given the specs, whose presets it compares with the pipeline.
+    parse_all(spec or [], installed())
     given = {"prompt": prompt, "num_inference_steps": steps, SCALE: guidance}
     arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
     _check_output(output)
@@ -63,7 +64,7 @@ def generate(
         pipe.scheduler = loading.scheduler_for(pipe, scheduler)
     loading.move(pipe, device)
     limits: dict[str, Any] = {"max_cache_bytes": max_cache_bytes, "cache_device": cache_device}
-    with apply(pipe, policies, **limits) if policies else contextlib.nullcontext() as attachment:
+    with apply(pipe, spec, **limits) if spec else contextlib.nullcontext() as attachment:
         pictures = _draw(pipe, seed, arguments)
         say(attachment.report() if attachment else "no specs: uncached")
     for path in _write(pictures, output):

@@ -175,7 +175,7 @@ class _Parser:
 
     def _value(self, annotation: Any, text: str, path: str) -> Any:
         """Convert the text of a value as far as its type needs; pydantic does the rest."""
-        types = _alternatives(annotation)
+        types = alternatives(annotation)
         if text == "none" and type(None) in types:
             return None
         for one in types:
@@ -224,10 +224,10 @@ def _described(value: Any) -> str:
     return f"class, not an instance; write {value.__name__}()" if isinstance(value, type) else type(value).__name__
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
     """List the types that an annotation allows: those of a union, or itself."""
     if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
+        return alternatives(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return tuple(one for part in get_args(annotation) for one in _alternatives(part))
+        return tuple(one for part in get_args(annotation) for one in alternatives(part))
     return (annotation,)

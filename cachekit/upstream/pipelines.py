@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from cachekit.errors import AdapterError
 from cachekit.upstream.compiling import without_compiler
+
+#: The attribute of pipelines with the settings of their progress bars.
+_PROGRESS = "_progress_bar_config"
 
 #: Attributes in which pipelines hold denoisers: together in one loop, or one loop after the other.
 DENOISERS = ("unet", "transformer", "transformer_2", "image_unet", "unconditional_transformer")
@@ -55,6 +59,19 @@ def hide_progress(pipe: Any) -> None:
     """Turn off the progress bar of a pipeline, where it has one."""
     if hasattr(pipe, "set_progress_bar_config"):
         pipe.set_progress_bar_config(disable=True)
+
+
+@contextmanager
+def without_progress(pipe: Any) -> Iterator[None]:
+    """Turn off the progress bar of a pipeline within the block."""
+    before = vars(pipe).get(_PROGRESS)
+    hide_progress(pipe)
+    try:
+        yield
+    finally:
+        vars(pipe).pop(_PROGRESS, None)
+        if before is not None:
+            vars(pipe)[_PROGRESS] = before
 
 
 def offloads(pipe: Any) -> bool:

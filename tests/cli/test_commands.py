@@ -20,7 +20,20 @@ from cachekit.models.demo import pipeline as demo_files
 from cachekit.parts import places
 from cachekit.registry import catalog as catalogs
 
-SUBCOMMANDS = ["list", "show", "sites", "plan", "estimate", "generate", "demo", "bench", "check", "coverage", "doctor"]
+SUBCOMMANDS = [
+    "list",
+    "show",
+    "sites",
+    "plan",
+    "estimate",
+    "generate",
+    "demo",
+    "bench",
+    "tune",
+    "check",
+    "coverage",
+    "doctor",
+]
 BENCHES = ["grid", "coco", "paper"]
 
 

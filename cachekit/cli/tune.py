@@ -1,0 +1,177 @@
+"""`cachekit tune`: the specs that reach a target on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.settings import command
+from cachekit.errors import CachekitError
+from cachekit.models.loading import EMBEDDED
+
+if TYPE_CHECKING:
+    from cachekit.interface.presets import Figures, PlainSteps
+    from cachekit.tuning.targets import Targets
+    from cachekit.tuning.tune import Tuned
+
+_CAPTIONS = "File with one caption per line, half of them for the verdict, or a number of held-out captions."
+_MATCH = "Change of the share of images that show their caption, such as -1%."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneSettings:
+    """Options of `cachekit tune`."""
+
+    model: Annotated[str, typer.Argument(help=f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}.")]
+    at_least: Annotated[str | None, typer.Option(help="Similarity to the uncached image, such as 35dB.")] = None
+    caption_match: Annotated[str | None, typer.Option(help=_MATCH)] = None
+    at_most: Annotated[str | None, typer.Option(help="Wall time of an image, such as 2s.")] = None
+    speedup: Annotated[str | None, typer.Option(help="Ratio of wall times, such as 3.")] = None
+    captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "16"
+    fresh: Annotated[int | None, typer.Option(min=1, help="Captions of the verdict, of those in the file.")] = None
+    policy: Annotated[list[str], typer.Option(help="Policy to try; may be repeated. Default: all that fit.")] = field(
+        default_factory=list
+    )
+    trials: Annotated[int, typer.Option(min=1, help="Candidates measured in the whole study.")] = 40
+    seconds: Annotated[float | None, typer.Option(min=0, help="End this process's search after these seconds.")] = None
+    steps: Annotated[int, typer.Option(min=2, help="Steps of the uncached pipeline.")] = 25
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers; default: the model's own.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the noise and the search.")] = 0
+    journal: Annotated[Path | None, typer.Option(help="File of the study, resumed and shared by processes.")] = None
+    output: Annotated[Path, typer.Option(help="File of the preset; a picture is put beside it.")] = Path("preset.json")
+    executor: Annotated[str, typer.Option(help="Where candidates are measured: serial, process or ray.")] = "serial"
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes or actors.")] = None
+    device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None
+    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None
+
+
+@command(TuneSettings)
+def tune(settings: TuneSettings) -> None:
+    """Find the specs that reach a target on a model, and write them to a preset with their evidence.
+
+    All targets given must hold. The search measures policies, their numbers and parts, numbers of steps, and plain
+    steps in one study; the verdict is on captions that it never used. Exit code 1 where nothing reaches the target.
+    """
+    from cachekit.tuning.targets import Targets
+    from cachekit.tuning.tune import tune as search
+
+    asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
+    with progress_bar(f"tuning {settings.model}") as show:
+        tuned = search(
+            settings.model,
+            _captions(settings.captions),
+            fresh=settings.fresh,
+            at_least=asked.at_least,
+            caption_match=asked.caption_match,
+            at_most=asked.at_most,
+            speedup=asked.speedup,
+            policies=settings.policy,
+            trials=settings.trials,
+            seconds=settings.seconds,
+            num_inference_steps=settings.steps,
+            guidance_scale=settings.guidance,
+            scheduler=settings.scheduler,
+            seed=settings.seed,
+            journal=settings.journal,
+            output=settings.output,
+            executor=settings.executor,
+            workers=_workers(settings),
+            device=settings.device,
+            dtype=settings.dtype,
+            progress=lambda done, total, line: show(done, total, line and f"not measured: {line}"),
+        )
+    print_report(tuned, settings.output)
+    if tuned.verdict.nearest:
+        typer.echo(f"error: no candidate reaches the target: {tuned.verdict.nearest}", err=True)
+        raise typer.Exit(1)
+
+
+def _workers(settings: TuneSettings) -> int:
+    from cachekit.bench.executors import default_workers
+
+    return settings.workers or default_workers(settings.executor)
+
+
+def _captions(source: str) -> int | list[str]:
+    """Read a number, or the lines of a file: empty ones too, which are refused with their numbers."""
+    if source.isdecimal():
+        return int(source)
+    if source.lower().endswith(".json"):
+        from cachekit.bench.captions import read_captions
+
+        return list(read_captions(source).texts)
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        raise CachekitError(f"cannot read captions {source!r}: give a file or a number above 0") from None
+    # Other line boundaries of Unicode may stand within a caption.
+    return text.removesuffix("\n").split("\n")
+
+
+# -- what is printed --------------------------------------------------------------------------------------
+
+
+def print_report(tuned: Tuned, output: Path) -> None:
+    """Print the tables of a tuning and what was written, and draw its picture."""
+    from cachekit.tuning.picture import pareto_picture
+
+    rows = [
+        [f"{number}", one.candidate.label, str(one.candidate.steps), *_texts(one.figures)]
+        for number, one in enumerate(tuned.front, 1)
+    ]
+    print_table(["", "candidate", "steps", *_HEADINGS], rows, "The search: what no other candidate beats.")
+    picture = output.with_suffix(".png")
+    pareto_picture(tuned.measured, tuned.front, tuned.targets).save(picture)
+    say(f"wrote {picture}")
+    _print_verdict(tuned)
+    if tuned.refused:
+        say(f"{len(tuned.refused)} candidates were refused before they were measured, such as {tuned.refused[0]}")
+    best, rival = tuned.verdict.best, tuned.verdict.rival
+    if rival:
+        say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")
+    if best and tuned.preset:
+        say(f"{' + '.join(tuned.preset.specs)}, {best.candidate.steps} steps: {_line(best.figures, tuned.targets)}")
+        say(f"wrote {output}; use it as preset:{output}")
+
+
+def _print_verdict(tuned: Tuned) -> None:
+    rows = []
+    for one in tuned.verdict.judged:
+        rows.append([one.candidate.label, str(one.candidate.steps), *_texts(one.figures)])
+        if one.plain:
+            rows.append([f"  beside it: {_plain_label(one.plain)}", str(one.plain.steps), *_texts(one.plain.figures)])
+    if rows:
+        print_table(["candidate", "steps", *_HEADINGS], rows, "The verdict: captions that the search never used.")
+
+
+def _plain_label(plain: PlainSteps) -> str:
+    return f"{plain.steps} plain steps" + (f", {plain.spacing}" if plain.spacing else "")
+
+
+_HEADINGS = ("MAC reduction", "speedup", "s/image", "PSNR", "SSIM", "caption match", "images")
+
+
+def _texts(figures: Figures) -> Sequence[str]:
+    """Texts of a row, as in the tables of the bench."""
+    from cachekit.bench.figures import FIGURES
+    from cachekit.tuning.targets import similarity_of
+
+    values = {name: getattr(figures, name) for name in ("mac_reduction", "speedup", "seconds", "ssim", "caption_match")}
+    values["psnr"] = similarity_of(figures) if figures.ssim is not None else None
+    names = ("mac_reduction", "speedup", "seconds", "psnr", "ssim", "caption_match")
+    texts = ["-" if values[name] is None else FIGURES[name].format(values[name]) for name in names]
+    if figures.caption_match is not None and figures.uncached_caption_match is not None:
+        texts[-1] += f" (uncached {figures.uncached_caption_match:.0%})"
+    return [*texts, str(figures.images)]
+
+
+def _line(figures: Figures, targets: Targets) -> str:
+    shown = [target.shown.format(target.value(figures)) for target in targets.listed]
+    costs = f"{figures.mac_reduction or 0:.2f}x fewer MACs, {figures.speedup or 0:.2f}x speedup"
+    return ", ".join([*shown, f"{costs}, n={figures.images}"])

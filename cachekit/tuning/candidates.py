@@ -1,0 +1,297 @@
+"""Candidates: what a trial tries, from the policies and parts in the catalog and the numbers of their fields."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal, Protocol, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from torch import nn
+
+from cachekit.driving.setup import Setup
+from cachekit.errors import CachekitError, SpecError, nearest
+from cachekit.interface.parts import Part, Schedule, StandIn, Where
+from cachekit.interface.policy import PARTS, Policy
+from cachekit.interface.specs import alternatives, parse_all
+from cachekit.registry.catalog import Catalog
+
+__all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
+
+#: The value of the parameter that chooses the policy, for none.
+PLAIN = "(plain steps)"
+#: First values of a whole number without a default.
+_RUNGS = (3, 4, 6)
+#: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
+_DRAWS = 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Specs and a number of steps; without specs plain steps, with their spacing."""
+
+    specs: tuple[str, ...]
+    steps: int
+    spacing: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name in tables."""
+        if self.specs:
+            return " + ".join(self.specs)
+        return f"{self.steps} plain steps" + (f", {self.spacing}" if self.spacing else "")
+
+
+class Chooser(Protocol):
+    """Chooses values of parameters, as a trial of Optuna does."""
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        """Choose a whole number."""
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """Choose a number."""
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """Choose one of several values."""
+
+
+class _Drawn:
+    """Chooses at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def suggest_int(self, name: str, low: int, high: int) -> int:
+        return self._random.randint(low, high)
+
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return self._random.uniform(low, high)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        return self._random.choice(choices)
+
+
+class Space:
+    """All candidates for a denoiser: the policies that find their sites in it, alone and in pairs."""
+
+    def __init__(
+        self, denoiser: nn.Module, catalog: Catalog, steps: int, spacings: Sequence[str], policies: Collection[str] = ()
+    ) -> None:
+        """Choose from `catalog`, or from the `policies` named alone.
+
+        `steps` are those of the uncached pipeline, `spacings` those that plain steps have. Raises `SpecError` for an
+        unknown policy.
+        """
+        for name in policies:
+            if name not in catalog.policies:
+                known = ", ".join(sorted(catalog.policies)) or "none"
+                raise SpecError(f"unknown policy {name!r}{nearest(name, catalog.policies)}; known: {known}")
+        self._catalog = catalog
+        self._steps = steps
+        self._spacings = tuple(spacings)
+        self._sites = catalog.adapter_for(denoiser).sites(denoiser)
+        self.policies = tuple(name for name in sorted(policies or catalog.policies) if self._fits(denoiser, name))
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The numbers of steps that cached candidates have."""
+        return tuple(sorted({max(2, round(self._steps * share)) for share in (0.6, 1, 1.5, 2)}))
+
+    def choose(self, chooser: Chooser) -> Candidate:
+        """Make the candidate of a trial."""
+        first = chooser.suggest_categorical("policy", (PLAIN, *self.policies))
+        if first == PLAIN:
+            steps = chooser.suggest_int("plain.steps", 1, max(1, self._steps - 1))
+            return Candidate((), steps, chooser.suggest_categorical("plain.spacing", self._spacings))
+        steps = chooser.suggest_categorical("steps", self.lengths)
+        # Whether there is a second policy is drawn first: most pairs collide.
+        paired = len(self.policies) > 1 and chooser.suggest_categorical("paired", (False, True))
+        names = [first, *([chooser.suggest_categorical("with", self.policies)] if paired else [])]
+        written = [self._spec(chooser, name, f"{place}.{name}") for place, name in enumerate(names)]
+        return Candidate(tuple(sorted(map(str, parse_all(written, self._catalog)))), steps)
+
+    def beginnings(self) -> Iterator[dict[str, Any]]:
+        """Yield parameters to begin a study with: policies and plain steps of each spacing, in turns.
+
+        Each policy comes as it is by default, then with greater values of its first whole number.
+        """
+        ladders = [[*self._ladder(name)] for name in self.policies]
+        caches = [one for rung in zip_longest(*ladders) for one in rung if one]
+        rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)}, reverse=True)
+        plain = [
+            {"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing}
+            for steps in rungs
+            for spacing in self._spacings
+            if steps < self._steps
+        ]
+        for pair in zip_longest(caches, plain):
+            yield from filter(None, pair)
+
+    def _ladder(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield a policy alone, with parameters around its defaults."""
+        kind, path = self._catalog.policies[name], f"0.{name}"
+        alone = {"policy": name, "paired": False, "steps": self._steps, f"{path}.replaced": False}
+        alone |= self._defaults(name)
+        fields = {key: field for key, field in kind.model_fields.items() if int in alternatives(field.annotation)}
+        whole = next((key for key, field in fields.items() if _range(field, self._steps)), None)
+        if whole is None:
+            yield alone
+            return
+        usual, bounds = fields[whole].default, _range(fields[whole], self._steps)
+        values = (usual, usual + 1, 2 * usual) if isinstance(usual, int) else _RUNGS
+        for value in values:
+            if bounds and bounds[0] <= value <= bounds[1]:
+                yield {**alone, f"{path}.given": whole, f"{path}.{whole}": value}
+
+    def _fits(self, denoiser: nn.Module, name: str) -> bool:
+        """Whether a policy finds its sites: as it is by default, or with one of a few values drawn at random."""
+        if _stands(self._catalog.policies[name]):
+            return self._accepts(denoiser, name)
+        return any(self._accepts(denoiser, self._spec(_Drawn(seed), name, name)) for seed in range(_DRAWS))
+
+    def _accepts(self, denoiser: nn.Module, spec: str) -> bool:
+        try:
+            Setup.of({"": denoiser}, parse_all(spec, self._catalog), self._catalog)
+        except CachekitError:
+            return False
+        return True
+
+    def _defaults(self, name: str) -> dict[str, Any]:
+        """Parameters of a policy's numbers at their defaults, where those lie within the ranges."""
+        fields = self._catalog.policies[name].model_fields
+        found = {}
+        for key, field in fields.items():
+            value, bounds = field.default, _range(field, self._steps)
+            if key in PARTS or value is None or value is PydanticUndefined:
+                continue
+            options = _options(field)
+            if value in options or (bounds and bounds[0] <= value <= bounds[1]):
+                found[f"0.{name}.{key}"] = value
+        return found
+
+    # -- writing specs ------------------------------------------------------------------------------------
+
+    def _spec(self, chooser: Chooser, name: str, path: str) -> str:
+        kind = self._catalog.policies[name]
+        keys = self._keys(chooser, kind, path)
+        if _takes_parts(kind) and chooser.suggest_categorical(f"{path}.replaced", (False, True)):
+            keys.append(chooser.suggest_categorical(f"{path}.part", self._replacements()))
+        return f"{name}:{','.join(keys)}" if keys else name
+
+    def _keys(self, chooser: Chooser, kind: type[Part], path: str) -> list[str]:
+        """Write the keys of a policy or part, with chosen values."""
+        chosen = {}
+        optional = []
+        for key, field in kind.model_fields.items():
+            if key in PARTS and field.default is None:
+                continue
+            base = next((base for base in (Where, Schedule, StandIn) if base in alternatives(field.annotation)), None)
+            if base is not None:
+                chosen[key] = self._part(chooser, base, f"{path}.{key}")
+            elif field.default is None:
+                optional += [key] if _range(field, self._steps) else []
+            else:
+                chosen[key] = _chosen(chooser, field, f"{path}.{key}", self._steps)
+        if optional and not _stands(kind):
+            key = chooser.suggest_categorical(f"{path}.given", optional)
+            chosen[key] = _chosen(chooser, kind.model_fields[key], f"{path}.{key}", self._steps)
+        return [f"{key}={value}" for key, value in chosen.items() if value is not None]
+
+    def _part(self, chooser: Chooser, base: type[Part], path: str) -> str:
+        parts = self._parts(base)
+        spelled = [word for kind in parts.values() for word, part in kind.spellings().items() if self._finds(part)]
+        alone = [name for name, kind in parts.items() if _stands(kind) and self._finds(kind())]
+        name = str(chooser.suggest_categorical(path, sorted([*alone, *spelled])))
+        if name in spelled:
+            return name
+        keys = self._keys(chooser, parts[name], f"{path}.{name}") if base is not Where else []
+        return f"{name}({','.join(keys)})" if keys else name
+
+    def _finds(self, part: Part) -> bool:
+        """Whether a place has targets in the model; other parts have none to find."""
+        try:
+            return not isinstance(part, Where) or bool(part.find(self._sites))
+        except CachekitError:
+            return False
+
+    def _parts(self, base: type[Part]) -> Mapping[str, type[Part]]:
+        found: dict[type[Part], Mapping[str, type[Part]]] = {
+            Where: self._catalog.places, Schedule: self._catalog.schedules, StandIn: self._catalog.stand_ins
+        }  # fmt: skip
+        return found[base]
+
+    def _replacements(self) -> list[str]:
+        """List the parts, as they are by default, that can take the place of a policy's own."""
+        pairs = (("when", self._catalog.schedules), ("what", self._catalog.stand_ins))
+        return [f"{key}={name}" for key, parts in pairs for name, part in sorted(parts.items()) if _stands(part)]
+
+
+def _stands(kind: type[Part]) -> bool:
+    """Whether a policy or part can be made without any key."""
+    try:
+        kind()
+    except CachekitError:
+        return False
+    return True
+
+
+def _takes_parts(kind: type[Part]) -> bool:
+    """Whether a spec may replace a part of a policy: where it has one choice by default."""
+    if not (issubclass(kind, Policy) and _stands(kind)):
+        return False
+    try:
+        return len(kind().chosen()) == 1
+    except CachekitError:
+        return False
+
+
+def _options(field: FieldInfo) -> tuple[Any, ...]:
+    """List the values of a field that has only a few."""
+    for one in alternatives(field.annotation):
+        if one is bool:
+            return (False, True)
+        if get_origin(one) is Literal:
+            return get_args(one)
+    return ()
+
+
+def _range(field: FieldInfo, steps: int) -> tuple[float, float] | None:
+    """Find the least and the greatest value worth trying for a number; None for what isn't one."""
+    types = alternatives(field.annotation)
+    if bool in types or not {int, float} & set(types):
+        return None
+    low = max((_float(bound.ge) for bound in field.metadata if isinstance(bound, Ge)), default=-math.inf)
+    low = max((_float(bound.gt) for bound in field.metadata if isinstance(bound, Gt)), default=low)
+    high = min((_float(bound.le) for bound in field.metadata if isinstance(bound, Le)), default=math.inf)
+    high = min((_float(bound.lt) for bound in field.metadata if isinstance(bound, Lt)), default=high)
+    usual = field.default if isinstance(field.default, (int, float)) else None
+    if int in types:
+        low = max(low, 0)
+        return low, max(low, min(high, steps, max(3 * (usual or 4), 8)))
+    if usual:
+        return max(low, usual / 4), min(high, usual * 4)
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _float(bound: Any) -> float:
+    return float(bound)
+
+
+def _chosen(chooser: Chooser, field: FieldInfo, path: str, steps: int) -> Any:
+    """Choose the text of a field; None leaves it as it is."""
+    options = _options(field)
+    if options:
+        value = chooser.suggest_categorical(path, options)
+        return str(value).lower() if isinstance(value, bool) else value
+    bounds = _range(field, steps)
+    if bounds is None or bounds[0] > bounds[1]:
+        return None
+    low, high = bounds
+    if int in alternatives(field.annotation):
+        return chooser.suggest_int(path, int(low), int(high))
+    return f"{chooser.suggest_float(path, low, high, log=low > 0):.3g}"

@@ -1,0 +1,148 @@
+"""The verdict: the best candidates and the plain steps that they must beat, on captions that the search never used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cachekit.bench.results import Result
+from cachekit.bench.spacing import absent
+from cachekit.bench.summary import Group, Row, groups
+from cachekit.interface.presets import Figures, PlainSteps
+from cachekit.tuning.candidates import Candidate
+from cachekit.tuning.measuring import Measurer, figures_of
+from cachekit.tuning.study import Journal, Measured
+from cachekit.tuning.targets import Target, Targets, similarity_of
+
+__all__ = ["Judged", "Verdict", "judge"]
+
+#: Candidates that are judged at once, and how often.
+_TOGETHER, _ROUNDS = 3, 2
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A candidate, its figures on fresh captions, and the best plain steps of equal cost beside it."""
+
+    candidate: Candidate
+    figures: Figures
+    plain: PlainSteps | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was judged on fresh captions, and the best of it: None where no candidate reaches the targets.
+
+    `rival` are plain steps that reach the targets and are better than the best. `nearest` is a line about the
+    candidates on each side of the targets where none reaches them.
+    """
+
+    judged: list[Judged]
+    best: Judged | None
+    rival: PlainSteps | None
+    nearest: str
+
+
+def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: str) -> Verdict:
+    """Measure the most promising candidates of a study, in a few rounds, until one reaches the targets."""
+    left = _promising(journal, targets)
+    judged: list[Judged] = []
+    for _ in range(_ROUNDS):
+        lot, left = left[:_TOGETHER], left[_TOGETHER:]
+        if lot:
+            judged += _on_fresh(lot, measurer, captions, pipeline)
+        reaching = [one for one in judged if targets.reached(one.figures)]
+        cached = [one for one in reaching if one.candidate.specs]
+        if cached or not left:
+            break
+    best = max(cached, key=lambda one: targets.merit(one.figures), default=None)
+    return Verdict(judged, best, _rival(reaching, best, targets), _missed(journal, judged, reaching, targets))
+
+
+def _rival(reaching: Sequence[Judged], best: Judged | None, targets: Targets) -> PlainSteps | None:
+    """Best plain steps that reach the targets, those beside the best candidate included; None where that beats them."""
+    plain = [
+        PlainSteps(steps=one.candidate.steps, spacing=one.candidate.spacing, figures=one.figures)
+        for one in reaching
+        if not one.candidate.specs
+    ]
+    plain += [one.plain for one in reaching if one.plain and targets.reached(one.plain.figures)]
+    rival = max(plain, key=lambda one: targets.merit(one.figures), default=None)
+    if rival and best and targets.merit(rival.figures) <= targets.merit(best.figures):
+        return None
+    return rival
+
+
+def _missed(journal: Journal, judged: Sequence[Judged], reaching: Sequence[Judged], targets: Targets) -> str:
+    return "" if reaching else nearest(journal.measured, judged, targets)
+
+
+def _promising(journal: Journal, targets: Targets) -> list[Candidate]:
+    """List the candidates that reach the targets in the search, the best first, of plain ones the best alone."""
+    reaching = [one for one in journal.measured if targets.reached(one.figures)]
+    most = max((one.figures.images for one in reaching), default=0)
+    # Those that survived the first few images come first.
+    ranked = sorted(reaching, key=lambda one: (one.figures.images == most, targets.merit(one.figures)), reverse=True)
+    plain = [one.candidate for one in ranked if not one.candidate.specs][:1]
+    cached = [one.candidate for one in ranked if one.candidate.specs]
+    return [*cached[: _TOGETHER - len(plain)], *plain, *cached[_TOGETHER - len(plain) :]]
+
+
+def _on_fresh(
+    candidates: Sequence[Candidate], measurer: Measurer, captions: Sequence[str], pipeline: str
+) -> list[Judged]:
+    """Measure candidates, then plain steps that cost as much, with every spacing."""
+    outcomes = measurer.measure(candidates, captions)
+    found = {place: one for place, one in enumerate(outcomes) if isinstance(one, Result)}
+    if not found:
+        return []
+    (group,) = groups(found.values())
+    rivals = [cell for cell in group.baselines() if not absent(cell, pipeline)]
+    plain = [one for one in measurer.measure_cells(rivals, captions) if isinstance(one, Result)]
+    (whole,) = groups([*found.values(), *plain])
+    return [
+        Judged(candidates[place], figures_of([result]), _best_plain(whole, Row(result.cell, [result])))
+        for place, result in found.items()
+    ]
+
+
+def _best_plain(group: Group, row: Row) -> PlainSteps | None:
+    """Best plain steps that cost as many MACs as a row."""
+    steps = row.plain_steps()["MACs"]
+    if steps == row.cell.uncached_steps or not row.cell.specs:
+        return None
+    best = group.best_plain(steps)
+    if best is None:
+        return None
+    return PlainSteps(steps=steps, spacing=best.cell.spelled, figures=figures_of(best.results))
+
+
+# -- what comes near --------------------------------------------------------------------------------------
+
+
+def nearest(measured: Sequence[Measured], judged: Sequence[Judged], targets: Targets) -> str:
+    """Describe, for each target, the nearest candidates that miss and that reach it, in one line."""
+    fresh = {one.candidate: one.figures for one in judged}
+    figures = {one.candidate: fresh.get(one.candidate, one.figures) for one in measured}
+    return "; ".join(_sides(target, figures) for target in targets.listed)
+
+
+def _sides(target: Target, figures: dict[Candidate, Figures]) -> str:
+    short = {candidate: one for candidate, one in figures.items() if not target.reached(one)}
+    there = {candidate: one for candidate, one in figures.items() if target.reached(one)}
+    below = min(short, key=lambda one: abs(target.shortfall(short[one])), default=None)
+    above = min(there, key=lambda one: abs(target.shortfall(there[one])), default=None)
+    sides = [
+        f"{name} it {_described(target, one, figures[one])}" if one else f"nothing {word} it"
+        for name, word, one in (("nearest short of", "falls short of", below), ("nearest beyond", "reaches", above))
+    ]
+    return f"{target.text}: {', '.join(sides)}"
+
+
+def _described(target: Target, candidate: Candidate, figures: Figures) -> str:
+    value, similar = target.value(figures), similarity_of(figures)
+    shown = target.shown.format(value) if math.isfinite(value) else "identical"
+    quality = f"{similar:.1f} dB" if math.isfinite(similar) else "identical"
+    beside = "" if "dB" in target.shown else f", {quality}"
+    return f"{candidate.label} in {candidate.steps} steps ({shown}{beside}, {figures.mac_reduction or 0:.2f}x MACs)"

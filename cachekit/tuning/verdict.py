@@ -51,7 +51,7 @@ def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequ
     for _ in range(_ROUNDS):
         lot, left = left[:_TOGETHER], left[_TOGETHER:]
         if lot:
-            judged += _on_fresh(lot, measurer, captions, pipeline)
+            judged += _on_fresh(lot, measurer, targets, captions, pipeline)
         reaching = [one for one in judged if targets.reached(one.figures)]
         cached = [one for one in reaching if one.candidate.specs]
         if cached or not left:
@@ -90,29 +90,32 @@ def _promising(journal: Journal, targets: Targets) -> list[Candidate]:
 
 
 def _on_fresh(
-    candidates: Sequence[Candidate], measurer: Measurer, captions: Sequence[str], pipeline: str
+    candidates: Sequence[Candidate], measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: str
 ) -> list[Judged]:
-    """Measure candidates, then plain steps that cost as much, with every spacing."""
+    """Measure candidates, and plain steps with every spacing that cost as much as those that reach the targets."""
     outcomes = measurer.measure(candidates, captions)
     found = {place: one for place, one in enumerate(outcomes) if isinstance(one, Result)}
-    if not found:
-        return []
-    (group,) = groups(found.values())
-    rivals = [cell for cell in group.baselines() if not absent(cell, pipeline)]
-    plain = [one for one in measurer.measure_cells(rivals, captions) if isinstance(one, Result)]
-    (whole,) = groups([*found.values(), *plain])
-    return [
-        Judged(candidates[place], figures_of([result]), _best_plain(whole, Row(result.cell, [result])))
+    figures = {place: figures_of([result]) for place, result in found.items()}
+    rows = {
+        place: Row(result.cell, [result])
         for place, result in found.items()
-    ]
+        if candidates[place].specs and targets.reached(figures[place])
+    }
+    plain: dict[int, PlainSteps | None] = {}
+    if rows:
+        cost = "wall time" if targets.by_time else "MACs"
+        steps = {place: row.plain_steps()[cost] for place, row in rows.items()}
+        cells = Group([*rows.values()]).baselines()
+        rivals = [cell for cell in cells if cell.steps in steps.values() and not absent(cell, pipeline)]
+        measured = [one for one in measurer.measure_cells(rivals, captions) if isinstance(one, Result)]
+        (whole,) = groups([*(found[place] for place in rows), *measured])
+        plain = {place: _best_plain(whole, number) for place, number in steps.items()}
+    return [Judged(candidates[place], figures[place], plain.get(place)) for place in found]
 
 
-def _best_plain(group: Group, row: Row) -> PlainSteps | None:
-    """Best plain steps that cost as many MACs as a row."""
-    steps = row.plain_steps()["MACs"]
-    if steps == row.cell.uncached_steps or not row.cell.specs:
-        return None
-    best = group.best_plain(steps)
+def _best_plain(group: Group, steps: int) -> PlainSteps | None:
+    """Best plain steps of that number, with whatever spacing; None where they are the uncached pipeline."""
+    best = group.best_plain(steps) if steps != group.cell.uncached_steps else None
     if best is None:
         return None
     return PlainSteps(steps=steps, spacing=best.cell.spelled, figures=figures_of(best.results))

@@ -114,3 +114,9 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path):
     assert Preset.load(path).evidence.target == ["at least 35 dB"]
     with pytest.raises(PresetError, match="cannot write"):
         Preset(specs=SPECS).save(tmp_path / "none" / "fast.json")
+
+
+def test_a_bare_denoiser_is_compared_by_its_weights(tmp_path, pipe):
+    path = saved(tmp_path, denoiser="UNet2DConditionModel", model="0" * 16, pipeline="StableDiffusionPipeline", steps=9)
+    (line,) = warned(lambda: cachekit.apply(pipe.unet, f"preset:{path}").remove())
+    assert f"the model {fingerprint(pipe.unet)}, not {'0' * 16}" in line

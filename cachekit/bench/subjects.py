@@ -14,7 +14,7 @@ from cachekit.bench.measuring import Arguments
 from cachekit.bench.untrained import scheduler_of, untrained_pipeline, untrained_text
 from cachekit.errors import nearest
 from cachekit.models.architectures import architecture, architecture_of, architectures
-from cachekit.models.demo.pipeline import PIPELINES, folders
+from cachekit.models.demo.pipeline import FIGURES, PIPELINES, folders
 from cachekit.models.loading import (
     DEMOS,
     move,
@@ -100,14 +100,17 @@ def _absent(model: str) -> dict[str, None]:
 
 
 def model_hash(model: str) -> str:
-    """Digest of a model's files, or of its configuration where it is an architecture without files."""
+    """Digest of a model's files, or of its configuration where it is an architecture without files.
+
+    The figures that were measured on an embedded model are no part of it.
+    """
     if model in architectures():
         # What images lack counts for videos alone, so hashes of stored results remain valid.
         described = {key: value for key, value in asdict(architecture(model)).items() if key not in _AS_RUN}
         return digest({key: value for key, value in described.items() if (key, value) not in _AS_IMAGES})
     found = hashlib.sha256()
     for folder in _folders(model):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FIGURES):
             found.update(path.relative_to(folder).as_posix().encode())
             with path.open("rb") as file:
                 for chunk in iter(partial(file.read, 1 << 20), b""):

@@ -53,7 +53,7 @@ def parse(spec: Spec, words: Vocabulary) -> Policy:
     >>> parse("cair:m=3", installed())
     Traceback (most recent call last):
     ...
-    cachekit.errors.SpecError: spec 'cair:m=3': unknown key 'm'; allowed: n, keep, where, when, what
+    cachekit.errors.SpecError: spec 'cair:m=3': unknown key 'm'; allowed: n, keep, mean, where, when, what
 
     Raises `SpecError` with the spec, the part that is wrong, and what is allowed.
     """

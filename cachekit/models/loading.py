@@ -187,7 +187,7 @@ def _on_meta(model: str, config: Any) -> nn.Module:
 
     name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
     kind = getattr(diffusers, name, None)
-    if kind is None:
+    if not isinstance(kind, type):
         raise ModelError(f"model {model!r}: diffusers has no class {name!r}; load it in Python")
     # Schedulers calculate their tables, for which they need values.
     device = "cpu" if issubclass(kind, diffusers.SchedulerMixin) else "meta"

@@ -200,7 +200,8 @@ class StandIn(Part):
         runs, and at the denoiser the sample; elsewhere it is empty. What is predicted is the output, or what `of`
         names.
         """
-        return combine(history, self.weights([entry.at for entry in history], at))
+        read = history[: self.entries]
+        return combine(read, self.weights([entry.at for entry in read], at))
 
     def amend(self, output: Streams, history: History, at: Moment, given: Streams = ()) -> Streams:
         """Correct a computed output of the denoiser, before it is kept and returned, if `amends` is set."""

@@ -39,7 +39,7 @@ def test_two_actors_have_the_weights_of_the_whole(one_thread):
     for one, other in zip(alone.fits[0].steps, found.fits[0].steps):
         assert other.elements == one.elements
         assert other.weights == pytest.approx(one.weights, rel=1e-6, abs=1e-8)
-        assert other.error == pytest.approx(one.error, rel=1e-6)
+        assert other.error == pytest.approx(one.error, rel=1e-6, abs=1e-9)
 
 
 def test_an_error_of_a_worker_is_that_of_the_command():

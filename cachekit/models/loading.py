@@ -193,7 +193,8 @@ def _on_meta(model: str, config: Any) -> nn.Module:
     device = "cpu" if issubclass(kind, diffusers.SchedulerMixin) else "meta"
     try:
         with torch.device(device):
-            denoiser: nn.Module = kind.from_config(config)
+            made: Any = kind
+            denoiser: nn.Module = made.from_config(config)
     except _DAMAGED as error:
         raise _unreadable(model, error) from error
     return denoiser

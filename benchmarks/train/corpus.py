@@ -55,9 +55,9 @@ class Corpus:
         return latents, self.tokens[torch.from_numpy(chosen)], [self.captions[index] for index in chosen]
 
 
-def draw_timesteps(n: int) -> Tensor:
+def draw_timesteps(n: int, device: torch.device | None = None) -> Tensor:
     """Sample n timesteps: two thirds around 450, where shapes and places are decided, the rest uniformly."""
-    middle = (450 + 190 * torch.randn(n)).round().long()
-    anywhere = torch.randint(0, 1000, (n,))
-    outside = (middle < 0) | (middle > 999) | (torch.rand(n) < 1 / 3)
+    middle = (450 + 190 * torch.randn(n, device=device)).round().long()
+    anywhere = torch.randint(0, 1000, (n,), device=device)
+    outside = (middle < 0) | (middle > 999) | (torch.rand(n, device=device) < 1 / 3)
     return torch.where(outside, anywhere, middle)

@@ -25,7 +25,7 @@ from cachekit.models.demo.pipeline import WEIGHTS, demo_pipeline, load_pipeline
 
 from . import data, export, flow
 from .autoencoder import LATENT_STD, to_tensor
-from .corpus import CAPTION_DROPOUT, NOISE_SCHEDULE, weigh
+from .corpus import CAPTION_DROPOUT, NOISE_SCHEDULE, draw_timesteps, weigh
 from .dit import attended
 from .muon import Muon
 from .text import tokenize
@@ -126,14 +126,6 @@ class Corpus:
 
 
 # -- losses -----------------------------------------------------------------------------------------------
-
-
-def draw_timesteps(n: int, device: torch.device) -> Tensor:
-    """Sample n timesteps: two thirds around 450, where shapes and places are decided, the rest uniformly."""
-    middle = (450 + 190 * torch.randn(n, device=device)).round().long()
-    anywhere = torch.randint(0, 1000, (n,), device=device)
-    outside = (middle < 0) | (middle > 999) | (torch.rand(n, device=device) < 1 / 3)
-    return torch.where(outside, anywhere, middle)
 
 
 class Velocity:

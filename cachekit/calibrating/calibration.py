@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -17,6 +16,7 @@ from typing_extensions import Self
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
 from cachekit.errors import CalibrationError
+from cachekit.files import write_whole
 from cachekit.upstream import versions as upstream
 
 #: The version of the file.
@@ -61,14 +61,7 @@ class Calibration(Numbers):
 
         Raises `CalibrationError` where it can't be written.
         """
-        target = Path(path)
-        try:
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                file.write(self.model_dump_json())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
-        except OSError as error:
-            raise CalibrationError(f"cannot write {str(target)!r}: {error.strerror}") from error
+        write_whole(path, self.model_dump_json(), CalibrationError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

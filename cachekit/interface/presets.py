@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cachekit.errors import PresetError, nearest
+from cachekit.files import write_whole
 
 #: The version of the file.
 VERSION = 1
@@ -103,14 +103,7 @@ class Preset(_Part):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the preset as JSON, in one piece; raises `PresetError` where it can't be written."""
-        target = Path(path)
-        try:
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                file.write(self.model_dump_json(indent=1, exclude_none=True) + "\n")
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, target)
-        except OSError as error:
-            raise PresetError(f"cannot write {str(target)!r}: {error.strerror}") from error
+        write_whole(path, self.model_dump_json(indent=1, exclude_none=True) + "\n", PresetError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preset:

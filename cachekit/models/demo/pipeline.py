@@ -23,7 +23,6 @@ __all__ = [
     "figures",
     "folders",
     "load_pipeline",
-    "transformer_pipeline",
     "verify",
     "write_manifest",
 ]
@@ -116,7 +115,7 @@ def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: 
     components = _shared_components(shared, dtype)
     if (folder / "scheduler").is_dir():
         components["scheduler"] = _scheduler(folder)
-    return transformer_pipeline(_transformer(folder, dtype), components)
+    return _transformer_pipeline(_transformer(folder, dtype), components)
 
 
 def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
@@ -138,7 +137,7 @@ def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
     return transformer
 
 
-def transformer_pipeline(transformer: nn.Module, shared: dict[str, Any]) -> Any:
+def _transformer_pipeline(transformer: nn.Module, shared: dict[str, Any]) -> Any:
     """Make the pipeline of a transformer, of the class that takes it, from the components that all models share."""
     with _without_hints():
         from cachekit.models.demo import variants

@@ -32,6 +32,11 @@ class Prediction(NamedTuple):
         """The target and the step, for messages."""
         return f"{_name(self.at)!r} in step {self.at.step}"
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the numbers of the stand-in may hold for one run alone: it prepares for runs, and they share something."""
+        return type(self.part).begin is not StandIn.begin and bool(self.at.shared)
+
 
 @dataclass
 class Recorder:

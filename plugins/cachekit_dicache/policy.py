@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cachekit import Accumulating, Choice, Moment, Policy, Signal, StandIn, Tail, Time
+from cachekit import Accumulating, Choice, History, Moment, Policy, Signal, StandIn, Streams, Tail
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What is held of the probe: its residuals in full steps, and the gain.
-_RESIDUALS, _GAIN = "residuals", "gain"
+#: What is held of the probe: its residuals in full steps, and the gains.
+_RESIDUALS, _GAINS = "residuals", "gains"
 
 
 class DiCache(Policy):
@@ -23,6 +24,9 @@ class DiCache(Policy):
     is below `threshold`, the residual of the other blocks is r2 + g (r1 - r2), with r1 and r2 those of the last two
     full steps, and g = |q - q2| / |q1 - q2|, kept within 1 and 1.5, with q the residual of block m - 1. Otherwise they
     run, and the sum starts from 0. The first `retained` share of the steps and the last one are full.
+
+    Each image and guidance branch of a batch has a g of its own; the sum is that of the batch, which is skipped or
+    computed as a whole.
     """
 
     name: ClassVar[str] = "dicache"
@@ -61,7 +65,7 @@ class ProbeChange(Accumulating):
         if full:
             at.memory[_RESIDUALS] = (residual, *residuals[:1])
         elif len(residuals) == 2:
-            at.memory[_GAIN] = gain(residual, *residuals)
+            at.memory[_GAINS] = gains(residual, *residuals)
 
 
 class Trajectory(StandIn):
@@ -70,17 +74,24 @@ class Trajectory(StandIn):
     name: ClassVar[str] = "trajectory"
     length: ClassVar[int | None] = 2
 
-    def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
-        """Weigh the last two by what the indicator has noted."""
-        share = at.memory.get(_GAIN, 1.0)
-        return [share, 1 - share] if len(times) == 2 else [1.0]
+    def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
+        """Weigh the last two by the gains that the indicator has noted; without any, take the newest."""
+        found = at.memory.get(_GAINS)
+        if len(history) < 2 or found is None:
+            return history[0].tensors
+        return tuple(map(partial(along, found), history[0].tensors, history[1].tensors))
 
 
-def gain(now: Tensor, last: Tensor, before: Tensor) -> float:
+def along(gains: Tensor, last: Tensor, before: Tensor) -> Tensor:
+    """Weigh two values `(branches * batch, ...)`, each image and branch by its own gain."""
+    share = gains.reshape(-1, *[1] * (last.dim() - 1))
+    return (last * share + before * (1 - share)).to(last.dtype)
+
+
+def gains(now: Tensor, last: Tensor, before: Tensor) -> Tensor:
     """Compute how far the probe's residual has moved, as a share of its move between the last two full steps.
 
-    Where it has not moved between them, the share is 1.
+    There is one for each image and branch, `(branches * batch,)`. Where it has not moved between them, the share is 1.
     """
-    between = (last - before).abs().mean()
-    moved = float((now - before).abs().mean() / between) if between else 1.0
-    return min(max(moved, 1.0), 1.5)
+    moved, between = ((residual - before).abs().flatten(1).float().mean(1) for residual in (now, last))
+    return (moved / between).nan_to_num(1.0, posinf=1.0).clamp(1.0, 1.5)

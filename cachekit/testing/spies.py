@@ -34,7 +34,7 @@ class Prediction(NamedTuple):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the numbers of the stand-in may hold for one run alone: it prepares for runs, and they share something."""
+        """Whether the stand-in has prepared numbers for this run: it has a `begin`, and something is shared."""
         return type(self.part).begin is not StandIn.begin and bool(self.at.shared)
 
 

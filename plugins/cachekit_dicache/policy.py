@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -54,10 +53,6 @@ class ProbeChange(Accumulating):
         """Whether the step is one of the retained ones, or the last."""
         return at.step <= int(self.retained * at.steps) or at.step == at.steps - 1
 
-    def shown(self, signal: Signal, at: Moment) -> Tensor:
-        """Take the probe's output."""
-        return signal.left[0]
-
     def took(self, signal: Signal, at: Moment, full: bool) -> None:
         """Hold the probe's residual in full steps too, and in others where it is between the last two."""
         super().took(signal, at, full)
@@ -76,22 +71,18 @@ class Trajectory(StandIn):
 
     def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
         """Weigh the last two by the gains that the indicator has noted; without any, take the newest."""
-        found = at.memory.get(_GAINS)
-        if len(history) < 2 or found is None:
+        share = at.memory.get(_GAINS)
+        if len(history) < 2 or share is None:
             return history[0].tensors
-        return tuple(map(partial(along, found), history[0].tensors, history[1].tensors))
-
-
-def along(gains: Tensor, last: Tensor, before: Tensor) -> Tensor:
-    """Weigh two values `(branches * batch, ...)`, each image and branch by its own gain."""
-    share = gains.reshape(-1, *[1] * (last.dim() - 1))
-    return (last * share + before * (1 - share)).to(last.dtype)
+        pairs = zip(history[0].tensors, history[1].tensors)
+        return tuple((last * share + before * (1 - share)).to(last.dtype) for last, before in pairs)
 
 
 def gains(now: Tensor, last: Tensor, before: Tensor) -> Tensor:
     """Compute how far the probe's residual has moved, as a share of its move between the last two full steps.
 
-    There is one for each image and branch, `(branches * batch,)`. Where it has not moved between them, the share is 1.
+    There is one for each image and branch, `(branches * batch, 1, ...)`. Where it has not moved between them, it is 1.
     """
-    moved, between = ((residual - before).abs().flatten(1).float().mean(1) for residual in (now, last))
+    axes = tuple(range(1, now.dim()))
+    moved, between = ((residual - before).abs().float().mean(axes, keepdim=True) for residual in (now, last))
     return (moved / between).nan_to_num(1.0, posinf=1.0).clamp(1.0, 1.5)

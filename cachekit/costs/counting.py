@@ -121,9 +121,9 @@ def _like(tensor: Tensor) -> Tensor:
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
     """Count the MACs of one Linear or convolution layer; bias additions are not counted."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.Linear):
-        return output.numel() * weight.shape[1]
+        return output.numel() * module.in_features  # quantised weights may be stored in rows of bytes
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if getattr(module, "transposed", False):
         return entered.numel() * weight[0].numel()
     return output.numel() * weight[0].numel()

@@ -211,7 +211,7 @@ def test_parts_of_plugins_are_words_of_specs_and_each_has_one_owner(point, noun)
     assert line.startswith(f"{noun} 'own' is registered by plugin 'a' of an unknown distribution and by plugin 'b' of")
     with pytest.raises(SpecError) as caught:
         parse(f"cache:{spec}", both)
-    assert str(caught.value) == f"spec 'cache:{spec}': {line}"
+    assert str(caught.value) == f"spec 'cache:{spec}': {key}: {line}"
 
 
 def test_order_of_installation_does_not_matter(point):

@@ -19,6 +19,11 @@ def stored(weight: Tensor) -> list[Tensor]:
     return [weight.detach().as_subclass(Tensor)]
 
 
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Find the dtype of a model's samples: that of its first weight which isn't stored as integers."""
+    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+
+
 def without_values(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Make a meta tensor with the strides of this one, in `dtype` if given and this one is floating-point.
 

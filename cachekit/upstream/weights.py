@@ -19,6 +19,11 @@ def stored(weight: Tensor) -> list[Tensor]:
     return [weight.detach().as_subclass(Tensor)]
 
 
+def width_of(layer: nn.Linear) -> int:
+    """Get the number of channels that enter a layer; the rows of a quantised weight may be bytes instead."""
+    return layer.in_features
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
     """Find the dtype of a model's samples: that of its first weight which isn't stored as integers."""
     return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())

@@ -15,15 +15,18 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from support import commands, tiny
+from support.block_replays import measured
 from support.sources import load_benchmarks
 
 import cachekit
+from cachekit import Reuse, Sites, WholeDenoiser
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import word
 from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
+from cachekit.testing import MODELS, Outcome, check_policy
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -96,9 +99,41 @@ def test_readme_and_guide_have_code():
     assert len(list(blocks(WRITING))) >= 4
 
 
-def test_the_guide_and_the_example_are_the_same_policy(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written, shipped = run(WRITING)["PyramidLite"], EXAMPLE.PyramidLite
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """What the code of the guide has defined."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("guide"))
+        return run(WRITING)
+
+
+#: The guide's policies, parts and calibration as a user of Flux would try them.
+ON_FLUX = {
+    "Extrapolated": lambda guide, cache: guide["Extrapolated"](interval=2),
+    "PyramidLite": lambda guide, cache: guide["PyramidLite"](interval=3),
+    "Broadcast": lambda guide, cache: cache(where=Sites(kinds="joint_attention"), when=guide["Broadcast"](n=2)),
+    "Damped": lambda guide, cache: cache(where=Sites(kinds="feed_forward"), what=guide["Damped"]()),
+    "FirstBlock": lambda guide, cache: guide["FirstBlock"](limit=9),
+    "Wandering": lambda guide, cache: cache(
+        where=WholeDenoiser(), when=guide["Wandering"](threshold=9), what=Reuse(of="residual")
+    ),
+    "WhereItChangesPolicy": lambda guide, cache: guide["WhereItChangesPolicy"](limit=9),
+}
+
+
+@pytest.mark.parametrize("name", ON_FLUX)
+def test_no_example_of_the_guide_breaks_on_flux(name, guide, tmp_path):
+    policy = ON_FLUX[name](guide, cachekit.policies()["cache"])
+    if name == "WhereItChangesPolicy":
+        path = tmp_path / "figures.json"
+        measured(MODELS["flux"].make(), policy, 6).save(path)
+        policy = policy.model_copy(update={"file": str(path)})
+    found = check_policy(policy, models=["flux"], checks=["check_runs", "check_differs"])
+    assert {result.outcome for result in found} == {Outcome.PASSED}, found
+
+
+def test_the_guide_and_the_example_are_the_same_policy(guide):
+    written, shipped = guide["PyramidLite"], EXAMPLE.PyramidLite
     assert written.model_json_schema()["properties"] == shipped.model_json_schema()["properties"]
     for values, steps in itertools.product([{}, {"interval": 3}, {"start": 0, "end": 1, "interval": 4}], [1, 7, 25]):
         moments = [Moment(step, steps) for step in range(steps)]

@@ -8,13 +8,14 @@ import importlib.util
 import inspect
 import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support import commands, tiny
+from support import commands, pages, tiny
 from support.sources import load_benchmarks
 
 import cachekit
@@ -26,7 +27,7 @@ from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/*/README.md"))]
 WRITING = ROOT / "docs" / "writing-a-policy.md"
 
@@ -39,11 +40,22 @@ def without_comments(text):
     return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
-def blocks(path):
-    """Yield each ```python block of a document, padded so that errors show the document's own lines."""
+#: A block of code, and the reason why it isn't run.
+BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n)?```%s\n(.*?)^```"
+
+
+def found(path, language):
+    """Yield the line, the reason for not being run, and the text of each block of a document."""
     text = path.read_text()
-    for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        yield "\n" * (text[: found.start()].count("\n") + 1) + found[1]
+    for block in re.finditer(BLOCK % language, text, flags=re.DOTALL | re.MULTILINE):
+        yield text[: block.start(2)].count("\n"), block[1], block[2]
+
+
+def blocks(path):
+    """Yield each ```python block of a document that is run, padded so that errors show the document's own lines."""
+    for line, reason, text in found(path, "python"):
+        if reason is None:
+            yield "\n" * line + text
 
 
 class Prompted(StableDiffusionPipeline):
@@ -74,21 +86,37 @@ def run(path):
 @pytest.mark.parametrize("path", [path for path in DOCS if any(blocks(path))], ids=short)
 def test_code_in_the_documents_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    pages.install(monkeypatch)
     pipe = run(path)["pipe"]
-    assert type(pipe) is Prompted, "the document leaves an attachment behind"
-    assert not any("forward" in vars(module) for module in pipe.unet.modules())
+    assert cachekit.attachment(pipe) is None, "the document leaves an attachment behind"
+    denoiser = tiny.denoiser_of(pipe)
+    assert not any("forward" in vars(module) for module in denoiser.modules())
 
 
-def console(path):
-    """Yield each command of ours in the ```console blocks of a document, on one line."""
-    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
-        yield from re.findall(r"^\$ (cachekit .*)$", block.replace("\\\n", " "), flags=re.MULTILINE)
+def commands_in(path):
+    """Yield each command in the ```console blocks of a document, on one line, and the reason for not being run."""
+    for _, reason, block in found(path, "console"):
+        for line in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
+            yield line, reason
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if any(console(path))], ids=short)
-def test_commands_in_the_documents_have_the_options_that_they_use(path):
-    for line in console(path):
-        commands.parsed(line)
+@pytest.mark.parametrize("path", [path for path in PAGES if any(commands_in(path))], ids=short)
+def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line, reason in commands_in(path):
+        if line.startswith("cachekit "):
+            commands.parsed(line)
+        if reason is None:
+            commands.printed(*shlex.split(line.removeprefix("cachekit ")))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_blocks_are_of_languages_that_are_run(path):
+    fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)
+    assert {*fences[::2]} <= {"python", "console", "toml"}
+    assert {*fences[1::2]} <= {""}
+    for _, reason, text in found(path, "python"):
+        assert reason is None or compile(text, path.name, "exec")
 
 
 def test_readme_and_guide_have_code():

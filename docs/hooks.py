@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that lie outside of docs/, links between all of them, and links to arXiv."""
+"""Hooks of mkdocs: pages that lie outside of docs/, links between all of them, links to arXiv, and examples of docstrings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,3 +106,18 @@ def with_papers(html: str) -> str:
         elif not inside:
             pieces[place] = _ARXIV.sub(r'<a href="https://arxiv.org/abs/\1">\g<0></a>', piece)
     return "".join(pieces)
+
+
+class Doctests(griffe.Extension):
+    """Puts the examples of docstrings, which begin with `>>>`, into blocks of code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rewrite the docstring of an object."""
+        if obj.docstring:
+            obj.docstring.value = fenced(obj.docstring.value)
+
+
+def fenced(text: str) -> str:
+    """Put each paragraph that begins with `>>>` between fences."""
+    paragraphs = re.split(r"\n\s*\n", text)
+    return "\n\n".join(f"```pycon\n{one}\n```" if one.startswith(">>> ") else one for one in paragraphs)

@@ -13,16 +13,40 @@ from cachekit.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Functions whose texts are put into errors and warnings.
-_REASONS = re.compile(r"refus|reason|misfit|caution|warnings|_discarded|_missing_|_of_pipeline|_of_run|_how_to_get|_failed")
+_REASONS = re.compile(
+    r"reads_attention|refus|reason|misfit|caution|warnings|_discarded|_missing_|_of_pipeline|_of_run|_how_to_get|_failed|_warn$"
+)
+#: Those whose texts are warnings.
+_WARNING = {
+    **dict.fromkeys(("warnings", "_discarded", "caution"), "report"),
+    "_warn": "PresetWarning",
+    "_failed": "PluginWarning",
+    "__str__": "PluginWarning",
+}
 #: Folders with messages for authors of policies, and for users of the command line; the others are met by all users.
 _GROUPS = {
-    "Applying, planning and running": ("applying.py", "attaching", "clusters.py", "costs", "driving", "planning", "runs", "switches"),
+    "Applying, planning and running": (
+        "applying.py",
+        "attaching",
+        "clusters.py",
+        "costs",
+        "driving",
+        "planning",
+        "runs",
+        "switches",
+    ),
     "Specs, parts and presets": ("interface", "parts", "registry", "errors.py"),
     "Models, and what diffusers gives": ("models", "upstream"),
     "Calibrating and tuning": ("calibrating", "tuning"),
     "Command line, benchmarks, analysis": ("cli", "bench", "analysis", "coverage", "testing", "files.py"),
 }
 _PLUGINS = "Policies that ship"
+#: Errors whose texts users read, and functions that raise one with their last argument as its reason.
+_OWN = {name for name in vars(errors) if name.endswith("Error")} | {
+    *("ArgumentError", "BenchError", "ClusterError", "EstimateError", "ModelError", "NotBuiltError", "TuningError"),
+    *("ValueError", "WeightsError"),
+}
+_REFUSING = {"_error": "SpecError", "_refuse": "GuidanceError", "refuse_narrowing": "GuidanceError"}
 _VALUE = "…"
 
 
@@ -41,7 +65,9 @@ def table() -> str:
         found.setdefault(_group(message.path), {}).setdefault(message.text, message.kind)
     sections = []
     for title in (*_GROUPS, _PLUGINS):
-        rows = [[_cell(text), f"`{kind}`"] for text, kind in sorted(found[title].items(), key=lambda row: row[0].lower())]
+        rows = [
+            [_cell(text), f"`{kind}`"] for text, kind in sorted(found[title].items(), key=lambda row: row[0].lower())
+        ]
         sections.append(f"## {title}\n\n{markdown(['message', 'raised as'], rows, left=2)}")
     return "\n".join(sections)
 
@@ -75,34 +101,33 @@ def _is_message(text: str) -> bool:
 def _carried(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
     """Yield the expression of each message with the class that carries it."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
-            kind = ast.unparse(node.exc.func).rpartition(".")[2]
-            if kind == "ValueError":  # a validator's, which a spec's error quotes
-                kind = "SpecError"
-            if kind.endswith("Error") and (hasattr(errors, kind) or kind in _own_errors(tree) or kind in _LATER):
-                yield kind, node.exc.args[0]
+        if isinstance(node, ast.Call) and node.args and _name(node) in _OWN:
+            # A validator's ValueError is quoted by the error of a spec.
+            yield _name(node).replace("ValueError", "SpecError"), node.args[0]
+        elif isinstance(node, ast.Call) and node.args and _name(node) in _REFUSING:
+            yield _REFUSING[_name(node)], node.args[-1]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "_log.warning") and node.args:
             kind = ast.unparse(node.args[1]) if len(node.args) > 1 else "log"
             yield kind if kind.endswith("Warning") else "log", node.args[0]
+        elif isinstance(node, ast.ClassDef) and node.name == "Failure":
+            for one in node.body:
+                if isinstance(one, ast.FunctionDef):
+                    yield from _reasons(one)
+        elif isinstance(node, ast.ClassDef) and node.name == "Obstacle":
+            yield from (("part of an error", one.value) for one in node.body if isinstance(one, ast.Assign))
         elif isinstance(node, ast.FunctionDef) and _REASONS.search(node.name):
             yield from _reasons(node)
 
 
-#: Errors of single rooms, subclasses of `CachekitError`.
-_LATER = {"ModelError", "TuningError", "BenchError", "ArgumentError", "EstimateError", "WeightsError"}
-
-
-def _own_errors(tree: ast.Module) -> set[str]:
-    return {node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Error")}
+def _name(call: ast.Call) -> str:
+    return ast.unparse(call.func).rpartition(".")[2]
 
 
 def _reasons(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr]]:
     """Yield the texts that a function returns or yields for others' messages."""
-    kind = "report" if function.name in ("warnings", "_discarded", "caution") else "part of an error"
+    kind = _WARNING.get(function.name, "part of an error")
     for node in ast.walk(function):
-        if isinstance(node, (ast.Return, ast.Yield)) and node.value is not None:
-            yield kind, node.value
-        elif isinstance(node, ast.Assign):
+        if isinstance(node, (ast.Return, ast.Yield, ast.Assign)) and node.value is not None:
             yield kind, node.value
 
 

@@ -1,7 +1,7 @@
 """The tables of docs/recipes: what `cachekit recommend` prints for each architecture, and which policies are refused.
 
-`python -m benchmarks.recipes` stores them, in a few minutes and without weights; `python -m benchmarks.readme` writes them
-into the documents.
+`python -m benchmarks.recipes` stores them, in a few minutes and without weights; `python -m benchmarks.readme` writes
+them into the documents.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that lie outside of docs/, links between all of them, links to arXiv, and examples of docstrings."""
+"""Hooks of mkdocs: pages from outside of docs/, links between all pages and to arXiv, and examples of docstrings."""
 
 from __future__ import annotations
 

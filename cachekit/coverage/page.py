@@ -41,7 +41,8 @@ def markdown(coverage: Coverage) -> str:
         *_table(["policy", *STATES], [[f"`{spec}`", *map(str, _counts(coverage, spec))] for spec in coverage.specs]),
         "\n## Pipelines\n",
         *_table(
-            ["pipeline", "branches", "denoisers", "works", "does not, and why"], [_row(trial) for trial in coverage.built]
+            ["pipeline", "branches", "denoisers", "works", "does not, and why"],
+            [_row(trial) for trial in coverage.built],
         ),
         "\n## Denoisers\n",
         _DENOISERS,

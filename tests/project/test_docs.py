@@ -19,6 +19,8 @@ from support import commands, pages, tiny
 from support.sources import load_benchmarks
 
 import cachekit
+import cachekit.errors
+import cachekit.testing
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import word
 from cachekit.interface.policy import PARTS
@@ -217,7 +219,7 @@ def test_specs_in_the_documents_parse(path):
         if (
             "intervall" not in spec
             and "file=weights" not in spec
-            and "=..." not in spec
+            and not spec.endswith(("=...", "=…"))
             and not re.search(r"=[mn]\b", spec)
         ):
             parse(spec.rstrip(".,;:"), WORDS)
@@ -277,3 +279,54 @@ def test_no_figure_in_the_documents_is_stale(monkeypatch):
     load_benchmarks()
     monkeypatch.setattr(sys, "argv", ["benchmarks.readme", "--check"])
     importlib.import_module("benchmarks.readme").main()
+
+
+#: Rooms of the source whose errors any user of policies may meet.
+ROOMS = ("applying.py", "attaching", "clusters.py", "costs", "driving", "runs", "upstream")
+
+
+def met_by_users():
+    """Texts of the warnings, and of the errors but those about the code of a policy."""
+    load_benchmarks()
+    for message in importlib.import_module("benchmarks.messages").messages():
+        room = message.path.relative_to(ROOT).parts[:2]
+        is_warning = message.kind in ("report", "log") or message.kind.endswith("Warning")
+        if is_warning or (room[0] == "cachekit" and room[1] in ROOMS and message.kind != "PolicyError"):
+            yield message.text
+
+
+def test_what_users_meet_is_explained_by_its_words():
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    fixed = {max((" ".join(part.split()) for part in text.split("…")), key=len) for text in met_by_users()}
+    assert len(fixed) > 40
+    assert {text for text in fixed if text not in page} == set()
+
+
+def test_every_error_and_warning_class_is_in_the_api_and_in_the_messages():
+    classes = {name for name, found in vars(cachekit.errors).items() if inspect.isclass(found) and name[0] != "_"}
+    documented = documented_names("errors.md")
+    assert {name for name in classes if name.endswith(("Error", "Warning"))} == documented
+    raised = set(re.findall(r"\| `(\w+)` \|$", (ROOT / "docs" / "messages.md").read_text(), re.MULTILINE))
+    assert documented - {"CachekitError"} <= raised
+
+
+def documented_names(*pages):
+    """Names of `cachekit` that these pages of the API reference have."""
+    texts = [(ROOT / "docs" / "api" / page).read_text() for page in pages]
+    found = re.findall(r"^::: cachekit\.([\w.]+)$", "\n".join(texts), re.MULTILINE)
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    names = documented_names("using.md", "writing.md", "errors.md", "testing.md")
+    assert {name for name in names if "." not in name} == set(cachekit.__all__)
+    assert {name for name in names if "." in name} == {f"testing.{name}" for name in cachekit.testing.__all__}
+
+
+def test_the_navigation_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\nhooks:")[0]
+    listed = re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in DOCS[1:]}
+    outside = {"index.md", "contributing.md", "changes.md", "example.md", "training.md"}
+    assert sorted(listed) == sorted(pages | outside)

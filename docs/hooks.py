@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import griffe
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,6 +107,23 @@ def with_papers(html: str) -> str:
         elif not inside:
             pieces[place] = _ARXIV.sub(r'<a href="https://arxiv.org/abs/\1">\g<0></a>', piece)
     return "".join(pieces)
+
+
+def on_post_build(config: Any, **_: Any) -> None:
+    """Refuse a site of which a page loads something from elsewhere."""
+    for page in Path(config["site_dir"]).rglob("*.html"):
+        loaded = loaded_from_elsewhere(page.read_text())
+        if loaded:
+            raise PluginError(f"{page.name} loads {', '.join(loaded)}; put it into docs/assets")
+
+
+def loaded_from_elsewhere(html: str) -> list[str]:
+    """Find what a page loads from other servers: scripts, styles, pictures; links that a reader follows are none."""
+    tags = re.findall(r"<(?:script|img|iframe|source|link)\b[^>]*>", html)
+    found = (
+        re.search(r"""(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""", tag) for tag in tags if "canonical" not in tag
+    )
+    return [match[1] for match in found if match]
 
 
 class Doctests(griffe.Extension):

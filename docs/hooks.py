@@ -126,13 +126,27 @@ def loaded_from_elsewhere(html: str) -> list[str]:
     return [match[1] for match in found if match]
 
 
-class Doctests(griffe.Extension):
-    """Puts the examples of docstrings, which begin with `>>>`, into blocks of code."""
+class Docstrings(griffe.Extension):
+    """Reads comments that begin with `#:` as docstrings, and puts examples that begin with `>>>` into blocks of code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rewrite the docstring of an object."""
+        """Rewrite the docstring of an object, or make that of an attribute."""
         if obj.docstring:
             obj.docstring.value = fenced(obj.docstring.value)
+        elif obj.is_attribute and obj.lineno and isinstance(obj.filepath, Path):
+            comment = comment_above(obj.filepath.read_text().splitlines(), obj.lineno)
+            if comment:
+                obj.docstring = griffe.Docstring(comment, parent=obj)
+
+
+def comment_above(lines: list[str], number: int) -> str:
+    """Read the comment of `#:` lines that ends above a line, counted from 1."""
+    found: list[str] = []
+    for line in reversed(lines[: number - 1]):
+        if not line.strip().startswith("#:"):
+            break
+        found.insert(0, line.strip().removeprefix("#:").strip())
+    return " ".join(found)
 
 
 def fenced(text: str) -> str:

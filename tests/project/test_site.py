@@ -55,3 +55,9 @@ def test_what_a_page_loads_from_elsewhere_is_found(hooks):
     assert hooks.loaded_from_elsewhere(page) == []
     assert hooks.loaded_from_elsewhere(page + '<script src="https://c.org/x.js">') == ["https://c.org/x.js"]
     assert hooks.loaded_from_elsewhere("<img src=//d.org/x.png>") == ["//d.org/x.png"]
+
+
+def test_comments_above_attributes_are_their_docstrings(hooks):
+    lines = ["class A:", "    #: Steps of", "    #: a run.", "    steps: int", "    other: int"]
+    assert hooks.comment_above(lines, 4) == "Steps of a run."
+    assert hooks.comment_above(lines, 5) == ""

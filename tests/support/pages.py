@@ -15,7 +15,13 @@ SMALL = {
     "QwenImagePipeline": {"height": 32, "width": 32, "output_type": "latent"},
     "WanPipeline": {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"},
     "PixArtAlphaPipeline": {"height": 32, "width": 32, "use_resolution_binning": False},
-    "StableVideoDiffusionPipeline": {"height": 16, "width": 16, "num_frames": 2, "output_type": "latent"},
+    "StableVideoDiffusionPipeline": {
+        "height": 16,
+        "width": 16,
+        "num_frames": 2,
+        "output_type": "latent",
+        "num_inference_steps": 6,
+    },
 }
 
 

@@ -127,7 +127,7 @@ def loaded_from_elsewhere(html: str) -> list[str]:
 
 
 class Docstrings(griffe.Extension):
-    """Reads comments that begin with `#:` as docstrings, and puts examples that begin with `>>>` into blocks of code."""
+    """Reads `#:` comments of attributes as docstrings, and puts examples, which begin with `>>>`, into code."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object, or make that of an attribute."""

@@ -330,3 +330,24 @@ def test_the_navigation_has_every_page():
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in DOCS[1:]}
     outside = {"index.md", "contributing.md", "changes.md", "example.md", "training.md"}
     assert sorted(listed) == sorted(pages | outside)
+
+
+def words_after(pattern):
+    """Find what follows a pattern in code and commands of the documents, with the document."""
+    for path in PAGES:
+        for code in re.findall(r"^ {4}.*$|^\$ .*$|`[^`\n]+`", path.read_text(), re.MULTILINE):
+            for word in re.findall(pattern, code):
+                yield short(path), word
+
+
+def test_targets_extras_and_modules_in_the_documents_exist():
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    for path, target in words_after(r"^[`$ ]*make ([\w-]+)"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), (path, target)
+    for path, extras in words_after(r"install '?\"?\.\[([\w,]+)\]"):
+        assert all(f"\n{extra} = [" in project for extra in extras.split(",")), (path, extras)
+    modules = set(words_after(r"python -m (benchmarks[\w.]*)"))
+    assert len(modules) > 10
+    for path, module in modules:
+        place = ROOT.joinpath(*module.split("."))
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), (path, module)

@@ -56,7 +56,7 @@ def _qwen():
 
 
 def install(monkeypatch):
-    """Let `from_pretrained` load nothing: pipelines are the tiny ones, on any device and in any dtype."""
+    """Replace `from_pretrained`, which then loads nothing: pipelines are the tiny ones, on any device and in any dtype."""
     for name, make in stand_ins().items():
         cls = getattr(diffusers, name)
         monkeypatch.setattr(cls, "from_pretrained", functools.partial(_loaded, cls, make))
@@ -82,7 +82,7 @@ def _parts(pipe):
 
 
 def prompted(cls):
-    """A subclass with a text encoder that only tells prompts apart, and calls that are small."""
+    """A subclass with a text encoder that only distinguishes prompts, and calls that are small."""
 
     class Prompted(cls):
         def encode_prompt(self, prompt=None, *_, **given):

@@ -336,8 +336,7 @@ def words_after(pattern):
     """Find what follows a pattern in code and commands of the documents, with the document."""
     for path in PAGES:
         for code in re.findall(r"^ {4}.*$|^\$ .*$|`[^`\n]+`", path.read_text(), re.MULTILINE):
-            for word in re.findall(pattern, code):
-                yield short(path), word
+            yield from ((short(path), found) for found in re.findall(pattern, code))
 
 
 def test_targets_extras_and_modules_in_the_documents_exist():

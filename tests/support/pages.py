@@ -14,7 +14,11 @@ SMALL = {
     "FluxPipeline": {"height": 16, "width": 16, "output_type": "latent"},
     "QwenImagePipeline": {"height": 32, "width": 32, "output_type": "latent"},
     "WanPipeline": {"height": 32, "width": 32, "num_frames": 5, "output_type": "latent"},
-    "PixArtAlphaPipeline": {"height": 32, "width": 32, "use_resolution_binning": False},
+    "PixArtAlphaPipeline": {"height": 32, "width": 32, "use_resolution_binning": False, "output_type": "latent"},
+    "StableDiffusionPipeline": {"output_type": "latent"},
+    "StableDiffusionControlNetPipeline": {"output_type": "latent"},
+    "StableDiffusionXLPipeline": {"output_type": "latent"},
+    "StableDiffusion3Pipeline": {"output_type": "latent"},
     "StableVideoDiffusionPipeline": {
         "height": 16,
         "width": 16,
@@ -56,7 +60,7 @@ def _qwen():
 
 
 def install(monkeypatch):
-    """Replace `from_pretrained`, which then loads nothing: pipelines are the tiny ones, on any device and in any dtype."""
+    """Replace `from_pretrained`: pipelines are the tiny ones, on any device and in any dtype."""
     for name, make in stand_ins().items():
         cls = getattr(diffusers, name)
         monkeypatch.setattr(cls, "from_pretrained", functools.partial(_loaded, cls, make))

@@ -75,7 +75,7 @@ def _recipe(data: dict[str, Any]) -> str:
         ]
         text += "\n" + markdown(["published setting", "steps", "MAC reduction", "kept", "source"], rows, left=5)
     if data["lines"]:
-        text += "\n" + markdown(["recommended", "line", "MAC reduction", "kept", "why"], _lines(data), left=5)
+        text += "\n" + markdown(["level", "line", "MAC reduction", "kept", "why"], _lines(data), left=5)
     return text if not data["note"] else f"{text}\n{data['note'][0].upper()}{data['note'][1:]}.\n"
 
 

@@ -26,6 +26,20 @@ RESULTS = Path(__file__).parent / "results" / "recipes.json"
 _NEEDED = {"calibrated": "calibrated:interval=4", "null_text": "null_text:after=10"}
 #: Policies that are another's name or a tool.
 _LEFT_OUT = {"cache", "cair"}
+#: Families in the order of docs/recipes, with their pages.
+_FAMILIES = {
+    "sd15": ("Stable Diffusion 1.5", "sd15.md"),
+    "sd21": ("Stable Diffusion 2.1", "sd15.md"),
+    "sdxl": ("Stable Diffusion XL", "sdxl.md"),
+    "pixart-alpha": ("PixArt-alpha", "pixart.md"),
+    "pixart-sigma": ("PixArt-sigma", "pixart.md"),
+    "sd3": ("Stable Diffusion 3.5", "sd3.md"),
+    "flux": ("FLUX.1", "flux.md"),
+    "qwen-image": ("Qwen-Image", "qwen-image.md"),
+    "wan": ("Wan 2.1", "wan.md"),
+    "lcm-sdxl": ("LCM of SDXL", "few-steps.md"),
+    "lcm-pixart": ("LCM of PixArt-alpha", "few-steps.md"),
+}
 #: Denoisers of videos that are no known architecture, by the beginnings of their presets' names.
 _VIDEO = ("hunyuan-video", "cogvideox")
 
@@ -55,7 +69,18 @@ def parts() -> dict[str, str]:
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found = {f"recipe {name}": _recipe(data) for name, data in stored.items()}
     found |= {f"refused {name}": _refused(data) for name, data in stored.items()}
-    return {**found, "presets video": _video()}
+    return {**found, "presets video": _video(), "families": _families(stored)}
+
+
+def _families(stored: dict[str, Any]) -> str:
+    """Table of what is recommended as balanced for each family."""
+    rows = []
+    for name, (title, page) in _FAMILIES.items():
+        if name in stored:
+            line = next(one for one in stored[name]["lines"] if one["level"] == "balanced")
+            text = line["code"].partition(", ")[2].removesuffix(")").strip('"')
+            rows.append([f"[{title}]({page})", stored[name]["guidance"], f"`{text}`", *_costs(line["costs"])])
+    return markdown(["family", "guidance", "balanced", "MAC reduction", "kept"], rows, left=3) if rows else ""
 
 
 def _recipe(data: dict[str, Any]) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekit import errors
 from cachekit.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,14 +37,10 @@ _GROUPS = {
     "Specs, parts and presets": ("interface", "parts", "registry", "errors.py"),
     "Models, and what diffusers gives": ("models", "upstream"),
     "Calibrating and tuning": ("calibrating", "tuning"),
-    "Command line, benchmarks, analysis": ("cli", "bench", "analysis", "coverage", "testing", "files.py"),
 }
+_OTHERS = "Command line, benchmarks, analysis"
 _PLUGINS = "Policies that ship"
-#: Errors whose texts users read, and functions that raise one with their last argument as its reason.
-_OWN = {name for name in vars(errors) if name.endswith("Error")} | {
-    *("ArgumentError", "BenchError", "ClusterError", "EstimateError", "ModelError", "NotBuiltError", "TuningError"),
-    *("ValueError", "WeightsError"),
-}
+#: Functions that raise an error with their last argument as its reason.
 _REFUSING = {"_error": "SpecError", "_refuse": "GuidanceError", "refuse_narrowing": "GuidanceError"}
 _VALUE = "…"
 
@@ -64,7 +59,7 @@ def table() -> str:
     for message in messages():
         found.setdefault(_group(message.path), {}).setdefault(message.text, message.kind)
     sections = []
-    for title in (*_GROUPS, _PLUGINS):
+    for title in (*_GROUPS, _OTHERS, _PLUGINS):
         rows = [
             [_cell(text), f"`{kind}`"] for text, kind in sorted(found[title].items(), key=lambda row: row[0].lower())
         ]
@@ -80,30 +75,41 @@ def _group(path: Path) -> str:
     room = path.relative_to(ROOT).parts
     if room[0] != "cachekit":
         return _PLUGINS
-    return next(title for title, rooms in _GROUPS.items() if room[1] in rooms)
+    return next((title for title, rooms in _GROUPS.items() if room[1] in rooms), _OTHERS)
 
 
 def messages() -> Iterator[Message]:
     """Yield the messages of all errors and warnings in the source; what is only another's text is left out."""
-    for folder in ("cachekit", "plugins", "adapters"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            if "scaffolds" not in path.parts:
-                for kind, node in _carried(ast.parse(path.read_text())):
-                    for text in _texts(node):
-                        if _is_message(text):
-                            yield Message(text, kind, path)
+    folders = ("cachekit", "plugins", "adapters")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    trees = {path: ast.parse(path.read_text()) for path in paths if "scaffolds" not in path.parts}
+    kinds = _errors(trees.values())
+    for path, tree in trees.items():
+        for kind, node in _carried(tree, kinds):
+            yield from (Message(text, kind, path) for text in _texts(node) if _is_message(text))
+
+
+def _errors(trees: Iterable[ast.Module]) -> dict[str, str]:
+    """Map the names of the error classes that users see to what carries their texts; private ones are only signals."""
+    # A validator's ValueError is quoted by the error of a spec.
+    found = {"CachekitError": "CachekitError", "ValueError": "SpecError"}
+    classes = [node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]
+    for node in classes * 2:  # a base may be found after what is derived from it
+        base = ast.unparse(node.bases[0])
+        if base in found and not node.name.startswith("_"):
+            found[node.name] = node.name
+    return found
 
 
 def _is_message(text: str) -> bool:
     return len(re.sub(r"[^a-z]", "", text)) >= 12 and " " in text
 
 
-def _carried(tree: ast.Module) -> Iterator[tuple[str, ast.expr]]:
+def _carried(tree: ast.Module, kinds: dict[str, str]) -> Iterator[tuple[str, ast.expr]]:
     """Yield the expression of each message with the class that carries it."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node.args and _name(node) in _OWN:
-            # A validator's ValueError is quoted by the error of a spec.
-            yield _name(node).replace("ValueError", "SpecError"), node.args[0]
+        if isinstance(node, ast.Call) and node.args and _name(node) in kinds:
+            yield kinds[_name(node)], node.args[0]
         elif isinstance(node, ast.Call) and node.args and _name(node) in _REFUSING:
             yield _REFUSING[_name(node)], node.args[-1]
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "_log.warning") and node.args:

@@ -56,7 +56,7 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int | None:
 
 
 def planned_scheduler(pipe: Any, steps: int) -> Any:
-    """Make a copy of a pipeline's scheduler that is set to `steps`; None where that needs more than their number."""
+    """Make a copy of a pipeline's scheduler that is set to `steps`; None if `set_timesteps` needs more."""
     scheduler = scheduler_of(pipe)
     if scheduler is None:
         return None

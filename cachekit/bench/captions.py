@@ -88,7 +88,8 @@ def _annotated(source: str, text: str) -> list[tuple[str, str]]:
         return [(names[image], caption) for image, caption in first.items()]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BenchError(
-            f"captions {source!r}: not annotations of MS-COCO; give its captions_*.json, or a text file with a caption on each line"
+            f"captions {source!r}: not annotations of MS-COCO; give its captions_*.json, or a text file with a caption"
+            " on each line"
         ) from error
 
 

@@ -258,7 +258,7 @@ def with_nan(path: Any) -> str:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda path: path.read_text()[:500], "no calibration, or only a part of one"),
+        (lambda path: path.read_text()[:500], "not a complete calibration file"),
         (lambda path: damaged(path, version=7), "has version 7, this cachekit reads 1"),
         (with_nan, "fits.0.steps.3.weights.sample: Input should be a finite number"),
         (lambda path: damaged(path, colour="red"), "colour: Extra inputs are not permitted"),
@@ -403,7 +403,7 @@ def test_embeddings_that_equal_the_negative_ones_are_refused(name: str) -> None:
     first, *others = prompts_for(pipe)
     negative = {name: first[name] for name in first if name.startswith("negative")}
     same = {**negative, **{name.removeprefix("negative_"): value for name, value in negative.items()}}
-    with pytest.raises(CalibrationError, match=r"^prompt 3 is the same as the negative prompt"):
+    with pytest.raises(CalibrationError, match=r"^prompt 3 is encoded exactly like the negative prompt"):
         calibrated(pipe, prompts=[first, others[0], same], batch=2)
 
 

@@ -75,7 +75,7 @@ def test_a_run_that_differs_is_warned_of_with_both_values(tmp_path, pipe):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{", "is no preset, or only a part of one"),
+        ("{", "is not a complete preset file"),
         ('{"version": 9}', "has version 9, this cachekit reads presets of 1"),
         ('{"version": 1, "specs": []}', "specs: List should have at least 1 item"),
         ('{"version": 1, "specs": ["preset:other"]}', "can't be nested"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
@@ -13,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
+from cachekit.files import digest
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import Vocabulary, parse_all, split_outside
 
@@ -124,12 +123,6 @@ class Cell(_Frozen):
     def plain(self, steps: int, spacing: str = "") -> Cell:
         """Cell of that many plain steps, with all else the same."""
         return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps, "spacing": spacing})
-
-
-def digest(data: Any) -> str:
-    """Short digest of plain data."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:

@@ -5,8 +5,6 @@ This is how papers evaluate policies on MS-COCO. Images are files, so that an in
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,23 +12,23 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cachekit.applying import apply
+from cachekit.batch.images import described, encoded, opened
 from cachekit.bench.captions import Captions
 from cachekit.bench.cells import BenchError, Setting, digest
 from cachekit.bench.learned import Features, clip_score, pixels, torchmetrics
-from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult
 from cachekit.bench.subjects import Subject, load, model_hash, set_scheduler
 from cachekit.bench.workbench import environment
+from cachekit.files import write_whole
 from cachekit.interface.policy import Policy
 from cachekit.models.architectures import architectures
 from cachekit.models.loading import scheduler_for
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from cachekit.registry.notices import silent_log
 
 __all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
 
@@ -38,8 +36,6 @@ __all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
 Progress = Callable[[int, int, "str | None"], None]
 #: Scores image files together, given the caption of each.
 Scorer = Callable[[Sequence[Path], Sequence[str]], float]
-
-_KEY = "cachekit"
 
 
 class Drawing(BaseModel):
@@ -200,47 +196,17 @@ class _Gallery:
             yield count
 
     def _save(self, place: int, result: RunResult) -> None:
-        """Write an image under a temporary name first, so that no half-written file has the final name."""
-        from PIL.PngImagePlugin import PngInfo
-
         assert result.image is not None
-        info, file = PngInfo(), self.files[place]
-        info.add_text(_KEY, json.dumps({"seconds": result.seconds, "macs": result.macs, **self._identity(place)}))
-        part = file.with_suffix(".part")
-        try:
-            result.image.save(part, format="PNG", pnginfo=info)
-            os.replace(part, file)
-        except OSError as error:
-            raise BenchError(f"cannot write {str(file)!r}: {error.strerror}") from error
+        description = {"seconds": result.seconds, "macs": result.macs, **self._identity(place)}
+        write_whole(self.files[place], encoded(result.image, description), BenchError)
 
     def _identity(self, place: int) -> dict[str, Any]:
         return {"caption": self._captions[place], "seed": self._seed(place), "specs": self._drawing.specs}
 
     def costs(self) -> dict[str, float]:
         """Median seconds and mean MACs of an image."""
-        costs = [_costs(file) for file in self.files]
+        costs = [described(file) for file in self.files]
         return {"seconds": median(cost["seconds"] for cost in costs), "macs": fmean(cost["macs"] for cost in costs)}
-
-
-def _costs(path: Path) -> dict[str, Any]:
-    """Read the costs that an image file of a gallery holds."""
-    try:
-        costs: dict[str, Any] = json.loads(_opened(path).info[_KEY])
-    except (KeyError, ValueError) as error:
-        raise BenchError(f"image {str(path)!r} does not hold its costs; remove it to generate it again") from error
-    return costs
-
-
-def _opened(path: Path) -> Image:
-    """Open an image and read all of it."""
-    from PIL import Image
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BenchError(f"cannot read image {str(path)!r}: {str(error).splitlines()[0]}; remove it") from error
-    return image
 
 
 # -- scores -----------------------------------------------------------------------------------------------
@@ -262,12 +228,12 @@ def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
     features = Features(path, device)
     metric = FrechetInceptionDistance(features, reset_real_features=False).to(device)
     for file in coco.references:
-        metric.update(pixels(_opened(file), device), real=True)
+        metric.update(pixels(opened(file), device), real=True)
 
     def distance(files: Sequence[Path], captions: Sequence[str]) -> float:
         metric.reset()
         for file in files:
-            metric.update(pixels(_opened(file), device), real=False)
+            metric.update(pixels(opened(file), device), real=False)
         return float(metric.compute())
 
     count = len(coco.captions.texts)
@@ -278,7 +244,7 @@ def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
 def _clip(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
     """Load the mean CLIP score of images with their captions."""
     judge = clip_score(path, device)
-    return lambda files, captions: fmean(judge(_opened(file), text) for file, text in zip(files, captions)), None
+    return lambda files, captions: fmean(judge(opened(file), text) for file, text in zip(files, captions)), None
 
 
 SCORES: Mapping[str, Callable[[str, Any, Coco], tuple[Scorer, str | None]]] = {"clip": _clip, "fid": _fid}

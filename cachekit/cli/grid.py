@@ -80,12 +80,12 @@ def _open(settings: GridSettings) -> Results:
 
 
 def _suite(model: str, settings: GridSettings) -> Suite:
-    from cachekit.bench.executors import default_workers, executor
     from cachekit.bench.quality import METRICS
     from cachekit.bench.suite import Suite, fitting
+    from cachekit.workers import check_executor, default_workers
 
     compositions = settings.parse_specs(SPECS)
-    executor(settings.executor)
+    check_executor(settings.executor)
     return Suite(
         setting=settings.setting(model, METRICS),
         compositions=compositions if settings.spec else fitting(model, compositions),

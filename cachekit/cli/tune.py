@@ -93,7 +93,7 @@ def tune(settings: TuneSettings) -> None:
 
 
 def _workers(settings: TuneSettings) -> int:
-    from cachekit.bench.executors import default_workers
+    from cachekit.workers import default_workers
 
     return settings.workers or default_workers(settings.executor)
 

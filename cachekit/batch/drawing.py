@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cachekit.runs.report import Report
 
-__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "pictures_of", "unread_arguments"]
+__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "figures_of", "pictures_of", "unread_arguments"]
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class _Studio:
             "macs": macs,
             "versions": {"cachekit": __version__, **versions(), "python": platform.python_version()},
         }
-        figures = _figures(report, macs) if report and task.specs else None
+        figures = {**figures_of(report), "macs": macs} if report and task.specs else None
         return Drawn(encoded(pictures[0], description), description, figures, f"{platform.node()}:{os.getpid()}")
 
     def _attached(self, task: Task) -> Any:
@@ -171,13 +171,12 @@ def _actions(report: Report | None) -> Iterator[Any]:
     yield from (one.signature for one in report.record.calls) if report else ()
 
 
-def _figures(report: Report, macs: int | None) -> dict[str, Any]:
-    """Write the figures of a report as plain data."""
+def figures_of(report: Report) -> dict[str, Any]:
+    """Write the figures of a report as plain data, without its MACs."""
     return {
         "steps": report.steps,
         "calls": report.calls,
         "left_out": report.left_out,
-        "macs": macs,
         "cache_bytes": report.cache_bytes,
         "memory_bytes": report.memory_bytes,
         "deciding_seconds": round(report.deciding_seconds, 4),

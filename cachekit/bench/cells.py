@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
 from cachekit.files import digest
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import Vocabulary, parse_all, split_outside
+from cachekit.models.names import canonical
 
 __all__ = ["FULL_STEPS", "BenchError", "Cell", "Method", "Setting", "Spacing", "digest", "expand"]
 
@@ -49,7 +50,7 @@ class _Frozen(BaseModel):
 class Setting(_Frozen):
     """All that a worker needs besides a cell: the model, how to load it and how to call it."""
 
-    model: str
+    model: Annotated[str, AfterValidator(canonical)]
     captions: tuple[str, ...]
     dtype: str | None = None
     device: str | None = None

@@ -26,8 +26,8 @@ from cachekit.bench.subjects import Subject, load, model_hash, set_scheduler
 from cachekit.bench.workbench import environment
 from cachekit.files import write_whole
 from cachekit.interface.policy import Policy
-from cachekit.models.architectures import architectures
 from cachekit.models.loading import scheduler_for
+from cachekit.models.names import is_architecture
 from cachekit.registry.notices import silent_log
 
 __all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
@@ -142,7 +142,7 @@ def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
 def _check(coco: Coco) -> None:
     """Refuse wrong settings that can be found before anything is loaded."""
     folder, model, metrics = coco.images, coco.setting.model, dict(coco.setting.metrics)
-    if model in architectures():
+    if is_architecture(model):
         raise BenchError(f"{model} has random weights: images can only be scored of a trained model")
     if "fid" in metrics and not coco.references:
         raise BenchError("metric fid compares with true images: name their folder, --references FOLDER")

@@ -11,7 +11,7 @@ import typer
 
 from cachekit.cli.output import print_table, progress_bar, say
 from cachekit.errors import CachekitError, nearest
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from cachekit.analysis.parts import Found, Table
@@ -45,7 +45,8 @@ def analyze(
     from cachekit.analysis.parts import PARTS, Analysis
     from cachekit.bench.cells import Setting
     from cachekit.bench.subjects import load
-    from cachekit.models.loading import is_architecture, scheduler_for
+    from cachekit.models.loading import scheduler_for
+    from cachekit.models.names import is_architecture
 
     chosen = _parts(only or (), PARTS)
     if is_architecture(model):

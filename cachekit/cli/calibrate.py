@@ -12,7 +12,8 @@ import typer
 from cachekit.cli.fresh import Fresh, fresh_prompts
 from cachekit.cli.output import print_table, progress_bar, say
 from cachekit.errors import CachekitError, nearest
-from cachekit.models.loading import EMBEDDED, SCHEDULERS
+from cachekit.models.loading import SCHEDULERS
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from cachekit.calibrating.calibration import Calibration
@@ -103,10 +104,10 @@ def _calibrated(
 
 def _scales(text: str | None, model: str) -> list[float | None]:
     from cachekit.models.demo import DEMO_GUIDANCE
-    from cachekit.models.loading import DEMOS
+    from cachekit.models.names import DEMOS, canonical
 
     if text is None:
-        return [DEMO_GUIDANCE if model in DEMOS else None]
+        return [DEMO_GUIDANCE if canonical(model) in DEMOS else None]
     try:
         return [float(item) for item in text.split(";") if item.strip()] or [None]
     except ValueError:

@@ -12,7 +12,7 @@ import typer
 
 from cachekit.cli.output import check_writable, print_table, say, write
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from cachekit.costs.estimate import Estimate, StepCost
@@ -42,21 +42,13 @@ def estimate(
     policies = parse_all(specs or [], installed())
     _check_size(height, width)
     check_writable(file)
-    found = estimate_cost(_subject(model), policies, num_inference_steps=steps, height=height, width=width)
+    found = estimate_cost(model, policies, num_inference_steps=steps, height=height, width=width)
     say(_title(model, [str(policy) for policy in policies], steps))
     _print_totals(found)
     _print_steps(found.steps)
     if file:
         data = {"model": model, "specs": [str(policy) for policy in policies], **_data(found)}
         write(file, json.dumps(data, indent=1) + "\n")
-
-
-def _subject(model: str) -> Any:
-    """Find a known architecture by name, or build a pipeline without weights; a near miss of a name is refused."""
-    from cachekit.models.architectures import architecture
-    from cachekit.models.loading import is_architecture, pipeline_from_config
-
-    return architecture(model).name if is_architecture(model) else pipeline_from_config(model)
 
 
 def _check_size(*sizes: int | None) -> None:

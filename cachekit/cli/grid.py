@@ -13,7 +13,7 @@ from cachekit.cli.imaging import ImagingSettings
 from cachekit.cli.output import print_table, progress_bar, say
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from cachekit.bench.results import Result, Results

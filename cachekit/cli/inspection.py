@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekit.cli.output import say, write
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,8 @@ __all__ = ["EXECUTORS", "FAILURES", "Lost", "Work", "WorkersError", "check_execu
 
 #: Exceptions that fail a single item and not the others: memory, shapes, a published package that is too old.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError, AssertionError)
+#: Seconds that a worker has to end by itself.
+_PATIENCE = 5.0
 #: Where work can be done.
 EXECUTORS = ("serial", "process", "ray")
 
@@ -170,8 +173,11 @@ class _Processes:
     def __exit__(self, *exception: object) -> None:
         """End all processes: what they still do is not wanted any more."""
         for one in self._started.values():
-            one.process.kill()
+            one.pipe.close()
+            one.process.terminate()
         for one in self._started.values():
+            one.process.join(_PATIENCE)
+            one.process.kill()
             one.process.join()
 
     def start(self) -> _Process:
@@ -208,12 +214,13 @@ def _serve(pipe: Any, work: Work, place: int) -> None:
     """Do items until the pipe is closed, in a process that ends with its parent."""
     # Ctrl-C reaches all processes of a terminal; the parent ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _choose_gpu(place, work.device)
     while True:
         try:
             item = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         try:
             answer = (False, work.do(item))

@@ -30,7 +30,8 @@ from cachekit.bench.subjects import Subject
 from cachekit.bench.summary import Group
 from cachekit.bench.tables import CONFIGURATION, headings, texts, title
 from cachekit.bench.workbench import Workbench
-from cachekit.models.loading import ModelError, scheduler_for
+from cachekit.models.loading import scheduler_for
+from cachekit.models.names import ModelError
 from cachekit.registry.notices import silent_log
 
 if TYPE_CHECKING:

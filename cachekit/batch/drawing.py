@@ -18,6 +18,7 @@ from cachekit.batch.images import encoded
 from cachekit.batch.rows import BatchError, Task
 from cachekit.errors import CachekitError, CostError, first_line, nearest
 from cachekit.models import loading
+from cachekit.models.names import Sort, named
 from cachekit.registry.notices import silent_log
 from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.scales import SCALE
@@ -53,8 +54,10 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """What images depend on, as plain data."""
-        names = ("model", "scheduler", "dtype", "max_cache_bytes", "load", "arguments")
-        return {name: getattr(self, name) for name in names}
+        names = ("scheduler", "dtype", "max_cache_bytes", "load", "arguments")
+        found = named(self.model)
+        model = os.path.realpath(self.model) if found.sort is Sort.FOLDER else found.name
+        return {"model": model, **{name: getattr(self, name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ class _Studio:
         macs = self._macs_of(plain if not task.specs else (plain, task.parsed, *_actions(report)), report)
         description = {
             **task.settings,
+            "steps": task.steps or loading.default_steps(type(self._pipe)),
             **self._job.identity,
             "scheduler": type(getattr(self._pipe, "scheduler", None)).__name__,
             "seconds": round(seconds, 4),
@@ -200,7 +204,7 @@ def call(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> list[Image]:
         inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
         result = pipe(**{"generator": generator, **arguments})
     except (TypeError, ValueError) as error:
-        raise BatchError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}; change --set") from error
+        raise BatchError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}; change what the call is given") from error
     return list(pictures_of(result, type(pipe).__name__))
 
 

@@ -62,11 +62,15 @@ class Row(BaseModel):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file with the numbers of their lines, from 1, and a line for each that can't be read."""
+    """The rows of a file with the numbers of their lines, from 1, and why others can't be read."""
 
     source: str
     rows: Sequence[tuple[int, Row]]
-    problems: Sequence[str] = ()
+    problems: Sequence[tuple[int, str]] = ()
+
+    def problem_lines(self, others: Sequence[tuple[int, str]]) -> list[str]:
+        """Write a line for each row that can't be read or used, in the order of the file."""
+        return [f"{self.source}:{number}: {reason}" for number, reason in sorted([*self.problems, *others])]
 
 
 @dataclass(frozen=True)
@@ -125,14 +129,14 @@ def read_rows(source: str) -> Rows:
         raise BatchError(f"prompts {source!r}: the file holds none; write a prompt on each line")
     is_json = Path(source).suffix.lower() in _JSON or lines[0][1].startswith("{")
     rows: list[tuple[int, Row]] = []
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
     for number, line in lines:
         try:
             rows.append((number, _row(line) if is_json else Row(prompt=line)))
         except (SpecError, ValueError, RecursionError) as error:
-            problems.append(f"{source}:{number}: {_reason(error)}")
+            problems.append((number, _reason(error)))
     if not rows:
-        raise BatchError(f"no row can be read: {problems[0]}")
+        raise BatchError(f"prompts {source!r}: no row can be read; line {problems[0][0]}: {problems[0][1]}")
     return Rows(source, rows, problems)
 
 
@@ -169,19 +173,19 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def tasks_of(rows: Rows, defaults: Defaults, identity: Any) -> tuple[list[Task], list[str]]:
-    """Make the tasks of rows, and a line for each whose specs are wrong.
+def tasks_of(rows: Rows, defaults: Defaults, identity: Any) -> tuple[list[Task], list[tuple[int, str]]]:
+    """Make the tasks of rows; collect the lines whose specs are wrong, with the reasons.
 
     `identity` is plain data that all images depend on.
     """
     tasks: list[Task] = []
-    problems: list[str] = []
+    problems: list[tuple[int, str]] = []
     for number, (line, row) in enumerate(rows.rows):
         specs = defaults.specs if row.spec is None else row.spec
         try:
             parsed = tuple(sorted(map(str, parse_all(specs, installed()))))
         except CachekitError as error:
-            problems.append(f"{rows.source}:{line}: {error}")
+            problems.append((line, str(error)))
             continue
         task = Task(
             number=number,

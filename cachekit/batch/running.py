@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 
 from cachekit.batch.drawing import Drawing, Drawn, Job
 from cachekit.batch.manifest import Folder
-from cachekit.batch.rows import Task
+from cachekit.batch.rows import BatchError, Task
 from cachekit.workers import Lost, share_out
 
 __all__ = ["Batch", "Outcome"]
 
 #: How often a row is drawn whose workers die, before it counts as failed.
 _TRIES = 3
+#: How many rows may fail in the same way before any is drawn.
+_ALIKE = 5
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,12 @@ class Batch:
         """Draw the images that the folder lacks; yield each row when its image is written, or has failed.
 
         A row whose worker dies is drawn by another one; `again` is called with a line about it. Raises a
-        `CachekitError` for what concerns all rows, such as a model that can't be loaded.
+        `CachekitError` for what concerns all rows, such as a model that can't be loaded, or the first rows that all fail
+        for one reason.
         """
         self.begun = time.monotonic()
         left = self.folder.left(self.tasks)
+        reasons: set[str] = set()
 
         def repeat(task: Task, reason: str) -> None:
             again(f"line {task.line}: {reason.removesuffix('; run it again')}; its row is drawn again")
@@ -78,4 +82,7 @@ class Batch:
             reason = f"{found.reason}, {_TRIES} times" if isinstance(found, Lost) else found
             self.folder.fail(task, reason)
             self.failed += 1
+            reasons.add(reason)
+            if not self.drawn and len(reasons) == 1 and self.failed == _ALIKE and len(left) > _ALIKE:
+                raise BatchError(f"none of the first {_ALIKE} rows can be drawn, all for one reason: {reason}")
             yield Outcome(task, reason)

@@ -30,7 +30,7 @@ from cachekit.models.loading import scheduler_for
 from cachekit.models.names import is_architecture
 from cachekit.registry.notices import silent_log
 
-__all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
+__all__ = ["SCORES", "Coco", "Drawing", "Progress", "Scored", "load_scorers", "score"]
 
 #: Called after each image with the number of images that exist and of all, and a warning or None.
 Progress = Callable[[int, int, "str | None"], None]
@@ -90,7 +90,7 @@ class Scored(BaseModel):
     references: str | None
     metrics: dict[str, str]
     seconds: float
-    macs: float
+    macs: float | None
     scores: dict[str, float]
     environment: dict[str, Any]
 
@@ -103,7 +103,7 @@ def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
     _check(coco)
     subject = load(coco.setting)
     drawings = _drawings(coco, subject.pipe)
-    scorers = _scorers(coco, subject.pipe.device, progress)
+    scorers = load_scorers(coco, subject.pipe.device, progress)
     texts = coco.captions.texts
     for place, drawing in enumerate(drawings):
         gallery = _Gallery(coco.images / drawing.folder, drawing, texts)
@@ -212,7 +212,8 @@ class _Gallery:
 # -- scores -----------------------------------------------------------------------------------------------
 
 
-def _scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
+def load_scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
+    """Load the metrics of a setting; a warning about one goes to `progress`."""
     found: dict[str, Scorer] = {}
     for name, path in coco.setting.metrics:
         found[name], warning = SCORES[name](path, device, coco)

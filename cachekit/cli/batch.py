@@ -40,7 +40,7 @@ def draw(
         parse_all(defaults.specs, installed())
         rows = read_rows(prompts)
         tasks, wrong = tasks_of(rows, defaults, job.identity)
-        problems = [*rows.problems, *wrong]
+        problems = rows.problem_lines(wrong)
         for problem in problems:
             warn(f"{problem}; this row is left out")
         check_job(job, defaults.specs)

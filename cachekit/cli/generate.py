@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekit.cli.batch import draw
-from cachekit.cli.models import Dtype, RunnableModel
+from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable_name
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, say, warn
 from cachekit.errors import CachekitError
 from cachekit.models import loading
@@ -40,7 +40,9 @@ class ArgumentError(CachekitError):
 
 
 def generate(
-    pipeline: RunnableModel,
+    pipeline: Annotated[
+        str, typer.Argument(help=RUNNABLE_MODEL, parser=runnable_name, autocompletion=complete_runnable)
+    ],
     prompt: Annotated[str | None, typer.Argument(help="Prompt, where the pipeline takes one.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help=_PROMPTS)] = None,
     spec: Annotated[list[str] | None, typer.Option(help="Spec such as tgate:m=10; may be repeated.")] = None,
@@ -68,6 +70,10 @@ def generate(
     json_file: JsonFile = None,
 ) -> None:
     """Generate an image with any pipeline and policies and print the report, or an image for each row of a file."""
+    from cachekit.models.hub import hub_arguments
+
+    # Before torch is imported.
+    hub_arguments(pipeline, _pairs(load).get("cache_dir"))
     from cachekit.batch.drawing import Job
     from cachekit.batch.rows import Defaults
     from cachekit.interface.specs import joined

@@ -1,4 +1,4 @@
-"""Arguments that name a model, the same for all commands."""
+"""Arguments that name a model, the same for all commands: wrong names are refused before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,15 +8,60 @@ import typer
 
 from cachekit.cli.output import choice
 from cachekit.models.loading import DTYPES
-from cachekit.models.names import EMBEDDED
+from cachekit.models.names import DEMOS, EMBEDDED, ModelError, Sort, architecture_names, named
 
-__all__ = ["MODEL_HELP", "RUNNABLE_HELP", "AnyModel", "Dtype", "RunnableModel"]
+__all__ = [
+    "ANY_MODEL",
+    "RUNNABLE_MODEL",
+    "AnyModel",
+    "Dtype",
+    "RunnableModel",
+    "any_model",
+    "complete_any",
+    "complete_runnable",
+    "runnable",
+    "runnable_name",
+]
 
-#: Models with weights, which can be run.
-RUNNABLE_HELP = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
-#: Models by their configs, which is all that plans and estimates need.
-MODEL_HELP = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+#: Help for models with weights, which can be run, and for models by their configs, for plans and estimates.
+RUNNABLE_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+ANY_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 
-RunnableModel = Annotated[str, typer.Argument(help=RUNNABLE_HELP)]
-AnyModel = Annotated[str, typer.Argument(help=MODEL_HELP)]
+
+def any_model(model: str) -> str:
+    """Check the name of a model, and that the hub can be reached where it is needed."""
+    from cachekit.models.hub import hub_arguments
+
+    found = named(model)
+    hub_arguments(found.name)
+    return found.name
+
+
+def runnable_name(model: str) -> str:
+    """Check the name of a model that has weights."""
+    found = named(model)
+    if found.sort is Sort.ARCHITECTURE:
+        raise ModelError(f"{model} is an architecture, which has no weights; give a folder, a hub id, or {EMBEDDED}")
+    return found.name
+
+
+def runnable(model: str) -> str:
+    """Check the name of a model that has weights, and that the hub can be reached where it is needed."""
+    return any_model(runnable_name(model))
+
+
+def complete_any(incomplete: str) -> list[str]:
+    """List the names that a word may become."""
+    return [name for name in (*DEMOS, *architecture_names()) if name.startswith(incomplete)]
+
+
+def complete_runnable(incomplete: str) -> list[str]:
+    """List the names of models with weights that a word may become."""
+    return [name for name in DEMOS if name.startswith(incomplete)]
+
+
+RunnableModel = Annotated[
+    str, typer.Argument(help=RUNNABLE_MODEL, metavar="MODEL", parser=runnable, autocompletion=complete_runnable)
+]
+AnyModel = Annotated[str, typer.Argument(help=ANY_MODEL, metavar="MODEL", parser=any_model, autocompletion=complete_any)]
 Dtype = Annotated[str | None, typer.Option(help="Precision.", **choice(DTYPES, "dtype"))]

@@ -79,8 +79,8 @@ def estimate(
         print(found.speedup, found.cache_bytes)
 
     `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
-    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the name
-    of an embedded model (demo, demo-dit, demo-flow). `specs` are as for `apply`.
+    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the
+    name of an embedded model (demo, demo-dit, demo-flow). `specs` are as for `apply`.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
     branches as `inputs`, in place of a size.

@@ -51,7 +51,7 @@ def _unreachable() -> str:
 @lru_cache(maxsize=4)
 def _no_answer(endpoint: str) -> str:
     """Describe why an address gives no answer; "" where it gives any."""
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     reasons: list[str] = []
 

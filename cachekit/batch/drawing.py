@@ -204,7 +204,9 @@ def call(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> list[Image]:
         inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
         result = pipe(**{"generator": generator, **arguments})
     except (TypeError, ValueError) as error:
-        raise BatchError(f"{type(pipe).__name__} refuses its arguments: {first_line(error)}; change what the call is given") from error
+        raise BatchError(
+            f"{type(pipe).__name__} refuses its arguments: {first_line(error)}; change what the call is given"
+        ) from error
     return list(pictures_of(result, type(pipe).__name__))
 
 

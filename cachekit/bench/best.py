@@ -96,7 +96,10 @@ def parse_conditions(text: str, metrics: Sequence[str] = ()) -> list[Condition]:
 
 
 def _condition(text: str, metrics: Sequence[str]) -> Condition:
-    known = {**{figure.name.lower(): key for key, figure in FIGURES.items()}, **{name.lower(): name for name in metrics}}
+    known = {
+        **{figure.name.lower(): key for key, figure in FIGURES.items()},
+        **{name.lower(): name for name in metrics},
+    }
     found = _CONDITION.fullmatch(text)
     if not found or found[4].lower() not in _UNITS:
         raise BenchError(f"--best {text!r}: not a condition; write the heading of a column and a bound, 'PSNR>=35'")
@@ -115,7 +118,9 @@ def best_of(group: Group, conditions: Sequence[Condition]) -> Best | None:
         return None
     fulfilling = [row for row in cached if all(one.holds(row) for one in conditions)]
     if not fulfilling:
-        return Best(group, conditions, min(cached, key=lambda row: sum(one.shortfall(row) for one in conditions)), False)
+        return Best(
+            group, conditions, min(cached, key=lambda row: sum(one.shortfall(row) for one in conditions)), False
+        )
     row = min(fulfilling, key=_cost)
     plains = [one for one in group.rows if one.cell.method is Method.PLAIN and all(c.holds(one) for c in conditions)]
     plain = min(plains, key=_cost, default=None)

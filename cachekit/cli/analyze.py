@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,6 @@ import typer
 
 from cachekit.cli.models import Dtype, RunnableModel
 from cachekit.cli.output import JsonFile, check_folder, choice, json_results, print_table, progress_bar, say
-from cachekit.errors import CachekitError, nearest
 
 if TYPE_CHECKING:
     from cachekit.analysis.parts import Found, Table

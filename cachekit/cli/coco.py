@@ -28,9 +28,7 @@ _MODELS = f"Folders or hub ids of pipelines, folders of cachekit generate --prom
 class CocoSettings(ImagingSettings):
     """Options of `cachekit bench coco`."""
 
-    models: Annotated[
-        list[str], typer.Argument(help=_MODELS, parser=runnable, autocompletion=complete_runnable)
-    ]
+    models: Annotated[list[str], typer.Argument(help=_MODELS, parser=runnable, autocompletion=complete_runnable)]
     references: Annotated[Path | None, typer.Option(help="Folder of reference images, one for each caption.")] = None
     images: Annotated[Path, typer.Option(help="Folder for images; those that exist are not generated again.")] = Path(
         "bench-coco"

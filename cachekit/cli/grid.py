@@ -41,13 +41,11 @@ _QUALITY = ("psnr", "ssim", "caption_match", "frechet")
 class GridSettings(ImagingSettings):
     """Options of `cachekit bench grid`."""
 
-    models: Annotated[
-        list[str], typer.Argument(help=_MODELS, parser=any_model, autocompletion=complete_any)
-    ] = field(default_factory=list)
+    models: Annotated[list[str], typer.Argument(help=_MODELS, parser=any_model, autocompletion=complete_any)] = field(
+        default_factory=list
+    )
     peers: Annotated[bool, typer.Option(help="Measure other packages that are installed too.")] = True
-    executor: Annotated[
-        str, typer.Option(help="Where cells are measured.", **choice(EXECUTORS, "executor"))
-    ] = "serial"
+    executor: Annotated[str, typer.Option(help="Where cells are measured.", **choice(EXECUTORS, "executor"))] = "serial"
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes or actors; default: one per GPU, or two without a GPU.")
     ] = None

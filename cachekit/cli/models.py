@@ -63,5 +63,7 @@ def complete_runnable(incomplete: str) -> list[str]:
 RunnableModel = Annotated[
     str, typer.Argument(help=RUNNABLE_MODEL, metavar="MODEL", parser=runnable, autocompletion=complete_runnable)
 ]
-AnyModel = Annotated[str, typer.Argument(help=ANY_MODEL, metavar="MODEL", parser=any_model, autocompletion=complete_any)]
+AnyModel = Annotated[
+    str, typer.Argument(help=ANY_MODEL, metavar="MODEL", parser=any_model, autocompletion=complete_any)
+]
 Dtype = Annotated[str | None, typer.Option(help="Precision.", **choice(DTYPES, "dtype"))]

@@ -46,9 +46,9 @@ class TuneSettings:
     seed: Annotated[int, typer.Option(help="Seed of the noise and the search.")] = 0
     journal: Annotated[Path | None, typer.Option(help="File of the study, resumed and shared by processes.")] = None
     output: Annotated[Path, typer.Option(help="File of the preset; a picture is put beside it.")] = Path("preset.json")
-    executor: Annotated[
-        str, typer.Option(help="Where candidates are measured.", **choice(EXECUTORS, "executor"))
-    ] = "serial"
+    executor: Annotated[str, typer.Option(help="Where candidates are measured.", **choice(EXECUTORS, "executor"))] = (
+        "serial"
+    )
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or actors.")] = None
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None
     dtype: Dtype = None

@@ -248,9 +248,11 @@ def _end_with_parent() -> None:
 
 def _choose_gpu(place: int, device: str | None) -> None:
     """Choose the GPU of a worker; workers share GPUs where there are too few."""
+    if device not in (None, "cuda"):
+        return
     import torch
 
-    if device in (None, "cuda") and torch.cuda.is_available():
+    if torch.cuda.is_available():
         torch.cuda.set_device(place % torch.cuda.device_count())
 
 

@@ -63,8 +63,8 @@ class Batch:
         """Draw the images that the folder lacks; yield each row when its image is written, or has failed.
 
         A row whose worker dies is drawn by another one; `again` is called with a line about it. Raises a
-        `CachekitError` for what concerns all rows, such as a model that can't be loaded, or the first rows that all fail
-        for one reason.
+        `CachekitError` for what concerns all rows, such as a model that can't be loaded, and where the first rows all
+        fail for one reason.
         """
         self.begun = time.monotonic()
         left = self.folder.left(self.tasks)

@@ -165,7 +165,7 @@ def _merged(made: Calibration) -> str:
 
 
 def _verify(request: Request, fresh: Fresh, output: Path) -> list[dict[str, Any]]:
-    """Print and list how close images of fresh prompts come to the uncached ones, calibrated and by fewer plain steps."""
+    """Print and list how close images of fresh prompts come to uncached ones, calibrated and by fewer plain steps."""
     from cachekit.calibrating.verifying import compare
 
     found = compare(request, fresh.texts, str(output))

@@ -205,7 +205,8 @@ def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) ->
 
     It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The kinds are
     "unet", "dit" (a transformer with cross-attention) and "flow" (one with joint attention, of rectified flow); the
-    names of the command line, such as "demo-dit", are the same. Raises `WeightsError` for an unknown kind or a damaged file.
+    names of the command line, such as "demo-dit", are the same. Raises `WeightsError` for an unknown kind or a damaged
+    file.
     """
     return load_pipeline(folders(kind)[0], torch_dtype)
 

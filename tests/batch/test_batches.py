@@ -19,6 +19,7 @@ from cachekit.batch import running
 from cachekit.batch.drawing import Drawing, Job
 from cachekit.batch.manifest import Folder
 from cachekit.batch.rows import BatchError, Defaults, read_rows, tasks_of
+from cachekit.bench.learned import clip_score
 from cachekit.models.demo import demo_pipeline, heldout_captions
 from cachekit.workers import Lost, share_out
 
@@ -214,7 +215,12 @@ def test_bench_coco_scores_a_folder_as_it_is(drawn, tmp_path):
     assert result.exit_code == 0, result.output
     found = {tuple(one["drawing"]["specs"]): one for one in json.loads(result.stdout)}
     assert sorted(found) == [(), ("deepcache:interval=2", "tgate:m=1"), ("forecast",)]
-    assert all(one["scores"]["clip"] > 0 and one["images"] == 1 and one["macs"] > 0 for one in found.values())
+    judge = clip_score(str(tmp_path / "clip"), "cpu")
+    for path in before:
+        info = json.loads(Image.open(path).info["cachekit"])
+        one = found[tuple(info["specs"])]
+        assert one["scores"]["clip"] == pytest.approx(judge(Image.open(path), info["prompt"]))
+        assert (one["images"], one["macs"], one["seconds"]) == (1, info["macs"], info["seconds"])
     assert images(folder) == before
     assert not (folder / "scores.jsonl").exists()
 

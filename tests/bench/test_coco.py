@@ -268,7 +268,7 @@ FID = ["--metric", "fid={data}/features.pt"]
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/bare.json"], "not annotations of MS-COCO"),
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/none.json"], "the file holds none"),
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/captions.json", "--limit", "1"], "at least 2 captions"),
-        (["sd15", *FID, *REFERENCES], "sd15 has random weights"),
+        (["sd15", *FID, *REFERENCES], "sd15 is an architecture, which has no weights"),
         (["./no-such-folder", *FID, *REFERENCES], "there is no such folder"),
         (["demo", *FID, *REFERENCES, "--scheduler", "DDIN"], "unknown scheduler 'DDIN'"),
         (["demo", *FID, *REFERENCES, "--spec", "deepcache:branch=99"], "99"),

@@ -30,10 +30,11 @@ ANY_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipelin
 
 def any_model(model: str) -> str:
     """Check the name of a model, and that the hub can be reached where it is needed."""
-    from cachekit.models.hub import hub_arguments
-
     found = named(model)
-    hub_arguments(found.name)
+    if found.sort is Sort.HUB:
+        from cachekit.models.hub import hub_arguments
+
+        hub_arguments(found.name)
     return found.name
 
 

@@ -189,7 +189,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str | 
 
     table = Table(caption=caption, caption_justify="left")
     for place, name in enumerate(header):
-        table.add_column(name, justify="right" if place else "left", overflow="fold")
+        table.add_column(escape(name), justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -13,6 +13,7 @@ from support.commands import printed, run
 from support.sources import ROOT
 
 import cachekit
+from cachekit.bench.cells import Setting
 from cachekit.cli import app, output
 from cachekit.cli.examples import LINES
 from cachekit.errors import CachekitError
@@ -102,7 +103,6 @@ FAST = {
     "sites demo": lambda data: data["adapter"] == "unet" and len(data["sites"]) > 20,
     "plan tgate:m=2 --steps 4": lambda data: {"spec", "target", "kind", "marks"} == set(data["plan"][0]),
     "estimate demo tgate:m=2 --steps 4": lambda data: data["speedup"] > 1,
-    "recommend demo": lambda data: len(data["lines"]) == 3,
     "doctor": lambda data: all(line["ok"] for line in data),
 }
 
@@ -148,12 +148,15 @@ def test_a_table_that_fits_is_printed_as_it_is(monkeypatch, capsys):
 # -- models -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*DEMOS, *DEMOS.values()])
+@pytest.mark.parametrize("name", DEMOS)
 def test_names_of_embedded_models_are_the_same_everywhere(name):
-    kind = DEMOS.get(name, name)
-    assert printed("sites", name) == printed("sites", next(one for one, other in DEMOS.items() if other == kind))
-    assert cachekit.estimate(name, num_inference_steps=1).macs > 0
-    assert type(cachekit.demo_pipeline(name)) is type(cachekit.demo_pipeline(kind))
+    assert printed("sites", name) == printed("sites", DEMOS[name])
+    assert names.canonical(DEMOS[name]) == Setting(model=DEMOS[name], captions=()).model == name
+
+
+def test_python_takes_the_names_of_the_command_line():
+    denoiser = cachekit.demo_pipeline("demo-dit").transformer
+    assert cachekit.estimate("dit", num_inference_steps=1) == cachekit.estimate(denoiser, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(

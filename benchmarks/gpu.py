@@ -26,8 +26,8 @@ import torch
 
 import cachekit
 from cachekit.bench.cells import Method
-from cachekit.bench.measuring import silent_log
 from cachekit.errors import first_line
+from cachekit.registry.notices import silent_log
 
 from .gpu_checks import CHECKS, Compiled, check
 from .gpu_models import Model, known_of, steps_of

@@ -16,7 +16,8 @@ from cachekit.bench.summary import Group, Row
 from cachekit.interface.presets import FOLDER, Evidence, Figures, PlainSteps, Preset
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
 from cachekit.models.demo.pipeline import PIPELINES
-from cachekit.models.loading import DEMOS, pipeline
+from cachekit.models.loading import pipeline
+from cachekit.models.names import DEMOS
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of

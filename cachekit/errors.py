@@ -108,8 +108,11 @@ def first_line(error: BaseException) -> str:
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Suggest the allowed word closest to an unknown one, as the tail of an error; empty where none is close.
 
+    Upper and lower case are the same.
+
     >>> nearest("intervall", ["interval", "branch"])
     " (did you mean 'interval'?)"
     """
-    found = difflib.get_close_matches(word, sorted(allowed), n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    known = {name.lower(): name for name in sorted(allowed, reverse=True)}
+    found = difflib.get_close_matches(word.lower(), sorted(known), n=1)
+    return f" (did you mean {known[found[0]]!r}?)" if found else ""

@@ -25,12 +25,14 @@ from cachekit.applying import apply, sites
 from cachekit.bench.cells import BenchError, Setting
 from cachekit.bench.demo import to_json
 from cachekit.bench.grid import picture_grid
-from cachekit.bench.measuring import silent_log, timed_call
+from cachekit.bench.measuring import timed_call
 from cachekit.bench.subjects import Subject
 from cachekit.bench.summary import Group
 from cachekit.bench.tables import CONFIGURATION, headings, texts, title
 from cachekit.bench.workbench import Workbench
-from cachekit.models.loading import ModelError, scheduler_for
+from cachekit.models.loading import scheduler_for
+from cachekit.models.names import ModelError
+from cachekit.registry.notices import silent_log
 
 if TYPE_CHECKING:
     from PIL.Image import Image

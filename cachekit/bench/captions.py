@@ -10,7 +10,7 @@ from typing import Any
 
 from cachekit.bench.cells import BenchError
 
-__all__ = ["Captions", "read_captions"]
+__all__ = ["Captions", "images_in", "read_captions"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,9 @@ class Captions:
         Without file names in the captions file, images are matched in the order of their names. Raises `BenchError`
         where the folder or an image is missing, or the numbers of captions and images differ.
         """
-        if not folder.is_dir():
-            raise BenchError(
-                f"cannot read references {str(folder)!r}: there is no such folder; name that of the images"
-            )
-        if self.names:
+        if self.names and folder.is_dir():
             return [self._named(folder / name) for name in self.names]
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
+        found = images_in(folder)
         if len(found) != len(self.texts):
             raise BenchError(
                 f"{len(self.texts)} captions in {self.source!r}, but {len(found)} images in {str(folder)!r}: "
@@ -91,6 +87,13 @@ def _annotated(source: str, text: str) -> list[tuple[str, str]]:
             f"captions {source!r}: not annotations of MS-COCO; give its captions_*.json, or a text file with a caption"
             " on each line"
         ) from error
+
+
+def images_in(folder: Path) -> list[Path]:
+    """List the reference images of a folder by name; raises `BenchError` where there is no such folder."""
+    if not folder.is_dir():
+        raise BenchError(f"cannot read references {str(folder)!r}: there is no such folder; name that of the images")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
 
 
 def _suffixes() -> set[str]:

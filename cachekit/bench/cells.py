@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from cachekit.bench.measuring import Configuration
 from cachekit.errors import CachekitError
+from cachekit.files import digest
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import Vocabulary, parse_all, split_outside
+from cachekit.models.names import canonical
 
 __all__ = ["FULL_STEPS", "BenchError", "Cell", "Method", "Setting", "Spacing", "digest", "expand"]
 
@@ -50,7 +50,7 @@ class _Frozen(BaseModel):
 class Setting(_Frozen):
     """All that a worker needs besides a cell: the model, how to load it and how to call it."""
 
-    model: str
+    model: Annotated[str, AfterValidator(canonical)]
     captions: tuple[str, ...]
     dtype: str | None = None
     device: str | None = None
@@ -124,12 +124,6 @@ class Cell(_Frozen):
     def plain(self, steps: int, spacing: str = "") -> Cell:
         """Cell of that many plain steps, with all else the same."""
         return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps, "spacing": spacing})
-
-
-def digest(data: Any) -> str:
-    """Short digest of plain data."""
-    text = json.dumps(data, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:

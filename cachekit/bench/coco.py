@@ -5,8 +5,6 @@ This is how papers evaluate policies on MS-COCO. Images are files, so that an in
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,32 +12,30 @@ from functools import cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from cachekit.applying import apply
+from cachekit.batch.images import described, encoded, opened
 from cachekit.bench.captions import Captions
 from cachekit.bench.cells import BenchError, Setting, digest
 from cachekit.bench.learned import Features, clip_score, pixels, torchmetrics
-from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult
 from cachekit.bench.subjects import Subject, load, model_hash, set_scheduler
 from cachekit.bench.workbench import environment
+from cachekit.files import write_whole
 from cachekit.interface.policy import Policy
-from cachekit.models.architectures import architectures
 from cachekit.models.loading import scheduler_for
+from cachekit.models.names import is_architecture
+from cachekit.registry.notices import silent_log
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-__all__ = ["SCORES", "Coco", "Drawing", "Scored", "score"]
+__all__ = ["SCORES", "Coco", "Drawing", "Progress", "Scored", "load_scorers", "score"]
 
 #: Called after each image with the number of images that exist and of all, and a warning or None.
 Progress = Callable[[int, int, "str | None"], None]
 #: Scores image files together, given the caption of each.
 Scorer = Callable[[Sequence[Path], Sequence[str]], float]
-
-_KEY = "cachekit"
 
 
 class Drawing(BaseModel):
@@ -94,7 +90,7 @@ class Scored(BaseModel):
     references: str | None
     metrics: dict[str, str]
     seconds: float
-    macs: float
+    macs: float | None
     scores: dict[str, float]
     environment: dict[str, Any]
 
@@ -107,7 +103,7 @@ def score(coco: Coco, progress: Progress) -> Iterator[Scored]:
     _check(coco)
     subject = load(coco.setting)
     drawings = _drawings(coco, subject.pipe)
-    scorers = _scorers(coco, subject.pipe.device, progress)
+    scorers = load_scorers(coco, subject.pipe.device, progress)
     texts = coco.captions.texts
     for place, drawing in enumerate(drawings):
         gallery = _Gallery(coco.images / drawing.folder, drawing, texts)
@@ -146,7 +142,7 @@ def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
 def _check(coco: Coco) -> None:
     """Refuse wrong settings that can be found before anything is loaded."""
     folder, model, metrics = coco.images, coco.setting.model, dict(coco.setting.metrics)
-    if model in architectures():
+    if is_architecture(model):
         raise BenchError(f"{model} has random weights: images can only be scored of a trained model")
     if "fid" in metrics and not coco.references:
         raise BenchError("metric fid compares with true images: name their folder, --references FOLDER")
@@ -200,53 +196,24 @@ class _Gallery:
             yield count
 
     def _save(self, place: int, result: RunResult) -> None:
-        """Write an image under a temporary name first, so that no half-written file has the final name."""
-        from PIL.PngImagePlugin import PngInfo
-
         assert result.image is not None
-        info, file = PngInfo(), self.files[place]
-        info.add_text(_KEY, json.dumps({"seconds": result.seconds, "macs": result.macs, **self._identity(place)}))
-        part = file.with_suffix(".part")
-        try:
-            result.image.save(part, format="PNG", pnginfo=info)
-            os.replace(part, file)
-        except OSError as error:
-            raise BenchError(f"cannot write {str(file)!r}: {error.strerror}") from error
+        description = {"seconds": result.seconds, "macs": result.macs, **self._identity(place)}
+        write_whole(self.files[place], encoded(result.image, description), BenchError)
 
     def _identity(self, place: int) -> dict[str, Any]:
         return {"caption": self._captions[place], "seed": self._seed(place), "specs": self._drawing.specs}
 
     def costs(self) -> dict[str, float]:
         """Median seconds and mean MACs of an image."""
-        costs = [_costs(file) for file in self.files]
+        costs = [described(file) for file in self.files]
         return {"seconds": median(cost["seconds"] for cost in costs), "macs": fmean(cost["macs"] for cost in costs)}
-
-
-def _costs(path: Path) -> dict[str, Any]:
-    """Read the costs that an image file of a gallery holds."""
-    try:
-        costs: dict[str, Any] = json.loads(_opened(path).info[_KEY])
-    except (KeyError, ValueError) as error:
-        raise BenchError(f"image {str(path)!r} does not hold its costs; remove it to generate it again") from error
-    return costs
-
-
-def _opened(path: Path) -> Image:
-    """Open an image and read all of it."""
-    from PIL import Image
-
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BenchError(f"cannot read image {str(path)!r}: {str(error).splitlines()[0]}; remove it") from error
-    return image
 
 
 # -- scores -----------------------------------------------------------------------------------------------
 
 
-def _scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
+def load_scorers(coco: Coco, device: Any, progress: Progress) -> dict[str, Scorer]:
+    """Load the metrics of a setting; a warning about one goes to `progress`."""
     found: dict[str, Scorer] = {}
     for name, path in coco.setting.metrics:
         found[name], warning = SCORES[name](path, device, coco)
@@ -262,12 +229,12 @@ def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
     features = Features(path, device)
     metric = FrechetInceptionDistance(features, reset_real_features=False).to(device)
     for file in coco.references:
-        metric.update(pixels(_opened(file), device), real=True)
+        metric.update(pixels(opened(file), device), real=True)
 
     def distance(files: Sequence[Path], captions: Sequence[str]) -> float:
         metric.reset()
         for file in files:
-            metric.update(pixels(_opened(file), device), real=False)
+            metric.update(pixels(opened(file), device), real=False)
         return float(metric.compute())
 
     count = len(coco.captions.texts)
@@ -278,7 +245,7 @@ def _fid(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
 def _clip(path: str, device: Any, coco: Coco) -> tuple[Scorer, str | None]:
     """Load the mean CLIP score of images with their captions."""
     judge = clip_score(path, device)
-    return lambda files, captions: fmean(judge(_opened(file), text) for file, text in zip(files, captions)), None
+    return lambda files, captions: fmean(judge(opened(file), text) for file, text in zip(files, captions)), None
 
 
 SCORES: Mapping[str, Callable[[str, Any, Coco], tuple[Scorer, str | None]]] = {"clip": _clip, "fid": _fid}

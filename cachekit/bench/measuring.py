@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachekit.errors import SpecError
-from cachekit.interface.specs import split_specs
+from cachekit.interface.specs import joined
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +21,6 @@ __all__ = [
     "ImageRunner",
     "RunResult",
     "Stopwatch",
-    "silent_log",
     "similarity",
     "steps_at",
     "timed_call",
@@ -43,9 +40,9 @@ class Configuration:
     @classmethod
     def parse(cls, text: str, steps: int) -> Configuration:
         """Parse specs joined by `+`, such as `tgate:m=10+deepcache:interval=3`."""
-        specs = tuple(spec.strip() for spec in split_specs(text))
+        specs = tuple(joined(text))
         if not all(specs):
-            raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
+            raise SpecError(f"spec {text!r}: no policy; write 'name:key=value', joined by '+'")
         return cls(steps, specs)
 
     @property
@@ -189,14 +186,3 @@ def similarity(image: Image, reference: Image) -> tuple[float, float]:
         return math.inf, 1.0
     ssim = metrics.structural_similarity(wanted, pixels, channel_axis=-1, data_range=255)
     return float(metrics.peak_signal_noise_ratio(wanted, pixels, data_range=255)), float(ssim)
-
-
-@contextmanager
-def silent_log() -> Iterator[None]:
-    """Suppress the log of each run's warnings, which results hold anyway."""
-    log = logging.getLogger("cachekit")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

@@ -15,13 +15,9 @@ from cachekit.bench.untrained import scheduler_of, untrained_pipeline, untrained
 from cachekit.errors import nearest
 from cachekit.models.architectures import architecture, architecture_of, architectures
 from cachekit.models.demo.pipeline import FIGURES, PIPELINES, folders
-from cachekit.models.loading import (
-    DEMOS,
-    move,
-    pipeline,
-    precision,
-    scheduler_for,
-)
+from cachekit.models.hub import hub_arguments
+from cachekit.models.loading import move, pipeline, precision, scheduler_for
+from cachekit.models.names import DEMOS, canonical
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
 from cachekit.upstream.scales import SCALE
 from cachekit.upstream.weights import dtype_of
@@ -105,6 +101,7 @@ def model_hash(model: str) -> str:
 
     The figures that were measured on an embedded model are no part of it.
     """
+    model = canonical(model)
     if model in architectures():
         # What images lack counts for videos alone, so hashes of stored results remain valid.
         described = {key: value for key, value in asdict(architecture(model)).items() if key not in _AS_RUN}
@@ -123,6 +120,7 @@ def own_scheduler(model: str) -> Any:
     """Load a model's own scheduler, without its weights."""
     import diffusers
 
+    model = canonical(model)
     if model in architectures():
         return scheduler_of(architecture(model))
     folder = next(folder / "scheduler" for folder in _folders(model) if (folder / "scheduler").is_dir())
@@ -132,13 +130,14 @@ def own_scheduler(model: str) -> Any:
 
 def class_of_pipeline(model: str) -> str:
     """Name of a model's pipeline class, found without loading weights."""
+    model = canonical(model)
     if model in DEMOS:
         return PIPELINES[DEMOS[model]]
     if model in architectures():
         return architecture(model).pipeline
     from diffusers import DiffusionPipeline
 
-    return str(DiffusionPipeline.load_config(model)["_class_name"])
+    return str(DiffusionPipeline.load_config(model, **hub_arguments(model))["_class_name"])
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -154,8 +153,9 @@ def _folders(model: str) -> tuple[Path, ...]:
         return (Path(model),)
     from diffusers import DiffusionPipeline
 
+    hub = hub_arguments(model)
     try:
-        return (Path(DiffusionPipeline.download(model)),)
+        return (Path(DiffusionPipeline.download(model, **hub)),)
     except (OSError, ValueError) as error:
         raise BenchError(f"cannot read model {model!r}: {str(error).strip().splitlines()[0]}") from error
 

@@ -20,7 +20,8 @@ from cachekit.bench.workbench import environment
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import DEMOS, denoiser_from_config, is_architecture, precision, scheduler_for
+from cachekit.models.loading import denoiser_from_config, precision, scheduler_for
+from cachekit.models.names import DEMOS, is_architecture
 from cachekit.registry.catalog import installed
 
 if TYPE_CHECKING:

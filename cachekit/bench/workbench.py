@@ -14,7 +14,7 @@ from cachekit.applying import apply
 from cachekit.bench.caches import Cache
 from cachekit.bench.cells import FULL_STEPS, Cell, Method, Setting
 from cachekit.bench.frechet import rendered
-from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, silent_log, similarity
+from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, similarity
 from cachekit.bench.peers import Peer
 from cachekit.bench.quality import Metric, load_metrics
 from cachekit.bench.results import Result, Sample
@@ -22,6 +22,7 @@ from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, ta
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
+from cachekit.registry.notices import silent_log
 from cachekit.upstream.versions import versions
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from cachekit.cli import (
@@ -19,30 +21,47 @@ from cachekit.cli import (
     recommend,
     tune,
 )
-from cachekit.cli.output import Group
+from cachekit.cli.examples import EXAMPLES
+from cachekit.cli.output import Group, say
+from cachekit.version import __version__
 
 __all__ = ["app"]
 
-app = typer.Typer(cls=Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-app.command("list")(inspection.list_installed)
-app.command()(inspection.show)
-app.command()(inspection.sites)
-app.command()(inspection.plan)
-app.command()(estimate.estimate)
-app.command()(recommend.recommend)
-app.command()(generate.generate)
-app.command()(demo.demo)
+app = typer.Typer(
+    cls=Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("list", epilog=EXAMPLES["list"])(inspection.list_installed)
+app.command(epilog=EXAMPLES["show"])(inspection.show)
+app.command(epilog=EXAMPLES["sites"])(inspection.sites)
+app.command(epilog=EXAMPLES["plan"])(inspection.plan)
+app.command(epilog=EXAMPLES["estimate"])(estimate.estimate)
+app.command(epilog=EXAMPLES["recommend"])(recommend.recommend)
+app.command(epilog=EXAMPLES["generate"])(generate.generate)
+app.command(epilog=EXAMPLES["demo"])(demo.demo)
 app.add_typer(bench.app, name="bench")
-app.command()(analyze.analyze)
-app.command()(calibrate.calibrate)
-app.command()(tune.tune)
-app.command()(check.check)
-app.command()(coverage.coverage)
-app.command()(new.new_policy)
-app.command()(new.new_adapter)
-app.command()(doctor.doctor)
+app.command(epilog=EXAMPLES["analyze"])(analyze.analyze)
+app.command(epilog=EXAMPLES["calibrate"])(calibrate.calibrate)
+app.command(epilog=EXAMPLES["tune"])(tune.tune)
+app.command(epilog=EXAMPLES["check"])(check.check)
+app.command(epilog=EXAMPLES["coverage"])(coverage.coverage)
+app.command(epilog=EXAMPLES["new-policy"])(new.new_policy)
+app.command(epilog=EXAMPLES["new-adapter"])(new.new_adapter)
+app.command(epilog=EXAMPLES["doctor"])(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        say(f"cachekit {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _cachekit() -> None:
+def _cachekit(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Apply, combine and measure caching policies on diffusion pipelines."""

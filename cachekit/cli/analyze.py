@@ -3,39 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import print_table, progress_bar, say
-from cachekit.errors import CachekitError, nearest
-from cachekit.models.loading import EMBEDDED
+from cachekit.cli.models import Dtype, RunnableModel
+from cachekit.cli.output import JsonFile, check_folder, choice, json_results, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from cachekit.analysis.parts import Found, Table
     from cachekit.bench.cells import Setting
 
-_MODEL = f"Folder or hub id of a diffusers pipeline that takes a prompt, or {EMBEDDED}."
 _CAPTIONS = "File with one caption per line, MS-COCO annotations (.json), or a number of held-out captions."
-_ONLY = "Part to run: changes, noise, text, lengths or schedulers; may be repeated. Default: all."
+_PARTS = ("changes", "noise", "text", "lengths", "schedulers")
+_ONLY = "Part to run; may be repeated. Default: all."
 _SCHEDULER = "Scheduler to compare; may be repeated. Default: Euler, DPM-Solver++ and DDIM, where the model takes them."
 
 
 def analyze(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
+    model: RunnableModel,
     captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "8",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first captions, this many.")] = None,
     steps: Annotated[int, typer.Option(min=2, help="Number of steps; gates keep their share of them.")] = 25,
-    only: Annotated[list[str] | None, typer.Option(help=_ONLY)] = None,
+    only: Annotated[list[str] | None, typer.Option(help=_ONLY, **choice(_PARTS, "part"))] = None,
     scheduler: Annotated[list[str] | None, typer.Option(help=_SCHEDULER)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first caption's noise; the next one's follows.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for figures, tables and pictures.")] = Path("analysis"),
-    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None,
+    dtype: Dtype = None,
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure how outputs change from step to step, and what the text and the scheduler are worth.
 
@@ -45,41 +45,25 @@ def analyze(
     from cachekit.analysis.parts import PARTS, Analysis
     from cachekit.bench.cells import Setting
     from cachekit.bench.subjects import load
-    from cachekit.models.loading import is_architecture, scheduler_for
+    from cachekit.models.loading import scheduler_for
 
-    chosen = _parts(only or (), PARTS)
-    if is_architecture(model):
-        raise CachekitError(f"{model} has no weights to analyze; give a folder, a hub id, or {EMBEDDED}")
-    setting = Setting(model=model, captions=(), dtype=dtype, device=device, guidance=guidance, threads=threads)
-    subject = load(setting)
-    for name in scheduler or ():
-        scheduler_for(subject.pipe, name)
-    texts = usable_captions(captions, limit, subject.pipe)
-    setting = setting.model_copy(update={"captions": texts, "pictures": len(texts)})
-    _check(output)
-    found: dict[str, Found] = {}
-    for name in chosen:
-        with progress_bar(name) as show:
-            found[name] = Analysis(setting, subject, steps, seed, scheduler or (), show).run(name)
-        _print(found[name])
-        _write(found, _settings(setting, steps, seed), output)
-    for name in ("analysis.json", "tables.md", *(name for one in found.values() for name in one.pictures)):
-        say(f"wrote {output / name}")
-
-
-def _parts(only: Sequence[str], known: Mapping[str, Any]) -> list[str]:
-    """List the parts to run, in their order."""
-    for name in only:
-        if name not in known:
-            raise CachekitError(f"unknown part {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-    return [name for name in known if not only or name in only]
-
-
-def _check(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CachekitError(f"cannot write {str(output)!r}: {error.strerror}; give another folder") from error
+    check_folder(output)
+    with json_results(json_file) as give:
+        setting = Setting(model=model, captions=(), dtype=dtype, device=device, guidance=guidance, threads=threads)
+        subject = load(setting)
+        for name in scheduler or ():
+            scheduler_for(subject.pipe, name)
+        texts = usable_captions(captions, limit, subject.pipe)
+        setting = setting.model_copy(update={"captions": texts, "pictures": len(texts)})
+        found: dict[str, Found] = {}
+        for name in (name for name in PARTS if not only or name in only):
+            with progress_bar(name) as show:
+                found[name] = Analysis(setting, subject, steps, seed, scheduler or (), show).run(name)
+            _print(found[name])
+            _write(found, _settings(setting, steps, seed), output)
+        for name in ("analysis.json", "tables.md", *(name for one in found.values() for name in one.pictures)):
+            say(f"wrote {output / name}")
+        give(_data(found, _settings(setting, steps, seed)))
 
 
 def _settings(setting: Setting, steps: int, seed: int) -> dict[str, Any]:
@@ -98,8 +82,7 @@ def _print(found: Found) -> None:
 
 def _write(found: Mapping[str, Found], settings: dict[str, Any], folder: Path) -> None:
     """Write what has been found so far, so that a stopped analysis leaves its finished parts."""
-    data = {"settings": settings, **{name: one.data for name, one in found.items()}}
-    (folder / "analysis.json").write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    (folder / "analysis.json").write_text(json.dumps(_data(found, settings), indent=1, allow_nan=False) + "\n")
     (folder / "tables.md").write_text("\n".join(_page(one) for one in found.values()))
     for one in found.values():
         for name, picture in one.pictures.items():
@@ -107,6 +90,10 @@ def _write(found: Mapping[str, Found], settings: dict[str, Any], folder: Path) -
                 (folder / name).write_text(picture)
             else:
                 picture.save(folder / name)
+
+
+def _data(found: Mapping[str, Found], settings: dict[str, Any]) -> dict[str, Any]:
+    return {"settings": settings, **{name: one.data for name, one in found.items()}}
 
 
 def _page(found: Found) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cachekit.cli.coco import coco
+from cachekit.cli.examples import EXAMPLES
 from cachekit.cli.grid import grid
 from cachekit.cli.paper import paper
 
@@ -13,6 +14,6 @@ __all__ = ["app"]
 app = typer.Typer(
     no_args_is_help=True, help="Measure policies: costs and quality, beside fewer steps and published packages."
 )
-app.command()(grid)
-app.command()(coco)
-app.command()(paper)
+app.command(epilog=EXAMPLES["bench grid"])(grid)
+app.command(epilog=EXAMPLES["bench coco"])(coco)
+app.command(epilog=EXAMPLES["bench paper"])(paper)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachekit.cli.fresh import Fresh, fresh_prompts
-from cachekit.cli.output import print_table, progress_bar, say
-from cachekit.errors import CachekitError, nearest
-from cachekit.models.loading import EMBEDDED, SCHEDULERS
+from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable
+from cachekit.cli.output import JsonFile, check_writable, choice, json_results, print_table, progress_bar, say
+from cachekit.errors import CachekitError
+from cachekit.models.loading import SCHEDULERS
 
 if TYPE_CHECKING:
     from cachekit.calibrating.calibration import Calibration
     from cachekit.calibrating.executors import Request
 
-_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 _PROMPTS = "File with one prompt per line, MS-COCO annotations (.json), or a number of held-out captions."
 _SCHEDULER = f"Scheduler of diffusers, or {', '.join(SCHEDULERS)}; default: the model's own."
 _FRESH = "Prompts to verify on, none of --prompts; default for embedded models: held-out captions."
@@ -26,7 +26,9 @@ _REFERENCE = "Steps of the uncached run that is the target; default: as many."
 
 
 def calibrate(
-    model: Annotated[str | None, typer.Argument(help=_MODEL)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help=RUNNABLE_MODEL, parser=runnable, autocompletion=complete_runnable)
+    ] = None,
     output: Annotated[Path, typer.Option(help="File of the calibration; scales that it has are left out.")] = Path(
         "calibration.json"
     ),
@@ -40,10 +42,12 @@ def calibrate(
     scheduler: Annotated[str | None, typer.Option(help=_SCHEDULER)] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most prompts in one call of the denoiser.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the first prompt's noise.")] = 0,
-    executor: Annotated[str, typer.Option(help="Where batches run: serial or ray.")] = "serial",
+    executor: Annotated[
+        str, typer.Option(help="Where batches run.", **choice(("serial", "ray"), "executor"))
+    ] = "serial",
     workers: Annotated[int, typer.Option(min=1, help="Processes of the ray executor.")] = 2,
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None,
+    dtype: Dtype = None,
     merge: Annotated[
         list[Path] | None, typer.Option(help="Calibration to put together with the others given; needs no model.")
     ] = None,
@@ -51,6 +55,7 @@ def calibrate(
         bool, typer.Option("--verify", help="Compare with uncached images, beside plain steps of equal cost.")
     ] = False,
     verify_prompts: Annotated[str | None, typer.Option(help=_FRESH)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure the weights of calibrated forecasts, or the figures of a policy, on a model, and write them to a file."""
     from cachekit.bench.captions import read_captions
@@ -61,18 +66,27 @@ def calibrate(
         raise CachekitError(
             "calibrate: --merge has no model to verify with; merge first, then verify in a call of its own"
         )
-    if merge:
-        _finish(Calibration.merge(*map(Calibration.load, merge)), output)
-        return
-    if model is None:
-        raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
-    request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
-    texts = read_captions(prompts).texts
-    fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
-    made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
-    _finish(made, output)
-    if fresh:
-        _verify(request, fresh, output)
+    check_writable(output)
+    with json_results(json_file) as give:
+        if merge:
+            made = Calibration.merge(*map(Calibration.load, merge))
+            _finish(made, output)
+            give(_data(made))
+            return
+        if model is None:
+            raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
+        request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
+        texts = read_captions(prompts).texts
+        fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
+        made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
+        _finish(made, output)
+        give({**_data(made), "verified": _verify(request, fresh, output) if fresh else None})
+
+
+def _data(made: Calibration) -> dict[str, Any]:
+    """Write how a calibration was made and how well it fits, without its weights."""
+    key, fits = made.key.model_dump(mode="json"), [fit.model_dump(mode="json") for fit in made.fits]
+    return {"key": key, "fits": fits}
 
 
 def _calibrated(
@@ -83,8 +97,6 @@ def _calibrated(
     from cachekit.calibrating.executors import EXECUTORS
 
     name, workers = where
-    if name not in EXECUTORS:
-        raise CachekitError(f"unknown executor {name!r}{nearest(name, EXECUTORS)}; known: {', '.join(EXECUTORS)}")
     made = Calibration.load(output) if output.exists() else None
     if made:
         own = request.refuse_to_add(made, str(output), texts[0], scales[0])
@@ -103,10 +115,10 @@ def _calibrated(
 
 def _scales(text: str | None, model: str) -> list[float | None]:
     from cachekit.models.demo import DEMO_GUIDANCE
-    from cachekit.models.loading import DEMOS
+    from cachekit.models.names import DEMOS, canonical
 
     if text is None:
-        return [DEMO_GUIDANCE if model in DEMOS else None]
+        return [DEMO_GUIDANCE if canonical(model) in DEMOS else None]
     try:
         return [float(item) for item in text.split(";") if item.strip()] or [None]
     except ValueError:
@@ -152,8 +164,8 @@ def _merged(made: Calibration) -> str:
     return f", merged from {max(counts)} runs" if max(counts) > 1 else ""
 
 
-def _verify(request: Request, fresh: Fresh, output: Path) -> None:
-    """Print how close images of fresh prompts come to the uncached ones, calibrated and by fewer plain steps."""
+def _verify(request: Request, fresh: Fresh, output: Path) -> list[dict[str, Any]]:
+    """Print and list how close images of fresh prompts come to uncached ones, calibrated and by fewer plain steps."""
     from cachekit.calibrating.verifying import compare
 
     found = compare(request, fresh.texts, str(output))
@@ -163,3 +175,4 @@ def _verify(request: Request, fresh: Fresh, output: Path) -> None:
         rows,
         f"Medians over {fresh.description} that the calibration wasn't made with, and noise of their own.",
     )
+    return [dict(zip(("guidance", "images", "steps", "psnr"), row)) for row in found]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,23 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.output import JsonFile, choice, json_results, print_table, progress_bar, say
 from cachekit.errors import CachekitError
 
 if TYPE_CHECKING:
     from cachekit.testing.results import Result
 
-_MODELS = "Tiny model to check on: sd, pixart, sd3, wan or flux; may be repeated. Default: all."
+_TINY = ("sd", "pixart", "sd3", "wan", "flux")
+_MODELS = "Tiny model to check on; may be repeated. Default: all."
 _CHECKS = "Check to make, such as check_undo; may be repeated. Default: all."
 _EXPECT = "Check that has to fail, with the reason: check_linear_ramp='a mean, no forecast'; may be repeated."
 
 
 def check(
     spec: Annotated[str, typer.Argument(help="Spec of a policy, or of several joined by +.")],
-    model: Annotated[list[str] | None, typer.Option(help=_MODELS)] = None,
+    model: Annotated[list[str] | None, typer.Option(help=_MODELS, **choice(_TINY, "model"))] = None,
     only: Annotated[list[str] | None, typer.Option("--check", help=_CHECKS)] = None,
     expect: Annotated[list[str] | None, typer.Option(help=_EXPECT)] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Check a policy on tiny pipelines: undone, repeated, resized, batched, combined; exit code 1 on a failure."""
     from cachekit.testing.models import MODELS
@@ -35,12 +35,10 @@ def check(
     from cachekit.testing.table import CHECKS
 
     run = partial(check_policy, spec, models=model or (), checks=only or (), expected=_reasons(expect or []))
-    if json:
-        results = run()
-        say(json_format.dumps([asdict(result) for result in results], indent=1))
-    else:
+    with json_results(json_file) as give:
         results = _shown(run, len(model or MODELS) * len(only or CHECKS))
         _print(results)
+        give([asdict(result) for result in results])
     if any(result.outcome is Outcome.FAILED for result in results):
         raise typer.Exit(1)
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekit.cli.imaging import ImagingSettings
-from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.models import complete_runnable, runnable
+from cachekit.cli.output import json_results, print_table, progress_bar, say
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
     from cachekit.bench.coco import Coco, Scored
     from cachekit.interface.policy import Policy
 
-_MODELS = f"Folders or hub ids of pipelines, or {EMBEDDED}."
+_MODELS = f"Folders or hub ids of pipelines, folders of cachekit generate --prompts, or {EMBEDDED}."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoSettings(ImagingSettings):
     """Options of `cachekit bench coco`."""
 
-    models: Annotated[list[str], typer.Argument(help=_MODELS)]
+    models: Annotated[list[str], typer.Argument(help=_MODELS, parser=runnable, autocompletion=complete_runnable)]
     references: Annotated[Path | None, typer.Option(help="Folder of reference images, one for each caption.")] = None
     images: Annotated[Path, typer.Option(help="Folder for images; those that exist are not generated again.")] = Path(
         "bench-coco"
@@ -39,20 +40,43 @@ def coco(settings: CocoSettings) -> None:
     """Generate an image for each caption, and score the images of each composition as a whole.
 
     Metrics: fid (a TorchScript network, needs --references) and clip (folder of a CLIP model). An interrupted run is
-    resumed.
+    resumed. Of a folder that cachekit generate --prompts has drawn, the images are scored as they are.
     """
-    from cachekit.bench.coco import score
+    from cachekit.batch.manifest import is_batch
 
     compositions = settings.parse_specs()
-    for model in settings.models:
-        chosen = _chosen(model, compositions, settings)
-        with progress_bar(model) as progress:
-            found = [*score(chosen, progress)]
-        _print(found)
-        say(f"images and scores.jsonl are in {settings.images}")
+    with json_results(settings.json) as give:
+        found: list[Scored] = []
+        for model in settings.models:
+            found += _drawn(Path(model), settings) if is_batch(Path(model)) else _scored(model, compositions, settings)
+        give([one.model_dump(mode="json") for one in found])
 
 
-def _chosen(model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings) -> Coco:
+def _scored(model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings) -> list[Scored]:
+    """Draw and score the images of a model."""
+    from cachekit.bench.coco import score
+
+    chosen = _chosen(model, compositions, settings)
+    with progress_bar(model) as progress:
+        found = [*score(chosen, progress)]
+    _print(found)
+    say(f"images and scores.jsonl are in {settings.images}")
+    return found
+
+
+def _drawn(folder: Path, settings: CocoSettings) -> list[Scored]:
+    """Score images that were drawn before."""
+    from cachekit.bench.drawn import score_folder
+
+    with progress_bar(str(folder)) as progress:
+        found = [*score_folder(folder, _chosen(str(folder), (), settings, drawn=True), settings.references, progress)]
+    _print(found)
+    return found
+
+
+def _chosen(
+    model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings, drawn: bool = False
+) -> Coco:
     from cachekit.bench.coco import SCORES, Coco
 
     setting, captions = settings.setting(model, SCORES), settings.read_captions()
@@ -63,7 +87,7 @@ def _chosen(model: str, compositions: Sequence[tuple[Policy, ...]], settings: Co
         captions=captions,
         compositions=compositions,
         images=settings.images,
-        references=captions.references(settings.references) if settings.references else (),
+        references=captions.references(settings.references) if settings.references and not drawn else (),
         schedulers=settings.scheduler,
         steps=settings.steps,
         seeds=settings.seed,
@@ -71,7 +95,7 @@ def _chosen(model: str, compositions: Sequence[tuple[Policy, ...]], settings: Co
 
 
 def _print(found: Sequence[Scored]) -> None:
-    from cachekit.bench.figures import FIGURES, decimals
+    from cachekit.bench.figures import decimals
     from cachekit.bench.tables import CONFIGURATION, headings
 
     names = [*dict.fromkeys(name for scored in found for name in scored.scores)]
@@ -80,9 +104,15 @@ def _print(found: Sequence[Scored]) -> None:
         [
             scored.drawing.configuration.label,
             *(scored.drawing.scheduler, str(scored.drawing.seed), str(scored.images)),
-            *(FIGURES[key].format(getattr(scored, key)) for key in ("seconds", "macs")),
+            *(_figure(key, getattr(scored, key)) for key in ("seconds", "macs")),
             *(decimals(scored.scores[name]) for name in names),
         ]
         for scored in found
     ]
     print_table(header, rows)
+
+
+def _figure(key: str, value: float | None) -> str:
+    from cachekit.bench.figures import FIGURES
+
+    return "-" if value is None else FIGURES[key].format(value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekit.cli.output import console, progress_bar, say, write
+from cachekit.cli.output import check_writable, console, json_results, progress_bar, say, write
 from cachekit.errors import CachekitError, nearest
 from cachekit.interface.specs import split_specs
 
@@ -65,7 +65,11 @@ def coverage(
     workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = 2,
     limit: Annotated[float, typer.Option(min=1, help="Time limit of each pipeline in seconds.")] = 300,
     json: Annotated[
-        Path | None, typer.Option(help="Write the results as JSON; results of other pipelines in the file are kept.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the results as JSON; results of other pipelines in the file are kept. - is stdout.",
+        ),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write the results as a Markdown page.")] = None,
 ) -> None:
@@ -75,19 +79,21 @@ def coverage(
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
 
+    check_writable(markdown)
     catalog = installed()
     wanted = spec or default_specs(sorted(catalog.policies))
     specs = [JOIN.join(map(str, parse_all(split_specs(text), catalog))) for text in wanted]
     older = read(json) if names and json is not None and json.exists() else Coverage(specs, [])
     Coverage(specs, []).updating(older)
-    found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
-    _print(found)
-    if not spec:
-        say(f"left out, since each model needs a calibration of its own: {', '.join(CALIBRATED)}")
-    found = found.updating(older)
-    for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
-        if path is not None:
-            write(path, text())
+    with json_results(json):
+        found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
+        _print(found)
+        if not spec:
+            say(f"left out, since each model needs a calibration of its own: {', '.join(CALIBRATED)}")
+        found = found.updating(older)
+        for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
+            if path is not None:
+                write(path, text())
     if any(found.results("fails")):
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.output import JsonFile, check_folder, json_results, print_table, progress_bar, say
 
 if TYPE_CHECKING:
     from cachekit.bench.summary import Group
@@ -29,9 +29,10 @@ def demo(
     spec: Annotated[
         list[str] | None, typer.Option(help="Specs to compare as well, joined by +; may be repeated.")
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare policies on the embedded model, which needs no download, and write a table and pictures."""
-    from cachekit.bench.demo import HEADER, LEGEND, comparison, measure, table
+    from cachekit.bench.demo import HEADER, LEGEND, comparison, measure, table, to_json
     from cachekit.bench.measuring import Configuration
     from cachekit.models.demo import heldout_captions
     from cachekit.registry.catalog import installed
@@ -41,15 +42,19 @@ def demo(
     configurations = [Configuration.parse(text, steps) for text in (first, *calibrated, *others, *(spec or []))]
     optional = configurations[1 : 1 + len(calibrated)]
     chosen = comparison(configurations, heldout_captions(captions, seed), seed, scheduler, optional)
-    with progress_bar("generating") as progress:
-        group = measure(chosen, progress)
-    print_table(HEADER, table(group), LEGEND)
-    for note in group.notes:
-        say(note)
-    for warning in group.warnings:
-        say(f"warning: {warning}")
-    for path in _write(group, {"captions": captions, "steps": steps, "seed": seed, **_machine()}, output):
-        say(f"wrote {path}")
+    check_folder(output)
+    with json_results(json_file) as give:
+        with progress_bar("generating") as progress:
+            group = measure(chosen, progress)
+        print_table(HEADER, table(group), LEGEND)
+        for note in group.notes:
+            say(note)
+        for warning in group.warnings:
+            say(f"warning: {warning}")
+        settings = {"captions": captions, "steps": steps, "seed": seed, **_machine()}
+        for path in _write(group, settings, output):
+            say(f"wrote {path}")
+        give({**settings, **to_json(group)})
 
 
 def _write(group: Group, settings: dict[str, Any], folder: Path) -> list[Path]:

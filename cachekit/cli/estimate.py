@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import check_writable, print_table, say, write
+from cachekit.cli.models import AnyModel
+from cachekit.cli.output import JsonFile, json_results, print_table, say
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
 
 if TYPE_CHECKING:
     from cachekit.costs.estimate import Estimate, StepCost
 
-_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
 #: Sizes are multiples of this many pixels, which every known model can halve as often as it must.
 _STRIDE = 16
 
@@ -27,12 +24,12 @@ class EstimateError(CachekitError):
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help=_MODEL)],
+    model: AnyModel,
     specs: Annotated[list[str] | None, typer.Argument(help="Specs such as tgate:m=10.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")] = 25,
     height: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
-    file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this JSON file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Estimate MACs, parameters and cache size of policies on a model; no weights are loaded."""
     from cachekit.costs.estimate import estimate as estimate_cost
@@ -41,22 +38,12 @@ def estimate(
 
     policies = parse_all(specs or [], installed())
     _check_size(height, width)
-    check_writable(file)
-    found = estimate_cost(_subject(model), policies, num_inference_steps=steps, height=height, width=width)
-    say(_title(model, [str(policy) for policy in policies], steps))
-    _print_totals(found)
-    _print_steps(found.steps)
-    if file:
-        data = {"model": model, "specs": [str(policy) for policy in policies], **_data(found)}
-        write(file, json.dumps(data, indent=1) + "\n")
-
-
-def _subject(model: str) -> Any:
-    """Find a known architecture by name, or build a pipeline without weights; a near miss of a name is refused."""
-    from cachekit.models.architectures import architecture
-    from cachekit.models.loading import is_architecture, pipeline_from_config
-
-    return architecture(model).name if is_architecture(model) else pipeline_from_config(model)
+    with json_results(json_file) as give:
+        found = estimate_cost(model, policies, num_inference_steps=steps, height=height, width=width)
+        say(_title(model, [str(policy) for policy in policies], steps))
+        _print_totals(found)
+        _print_steps(found.steps)
+        give({"model": model, "specs": [str(policy) for policy in policies], **_data(found)})
 
 
 def _check_size(*sizes: int | None) -> None:
@@ -70,13 +57,14 @@ def _title(model: str, specs: list[str], steps: int) -> str:
 
 
 def _print_totals(found: Estimate) -> None:
-    figures = (
-        ("MACs of Linear and convolution layers", found.baseline_macs, found.macs),
-        ("MACs of attention products", found.baseline_attention_macs, found.attention_macs),
-        ("parameters in the final phase", found.baseline_params, found.params),
-        ("peak bytes of cached tensors", 0, found.cache_bytes),
-    )
-    rows = [(name, f"{uncached:,}", f"{cached:,}") for name, uncached, cached in figures]
+    from cachekit.bench.figures import size
+
+    rows = [
+        ("MACs of Linear and convolution layers", macs(found.baseline_macs), macs(found.macs)),
+        ("MACs of attention products", macs(found.baseline_attention_macs), macs(found.attention_macs)),
+        ("parameters in the final phase", millions(found.baseline_params), millions(found.params)),
+        ("peak size of cached tensors", size(0), size(found.cache_bytes)),
+    ]
     print_table(("per image", "uncached", "cached"), rows)
     say(f"{found.speedup:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
 
@@ -86,8 +74,23 @@ def _print_steps(steps: tuple[StepCost, ...]) -> None:
     for cost, group in groupby(steps, key=lambda step: (step.branches, step.macs, step.attention_macs)):
         numbers = [step.step for step in group]
         label = str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-        rows.append([label, *(f"{figure:,}" for figure in cost)])
+        branches, own, attention = cost
+        rows.append([label, str(branches), macs(own), macs(attention)])
     print_table(("steps", "branches", "MACs", "attention products"), rows)
+
+
+def macs(count: int) -> str:
+    """Write a number of multiply-accumulates in tera or giga.
+
+    >>> macs(6_760_000_000_000), macs(513_000_000)
+    ('6.760 TMACs', '0.513 GMACs')
+    """
+    return f"{count / 1e12:.3f} TMACs" if count >= 1e12 else f"{count / 1e9:.3f} GMACs"
+
+
+def millions(count: int) -> str:
+    """Write a number of parameters in millions."""
+    return f"{count / 1e6:.3f} M"
 
 
 def _data(found: Estimate) -> dict[str, Any]:

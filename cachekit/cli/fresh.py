@@ -28,9 +28,9 @@ def fresh_prompts(source: str | None, made_with: Sequence[str], model: str) -> F
     model has no source, or a prompt isn't fresh.
     """
     from cachekit.bench.captions import read_captions
-    from cachekit.models.loading import DEMOS
+    from cachekit.models.names import DEMOS, canonical
 
-    if source is None and model not in DEMOS:
+    if source is None and canonical(model) not in DEMOS:
         raise CachekitError(
             "calibrate: --verify needs prompts that the calibration isn't made with; give --verify-prompts FILE"
         )

@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import say
-from cachekit.errors import CachekitError, nearest
+from cachekit.cli.batch import draw
+from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable_name
+from cachekit.cli.output import JsonFile, check_writable, choice, json_results, say, warn
+from cachekit.errors import CachekitError
 from cachekit.models import loading
+from cachekit.workers import EXECUTORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL.Image import Image
 
-_MODEL = f"Folder or hub id of a diffusers pipeline, or {loading.EMBEDDED}."
+    from cachekit.batch.drawing import Job
+    from cachekit.batch.rows import Defaults
+
 _PAIR = "KEY=VALUE"
+_PROMPTS = (
+    "File with a row for each image: a prompt on each line, or JSON objects with prompt, seed, steps, size, guidance"
+    " and spec of their own; - is stdin. Images that exist are not drawn again."
+)
+_OUTPUT = "Image file (several images get numbered files), or with --prompts a folder; default: out.png, or images."
+_WORKERS = "With --prompts, processes or actors; default: one for each GPU, or two without a GPU."
+#: Files whose names are given as a prompt by mistake.
+_TEXTS = (".txt", ".json", ".jsonl", ".csv", ".ndjson")
 
 
 class ArgumentError(CachekitError):
@@ -28,16 +40,25 @@ class ArgumentError(CachekitError):
 
 
 def generate(
-    pipeline: Annotated[str, typer.Argument(help=_MODEL)],
+    pipeline: Annotated[
+        str, typer.Argument(help=RUNNABLE_MODEL, parser=runnable_name, autocompletion=complete_runnable)
+    ],
     prompt: Annotated[str | None, typer.Argument(help="Prompt, where the pipeline takes one.")] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help=_PROMPTS)] = None,
     spec: Annotated[list[str] | None, typer.Option(help="Spec such as tgate:m=10; may be repeated.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; default: the pipeline's own.")] = None,
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; default: the pipeline's own.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-    output: Annotated[Path, typer.Option(help="Image file; several images get numbered files.")] = Path("out.png"),
+    seed: Annotated[int, typer.Option(help="Seed of the noise; with --prompts, of the first row's.")] = 0,
+    output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None,
+    executor: Annotated[
+        str, typer.Option(help="With --prompts, where images are drawn.", **choice(EXECUTORS, "executor"))
+    ] = "serial",
+    workers: Annotated[int | None, typer.Option(min=1, help=_WORKERS)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch in each worker.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers, such as DDIMScheduler.")] = None,
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"Precision: {', '.join(loading.DTYPES)}.")] = None,
+    dtype: Dtype = None,
     max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Limit of cached tensors in bytes.")] = None,
     cache_device: Annotated[str | None, typer.Option(help="Device that stores cached tensors, such as cpu.")] = None,
     load: Annotated[
@@ -46,50 +67,96 @@ def generate(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the pipeline's call; may be repeated.")
     ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Generate images with any pipeline and policies, print the report, and write the images."""
+    """Generate an image with any pipeline and policies and print the report, or an image for each row of a file."""
+    from cachekit.models.hub import hub_arguments
+
+    # Before torch is imported.
+    hub_arguments(pipeline, _pairs(load).get("cache_dir"))
+    from cachekit.batch.drawing import Job
+    from cachekit.batch.rows import Defaults
+    from cachekit.interface.specs import joined
+
+    job = Job(
+        model=pipeline,
+        scheduler=scheduler,
+        device=device,
+        dtype=dtype,
+        max_cache_bytes=max_cache_bytes,
+        cache_device=cache_device,
+        load=json.dumps(_pairs(load)),
+        arguments=json.dumps(_pairs(set_)),
+        threads=threads,
+    )
+    defaults = Defaults(seed, steps, _size(size), guidance, tuple(one for text in spec or () for one in joined(text)))
+    if prompts is None:
+        _one(job, defaults, prompt, output or Path("out.png"), json_file)
+        return
+    if prompt is not None:
+        raise ArgumentError(f"a prompt {prompt!r} and --prompts {prompts!r} exclude each other; leave one of them out")
+    job = replace(job, threads=threads or _threads(executor, workers))
+    draw(prompts, job, defaults, output or Path("images"), executor, workers, json_file)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    from cachekit.batch.rows import size_of
+
+    try:
+        return size_of(text) if text is not None else None
+    except ValueError as error:
+        raise ArgumentError(f"--size {text!r}: {error}") from None
+
+
+def _threads(executor: str, workers: int | None) -> int | None:
+    """Share the processors of this machine among the processes of one command, unless the user has."""
+    from cachekit.workers import default_workers
+
+    if executor != "process" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // (workers or default_workers(executor)))
+
+
+def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: Path | None) -> None:
+    """Generate the image, or the images, of one call."""
     from cachekit.applying import apply
+    from cachekit.batch.drawing import call, check_arguments, figures_of, unread_arguments
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
     from cachekit.upstream.scales import SCALE
 
     # Refused here before the model is loaded; `apply` is given the specs, whose presets it compares with the pipeline.
-    parse_all(spec or [], installed())
-    given = {"prompt": prompt, "num_inference_steps": steps, SCALE: guidance}
-    arguments = {**{name: value for name, value in given.items() if value is not None}, **_pairs(set_)}
+    parse_all(defaults.specs, installed())
+    width, height = defaults.size or (None, None)
+    given = {"prompt": prompt, "num_inference_steps": defaults.steps, SCALE: defaults.guidance}
+    given |= {"width": width, "height": height}
+    own = json.loads(job.arguments)
+    arguments = {**{name: value for name, value in given.items() if value is not None}, **own}
+    _check_prompt(prompt)
     _check_output(output)
-    pipe = loading.pipeline(pipeline, **loading.precision(dtype), **_pairs(load))
-    _check_arguments(pipe, arguments)
-    if scheduler:
-        pipe.scheduler = loading.scheduler_for(pipe, scheduler)
-    loading.move(pipe, device)
-    limits: dict[str, Any] = {"max_cache_bytes": max_cache_bytes, "cache_device": cache_device}
-    with apply(pipe, spec, **limits) if spec else contextlib.nullcontext() as attachment:
-        pictures = _draw(pipe, seed, arguments)
-        say(attachment.report() if attachment else "no specs: uncached")
-    for path in _write(pictures, output):
-        say(f"wrote {path}")
+    with json_results(file) as give:
+        pipe = loading.pipeline(job.model, **loading.precision(job.dtype), **json.loads(job.load))
+        check_arguments(pipe, arguments)
+        for name in unread_arguments(pipe, own):
+            warn(f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it")
+        if job.scheduler:
+            pipe.scheduler = loading.scheduler_for(pipe, job.scheduler)
+        loading.move(pipe, job.device)
+        limits: dict[str, Any] = {"max_cache_bytes": job.max_cache_bytes, "cache_device": job.cache_device}
+        with apply(pipe, defaults.specs, **limits) if defaults.specs else contextlib.nullcontext() as attachment:
+            pictures = call(pipe, defaults.seed, arguments)
+            report = attachment.report() if attachment else None
+            say(report or "no specs: uncached")
+        paths = _write(pictures, output)
+        for path in paths:
+            say(f"wrote {path}")
+        give({"images": list(map(str, paths)), "specs": list(defaults.specs), "report": report and figures_of(report)})
 
 
-def _draw(pipe: Any, seed: int, arguments: dict[str, Any]) -> list[Image]:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
-        result = pipe(**{"generator": generator, **arguments})
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(f"{type(pipe).__name__} refuses its arguments: {error}; change --set") from error
-    return list(_pictures(result, type(pipe).__name__))
-
-
-def _pictures(result: Any, name: str) -> Iterator[Image]:
-    """Yield the images, or the frames of the videos, of a pipeline's result."""
-    found = getattr(result, "images", getattr(result, "frames", None))
-    if not isinstance(found, list):
-        raise ArgumentError(f"{name} gave no images that can be written; call it from Python")
-    for item in found:
-        yield from item if isinstance(item, list) else [item]
+def _check_prompt(prompt: str | None) -> None:
+    """Refuse the name of a file as a prompt."""
+    if prompt and Path(prompt).suffix.lower() in _TEXTS and len(prompt) < 256 and Path(prompt).is_file():
+        raise ArgumentError(f"prompt {prompt!r} is the name of a file; to draw its rows, give --prompts {prompt}")
 
 
 def _check_output(output: Path) -> None:
@@ -98,6 +165,11 @@ def _check_output(output: Path) -> None:
     known = Image.registered_extensions()
     if known.get(output.suffix.lower()) not in Image.SAVE:
         raise ArgumentError(f"cannot write {str(output)!r}: no image format is called {output.suffix!r}; use .png")
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ArgumentError(f"cannot write {str(output)!r}: {str(there)!r} can't be written to; give another --output")
+    if output.exists():
+        check_writable(output)
 
 
 def _write(pictures: list[Image], output: Path) -> list[Path]:
@@ -109,16 +181,6 @@ def _write(pictures: list[Image], output: Path) -> list[Path]:
     for picture, path in zip(pictures, paths):
         picture.save(path)
     return paths
-
-
-def _check_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
-    """Refuse arguments that the call lacks; where it takes **kwargs, only names that look mistyped."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for name in arguments:
-        meant = nearest(name, parameters)
-        if name not in parameters and (meant or not takes_any):
-            raise ArgumentError(f"{type(pipe).__name__} takes no argument {name!r}{meant}")
 
 
 def _pairs(texts: list[str] | None) -> dict[str, Any]:

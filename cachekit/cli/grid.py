@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cachekit.cli.demo import SPECS
 from cachekit.cli.imaging import ImagingSettings
-from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.models import any_model, complete_any
+from cachekit.cli.output import choice, json_results, print_table, progress_bar, say, warn
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
+from cachekit.models.names import EMBEDDED
+from cachekit.workers import EXECUTORS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cachekit.bench.best import Best, Condition
     from cachekit.bench.results import Result, Results
     from cachekit.bench.suite import Suite
     from cachekit.bench.summary import Group
 
+_BEST = (
+    "Name the cheapest spec that fulfils conditions on columns of the table, such as 'PSNR>=35,speedup>=2';"
+    " exit code 1 where none does."
+)
 _MODELS = f"Folders or hub ids of pipelines, {EMBEDDED}, or architectures such as sd15, for times alone."
 #: The figures of the two tables, by their keys.
 _COST = ("seconds", "spread", "first_seconds", "speedup", "macs", "mac_reduction", "cache_bytes", "deciding_seconds")
@@ -30,9 +41,11 @@ _QUALITY = ("psnr", "ssim", "caption_match", "frechet")
 class GridSettings(ImagingSettings):
     """Options of `cachekit bench grid`."""
 
-    models: Annotated[list[str], typer.Argument(help=_MODELS)] = field(default_factory=list)
+    models: Annotated[list[str], typer.Argument(help=_MODELS, parser=any_model, autocompletion=complete_any)] = field(
+        default_factory=list
+    )
     peers: Annotated[bool, typer.Option(help="Measure other packages that are installed too.")] = True
-    executor: Annotated[str, typer.Option(help="Where cells are measured: serial, process or ray.")] = "serial"
+    executor: Annotated[str, typer.Option(help="Where cells are measured.", **choice(EXECUTORS, "executor"))] = "serial"
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes or actors; default: one per GPU, or two without a GPU.")
     ] = None
@@ -43,6 +56,7 @@ class GridSettings(ImagingSettings):
         default_factory=list
     )
     html: Annotated[Path | None, typer.Option(help="Write a report to this HTML page.")] = None
+    best: Annotated[str | None, typer.Option(metavar="CONDITION", help=_BEST)] = None
 
 
 @command(GridSettings)
@@ -52,12 +66,49 @@ def grid(settings: GridSettings) -> None:
     An interrupted run is resumed: cells that the results file holds are not measured again. Without MODELS the command
     only reports. Metrics: lpips (weights of AlexNet) and clip (folder of a CLIP model).
     """
-    results = _open(settings)
-    suites = [_suite(model, settings) for model in settings.models]
-    failures = [failure for suite in suites for failure in _measure(suite, results)]
-    _report(results.all, settings.html)
-    if failures:
+    with json_results(settings.json) as give:
+        conditions = _conditions(settings)
+        results = _open(settings)
+        suites = [_suite(model, settings) for model in settings.models]
+        try:
+            failures = [failure for suite in suites for failure in _measure(suite, results)]
+        except KeyboardInterrupt:
+            typer.echo(f"stopped: {len(results.all)} results are kept in {settings.output}; to go on:", err=True)
+            typer.echo(f"  {shlex.join(['cachekit', *sys.argv[1:]])}", err=True)
+            raise typer.Exit(130) from None
+        listed = _report(results.all, settings.html)
+        bests = [found for group in listed if (found := best_row(group, conditions))]
+        give({"groups": [_data(group) for group in listed], "best": [_best_data(one) for one in bests]})
+    missed = bool(conditions) and not any(one.fulfils for one in bests)
+    if failures or missed:
         raise typer.Exit(1)
+
+
+def _conditions(settings: GridSettings) -> list[Condition]:
+    from cachekit.bench.best import parse_conditions
+    from cachekit.bench.quality import METRICS
+
+    return parse_conditions(settings.best, list(METRICS)) if settings.best is not None else []
+
+
+def best_row(group: Group, conditions: Sequence[Condition]) -> Best | None:
+    """Print the cheapest row of a group that fulfils conditions, or the nearest, and the line to paste."""
+    from cachekit.bench.best import best_of
+
+    found = best_of(group, conditions) if conditions else None
+    if found is None:
+        return None
+    cell = found.row.cell
+    where = f"{cell.model}, {cell.scheduler}, {cell.uncached_steps} steps"
+    asked = " and ".join(one.text for one in conditions)
+    if not found.fulfils:
+        say(f"no spec fulfils {asked} on {where}; nearest: {found.row.label} ({found.figures})")
+        return found
+    say(f"best with {asked} on {where}: {found.row.label} ({found.figures})")
+    say(f"  {found.code}")
+    if found.plain is not None:
+        warn(f"{found.plain.label} fulfils it too, and costs less")
+    return found
 
 
 def _open(settings: GridSettings) -> Results:
@@ -80,12 +131,12 @@ def _open(settings: GridSettings) -> Results:
 
 
 def _suite(model: str, settings: GridSettings) -> Suite:
-    from cachekit.bench.executors import default_workers, executor
     from cachekit.bench.quality import METRICS
     from cachekit.bench.suite import Suite, fitting
+    from cachekit.workers import check_executor, default_workers
 
     compositions = settings.parse_specs(SPECS)
-    executor(settings.executor)
+    check_executor(settings.executor)
     return Suite(
         setting=settings.setting(model, METRICS),
         compositions=compositions if settings.spec else fitting(model, compositions),
@@ -107,7 +158,7 @@ def _measure(suite: Suite, results: Results) -> list[str]:
         )
 
 
-def _report(found: list[Result], html: Path | None) -> None:
+def _report(found: list[Result], html: Path | None) -> list[Group]:
     from cachekit.bench.page import write_page
     from cachekit.bench.summary import groups
 
@@ -119,6 +170,33 @@ def _report(found: list[Result], html: Path | None) -> None:
     if html is not None:
         write_page(listed, html)
         say(f"wrote {html}")
+    return listed
+
+
+def _data(group: Group) -> dict[str, Any]:
+    """Write the rows of a group as plain data, without its images."""
+    from cachekit.bench.figures import FIGURES
+
+    shared = group.cell.model_dump(mode="json", exclude={"method", "specs", "steps", "spacing", "seed"})
+    rows = [
+        {
+            "configuration": row.label,
+            "method": row.cell.method.value,
+            "specs": list(row.cell.specs),
+            "steps": row.cell.steps,
+            "spacing": row.cell.spacing,
+            **{key: figure.value(row) for key, figure in FIGURES.items()},
+            "metrics": row.metrics,
+        }
+        for row in (group.uncached, *group.rows)
+    ]
+    return {**shared, "environment": group.environment, "rows": rows, "notes": group.notes, "warnings": group.warnings}
+
+
+def _best_data(best: Best) -> dict[str, Any]:
+    cell = best.row.cell
+    where = {"model": cell.model, "scheduler": cell.scheduler, "uncached_steps": cell.uncached_steps}
+    return {**where, "fulfils": best.fulfils, "specs": list(cell.specs), "code": best.code}
 
 
 def _print(group: Group) -> None:

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachekit.cli.models import Dtype
+from cachekit.cli.output import JsonFile
+
 if TYPE_CHECKING:
     from cachekit.bench.captions import Captions
     from cachekit.bench.cells import Setting
@@ -36,7 +39,7 @@ class ImagingSettings:
     )
     captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "8"
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first captions, this many.")] = None
-    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None
+    dtype: Dtype = None
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None
     compiled: Annotated[
         str | None, typer.Option("--compile", help="Compile the repeated blocks with this backend, such as inductor.")
@@ -48,6 +51,7 @@ class ImagingSettings:
         list[str], typer.Option(metavar="NAME=PATH", help="Learned metric and its weights; may be repeated.")
     ] = field(default_factory=list)
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.")] = None
+    json: JsonFile = None
 
     def read_captions(self) -> Captions:
         """Read the captions, up to the limit."""

@@ -11,26 +11,57 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import say, write
-from cachekit.models.loading import EMBEDDED
+from cachekit.cli.models import ANY_MODEL, AnyModel, any_model, complete_any
+from cachekit.cli.output import JsonFile, check_writable, json_results, say, warn, write
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from cachekit.interface.parts import Part
     from cachekit.interface.sites import SiteMap
+    from cachekit.planning.plan import Plan
     from cachekit.registry.catalog import Catalog
 
-_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
-Model = Annotated[str, typer.Argument(help=_MODEL)]
 
-
-def list_installed() -> None:
+def list_installed(json_file: JsonFile = None) -> None:
     """List the installed policies, parts, adapters and presets, with their keys and where they come from."""
-    from cachekit.interface.presets import Preset, shipped
     from cachekit.registry.catalog import installed
 
     catalog = installed()
+    with json_results(json_file) as give:
+        give(_listed(catalog))
+        _print_list(catalog)
+
+
+def _listed(catalog: Catalog) -> dict[str, Any]:
+    """Write what is installed as plain data."""
+    from cachekit.interface.presets import Preset, shipped
+
+    shelves = {
+        title.partition(" (")[0]: [_described(catalog, noun, part) for _, part in sorted(found.items())]
+        for title, noun, found in _shelves(catalog)
+    }
+    adapters = [
+        {"name": name, "summary": one.summary, "from": _origin(catalog, "adapter", name)}
+        for name, one in sorted(catalog.adapters.items())
+    ]
+    presets = {name: Preset.load(path) for name, path in shipped().items()}
+    found = [{"name": name, "summary": one.summary, "specs": one.specs} for name, one in presets.items()]
+    return {**shelves, "adapters": adapters, "presets": found}
+
+
+def _described(catalog: Catalog, noun: str, part: type[Part]) -> dict[str, Any]:
+    keys = {
+        key: {"default": _default(field), "type": f"{_type(field.annotation)}{_bounds(field.metadata)}"}
+        for key, field in _own_fields(part).items()
+    }
+    origin = _origin(catalog, noun, part.name)
+    return {"name": part.name, "summary": part.summary, "keys": keys, "paper": part.paper, "from": origin}
+
+
+def _print_list(catalog: Catalog) -> None:
+    from cachekit.interface.presets import Preset, shipped
+
     for title, noun, found in _shelves(catalog):
         say(title)
         for name, part in sorted(found.items()):
@@ -47,7 +78,10 @@ def list_installed() -> None:
         say(f"      {preset.evidence.source or 'measured by python -m benchmarks.frontier'}")
 
 
-def show(name: Annotated[str, typer.Argument(help="Name of a policy or of a part, as in a spec.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a policy or of a part, as in a spec.")],
+    json_file: JsonFile = None,
+) -> None:
     """Show one policy, schedule, stand-in or place: its description, its keys with types, defaults and bounds."""
     from cachekit.errors import SpecError, nearest
     from cachekit.registry.catalog import installed
@@ -57,9 +91,11 @@ def show(name: Annotated[str, typer.Argument(help="Name of a policy or of a part
     if not any(name in found for _, found in shelves):
         known = sorted({word for _, found in shelves for word in found})
         raise SpecError(f"unknown policy or part {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
-    for noun, found in shelves:
-        if name in found:
-            _show(catalog, noun, found[name])
+    chosen = [(noun, found[name]) for noun, found in shelves if name in found]
+    with json_results(json_file) as give:
+        give([{"kind": noun, **_described(catalog, noun, part)} for noun, part in chosen])
+        for noun, part in chosen:
+            _show(catalog, noun, part)
 
 
 def _show(catalog: Catalog, noun: str, part: type[Part]) -> None:
@@ -95,26 +131,38 @@ def _show_choices(policy: type[Any]) -> None:
 
 
 def sites(
-    model: Model,
+    model: AnyModel,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every site, not only their number.")] = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Print the sites, regions and chains of a model; no weights are loaded."""
     from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
-    denoiser = denoiser_from_config(model)
-    adapter = installed().adapter_for(denoiser)
-    found = adapter.sites(denoiser)
-    say(f"{found.model}, adapter {adapter.name}, branches {' then '.join(adapter.layout(denoiser).order)}")
-    _print_sites(found, verbose)
+    with json_results(json_file) as give:
+        denoiser = denoiser_from_config(model)
+        adapter = installed().adapter_for(denoiser)
+        found, order = adapter.sites(denoiser), adapter.layout(denoiser).order
+        say(f"{found.model}, adapter {adapter.name}, branches {' then '.join(order)}")
+        _print_sites(found, verbose)
+        give({"model": found.model, "adapter": adapter.name, "branches": list(order), **_sites_data(found)})
+
+
+def _sites_data(found: SiteMap) -> dict[str, Any]:
+    return {
+        "sites": [{"name": site.name, "kind": str(site.kind)} for site in found.sites],
+        "regions": [{"name": one.name, "exit": one.exit, "skipped": list(one.skipped)} for one in found.regions],
+        "chains": [[block.name for block in chain] for chain in found.chains],
+    }
 
 
 def plan(
     specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.")],
     steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")],
-    model: Annotated[str, typer.Option(help=_MODEL)] = "demo",
+    model: Annotated[str, typer.Option(help=ANY_MODEL, parser=any_model, autocompletion=complete_any)] = "demo",
     unguided: Annotated[bool, typer.Option("--unguided", help="Plan a run without classifier-free guidance.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Also write the plan to this SVG file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Print what each policy does in each step of a run; no weights are loaded."""
     from cachekit.applying import apply
@@ -122,12 +170,26 @@ def plan(
     from cachekit.models.loading import denoiser_from_config
     from cachekit.registry.catalog import installed
 
-    policies = parse_all(specs, installed())
-    with apply(denoiser_from_config(model), policies) as attachment:
-        made = attachment.plan(steps, guided=not unguided)
-    say(made)
-    if svg is not None:
-        write(svg, made.picture())
+    check_writable(svg)
+    with json_results(json_file) as give:
+        policies = parse_all(specs, installed())
+        with apply(denoiser_from_config(model), policies) as attachment:
+            made = attachment.plan(steps, guided=not unguided)
+        say(made)
+        for spec in _idle(made):
+            warn(f"{spec} never acts in {steps} steps: nothing is reused")
+        if svg is not None:
+            write(svg, made.picture())
+        columns = [dict(zip(("spec", "target", "kind", "marks"), column)) for column in made.columns()]
+        give({"model": model, "steps": steps, "branches": [list(row.branches) for row in made.rows], "plan": columns})
+
+
+def _idle(made: Plan) -> list[str]:
+    """List the specs whose cells are all known before the run, and none of which reuses anything."""
+    marks: dict[str, str] = defaultdict(str)
+    for spec, _, _, row in made.columns():
+        marks[spec] += row
+    return [spec for spec, found in marks.items() if not set(found) & {"r", "?"}]
 
 
 def _origin(catalog: Catalog, what: str, name: str) -> str:

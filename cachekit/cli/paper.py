@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekit.cli.output import say
+from cachekit.cli.output import JsonFile, json_results, say
 from cachekit.cli.settings import command
+
+if TYPE_CHECKING:
+    from cachekit.bench.paper import Rebuilt
 
 _LINE = "{:>7}  {:80}  {:>9}  {:>9}  {:>7}  {:>9}  {:>9}".format
 
@@ -20,6 +24,7 @@ class PaperSettings:
     models: Annotated[list[str], typer.Argument(help="Architectures such as sd15; default: all.")] = field(
         default_factory=list
     )
+    json: JsonFile = None
 
 
 @command(PaperSettings)
@@ -28,13 +33,22 @@ def paper(settings: PaperSettings) -> None:
 
     No weights are needed for the costs. The FIDs need MS-COCO and the published weights.
     """
-    from cachekit.bench.paper import measurable, rebuilt
+    from cachekit.bench.paper import rebuilt
     from cachekit.models.architectures import architecture
 
     for model in settings.models:
         architecture(model)
+    with json_results(settings.json) as give:
+        rows = list(rebuilt(settings.models))
+        _print(rows, settings)
+        give([{**asdict(row), "ratio": row.ratio} for row in rows])
+
+
+def _print(rows: Sequence[Rebuilt], settings: PaperSettings) -> None:
+    from cachekit.bench.paper import measurable
+
     say(_LINE("table", "multiply-accumulates in 10^12, parameters in 10^6", "paper", "ours", "ratio", "paper", "ours"))
-    for row in rebuilt(settings.models):
+    for row in rows:
         params = (f"{row.paper_params:.3f}", f"{row.params / 1e6:.3f}") if row.paper_params and row.params else ("", "")
         costs = (f"{row.paper:.3f}", f"{row.ours:.3f}", f"{row.ratio:.5f}")
         say(_LINE(row.table, row.name, *costs, *params).rstrip())

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekit.cli.inspection import Model
-from cachekit.cli.output import check_writable, print_table, say, write
+from cachekit.cli.models import AnyModel
+from cachekit.cli.output import JsonFile, json_results, print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,23 +18,22 @@ _STEPS = "Number of steps: iterations of the pipeline's loop; default: the pipel
 
 
 def recommend(
-    model: Model,
+    model: AnyModel,
     steps: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
-    file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file too.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Recommend settings for a model by estimates and published presets; nothing is run, no weights are needed."""
     from cachekit.tuning.recommend import recommend as recommend_for
 
-    check_writable(file)
-    found = recommend_for(model, steps)
-    _print_model(found)
-    _print_settings(found.settings)
-    for line in found.lines:
-        _print_line(line)
-    if found.note:
-        say(found.note)
-    if file:
-        write(file, json.dumps(found.data(), indent=1) + "\n")
+    with json_results(json_file) as give:
+        found = recommend_for(model, steps)
+        _print_model(found)
+        _print_settings(found.settings)
+        for line in found.lines:
+            _print_line(line)
+        if found.note:
+            say(found.note)
+        give(found.data())
 
 
 def _print_model(found: Recommendation) -> None:

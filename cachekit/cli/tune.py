@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.output import print_table, progress_bar, say
+from cachekit.cli.models import Dtype, RunnableModel
+from cachekit.cli.output import JsonFile, check_writable, choice, json_results, print_table, progress_bar, say
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
-from cachekit.models.loading import EMBEDDED
+from cachekit.workers import EXECUTORS
 
 if TYPE_CHECKING:
     from cachekit.interface.presets import Figures, PlainSteps
@@ -27,7 +28,7 @@ _MATCH = "Change of the share of images that show their caption, such as -1%."
 class TuneSettings:
     """Options of `cachekit tune`."""
 
-    model: Annotated[str, typer.Argument(help=f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}.")]
+    model: RunnableModel
     at_least: Annotated[str | None, typer.Option(help="Similarity to the uncached image, such as 35dB.")] = None
     caption_match: Annotated[str | None, typer.Option(help=_MATCH)] = None
     at_most: Annotated[str | None, typer.Option(help="Wall time of an image, such as 2s.")] = None
@@ -45,10 +46,13 @@ class TuneSettings:
     seed: Annotated[int, typer.Option(help="Seed of the noise and the search.")] = 0
     journal: Annotated[Path | None, typer.Option(help="File of the study, resumed and shared by processes.")] = None
     output: Annotated[Path, typer.Option(help="File of the preset; a picture is put beside it.")] = Path("preset.json")
-    executor: Annotated[str, typer.Option(help="Where candidates are measured: serial, process or ray.")] = "serial"
+    executor: Annotated[str, typer.Option(help="Where candidates are measured.", **choice(EXECUTORS, "executor"))] = (
+        "serial"
+    )
     workers: Annotated[int | None, typer.Option(min=1, help="Processes or actors.")] = None
     device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None
-    dtype: Annotated[str | None, typer.Option(help="Precision: float32, float16 or bfloat16.")] = None
+    dtype: Dtype = None
+    json: JsonFile = None
 
 
 @command(TuneSettings)
@@ -62,38 +66,52 @@ def tune(settings: TuneSettings) -> None:
     from cachekit.tuning.tune import tune as search
 
     asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
-    with progress_bar(f"tuning {settings.model}") as show:
-        tuned = search(
-            settings.model,
-            _captions(settings.captions),
-            fresh=settings.fresh,
-            at_least=asked.at_least,
-            caption_match=asked.caption_match,
-            at_most=asked.at_most,
-            speedup=asked.speedup,
-            policies=settings.policy,
-            trials=settings.trials,
-            seconds=settings.seconds,
-            num_inference_steps=settings.steps,
-            guidance_scale=settings.guidance,
-            scheduler=settings.scheduler,
-            seed=settings.seed,
-            journal=settings.journal,
-            output=settings.output,
-            executor=settings.executor,
-            workers=_workers(settings),
-            device=settings.device,
-            dtype=settings.dtype,
-            progress=lambda done, total, line: show(done, total, line and f"not measured: {line}"),
-        )
-    print_report(tuned, settings.output)
-    if tuned.verdict.nearest:
-        typer.echo(f"error: no candidate reaches the target: {tuned.verdict.nearest}", err=True)
-        raise typer.Exit(1)
+    check_writable(settings.output)
+    with json_results(settings.json) as give:
+        with progress_bar(f"tuning {settings.model}") as show:
+            tuned = search(
+                settings.model,
+                _captions(settings.captions),
+                fresh=settings.fresh,
+                at_least=asked.at_least,
+                caption_match=asked.caption_match,
+                at_most=asked.at_most,
+                speedup=asked.speedup,
+                policies=settings.policy,
+                trials=settings.trials,
+                seconds=settings.seconds,
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance,
+                scheduler=settings.scheduler,
+                seed=settings.seed,
+                journal=settings.journal,
+                output=settings.output,
+                executor=settings.executor,
+                workers=_workers(settings),
+                device=settings.device,
+                dtype=settings.dtype,
+                progress=lambda done, total, line: show(done, total, line and f"not measured: {line}"),
+            )
+        print_report(tuned, settings.output)
+        give(_data(tuned))
+        if tuned.verdict.nearest:
+            typer.echo(f"error: no candidate reaches the target: {tuned.verdict.nearest}", err=True)
+            raise typer.Exit(1)
+
+
+def _data(tuned: Tuned) -> dict[str, Any]:
+    """Write what a tuning has found as plain data."""
+    return {
+        "front": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.front],
+        "verdict": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.verdict.judged],
+        "preset": tuned.preset.model_dump(mode="json") if tuned.preset else None,
+        "nearest": tuned.verdict.nearest,
+        "refused": tuned.refused,
+    }
 
 
 def _workers(settings: TuneSettings) -> int:
-    from cachekit.bench.executors import default_workers
+    from cachekit.workers import default_workers
 
     return settings.workers or default_workers(settings.executor)
 

@@ -17,6 +17,8 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
+from cachekit.models.loading import pipeline_from_config
+from cachekit.models.names import is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
 from cachekit.registry.catalog import Catalog, installed
@@ -77,8 +79,9 @@ def estimate(
         found = cachekit.estimate("sdxl", "tgate:m=10", num_inference_steps=25)
         print(found.speedup, found.cache_bytes)
 
-    `model` is a pipeline, a denoiser, or the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
-    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)). `specs` are as for `apply`.
+    `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
+    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the
+    name of an embedded model (demo, demo-dit, demo-flow). `specs` are as for `apply`.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
     branches as `inputs`, in place of a size.
@@ -116,7 +119,7 @@ class Estimator:
     ) -> Estimator:
         """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
         if guided is None:
-            guided = architecture(model).guided if isinstance(model, str) else True
+            guided = architecture(model).guided if isinstance(model, str) and is_architecture(model) else True
         denoiser, arguments = _prepare(model, (2 if guided else 1, *size), inputs)
         return cls(denoiser, arguments, guided, catalog or installed())
 
@@ -138,9 +141,11 @@ class Estimator:
 def _prepare(
     model: Any, size: tuple[int, int | None, int | None], inputs: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    if isinstance(model, str):
+    if isinstance(model, str) and is_architecture(model):
         known = architecture(model)
         return known.build(), known.inputs(*size)
+    if isinstance(model, str):
+        model = pipeline_from_config(model)
     denoiser = meta_copy(denoiser_of(model))
     if inputs is not None:
         return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}

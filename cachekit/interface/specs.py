@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origin
 
 from cachekit.errors import SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
-from cachekit.interface.presets import expanded
+from cachekit.interface.presets import expanded, is_preset
 
-#: A policy, or its spec: `name` or `name:key=value,key=value`.
+#: A policy, or its spec: `name` or `name:key=value,key=value`, or several joined by `+`.
 Spec = Union[str, Policy]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -77,6 +78,8 @@ def _built(spec: str, words: Vocabulary) -> Policy:
     if name not in words.policies:
         known = ", ".join(sorted(words.policies)) or "none"
         raise SpecError(f"spec {spec!r}: unknown policy {name!r}{nearest(name, words.policies)}; known: {known}")
+    if len(split_outside(text, "|")) > 1:
+        raise SpecError(f"spec {spec!r}: '|' separates alternatives, for cachekit bench grid; give one value here")
     if colon and not text:
         raise SpecError(f"spec {spec!r}: nothing after ':'; write {name!r} or '{name}:key=value'")
     return _Parser(spec, words).build(words.policies[name], text, "")
@@ -102,11 +105,15 @@ def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, 
 
 
 def listed_specs(specs: Spec | Iterable[Spec]) -> list[Spec]:
-    """List specs that are given as one or several; raises `SpecError` for anything else."""
+    """List specs that are given as one or several, each of which may be several joined by `+`.
+
+    Raises `SpecError` for anything else.
+    """
     if isinstance(specs, Mapping) or not isinstance(specs, (str, Policy, Iterable)) or isinstance(specs, type):
         raise SpecError(f"specs {specs!r}: is a {_described(specs)}; give a spec or a list of specs")
     # A policy is iterable too, over its fields.
-    return [specs] if isinstance(specs, (str, Policy)) else list(specs)
+    listed = [specs] if isinstance(specs, (str, Policy)) else list(specs)
+    return [one for spec in listed for one in (joined(spec) if isinstance(spec, str) else [spec])]
 
 
 def is_name(name: str) -> bool:
@@ -142,6 +149,22 @@ def split_specs(text: str) -> list[str]:
         else:
             found.append(piece)
     return found
+
+
+def joined(text: str) -> list[str]:
+    """List specs that are joined by `+`; a file of a preset may have a plus sign in its name.
+
+    Raises `SpecError` where there is nothing on one side.
+
+    >>> joined("tgate:m=5 + deepcache")
+    ['tgate:m=5', 'deepcache']
+    """
+    if is_preset(text) and Path(text.partition(":")[2].strip()).expanduser().exists():
+        return [text]
+    specs = [spec.strip() for spec in split_specs(text)]
+    if len(specs) > 1 and not all(specs):
+        raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
+    return specs
 
 
 class _Parser:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachekit.errors import CachekitError, first_line, nearest
+from cachekit.errors import first_line, nearest
+from cachekit.models.hub import hub_arguments
+from cachekit.models.names import EMBEDDED, ModelError, Sort, is_architecture, named, unreadable
 
 if TYPE_CHECKING:
     from torch import nn
 
-#: The embedded models, by their names on the command line.
-DEMOS = {"demo": "unet", "demo-dit": "dit", "demo-flow": "flow"}
-EMBEDDED = " or ".join(map(repr, DEMOS))
 #: Short names of schedulers: the first class of each that a pipeline takes.
 SCHEDULERS = {
     "euler": ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
@@ -26,16 +24,11 @@ DTYPES = ("float32", "float16", "bfloat16")
 _DAMAGED = (OSError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, RuntimeError)
 
 
-class ModelError(CachekitError):
-    """A model that can't be found or read, or a setting that it doesn't take."""
-
-
 def denoiser_from_config(model: str) -> nn.Module:
     """Build the denoiser of a model on the meta device; weights are neither read nor downloaded.
 
     `model` is the name of an architecture, or what `pipeline_from_config` takes. An embedded model is loaded with its
-    weights. Raises `ModelError` as `pipeline_from_config` does, and `CachekitError` for a name close to an
-    architecture's, as a misspelling.
+    weights. Raises `ModelError` as `pipeline_from_config` does.
     """
     from cachekit.models.architectures import architecture
     from cachekit.upstream.pipelines import denoiser_of
@@ -43,14 +36,6 @@ def denoiser_from_config(model: str) -> nn.Module:
     if is_architecture(model):
         return architecture(model).build()
     return denoiser_of(pipeline_from_config(model))
-
-
-def is_architecture(model: str) -> bool:
-    """Whether `model` is the name of an architecture, or so close to one that it can only be a misspelling of it."""
-    from cachekit.models.architectures import architectures
-
-    known = architectures()
-    return model in known or (model not in DEMOS and not Path(model).exists() and bool(nearest(model, known)))
 
 
 def pipeline_from_config(model: str) -> Any:
@@ -61,35 +46,41 @@ def pipeline_from_config(model: str) -> Any:
     """
     from diffusers import AutoModel, DiffusionPipeline
 
-    if model in DEMOS:
+    found = named(model)
+    if found.sort is Sort.EMBEDDED:
         return pipeline(model)
+    hub = hub_arguments(model)
     try:
-        index = DiffusionPipeline.load_config(model)
+        index = DiffusionPipeline.load_config(model, **hub)
         # Errors name the class, so the stand-in's has the name of the pipeline's.
         stand_in: Any = type(str(index["_class_name"]), (_ComponentsFromConfig,), {})
     except _DAMAGED as error:
         try:
-            alone = AutoModel.load_config(model)
+            alone = AutoModel.load_config(model, **hub)
         except _DAMAGED:
             raise _unreadable(model, error) from error
         return _on_meta(model, alone)
-    return stand_in(model, index)
+    return stand_in(model, index, hub)
 
 
 def pipeline(model: str, **arguments: Any) -> Any:
     """Load the pipeline in a folder or on the hub, or an embedded one; `arguments` go to `from_pretrained`.
 
-    Raises `ModelError` where it can't be read.
+    Raises `ModelError` where it can't be read, and for an architecture, which has no weights.
     """
-    if model in DEMOS:
+    found = named(model)
+    if found.sort is Sort.EMBEDDED:
         from cachekit.models.demo import demo_pipeline
 
-        return demo_pipeline(DEMOS[model], **arguments)
+        return demo_pipeline(found.kind, **arguments)
+    if found.sort is Sort.ARCHITECTURE:
+        raise ModelError(f"{model} is an architecture without weights; give a folder, a hub id, or {EMBEDDED}")
+    hub = hub_arguments(model, arguments.get("cache_dir"))
     import diffusers
 
     kind: Any = diffusers.DiffusionPipeline
     try:
-        return kind.from_pretrained(model, **arguments)
+        return kind.from_pretrained(model, **{**hub, **arguments})
     except _DAMAGED as error:
         raise _unreadable(model, error) from error
 
@@ -152,9 +143,10 @@ def move(pipe: Any, device: str | None) -> None:
 class _ComponentsFromConfig:
     """A stand-in for a pipeline that builds each component from its config when it is accessed."""
 
-    def __init__(self, model: str, index: dict[str, Any]) -> None:
+    def __init__(self, model: str, index: dict[str, Any], hub: dict[str, Any]) -> None:
         self._model = model
         self._index = index
+        self._hub = hub
 
     @property
     def vae_scale_factor(self) -> int:
@@ -175,7 +167,7 @@ class _ComponentsFromConfig:
         is_scheduler = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
         loader: Any = kind if is_scheduler else diffusers.AutoModel
         try:
-            config = loader.load_config(self._model, subfolder=name)
+            config = loader.load_config(self._model, subfolder=name, **self._hub)
         except _DAMAGED as error:
             raise _unreadable(self._model, error) from error
         return _on_meta(self._model, config)
@@ -204,6 +196,4 @@ def _unreadable(model: str, error: Exception) -> ModelError:
     reason = next(iter(str(error).strip().splitlines()), "")
     if not isinstance(error, (OSError, ValueError)):
         reason = f"{type(error).__name__}: {reason}"
-    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
-        reason = "there is no such folder"
-    return ModelError(f"cannot read model {model!r}: {reason} (give a folder, a hub id, or {EMBEDDED})")
+    return unreadable(model, reason)

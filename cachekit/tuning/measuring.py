@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cachekit.bench.cells import Cell, Method, Setting
-from cachekit.bench.executors import FAILURES, executor
+from cachekit.bench.executors import executor
 from cachekit.bench.results import Result
 from cachekit.bench.subjects import Subject
 from cachekit.bench.suite import shared_fields
@@ -19,6 +19,7 @@ from cachekit.tuning.candidates import Candidate
 from cachekit.tuning.weights import Weights
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
+from cachekit.workers import FAILURES
 
 __all__ = ["Measurer", "figures_of"]
 

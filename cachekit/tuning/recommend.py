@@ -15,7 +15,7 @@ from cachekit.costs.estimate import Estimate, Estimator
 from cachekit.errors import CachekitError
 from cachekit.interface.moment import OPEN
 from cachekit.interface.presets import WORD, Preset, read
-from cachekit.models.loading import is_architecture
+from cachekit.models.names import is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.tuning.subject import Subject, presets_for
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from cachekit.interface.presets import Evidence, Preset, shipped
 from cachekit.models.architectures import Architecture, architecture, recognised
 from cachekit.models.demo import DEMO_STEPS
-from cachekit.models.loading import DEMOS, class_of, default_steps, is_architecture, pipeline_from_config
+from cachekit.models.loading import class_of, default_steps, pipeline_from_config
+from cachekit.models.names import DEMOS, canonical, is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.guidance import takes_scale
@@ -79,7 +80,7 @@ class Subject:
 
 
 def _steps(model: str, known: Architecture | None, kind: type[Any] | None) -> int:
-    if model in DEMOS:
+    if canonical(model) in DEMOS:
         return DEMO_STEPS
     return (known.steps if known else None) or (default_steps(kind) if kind else None) or _STEPS
 

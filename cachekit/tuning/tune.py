@@ -15,7 +15,7 @@ from cachekit.bench.spacing import absent
 from cachekit.bench.subjects import load, set_scheduler, subject_of
 from cachekit.interface.presets import HERE, Evidence, Preset
 from cachekit.interface.specs import parse
-from cachekit.models.loading import DEMOS
+from cachekit.models.names import DEMOS, canonical
 from cachekit.registry.catalog import installed
 from cachekit.tuning.candidates import Candidate, Space
 from cachekit.tuning.captions import Lots, lots_of
@@ -96,6 +96,7 @@ def tune(
     targets = Targets(at_least, caption_match, at_most, speedup)
     executor_of(executor)
     named = isinstance(model, str)
+    model = canonical(model) if named else model
     if not named and executor != "serial":
         raise TuningError(f"executor {executor!r} loads models by name; give the pipeline's folder, or executor serial")
     lots = lots_of(captions, fresh, named and model in DEMOS)

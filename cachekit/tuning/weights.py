@@ -9,13 +9,14 @@ from typing import Any
 
 from cachekit.applying import apply
 from cachekit.bench.cells import digest
-from cachekit.bench.measuring import silent_log, timed_call
+from cachekit.bench.measuring import timed_call
 from cachekit.bench.subjects import Subject, set_scheduler
 from cachekit.calibrating.calibrate import calibrate
 from cachekit.errors import CalibrationError
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
+from cachekit.registry.notices import silent_log
 from cachekit.tuning.candidates import Candidate
 from cachekit.upstream.scales import SCALE
 

@@ -197,8 +197,8 @@ def test_the_command_writes_figures_tables_and_pictures(written):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("demo", "--only", "nois"), "unknown part 'nois' (did you mean 'noise'?); known: changes, noise, text, "),
-        (("sd15",), "sd15 has no weights to analyze; give a folder, a hub id, or 'demo'"),
+        (("demo", "--only", "nois"), "unknown part 'nois' (did you mean 'noise'?); allowed: changes, noise, text, "),
+        (("sd15",), "sd15 is an architecture, which has no weights; give a folder, a hub id, or 'demo'"),
         (("demo", "--scheduler", "eular"), "unknown scheduler 'eular'"),
         (("demo", "--captions", "nowhere.txt"), "cannot read captions 'nowhere.txt'"),
     ],

@@ -271,7 +271,7 @@ FID = ["--metric", "fid={data}/features.pt"]
             "the file has no captions; write one on each line",
         ),
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/captions.json", "--limit", "1"], "at least 2 captions"),
-        (["sd15", *FID, *REFERENCES], "sd15 has random weights"),
+        (["sd15", *FID, *REFERENCES], "sd15 is an architecture, which has no weights"),
         (["./no-such-folder", *FID, *REFERENCES], "there is no such folder"),
         (["demo", *FID, *REFERENCES, "--scheduler", "DDIN"], "unknown scheduler 'DDIN'"),
         (["demo", *FID, *REFERENCES, "--spec", "deepcache:branch=99"], "99"),

@@ -9,10 +9,11 @@ import pytest
 import ray
 from support import commands, tiny
 
-from cachekit.bench.cells import BenchError, Method, Setting, expand
+from cachekit.bench.cells import Method, Setting, expand
 from cachekit.bench.executors import executor
 from cachekit.bench.suite import Suite
 from cachekit.registry.catalog import installed
+from cachekit.workers import WorkersError
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def test_actors_measure_what_one_process_does_and_outlive_failures(setting, cell
 def test_a_cluster_that_is_there_is_used_left_alone_and_never_waited_for(setting, cells):
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        with pytest.raises(BenchError, match="has 1 processors, too few for 2 workers of 1 threads"):
+        with pytest.raises(WorkersError, match="has 1 processors, too few for 2 workers of 1 threads"):
             next(executor("ray")(setting, cells, 2))
         assert ray.is_initialized()
     finally:

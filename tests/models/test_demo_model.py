@@ -177,7 +177,7 @@ def test_a_missing_or_damaged_manifest_is_noticed(copies: dict[str, Path], text:
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(WeightsError, match=r"no demo model 'dut', there are: .*unet"):
+    with pytest.raises(WeightsError, match=r"no demo model 'dut' \(did you mean 'dit'\?\), there are: .*unet"):
         demo_pipeline("dut")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from unittest import mock
 
 import typer
 from typer.testing import CliRunner
 
-from cachekit.cli import app
+from cachekit.cli import app, models
+from cachekit.models.names import ModelName, Sort
 from support import tiny
 
 
@@ -31,11 +33,15 @@ def save_without_weights(folder: Path):
 
 
 def parsed(line):
-    """Parse a line such as `cachekit bench grid demo` into command and parameters; unknown options are errors."""
+    """Parse a line such as `cachekit bench grid demo` into command and parameters; unknown options are errors.
+
+    Any word can name a model, which need not be there.
+    """
     program, *words = shlex.split(line)
     assert program == "cachekit"
     command, names = typer.main.get_command(app), []
     while hasattr(command, "commands"):
         names.append(words.pop(0))
         command = command.commands[names[-1]]
-    return " ".join(names), command.make_context(names[-1], words).params
+    with mock.patch.object(models, "named", lambda name: ModelName(name, Sort.FOLDER)):
+        return " ".join(names), command.make_context(names[-1], words).params

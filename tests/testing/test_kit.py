@@ -103,7 +103,7 @@ def test_the_command_prints_a_table():
 
 
 def test_the_command_writes_json_and_fails_on_failures():
-    result = run("check", "delta_dit", "--model", "sd", "--check", SOMEWHERE, "--json")
+    result = run("check", "delta_dit", "--model", "sd", "--check", SOMEWHERE, "--json", "-")
     assert result.exit_code == 1
     (found,) = json.loads(result.stdout)
     assert (found["check"], found["outcome"]) == (SOMEWHERE, "failed")

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cachekit.errors import CachekitError
+from cachekit.errors import CachekitError, nearest
+from cachekit.models.names import DEMOS
 
 if TYPE_CHECKING:
     import torch
@@ -189,8 +190,10 @@ def folders(kind: str) -> tuple[Path, ...]:
 
     Raises `WeightsError` for an unknown kind.
     """
+    kind = DEMOS.get(kind, kind)
     if kind not in PIPELINES:
-        raise WeightsError(f"no demo model {kind!r}, there are: {', '.join(PIPELINES)}")
+        known = [*PIPELINES, *DEMOS]
+        raise WeightsError(f"no demo model {kind!r}{nearest(kind, known)}, there are: {', '.join(PIPELINES)}")
     return tuple(dict.fromkeys((WEIGHTS / kind, SHARED)))
 
 
@@ -201,8 +204,9 @@ def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) ->
         image = pipe("a large red circle top left on white").images[0]
 
     It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The kinds are
-    "unet", "dit" (a transformer with cross-attention) and "flow" (one with joint attention, of rectified flow). Raises
-    `WeightsError` for an unknown kind or a damaged file.
+    "unet", "dit" (a transformer with cross-attention) and "flow" (one with joint attention, of rectified flow); the
+    names of the command line, such as "demo-dit", are the same. Raises `WeightsError` for an unknown kind or a damaged
+    file.
     """
     return load_pipeline(folders(kind)[0], torch_dtype)
 

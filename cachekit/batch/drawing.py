@@ -1,0 +1,234 @@
+"""Drawing the image of one task with a loaded pipeline, in any process."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from cachekit.applying import apply
+from cachekit.batch.images import encoded
+from cachekit.batch.rows import BatchError, Task
+from cachekit.errors import CachekitError, CostError, first_line, nearest
+from cachekit.models import loading
+from cachekit.models.names import Sort, named
+from cachekit.registry.notices import silent_log
+from cachekit.upstream.pipelines import hide_progress
+from cachekit.upstream.scales import SCALE
+from cachekit.upstream.versions import versions
+from cachekit.version import __version__
+from cachekit.workers import FAILURES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from cachekit.runs.report import Report
+
+__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "figures_of", "pictures_of", "unread_arguments"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and how it is loaded and called, for all rows.
+
+    `load` and `arguments` are JSON objects with arguments of `from_pretrained` and of the pipeline's call.
+    """
+
+    model: str
+    scheduler: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    max_cache_bytes: int | None = None
+    cache_device: str | None = None
+    load: str = "{}"
+    arguments: str = "{}"
+    threads: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What images depend on, as plain data."""
+        names = ("scheduler", "dtype", "max_cache_bytes", "load", "arguments")
+        found = named(self.model)
+        model = os.path.realpath(self.model) if found.sort is Sort.FOLDER else found.name
+        return {"model": model, **{name: getattr(self, name) for name in names}}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """An image as a PNG file, which holds its `description`, and the report of its run."""
+
+    png: bytes
+    description: dict[str, Any]
+    report: dict[str, Any] | None
+    worker: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The work of drawing tasks; the pipeline is loaded with the first task of a worker, and kept."""
+
+    job: Job
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of each worker."""
+        return self.job.threads
+
+    @property
+    def device(self) -> str | None:
+        """Device of each worker."""
+        return self.job.device
+
+    def do(self, task: Task) -> Drawn | str:
+        """Draw an image; one line with the reason where that fails.
+
+        Raises a `CachekitError` where the model can't be loaded.
+        """
+        studio = _studio(self.job)
+        try:
+            with silent_log():
+                return studio.draw(task)
+        except CachekitError as error:
+            return str(error)
+        except FAILURES as error:
+            return f"{type(error).__name__}: {first_line(error)}"
+
+
+@lru_cache(maxsize=1)
+def _studio(job: Job) -> _Studio:
+    return _Studio(job)
+
+
+class _Studio:
+    """A loaded pipeline, and the MACs of the runs that it has made."""
+
+    def __init__(self, job: Job) -> None:
+        if job.threads:
+            import torch
+
+            torch.set_num_threads(job.threads)
+        self._job = job
+        self._pipe = loading.pipeline(job.model, **loading.precision(job.dtype), **json.loads(job.load))
+        if job.scheduler:
+            self._pipe.scheduler = loading.scheduler_for(self._pipe, job.scheduler)
+        loading.move(self._pipe, job.device)
+        hide_progress(self._pipe)
+        self._macs: dict[tuple[Any, ...], int | None] = {}
+
+    def draw(self, task: Task) -> Drawn:
+        """Draw the image of a task; only the pipeline's call is timed."""
+        arguments = self._arguments(task)
+        plain = (task.steps, task.size, task.guidance)
+        # Without specs an attachment only counts, which one run of each sort is enough for.
+        attached = bool(task.specs) or plain not in self._macs
+        with self._attached(task) if attached else contextlib.nullcontext() as attachment:
+            start = time.perf_counter()
+            pictures = call(self._pipe, task.seed, arguments)
+            seconds = time.perf_counter() - start
+            report = attachment.report() if attachment else None
+        if len(pictures) != 1:
+            raise BatchError(f"the call gave {len(pictures)} images; a batch keeps one for each row, so give more rows")
+        macs = self._macs_of(plain if not task.specs else (plain, task.parsed, *_actions(report)), report)
+        description = {
+            **task.settings,
+            "steps": task.steps or loading.default_steps(type(self._pipe)),
+            **self._job.identity,
+            "scheduler": type(getattr(self._pipe, "scheduler", None)).__name__,
+            "seconds": round(seconds, 4),
+            "macs": macs,
+            "versions": {"cachekit": __version__, **versions(), "python": platform.python_version()},
+        }
+        figures = {**figures_of(report), "macs": macs} if report and task.specs else None
+        return Drawn(encoded(pictures[0], description), description, figures, f"{platform.node()}:{os.getpid()}")
+
+    def _attached(self, task: Task) -> Any:
+        return apply(
+            self._pipe, task.specs, max_cache_bytes=self._job.max_cache_bytes, cache_device=self._job.cache_device
+        )
+
+    def _arguments(self, task: Task) -> dict[str, Any]:
+        width, height = task.size or (None, None)
+        given = {"num_inference_steps": task.steps, SCALE: task.guidance, "width": width, "height": height}
+        own = {name: value for name, value in given.items() if value is not None}
+        arguments = {"prompt": task.prompt, **own, **json.loads(self._job.arguments)}
+        check_arguments(self._pipe, arguments)
+        return arguments
+
+    def _macs_of(self, key: tuple[Any, ...], report: Report | None) -> int | None:
+        """Count the MACs of a run, once for all runs that did the same; None where they can't be counted."""
+        if key not in self._macs and report is not None:
+            try:
+                self._macs[key] = report.macs
+            except CostError:
+                self._macs[key] = None
+        return self._macs.get(key)
+
+
+def _actions(report: Report | None) -> Iterator[Any]:
+    yield from (one.signature for one in report.record.calls) if report else ()
+
+
+def figures_of(report: Report) -> dict[str, Any]:
+    """Write the figures of a report as plain data, without its MACs."""
+    return {
+        "steps": report.steps,
+        "calls": report.calls,
+        "left_out": report.left_out,
+        "cache_bytes": report.cache_bytes,
+        "memory_bytes": report.memory_bytes,
+        "deciding_seconds": round(report.deciding_seconds, 4),
+        "counts": [asdict(count) for count in report.counts],
+        "warnings": list(report.warnings),
+    }
+
+
+# -- calls of pipelines -------------------------------------------------------------------------------------
+
+
+def call(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> list[Image]:
+    """Call a pipeline with a seed, and list its images, or the frames of its videos.
+
+    Raises `BatchError` where it refuses its arguments, or gives no images.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        inspect.signature(type(pipe).__call__).bind(pipe, **arguments)
+        result = pipe(**{"generator": generator, **arguments})
+    except (TypeError, ValueError) as error:
+        raise BatchError(
+            f"{type(pipe).__name__} refuses its arguments: {first_line(error)}; change what the call is given"
+        ) from error
+    return list(pictures_of(result, type(pipe).__name__))
+
+
+def pictures_of(result: Any, name: str) -> Iterator[Image]:
+    """Yield the images, or the frames of the videos, of a pipeline's result."""
+    found = getattr(result, "images", getattr(result, "frames", None))
+    if not isinstance(found, list):
+        raise BatchError(f"{name} gave no images that can be written; call it from Python")
+    for item in found:
+        yield from item if isinstance(item, list) else [item]
+
+
+def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that the call lacks; where it takes **kwargs, only names that look mistyped."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for name in arguments:
+        meant = nearest(name, parameters)
+        if name not in parameters and (meant or not takes_any):
+            raise BatchError(f"{type(pipe).__name__} takes no argument {name!r}{meant}")
+
+
+def unread_arguments(pipe: Any, arguments: Mapping[str, Any]) -> list[str]:
+    """List the arguments that only the **kwargs of the call take, which pipelines seldom read."""
+    return [name for name in arguments if name not in inspect.signature(type(pipe).__call__).parameters]

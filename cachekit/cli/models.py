@@ -1,0 +1,70 @@
+"""Arguments that name a model, the same for all commands: wrong names are refused before torch is imported."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cachekit.cli.output import choice
+from cachekit.models.loading import DTYPES
+from cachekit.models.names import DEMOS, EMBEDDED, ModelError, Sort, architecture_names, named
+
+__all__ = [
+    "ANY_MODEL",
+    "RUNNABLE_MODEL",
+    "AnyModel",
+    "Dtype",
+    "RunnableModel",
+    "any_model",
+    "complete_any",
+    "complete_runnable",
+    "runnable",
+    "runnable_name",
+]
+
+#: Help for models with weights, which can be run, and for models by their configs, for plans and estimates.
+RUNNABLE_MODEL = f"Folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+ANY_MODEL = f"Architecture such as sd15, folder or hub id of a diffusers pipeline, or {EMBEDDED}."
+
+
+def any_model(model: str) -> str:
+    """Check the name of a model, and that the hub can be reached where it is needed."""
+    found = named(model)
+    if found.sort is Sort.HUB:
+        from cachekit.models.hub import hub_arguments
+
+        hub_arguments(found.name)
+    return found.name
+
+
+def runnable_name(model: str) -> str:
+    """Check the name of a model that has weights."""
+    found = named(model)
+    if found.sort is Sort.ARCHITECTURE:
+        raise ModelError(f"{model} is an architecture, which has no weights; give a folder, a hub id, or {EMBEDDED}")
+    return found.name
+
+
+def runnable(model: str) -> str:
+    """Check the name of a model that has weights, and that the hub can be reached where it is needed."""
+    return any_model(runnable_name(model))
+
+
+def complete_any(incomplete: str) -> list[str]:
+    """List the names that a word may become."""
+    return [name for name in (*DEMOS, *architecture_names()) if name.startswith(incomplete)]
+
+
+def complete_runnable(incomplete: str) -> list[str]:
+    """List the names of models with weights that a word may become."""
+    return [name for name in DEMOS if name.startswith(incomplete)]
+
+
+RunnableModel = Annotated[
+    str, typer.Argument(help=RUNNABLE_MODEL, metavar="MODEL", parser=runnable, autocompletion=complete_runnable)
+]
+AnyModel = Annotated[
+    str, typer.Argument(help=ANY_MODEL, metavar="MODEL", parser=any_model, autocompletion=complete_any)
+]
+Dtype = Annotated[str | None, typer.Option(help="Precision.", **choice(DTYPES, "dtype"))]

@@ -72,6 +72,10 @@ class PluginWarning(UserWarning):
     """A plugin that failed while the others go on: it was left out, or its hook was."""
 
 
+class IdleWarning(UserWarning):
+    """Nothing to do: no policy was given."""
+
+
 class PresetWarning(UserWarning):
     """A pipeline or a run that differs from what a preset's evidence is for."""
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from cachekit.errors import CachekitError, PluginWarning, PresetWarning
+from cachekit.errors import CachekitError, IdleWarning, PluginWarning, PresetWarning
 
 #: Width in characters where stdout is no terminal, enough for every table.
 _WIDTH = 140
@@ -104,7 +104,7 @@ def progress_bar(name: str) -> Iterator[Progress]:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    if issubclass(category, (PluginWarning, PresetWarning)):
+    if issubclass(category, (IdleWarning, PluginWarning, PresetWarning)):
         typer.echo(f"warning: {message}", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, *rest[:2]), err=True, nl=False)

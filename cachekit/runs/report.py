@@ -45,11 +45,18 @@ class Report:
     MACs are counted when they are first asked for, by repeating the run's distinct calls on the meta device.
     """
 
-    def __init__(self, assignments: Sequence[Assignment], record: Record, cost: Callable[[Record], Cost]) -> None:
-        """Report on `record`; `cost` counts its MACs on demand."""
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        record: Record,
+        cost: Callable[[Record], Cost],
+        uncached: Callable[[Record], float | None],
+    ) -> None:
+        """Report on `record`; on demand, `cost` counts its MACs and `uncached` finds the seconds of a like run."""
         self.record = record
         self._assignments = assignments
         self._cost = cost
+        self._uncached = uncached
         #: Reports of runs that ended before this one in the same call of a pipeline, such as a prior's.
         self.earlier: tuple[Report, ...] = ()
 
@@ -194,7 +201,7 @@ class Report:
             cost = self.cost
         except CostError as error:
             return f"MACs unknown: {error}"
-        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x MAC reduction)"
+        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.mac_reduction:.2f}x MAC reduction)"
 
     def __str__(self) -> str:
         """Summarise the run, with the reports of `earlier` runs first."""

@@ -105,7 +105,7 @@ class ControlNetInterceptor:
     def _encoder(self, bound: Assignment) -> tuple[str, ...]:
         """Name the modules whose outputs nothing uses when the target of an assignment is reused."""
         encoder = bound.target.encoder if isinstance(bound.target, Region) else ()
-        return encoder if self._twins.issuperset(encoder) else ()
+        return encoder if self._twins >= {*encoder} else ()
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""

@@ -95,13 +95,15 @@ class Driver:
             return (yield from self._pass(denoiser, args, kwargs, enclosed))
         start = time.perf_counter()
         inputs = self._inputs(denoiser, args, kwargs)
-        call = inputs and self.locate(denoiser, inputs)
+        call = None if inputs is None else self.locate(denoiser, inputs)
         if inputs is None or call is None:
             return (yield from self._pass(denoiser, args, kwargs, enclosed))
         regime = self.scope.regime
         if call.is_dropped or call.is_left_out:
             _record(call, inputs, time.perf_counter() - start)
-            return regime.finisher.replaced(call) if call.is_dropped else regime.finisher.predicted(call, inputs)
+            made = regime.finisher.replaced(call) if call.is_dropped else regime.finisher.predicted(call, inputs)
+            self._note_call()
+            return made
         given = regime.finisher.narrowed(call, inputs)
         _record(call, inputs, time.perf_counter() - start)
         call.duties = regime.duties[denoiser.name]
@@ -112,8 +114,15 @@ class Driver:
             return regime.finisher.finish(call, inputs, output)
         finally:
             self.state.call = None
-            if self.state.run is not None:
-                self.state.run.note_time()
+            self._note_call()
+
+    def _note_call(self) -> None:
+        """Take note of the end of a call: of a bare loop, it may be the last."""
+        run = self.state.run
+        if run is not None:
+            run.note_time()
+            if not run.clock.exact:
+                run.finish()
 
     def _inputs(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInputs | None:
         """Read the arguments of a call; None where they can't be read, and no policy needs them."""
@@ -196,6 +205,7 @@ class Driver:
         context = self._context(clock)
         state.run = scope.regime.starter.start(denoiser, inputs, clock, scheduler, state.pipeline, context)
         state.scope = scope
+        scope.last_report = self.report_of(state.run)
         return state.run
 
     def end_run(self, interrupted: bool) -> None:

@@ -66,8 +66,9 @@ class Installation:
             for name in (name for name, switches in made.items() if switches):
                 # Another thread may be looking through the list of before.
                 self.switches[name] = [*self.switches.get(name, []), *made[name]]
-        for name, prompter in list(self._prompters.items()):  # a call that is under way holds its lock
-            prompter.add(self.switches.get(name, []))
+        for name, prompter in list(self._prompters.items()):
+            if made[name]:  # not while holding the lock: a call that is under way holds the prompter's
+                prompter.add(made[name])
 
     def _missing(self, name: str, duties: Duties) -> list[Switch]:
         """Make the switches that a denoiser lacks for these duties."""

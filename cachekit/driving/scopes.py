@@ -64,7 +64,7 @@ class Scope:
         return self.regime.setup.policies
 
     def report(self) -> Report:
-        """Report on the last of these runs that has ended, in whatever thread it ran.
+        """Report on the run of these that began last, in whatever thread.
 
         Raises `AttachmentError` before that.
         """

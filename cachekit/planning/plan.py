@@ -124,7 +124,7 @@ def make_plan(
     rows = tuple(composer.row(step, undecided) for step in range(steps))
     plan = Plan(assignments, rows, dropped, times)
     # Where branches come one by one, what is kept of the first waits for the second.
-    if plan.is_static and not layout.separate:
+    if plan.is_static and not layout.separate and len({row.branches for row in rows}) > 1:
         _mark_narrowing_stores(rows, assignments)
     return plan
 

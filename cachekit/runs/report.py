@@ -99,6 +99,24 @@ class Report:
         return self.record.memory_bytes
 
     @property
+    def seconds(self) -> float:
+        """Wall time from the first call of the denoiser to the end of the pipeline's call, decoding included.
+
+        Of a bare loop, or a run that has not ended, it is the time to the end of the last call so far.
+        """
+        return self.record.seconds
+
+    @property
+    def speedup(self) -> float | None:
+        """Seconds of a like uncached run over those of this run; None where there was none.
+
+        Uncached are runs within `attachment.using([])`: of those with the same pipeline, shapes, steps and device as
+        this one, the fastest counts.
+        """
+        uncached = None if self.record.interrupted else self._uncached(self.record)
+        return uncached / self.seconds if uncached and self.seconds else None
+
+    @property
     def deciding_seconds(self) -> float:
         """Seconds spent in finding steps, composing rows and observing."""
         return self.record.deciding_seconds
@@ -125,6 +143,11 @@ class Report:
     def baseline_macs(self) -> int:
         """MACs of the same calls without policies."""
         return self.cost.baseline_macs
+
+    @property
+    def mac_reduction(self) -> float:
+        """MACs without policies, over those of the run."""
+        return self.cost.mac_reduction
 
     @property
     def counts(self) -> list[Count]:

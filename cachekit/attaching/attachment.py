@@ -62,6 +62,12 @@ class Attachment:
         if self._is_installed:
             INSTALLED.add(self)
 
+    def __repr__(self) -> str:
+        """Summarise in a line what is applied to what."""
+        specs = " + ".join(map(str, self.policies)) or "no policy"
+        names = " and ".join(type(denoiser.module).__name__ for denoiser in self.setup.denoisers.values())
+        return f"<Attachment: {specs} on {names}{'' if self._is_installed else ', removed'}>"
+
     @property
     def policies(self) -> tuple[Policy, ...]:
         """The policies applied, in the order of their specs."""

@@ -121,8 +121,13 @@ class Catalog:
 @functools.cache
 def installed() -> Catalog:
     """Build the catalog of everything installed, once; warn of each plugin that failed to load."""
-    disabled = [name.strip() for name in os.environ.get(DISABLE, "").split(",")]
-    catalog = build(entry_points(group=GROUP), disabled)
+    disabled = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
+    points = entry_points(group=GROUP)
+    known = sorted({point.name for point in points})
+    for name in (name for name in disabled if name not in known):
+        message = f"{DISABLE} names {name!r}, which is no plugin{nearest(name, known)}; plugins: {', '.join(known)}"
+        warnings.warn(message, PluginWarning, stacklevel=2)
+    catalog = build(points, disabled)
     for failure in catalog.failures:
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
     return catalog

@@ -16,7 +16,7 @@ SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapte
 # Nothing here downloads a model, and small models gain nothing from many threads.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-lowest lint bench coverage clean
+.PHONY: demo test test-lowest lint bench coverage docs clean
 
 # Compare caching policies on the embedded model: table and pictures in cachekit-demo/.
 demo: $(VENV)/installed
@@ -44,8 +44,12 @@ bench: $(VENV)/installed
 coverage: $(VENV)/installed-coverage
 	OMP_NUM_THREADS=1 $(BIN)/cachekit coverage --json docs/coverage.json --markdown docs/coverage.md
 
+# Build the site into site/, with no page broken and nothing loaded from elsewhere.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(LOWEST)
+	rm -rf $(VENV) $(LOWEST) site
 
 $(VENV)/created: constraints.txt
 	$(PYTHON) -m venv --clear $(VENV)
@@ -69,6 +73,9 @@ $(VENV)/installed: $(VENV)/wheel
 
 $(VENV)/installed-coverage: $(VENV)/wheel
 	$(call install-wheel,$(VENV),constraints.txt,[coverage])
+
+$(VENV)/installed-docs: $(VENV)/wheel
+	$(call install-wheel,$(VENV),constraints.txt,[docs])
 
 $(VENV)/installed-test: $(VENV)/wheel
 	$(call install-wheel,$(VENV),constraints.txt,[test])

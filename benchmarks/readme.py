@@ -16,9 +16,11 @@ from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
+from cachekit.coverage.page import markdown as coverage_page
+from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, choosing, gpu_tables, methods
+from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +38,7 @@ def main() -> None:
         store_demo(options.demo)
     if options.demo_euler:
         shutil.copy(options.demo_euler / "table.json", RESULTS / "demo-table-euler.json")
-    stale = {document: text for document, text in filled().items() if document.read_text() != text}
+    stale = {file: text for file, text in filled().items() if not file.exists() or file.read_text() != text}
     if options.check and stale:
         raise SystemExit("stale: " + ", ".join(str(document.relative_to(ROOT)) for document in stale))
     for document, text in stale.items():
@@ -77,9 +79,14 @@ def filled() -> dict[Path, str]:
         "gates": gate_tables(),
         "levels": choosing.levels(),
         "presets": choosing.presets(),
+        "messages": messages.table(),
+        **recipes.parts(),
     }
-    documents = {}
-    for document in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    documents = {
+        ROOT / "docs" / "coverage.md": coverage_page(read_coverage(ROOT / "docs" / "coverage.json")),
+        ROOT / "docs" / "pictures" / "plan.svg": pictures.plan(),
+    }
+    for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = document.read_text()
         if "<!-- " in text:
             documents[document] = fill(text, parts)

@@ -72,8 +72,11 @@ def apply(
     attachment = Attachment(setup, limit, cost_of, Fitter)
     attachment.install(pipe)
     if not policies:
-        message = f"no policy applied to {type(pipe).__name__}: runs are cached within attachment.using(specs) alone"
-        warnings.warn(message, IdleWarning, stacklevel=2)
+        warnings.warn(
+            f"no policy applied to {type(pipe).__name__}: runs are cached within attachment.using(specs) alone",
+            IdleWarning,
+            stacklevel=2,
+        )
     for preset in presets:
         warn_of_pipeline(preset, pipe, next(iter(denoisers.values())))
     return attachment

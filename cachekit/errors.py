@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+#: The group of entry points that name plugins.
+GROUP = "cachekit"
 _Answer = TypeVar("_Answer")
 
 
@@ -65,11 +68,11 @@ class PresetError(CachekitError):
 
 
 class PluginError(CachekitError):
-    """A plugin that raised within a hook, or that registered a name already taken."""
+    """A plugin that raised within a hook."""
 
 
 class PluginWarning(UserWarning):
-    """A plugin that failed while the others go on: it was left out, or its hook was."""
+    """A plugin that failed while the others go on: it was left out, or its hook was, or a name that two have taken."""
 
 
 class IdleWarning(UserWarning):
@@ -88,6 +91,13 @@ def answered(name: Callable[[], str], ask: Callable[..., _Answer], *given: Any) 
         raise
     except Exception as error:
         raise PolicyError(f"{name()} raised {type(error).__name__}: {error}") from error
+
+
+def source_of(thing: object) -> str:
+    """Name the distribution that an object's class was installed with, as " of cachekit-calm"; "" for no plugin's."""
+    package = type(thing).__module__.partition(".")[0]
+    points = [point for point in entry_points(group=GROUP) if point.module.partition(".")[0] == package]
+    return next((f" of {point.dist.name}" for point in points if point.dist is not None), "")
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from cachekit.attaching.tracking import track, untrack
 from cachekit.driving.controlnets import Interceptors
 from cachekit.driving.driver import CostFunction, Driver, no_cost, no_fit
 from cachekit.driving.evidence import warn_of_pipeline
-from cachekit.driving.scopes import NO_RUN, Regime, Scope
+from cachekit.driving.scopes import Regime, Scope, no_run
 from cachekit.driving.setup import Setup
 from cachekit.driving.starting import Fitting
 from cachekit.errors import AttachmentError
@@ -192,7 +192,7 @@ class Attachment:
             return self.driver.report_of(run)
         found = self.driver.state.report or self.driver.last_report
         if found is None:
-            raise AttachmentError(NO_RUN)
+            raise no_run()
         return found
 
     @contextlib.contextmanager

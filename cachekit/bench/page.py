@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,16 @@ from cachekit.bench.figures import FIGURES
 from cachekit.bench.plots import plots
 from cachekit.bench.summary import Group, Row
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, learned, legend, texts, title
+from cachekit.bench.verdict import LEAD, lead, verdict
 from cachekit.planning.drawing import draw
 
 __all__ = ["write_page"]
+
+#: The columns that are shown at first, on narrow screens and on wide ones; the others can be chosen.
+NARROW = ("", CONFIGURATION, "MAC reduction", LEAD)
+WIDE = (*NARROW, "s/image", "speedup", "PSNR", "SSIM", "caption match", "Frechet", "kept", *EQUAL_COST)
+#: Takes the place of an uncached image that the page has already, until the script copies that.
+_BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 
 
 def write_page(groups: Sequence[Group], path: Path) -> None:
@@ -26,7 +36,11 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
         raise BenchError("a page needs Jinja: pip install 'cachekit-diffusion[bench]'") from error
     source = resources.files(__package__).joinpath("page.html.jinja").read_text()
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
-    text = template.render(sections=[_section(group) for group in groups])
+    text = template.render(
+        sections=[_section(group, f"image-{place}") for place, group in enumerate(groups)],
+        command=shlex.join(["cachekit", *sys.argv[1:]]),
+        date=date.today().isoformat(),
+    )
     try:
         path.write_text(text)
     except OSError as error:
@@ -36,24 +50,34 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
 # -- what the template shows ------------------------------------------------------------------------------
 
 
-def _section(group: Group) -> dict[str, Any]:
+def _section(group: Group, name: str) -> dict[str, Any]:
+    """All that the template shows of a group."""
     rows = [group.uncached, *group.rows]
     values = {row.cell.id: _values(row) for row in rows}
     names = [*(figure.name for figure in FIGURES.values()), *learned(rows)]
-    names = [name for name in names if any(found.get(name) is not None for found in values.values())]
-    tags = _tags(group)
+    names = [heading for heading in names if any(found.get(heading) is not None for found in values.values())]
+    tags, pictures = _tags(group), _Pictures(name)
     return {
         "title": title(group),
-        "columns": ["", CONFIGURATION, *names, *EQUAL_COST],
+        "verdict": verdict(group),
+        "columns": [(heading, _shown(heading)) for heading in ("", CONFIGURATION, LEAD, *names, *EQUAL_COST)],
         "rows": [[*_table_cells(group, row, names, tags[row.cell.id])] for row in rows],
-        "legend": f"{legend(names)} {EQUAL_LEGEND}",
+        "legend": f"{LEAD}: PSNR over that of the best plain steps at equal MACs; {legend(names)} {EQUAL_LEGEND}",
         "plots": [*plots(rows, tags)],
         "plans": [_plan(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
-        "pictures": [_pictures(row) for row in group.rows if row.results[0].pictures],
+        "pictures": [pictures.of(row) for row in group.rows if row.results[0].pictures],
         "environment": {name: value for name, value in group.environment.items() if value is not None},
         "warnings": group.warnings,
         "notes": group.notes,
     }
+
+
+def _shown(name: str) -> str:
+    """Screens on which a column is shown at first."""
+    return "narrow" if name in NARROW else "wide" if name in WIDE or name not in _FIGURES else "none"
+
+
+_FIGURES = {figure.name for figure in FIGURES.values()}
 
 
 def _values(row: Row) -> dict[str, float | None]:
@@ -66,6 +90,8 @@ def _table_cells(group: Group, row: Row, names: Sequence[str], tag: str) -> Iter
     shown, values = texts(group, row), _values(row)
     yield (tag, tag) if tag.isdigit() else ("", "")
     yield shown[CONFIGURATION], shown[CONFIGURATION]
+    ahead = lead(group, row)
+    yield "-" if ahead is None else f"{ahead:+.1f}", _sort_key(ahead)
     for name in names:
         yield shown.get(name, "-"), _sort_key(values.get(name))
     for name in EQUAL_COST:
@@ -98,9 +124,20 @@ def _plan(row: Row) -> dict[str, Any]:
     return {"label": row.label, "picture": draw(plan["branches"], plan["columns"])}
 
 
-def _pictures(row: Row) -> dict[str, Any]:
-    return {
-        "label": row.label,
-        "pairs": row.results[0].pictures,
-        "open": row.cell.method is Method.CACHEKIT,
-    }
+class _Pictures:
+    """The pictures of a group's rows; an uncached image, which is beside each contender's, is in the page once."""
+
+    def __init__(self, group: str) -> None:
+        """Name images after their group, whose name no other has."""
+        self._group = group
+        self._names: dict[str, str] = {}
+
+    def of(self, row: Row) -> dict[str, Any]:
+        """Pictures of a row: (caption, cached image, uncached image, name of the uncached image, whether it is new)."""
+        pairs = [(caption, cached, *self._named(uncached)) for caption, cached, uncached in row.results[0].pictures]
+        return {"label": row.label, "pairs": pairs, "open": row.cell.method is Method.CACHEKIT}
+
+    def _named(self, image: str) -> tuple[str, str, bool]:
+        is_new = image not in self._names
+        name = self._names.setdefault(image, f"{self._group}-{len(self._names)}")
+        return (image if is_new else _BLANK), name, is_new

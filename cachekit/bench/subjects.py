@@ -24,6 +24,7 @@ from cachekit.models.loading import (
 )
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
 from cachekit.upstream.scales import SCALE
+from cachekit.upstream.weights import dtype_of
 
 __all__ = [
     "Subject",
@@ -178,6 +179,6 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
     given["output_type"] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}
-    dtype = next(denoiser_of(pipe).parameters()).dtype
+    dtype = dtype_of(denoiser_of(pipe))
     text = partial(untrained_text, architecture_of(denoiser_of(pipe)), device=pipe.device, dtype=dtype)
     return lambda prompt: {**text(int(digest(prompt)[:12], 16)), **given}

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from cachekit.cli.output import say
-from cachekit.errors import CachekitError
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "pluggy", "pydantic")
 
@@ -38,19 +37,16 @@ def _library(name: str) -> bool:
 def _plugins() -> bool:
     from cachekit.registry.catalog import installed
 
-    try:
-        with warnings.catch_warnings():
-            # The failures are printed below.
-            warnings.simplefilter("ignore")
-            catalog = installed()
-    except CachekitError as error:
-        return _failed(str(error))
+    with warnings.catch_warnings():
+        # The failures are printed below.
+        warnings.simplefilter("ignore")
+        catalog = installed()
     for plugin, distribution in sorted(catalog.plugins.items()):
         owned = ", ".join(what for what, owner in sorted(catalog.owners.items()) if owner == plugin)
         say(f"ok      plugin {plugin} of {distribution}: {owned or 'registers nothing'}")
-    for failure in catalog.failures:
-        _failed(str(failure))
-    return not catalog.failures
+    for reason in (*map(str, catalog.failures), *catalog.clashes.values()):
+        _failed(reason)
+    return not (catalog.failures or catalog.clashes)
 
 
 def _weights() -> bool:

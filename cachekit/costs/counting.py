@@ -13,6 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cachekit.errors import CostError, first_line
 from cachekit.tensors import tensors, tree_map
+from cachekit.upstream.weights import width_of
 
 #: Operations that multiply activations with each other. Where there is no fused attention, as on the meta device, it
 #: is two `bmm`.
@@ -121,9 +122,9 @@ def _like(tensor: Tensor) -> Tensor:
 
 def macs_of_layer(module: nn.Module, entered: Tensor, output: Tensor) -> int:
     """Count the MACs of one Linear or convolution layer; bias additions are not counted."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
     if isinstance(module, nn.Linear):
-        return output.numel() * weight.shape[1]
+        return output.numel() * width_of(module)
+    weight: Tensor = module.weight  # type: ignore[assignment]
     if getattr(module, "transposed", False):
         return entered.numel() * weight[0].numel()
     return output.numel() * weight[0].numel()

@@ -24,6 +24,7 @@ from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.record import CallRecord, Record
 from cachekit.tensors import tree_map
 from cachekit.upstream.pipelines import denoiser_of
+from cachekit.upstream.weights import dtype_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def _prepare(
     if inputs is not None:
         return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}
     known = architecture_of(denoiser, getattr(model, "vae_scale_factor", PIXELS_PER_LATENT))
-    return denoiser, known.inputs(*size, dtype=next(denoiser.parameters()).dtype)
+    return denoiser, known.inputs(*size, dtype=dtype_of(denoiser))
 
 
 def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record:

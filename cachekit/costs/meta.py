@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cachekit.attaching.removal import remove
 from cachekit.upstream.compiling import Uncompiled, without_compiler
 from cachekit.upstream.hooks import WEIGHT_HOOKS, WRAPPED_FORWARDS, computing_dtype
+from cachekit.upstream.weights import without_values
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
@@ -19,9 +20,9 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
     for module in denoiser.modules():
         dtype = computing_dtype(module)
         for parameter in module.parameters(recurse=False):
-            memo[id(parameter)] = nn.Parameter(_without_values(parameter, dtype), requires_grad=False)
+            memo[id(parameter)] = nn.Parameter(without_values(parameter, dtype), requires_grad=False)
         for buffer in module.buffers(recurse=False):
-            memo[id(buffer)] = _without_values(buffer, dtype)
+            memo[id(buffer)] = without_values(buffer, dtype)
         # Such hooks hold devices and streams that the copy has no use for.
         memo.update({id(vars(module)[name]): None for name in WEIGHT_HOOKS if name in vars(module)})
     for module in reversed(list(denoiser.modules())):  # inner ones first
@@ -34,11 +35,6 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
         for name in (*WEIGHT_HOOKS, *WRAPPED_FORWARDS):
             vars(module).pop(name, None)
     return twin
-
-
-def _without_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Make a meta tensor with the strides of this one, in `dtype` if given and this one is floating-point."""
-    return torch.empty_like(tensor, device="meta", dtype=dtype if dtype and tensor.is_floating_point() else None)
 
 
 def on_meta(tensor: Tensor) -> Tensor:

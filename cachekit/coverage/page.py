@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from cachekit.coverage.results import JOIN, STATES, Coverage, Result, Sites, Trial
+from cachekit.coverage.results import JOIN, STATES, WORKS, Coverage, Result, Sites, Trial
 from cachekit.interface.specs import split_specs
 
 _INTRODUCTION = """\
@@ -20,6 +20,7 @@ and under compositions. `make coverage` writes this page; it installs a few pack
 - **idle**: accepted, but never reuses anything.
 - **fails**: anything else.
 
+Messages are those of the pipelines, without the spec that they begin with.
 The guidance branches are found by changing the prompts and comparing what the denoiser receives in the first step: `uc`
 is one batch with the unconditional half first, and `c, u` are two calls. A `c` changes with the prompt, a `u` with the
 negative prompt, a `b` with both and a `-` with neither. A policy that confuses the branches fails.
@@ -34,17 +35,15 @@ blocks that run one after the other, or by its paired down and up blocks; one wi
 
 def markdown(coverage: Coverage) -> str:
     """Write the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
-    notes = _numbers(coverage)
     sections = [
         _INTRODUCTION,
         _versions(coverage),
         *_table(["policy", *STATES], [[f"`{spec}`", *map(str, _counts(coverage, spec))] for spec in coverage.specs]),
         "\n## Pipelines\n",
         *_table(
-            ["pipeline", "branches", "denoisers", *_names(coverage)], [_row(trial, notes) for trial in coverage.built]
+            ["pipeline", "branches", "denoisers", "works", "does not, and why"],
+            [_row(trial) for trial in coverage.built],
         ),
-        "\n## Reasons\n",
-        *(f"{number}. {_escaped(note)}" for note, number in notes.items()),
         "\n## Denoisers\n",
         _DENOISERS,
         *_table(["denoiser", "adapter", "sites", "regions", "chains", "pipelines"], _denoisers(coverage)),
@@ -77,25 +76,33 @@ def _counts(coverage: Coverage, spec: str) -> list[int]:
     return list(coverage.counts(spec).values())
 
 
-def _names(coverage: Coverage) -> list[str]:
-    return [JOIN.join(one.partition(":")[0] for one in split_specs(spec)) for spec in coverage.specs]
+def _name(spec: str) -> str:
+    return JOIN.join(one.partition(":")[0] for one in split_specs(spec))
 
 
-def _row(trial: Trial, notes: dict[str, int]) -> list[str]:
-    cells = [_cell(result, notes) for result in trial.results.values()]
+def _row(trial: Trial) -> list[str]:
     branches = f"`{trial.branches.replace('|', ', ')}`" if trial.branches else ""
-    return [f"`{trial.pipeline}`", branches, ", ".join(f"`{name}`" for name in trial.sites), *cells]
+    denoisers = ", ".join(f"`{name}`" for name in trial.sites)
+    works = {spec: result for spec, result in trial.results.items() if result.state == WORKS}
+    others = {spec: result for spec, result in trial.results.items() if result.state != WORKS}
+    return [f"`{trial.pipeline}`", branches, denoisers, _grouped(works), _grouped(others)]
 
 
-def _cell(result: Result, notes: dict[str, int]) -> str:
-    return f"{result.state} ({notes[result.note]})" if result.note else result.state
+def _grouped(results: dict[str, Result]) -> str:
+    """Write results as a line for each state and message, with the specs that have it."""
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for spec, result in results.items():
+        groups[result.state, _message(spec, result.note)].append(f"`{_name(spec)}`")
+    lines = []
+    for (state, message), names in groups.items():
+        title = ", ".join(names) if state == WORKS else f"{state}: {', '.join(names)}"
+        lines.append(f"{title}: {_escaped(message)}" if message else title)
+    return "<br>".join(lines)
 
 
-def _numbers(coverage: Coverage) -> dict[str, int]:
-    """Assign numbers to notes, the most frequent first."""
-    found = Counter(result.note for _, _, result in coverage.results(*STATES) if result.note)
-    ordered = sorted(found, key=lambda note: (-found[note], note))
-    return {note: number for number, note in enumerate(ordered, 1)}
+def _message(spec: str, note: str) -> str:
+    """Leave out the spec that a message begins with, so that specs refused for one reason share a line."""
+    return next((note.removeprefix(f"{one}: ") for one in split_specs(spec) if note.startswith(f"{one}: ")), note)
 
 
 def _denoisers(coverage: Coverage) -> list[list[str]]:

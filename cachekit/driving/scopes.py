@@ -20,8 +20,6 @@ from cachekit.runs.report import Report
 from cachekit.runs.state import RunState
 from cachekit.switches.duties import duties_of
 
-#: Refusal of a report before there is one.
-NO_RUN = "no run yet: call the pipeline, then report()"
 #: Most regimes of blocks that are held.
 _MOST_REGIMES = 32
 
@@ -44,6 +42,11 @@ class Regime:
         """Whether it is what these make."""
         mine = (self.setup.policies, self.setup.presets, self.limit)
         return mine == (tuple(policies), tuple(presets), limit)
+
+
+def no_run() -> AttachmentError:
+    """Make the error of a report before there is one."""
+    return AttachmentError("no run yet: call the pipeline, then report()")
 
 
 class Scope:
@@ -69,7 +72,7 @@ class Scope:
         Raises `AttachmentError` before that.
         """
         if self.last_report is None:
-            raise AttachmentError(NO_RUN)
+            raise no_run()
         return self.last_report
 
 

@@ -123,7 +123,7 @@ class RunStarter:
         fits into the limit, `PolicyError` where a part needs what the loop doesn't show, and what parts raise in
         `begin`.
         """
-        layout = self._layout(denoiser, inputs, pipeline, context)
+        layout, is_known = self._layout(denoiser, inputs, pipeline, context)
         counted = count_steps(pipeline and pipeline.pipe, scheduler, inputs.timestep)
         steps = counted or UNKNOWN_STEPS
         times = times_of(scheduler, inputs.timestep, steps, layout.negated)
@@ -145,13 +145,19 @@ class RunStarter:
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
         run.record.likeness = (*start.key, inputs.sample.device, *_outside(pipeline))
-        self._begin(run, denoiser, inputs, scheduler, pipeline)
+        self._begin(run, denoiser, inputs, scheduler, pipeline, is_known)
         for preset in self._setup.presets:
             warn_of_run(preset, counted, pipeline.arguments if pipeline else {})
         return run
 
     def _begin(
-        self, run: Run, denoiser: Denoiser, inputs: CallInputs, scheduler: Any, pipeline: PipelineCall | None
+        self,
+        run: Run,
+        denoiser: Denoiser,
+        inputs: CallInputs,
+        scheduler: Any,
+        pipeline: PipelineCall | None,
+        guided: bool,
     ) -> None:
         """Call `begin` of schedules and stand-ins, which may refuse the run; guidance belongs to the first denoiser."""
         for index, bound in enumerate(self._setup.assignments):
@@ -168,6 +174,7 @@ class RunStarter:
                 str(bound.choice.when),
                 run.plan.full(index),
                 tuple(inputs.sample.shape),
+                guided,
             )
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)
@@ -176,12 +183,13 @@ class RunStarter:
 
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None
-    ) -> Layout:
+    ) -> tuple[Layout, bool]:
+        """Detect the layout of a run, and whether the first call already shows that it has several branches."""
         pipe, arguments = (pipeline.pipe, pipeline.arguments) if pipeline else (None, {})
         if self._setup.policies:
             refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
             refuse_inputs(pipe, inputs.sample, inputs.timestep)
-        guided = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
+        guided = known = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
             guided = True  # assumed until a second call confirms it, or fails to come
         first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipe))
@@ -190,7 +198,7 @@ class RunStarter:
         layout, reason = layout_of_run(first, denoiser.layout)
         if reason and self._setup.narrowing:
             refuse_narrowing(type(denoiser.module).__name__, reason)
-        return layout
+        return layout, layout.together > 1 or (bool(known) and layout.separate)
 
     def check_order(self, layout: Layout, denoiser: Denoiser) -> None:
         """Raise `GuidanceError` where a policy keeps a branch that is not called first."""

@@ -16,7 +16,8 @@ class Beginning(NamedTuple):
     `denoiser` is the module, and `scheduler` the pipeline's, or None. `arguments` are those of the pipeline's call by
     name, defaults included, and empty in a bare loop. `times` has the steps' places in the scheduler's table, or is
     empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule` is the spec of the
-    choice's own. `sample` is the shape of what the denoiser receives, `(branches * batch, channels, ...)`.
+    choice's own. `sample` is the shape of what the denoiser receives, `(branches * batch, channels, ...)`. `guided` is
+    whether the run is known to have several branches; where only its second call would show that, it is False.
     """
 
     denoiser: Any
@@ -28,3 +29,4 @@ class Beginning(NamedTuple):
     schedule: str
     full: tuple[int, ...]
     sample: tuple[int, ...] = ()
+    guided: bool = False

@@ -73,13 +73,12 @@ class Indicator(Schedule):
 class Accumulating(Indicator):
     """Full where the changes from step to step, added up since the last full step, reach `threshold`.
 
-    `shown` takes from a signal what is compared, and `change` measures it, by default as `relative_change` does. An
-    indicator that follows the sample:
+    The `first` and the `final` steps of a run are full too. `shown` takes from a signal what is compared, by default
+    the output of the probe, or what has entered where nothing has left yet. `change` measures it, by default as
+    `relative_change` does. An indicator that follows the sample:
 
     >>> class Wandering(Accumulating):
     ...     name = "wandering"
-    ...     def shown(self, signal: Signal, at: Moment):
-    ...         return signal.entered[0]
     >>> import torch
     >>> wandering, memory = Wandering(threshold=0.5), {}
     >>> for step, value in enumerate([1.0, 1.2, 1.5, 1.8]):
@@ -96,10 +95,16 @@ class Accumulating(Indicator):
     """
 
     threshold: float = Field(ge=0)
+    first: int = Field(default=0, ge=0)
+    final: int = Field(default=0, ge=0)
+
+    def full(self, at: Moment) -> bool:
+        """Whether the step is one of the first or of the last."""
+        return at.step < self.first or at.step >= at.steps - self.final
 
     def shown(self, signal: Signal, at: Moment) -> Tensor:
-        """Take what is compared from step to step; it is held until the next one."""
-        raise NotImplementedError
+        """Take what is compared from step to step; it is held until the next one, so copy what others write into."""
+        return (signal.left or signal.entered)[0]
 
     def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
         """Compute what a step adds to the sum; infinity where that isn't known yet."""

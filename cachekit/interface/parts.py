@@ -8,7 +8,8 @@ from enum import Enum
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from typing_extensions import Self
 
 from cachekit.errors import PolicyError, SpecError
 from cachekit.interface.moment import Action, History, Moment, Streams, Time
@@ -53,6 +54,8 @@ class Part(BaseModel):
     paper: ClassVar[str] = ""
     #: The key of a value that is given without one: `every(3)` is `every(n=3)`.
     positional: ClassVar[str] = ""
+    #: Keys of which one at most may be given.
+    exclusive: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, **values: Any) -> None:
         """Check the values of the fields; raises `SpecError` where one of them is wrong."""
@@ -60,6 +63,13 @@ class Part(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise SpecError(f"{type(self).__name__}: {_reason(error)}") from error
+
+    @model_validator(mode="after")
+    def _refuse_exclusive(self) -> Self:
+        given = [key for key, _ in self.given() if key in self.exclusive] if self.exclusive else []
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other; give one of them")
+        return self
 
     @classmethod
     def __pydantic_init_subclass__(cls, **given: Any) -> None:
@@ -135,8 +145,7 @@ class Schedule(Part):
         """
         full = self.full(at)
         if not isinstance(full, bool):
-            name = f" for {at.target.name!r}" if at.target else ""
-            raise PolicyError(f"{self}: full{name} at step {at.step} returned {full!r}; return True or False")
+            raise TypeError(f"full returned {full!r}; return True or False")
         return Action.STORE if full else Action.REUSE
 
     def decide(self, at: Moment) -> Action:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cachekit.errors import PolicyError, SpecError, answered
+from cachekit.errors import PolicyError, SpecError, answered, source_of
 from cachekit.interface.parts import Choice, Part, Schedule, StandIn, Where, word
 
 if TYPE_CHECKING:
@@ -64,7 +64,10 @@ class Policy(Part):
         return {name: choice.with_parts(**given) for name, choice in choices.items()}
 
     def _checked_choices(self) -> Mapping[str, Choice]:
-        choices = answered(lambda: f"{self}: choices", self.choices)
+        try:
+            choices = answered(lambda: f"{self}{source_of(self)}: choices", self.choices)
+        except SpecError as error:  # of a part, which has no part in the spec
+            raise SpecError(f"{self}{source_of(self)}: choices: {error}") from error
         if not isinstance(choices, Mapping) or not (choices or self.observes):
             raise PolicyError(f"{self}: choices returned {choices!r}; return at least one Choice, by name")
         for name, choice in choices.items():

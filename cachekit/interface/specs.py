@@ -17,6 +17,7 @@ Spec = Union[str, Policy]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _BRACKETS = {"(": 1, ")": -1}
+_NOUNS: Mapping[type[Part], str] = {Where: "place", Schedule: "schedule", StandIn: "stand-in"}
 _Made = TypeVar("_Made", bound=Part)
 
 
@@ -38,6 +39,10 @@ class Vocabulary(Protocol):
     @property
     def stand_ins(self) -> Mapping[str, type[StandIn]]:
         """What `what=` can be."""
+
+    @property
+    def clashes(self) -> Mapping[str, str]:
+        """Words that stand for nothing, such as "policy 'calm'", and why."""
 
 
 def parse(spec: Spec, words: Vocabulary) -> Policy:
@@ -66,6 +71,9 @@ def _built(spec: str, words: Vocabulary) -> Policy:
     if not isinstance(spec, str):
         raise SpecError(f"spec {spec!r}: is a {_described(spec)}; give a string or a policy")
     name, colon, text = (part.strip() for part in spec.partition(":"))
+    clash = words.clashes.get(f"policy {name!r}")
+    if clash:
+        raise SpecError(f"spec {spec!r}: {clash}")
     if name not in words.policies:
         known = ", ".join(sorted(words.policies)) or "none"
         raise SpecError(f"spec {spec!r}: unknown policy {name!r}{nearest(name, words.policies)}; known: {known}")
@@ -149,6 +157,7 @@ class _Parser:
         self._words: dict[type[Part], Mapping[str, type[Part]]] = {
             Where: words.places, Schedule: words.schedules, StandIn: words.stand_ins
         }  # fmt: skip
+        self._clashes = words.clashes
 
     def build(self, made: type[_Made], text: str, path: str) -> _Made:
         """Build a policy or part from the text of its keys; `path` leads there, for errors."""
@@ -209,6 +218,9 @@ class _Parser:
             raise self._error(path, f"{name!r} has no keys; write it without a bracket")
         if name in spelled:
             return spelled[name]
+        clash = self._clashes.get(f"{_NOUNS[base]} {name!r}")
+        if clash:
+            raise self._error(path, clash)
         known = sorted({*self._words[base], *spelled})
         raise self._error(path, f"unknown word {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cachekit.errors import ConflictError, PolicyError, SiteError
+from cachekit.errors import ConflictError, PolicyError, SiteError, source_of
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
@@ -64,9 +64,9 @@ class Assignment:
 
 
 def origin(bound: Assignment, method: str, at: Moment) -> str:
-    """Name the policy, the method of a part of it, the target and the step."""
+    """Name the policy and its distribution, the method of a part of it, the target and the step."""
     part = bound.choice.what if method in ("begin", "predict", "amend", "watch") else bound.choice.when
-    return f"{bound.policy}: {method} of {part} for {bound.target.name!r} at step {at.step}"
+    return f"{bound.policy}{source_of(bound.policy)}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 
 #: What a policy acts on in one denoiser: its targets, and the choice that each belongs to.

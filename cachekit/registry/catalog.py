@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pluggy
 
-from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning, nearest
+from cachekit.errors import GROUP, AdapterError, ConflictError, PluginError, PluginWarning, nearest
 from cachekit.interface.adapter import Adapter
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
@@ -22,12 +22,12 @@ from cachekit.parts import registration
 from cachekit.planning.plan import Plan
 from cachekit.registry import hookspecs, notices
 
-#: The group of entry points that name plugins.
-GROUP = "cachekit"
 #: The environment variable with the names of plugins that are not loaded, separated by commas.
 DISABLE = "CACHEKIT_DISABLE"
 #: The name under which cachekit registers its own parts.
 BUILT_IN = "parts"
+#: The distributions whose names no plugin can take.
+_OWN = ("cachekit", "cachekit-diffusion")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Catalog:
 
     `places`, `schedules` and `stand_ins` are the parts: what `where=`, `when=` and `what=` can be. `owners` maps each
     of them all, as "policy 'tgate'" or "schedule 'every'", to the plugin that registered it. `plugins`
-    maps each loaded plugin to its distribution, and `failures` has those that could not be loaded. `apply` takes the
-    catalog of everything installed unless it is given another. A catalog is never changed, so copies of a model
+    maps each loaded plugin to its distribution, and `failures` has those that could not be loaded. `clashes` has a line
+    for each name that several plugins have registered, as "policy 'calm'": it stands for none of theirs. `apply` takes
+    the catalog of everything installed unless it is given another. A catalog is never changed, so copies of a model
     share it.
     """
 
@@ -62,6 +63,7 @@ class Catalog:
     owners: dict[str, str]
     plugins: dict[str, str]
     failures: tuple[Failure, ...]
+    clashes: dict[str, str]
     manager: pluggy.PluginManager = field(repr=False)
 
     def adapter_for(self, denoiser: Any) -> Adapter:
@@ -120,23 +122,26 @@ class Catalog:
 
 @functools.cache
 def installed() -> Catalog:
-    """Build the catalog of everything installed, once; warn of each plugin that failed to load."""
+    """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash."""
     disabled = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
     points = entry_points(group=GROUP)
+    catalog = build(points, disabled)
     known = sorted({point.name for point in points})
     for name in (name for name in disabled if name not in known):
-        message = f"{DISABLE} names {name!r}, which is no plugin{nearest(name, known)}; plugins: {', '.join(known)}"
-        warnings.warn(message, PluginWarning, stacklevel=2)
-    catalog = build(points, disabled)
-    for failure in catalog.failures:
-        warnings.warn(str(failure), PluginWarning, stacklevel=2)
+        warnings.warn(
+            f"CACHEKIT_DISABLE names {name!r}, which is no plugin{nearest(name, known)}; plugins: {', '.join(known)}",
+            PluginWarning,
+            stacklevel=2,
+        )
+    for line in (*map(str, catalog.failures), *catalog.clashes.values()):
+        warnings.warn(line, PluginWarning, stacklevel=2)
     return catalog
 
 
 def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog:
     """Build the catalog of these entry points; a plugin that fails is recorded and left out.
 
-    Raises `PluginError` where two plugins register the same name.
+    A name that two plugins register is left out too. What ships is registered first, and keeps its names.
     """
     manager = pluggy.PluginManager("cachekit")
     manager.add_hookspecs(hookspecs)
@@ -144,7 +149,7 @@ def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog
     manager.register(registration, name=BUILT_IN)
     plugins: dict[str, str] = {BUILT_IN: "cachekit"}
     failures: list[Failure] = []
-    for point in sorted(points, key=lambda point: point.name):
+    for point in sorted(points, key=lambda point: (_distribution(point) not in _OWN, point.name)):
         if point.name in set(disabled):
             continue
         reason = _load(manager, point)
@@ -152,31 +157,39 @@ def build(points: Iterable[EntryPoint], disabled: Iterable[str] = ()) -> Catalog
             failures.append(Failure(point.name, _distribution(point), reason))
         else:
             plugins[point.name] = _distribution(point)
-    registry = _Registry()
-    failures += registry.collect(manager, plugins)
-    return Catalog(**registry.found, owners=registry.owners, plugins=plugins, failures=tuple(failures), manager=manager)
+    registry = _Registry(plugins)
+    failures += registry.collect(manager)
+    return Catalog(
+        **registry.found,
+        owners={what: plugin for what, plugin in registry.owners.items() if what not in registry.clashes},
+        plugins=plugins,
+        failures=tuple(failures),
+        clashes=registry.clashes,
+        manager=manager,
+    )
 
 
 class _Registry:
     """What plugins have passed to their `register` callback so far, checked."""
 
-    def __init__(self) -> None:
+    def __init__(self, plugins: dict[str, str]) -> None:
+        #: The distribution of each plugin.
+        self.plugins = plugins
         #: What has been registered, by the field of the catalog and by name.
         self.found: dict[str, dict[str, Any]] = {kind.field: {} for kind in _KINDS}
         self.owners: dict[str, str] = {}
+        self.clashes: dict[str, str] = {}
 
-    def collect(self, manager: pluggy.PluginManager, plugins: dict[str, str]) -> list[Failure]:
+    def collect(self, manager: pluggy.PluginManager) -> list[Failure]:
         """Collect from each plugin; one that fails is unregistered, and moves from `plugins` to the failures."""
         failures = []
-        for name, distribution in list(plugins.items()):
+        for name, distribution in list(self.plugins.items()):
             module = manager.get_plugin(name)
             try:
                 self._register_all(manager, module, name)
-            except PluginError:
-                raise
             except Exception as error:  # noqa: BLE001 - whatever a plugin raises must not take the others down
                 manager.unregister(name=name)
-                del plugins[name]
+                del self.plugins[name]
                 failures.append(Failure(name, distribution, _one_line(error)))
         return failures
 
@@ -189,18 +202,29 @@ class _Registry:
         for kind in _KINDS:
             for one in registered[kind.field]:
                 _check(one, kind)
-        for kind in _KINDS:
-            for one in registered[kind.field]:
-                self._own(f"{kind.noun} {one.name!r}", plugin)
-                self.found[kind.field][one.name] = one
+        claims = [(kind, one) for kind in _KINDS for one in registered[kind.field]]
+        self._refuse_taken([_claimed(*claim) for claim in claims])
+        for kind, one in claims:
+            self._own(kind, one, plugin)
 
-    def _own(self, what: str, plugin: str) -> None:
-        if what in self.owners:
-            raise PluginError(
-                f"{what} is registered by plugin {self.owners[what]!r} and by plugin {plugin!r};"
-                f" uninstall one or set {DISABLE}={plugin}"
-            )
-        self.owners[what] = plugin
+    def _refuse_taken(self, claimed: list[str]) -> None:
+        for what in claimed:
+            if claimed.count(what) > 1:
+                raise ValueError(f"{what} is registered twice; rename one")
+            if what in self.owners and self.plugins[self.owners[what]] in _OWN:
+                raise ValueError(f"{what} ships with cachekit; choose another name")
+
+    def _own(self, kind: _Kind, one: Any, plugin: str) -> None:
+        what = _claimed(kind, one)
+        if what not in self.owners:
+            self.owners[what] = plugin
+            self.found[kind.field][one.name] = one
+            return
+        # Neither is taken: which of them a spec means can't be known.
+        self.found[kind.field].pop(one.name, None)
+        first, second = (f"plugin {name!r} of {self.plugins[name]}" for name in (self.owners[what], plugin))
+        line = f"{what} is registered by {first} and by {second}; uninstall one or set {DISABLE}={plugin}"
+        self.clashes.setdefault(what, line)
 
 
 def _load(manager: pluggy.PluginManager, point: EntryPoint) -> str:
@@ -226,6 +250,10 @@ class _Kind(NamedTuple):
     base: type[Part] | None = None
     #: The method that gives it a meaning.
     method: str = ""
+
+
+def _claimed(kind: _Kind, one: Any) -> str:
+    return f"{kind.noun} {one.name!r}"
 
 
 _KINDS = (

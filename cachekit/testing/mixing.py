@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cachekit.interface.moment import Action
-from cachekit.interface.parts import BranchChange, StandIn
+from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Kind
 from cachekit.planning.assignments import Assignment
 from cachekit.testing.results import CheckFailedError, NotApplicableError
@@ -113,7 +113,9 @@ def _actions(drawn: Drawn) -> list[list[Action | None]]:
 def check_standing_still(subject: Subject) -> None:
     """Where sample and timestep stay the same in all steps, every skipped output is the computed one."""
     assignments = subject.plan.assignments
-    reason = next(filter(None, map(_unfit, assignments)), "")
+    prepared = {id(found.part): found.part for found in subject.first.predictions if found.is_prepared}
+    reasons = [f"the numbers of {part} hold for one model alone" for part in prepared.values()]
+    reason = next(filter(None, [*reasons, *map(_unfit, assignments)]), "")
     if reason:
         raise NotApplicableError(reason)
     with subject.applied() as attachment, standing_still(subject.pipe) as outputs:
@@ -129,8 +131,6 @@ def check_standing_still(subject: Subject) -> None:
 
 def _unfit(bound: Assignment) -> str:
     what = bound.choice.what
-    if type(what).begin is not StandIn.begin:
-        return f"the numbers of {what} hold for one model alone"
     return f"{what} follows the scheduler, which does not stand still" if what.of == "x0" else ""
 
 

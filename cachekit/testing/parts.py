@@ -133,7 +133,7 @@ def check_linear_ramp(subject: Subject) -> None:
 
 def _foretelling(subject: Subject) -> list[Prediction]:
     """List a prediction of each stand-in whose numbers are not prepared for a run."""
-    return [found for found in subject.stand_ins if found.history and type(found.part).begin is StandIn.begin]
+    return [found for found in subject.stand_ins if found.history and not found.is_prepared]
 
 
 def _miss(one: Prediction, times: Sequence[Time], axis: str, level: torch.Tensor, slope: torch.Tensor) -> float:

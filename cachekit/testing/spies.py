@@ -32,6 +32,11 @@ class Prediction(NamedTuple):
         """The target and the step, for messages."""
         return f"{_name(self.at)!r} in step {self.at.step}"
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the stand-in has prepared numbers for this run: it has a `begin`, and something is shared."""
+        return type(self.part).begin is not StandIn.begin and bool(self.at.shared)
+
 
 @dataclass
 class Recorder:

@@ -136,9 +136,11 @@ class Subject:
 
     @functools.cached_property
     def plan(self) -> Plan:
-        """The plan of the first run."""
+        """The plan of the first run, by the timesteps that the pipeline gave its scheduler there."""
         with self.applied(plain=True) as attachment:
-            return self._plan(attachment, self.steps)
+            if self.error is not None:
+                return self._plan(attachment, self.steps)
+            return attachment.setup.plan_of(self.steps, self.model.guided, self.first.report.record.times)
 
     def _plan(self, attachment: Attachment, steps: int) -> Plan:
         return attachment.plan(steps, guided=self.model.guided)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachekit.upstream.weights import stored
+
 #: How many values of each parameter are read.
 _VALUES = 16
 #: Precisions that one tensor can hold together without rounding.
@@ -47,18 +49,21 @@ def fingerprint(denoiser: nn.Module) -> str:
 
 
 def _contents(denoiser: nn.Module) -> tuple[tuple[str, ...], list[Tensor], list[tuple[str, Any]]]:
-    """List names and tensors of parameters, each tensor once, and the layers with adapters, as `named_modules` does."""
+    """List names and tensors of parameters, each once, and the layers with adapters, as `named_modules` does."""
     names: list[str] = []
-    found: dict[int, Tensor] = {}
+    found: list[Tensor] = []
+    seen: set[int] = set()
     adapters = []
     for prefix, module in _modules(denoiser):
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in found:
-                found[id(parameter)] = parameter
-                names.append(prefix + name)
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                parts = stored(parameter)
+                found += parts
+                names += [prefix + name] * len(parts)
         if "scaling" in module.__dict__ and hasattr(module, "active_adapters"):
             adapters.append((prefix, module))
-    return tuple(names), [*found.values()], adapters
+    return tuple(names), found, adapters
 
 
 def _modules(denoiser: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -28,19 +28,19 @@ _READ_ATTENTION = {
 def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module, context: str | None) -> bool | None:
     """Whether the pipeline's present run is guided; None if that is not known yet.
 
-    The pipeline's own property is right from the first denoiser call on. Without one, a call that is named after a
-    branch (`context`) leaves it open until the second. A guidance scale above 1 may mean two branches, or feed an
-    embedding; true guidance beside it, or guidance by an image, mean more than one; anything else means one.
+    The pipeline's own property is right from the first denoiser call on. Without one, true guidance means more than one
+    branch, and else a call that is named after a branch (`context`) leaves it open until the second. A guidance scale
+    above 1 may mean two branches, or feed an embedding; guidance by an image means more than one; anything else one.
     """
     if type(pipe).__name__ in _SILENT:
         return _above(1, arguments, "guidance_scale")
     stated = getattr(pipe, "do_classifier_free_guidance", None)
     if stated is not None:
         return bool(stated)
-    if context in PAIR:
-        return None
     if has_true_guidance(arguments):
         return True
+    if context in PAIR:
+        return None
     embedded = (getattr(denoiser, "config", None) or {}).get("guidance_embeds")
     scales = [name for name in arguments if name.endswith("guidance_scale")]  # of a prior and a decoder
     own = ["guidance_scale"] if "guidance_scale" in scales else scales

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from cachekit import OPEN, Action, After, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse, Schedule
 
@@ -49,18 +48,13 @@ class AdaptiveGuidance(Policy):
     name: ClassVar[str] = "adaptive_guidance"
     summary: ClassVar[str] = "stop guidance after m steps, or when both branches agree"
     paper: ClassVar[str] = "arXiv 2312.12487"
+    exclusive: ClassVar[tuple[str, ...]] = ("m", "threshold")
 
     m: int | None = Field(None, ge=1)
     threshold: float | None = Field(None, ge=-1, le=1)
     space: Literal["eps", "x0"] = "eps"
     every: int = Field(1, ge=1)
     linear: bool = False
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Self:
-        if self.m is not None and self.threshold is not None:
-            raise ValueError("m and threshold exclude each other; give one of them")
-        return self
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose guidance, ended by the fixed or the observed rule, or thinned out."""

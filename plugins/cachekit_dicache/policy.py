@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cachekit import Accumulating, Choice, Moment, Policy, Signal, StandIn, Tail, Time
+from cachekit import Accumulating, Choice, History, Moment, Policy, Signal, StandIn, Streams, Tail
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What is held of the probe: its residuals in full steps, and the gain.
-_RESIDUALS, _GAIN = "residuals", "gain"
+#: What is held of the probe: its residuals in full steps, and the gains.
+_RESIDUALS, _GAINS = "residuals", "gains"
 
 
 class DiCache(Policy):
@@ -23,6 +23,9 @@ class DiCache(Policy):
     is below `threshold`, the residual of the other blocks is r2 + g (r1 - r2), with r1 and r2 those of the last two
     full steps, and g = |q - q2| / |q1 - q2|, kept within 1 and 1.5, with q the residual of block m - 1. Otherwise they
     run, and the sum starts from 0. The first `retained` share of the steps and the last one are full.
+
+    Each image and guidance branch of a batch has a g of its own; the sum is that of the batch, which is skipped or
+    computed as a whole.
     """
 
     name: ClassVar[str] = "dicache"
@@ -50,10 +53,6 @@ class ProbeChange(Accumulating):
         """Whether the step is one of the retained ones, or the last."""
         return at.step <= int(self.retained * at.steps) or at.step == at.steps - 1
 
-    def shown(self, signal: Signal, at: Moment) -> Tensor:
-        """Take the probe's output."""
-        return signal.left[0]
-
     def took(self, signal: Signal, at: Moment, full: bool) -> None:
         """Hold the probe's residual in full steps too, and in others where it is between the last two."""
         super().took(signal, at, full)
@@ -61,7 +60,7 @@ class ProbeChange(Accumulating):
         if full:
             at.memory[_RESIDUALS] = (residual, *residuals[:1])
         elif len(residuals) == 2:
-            at.memory[_GAIN] = gain(residual, *residuals)
+            at.memory[_GAINS] = gains(residual, *residuals)
 
 
 class Trajectory(StandIn):
@@ -70,17 +69,20 @@ class Trajectory(StandIn):
     name: ClassVar[str] = "trajectory"
     length: ClassVar[int | None] = 2
 
-    def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
-        """Weigh the last two by what the indicator has noted."""
-        share = at.memory.get(_GAIN, 1.0)
-        return [share, 1 - share] if len(times) == 2 else [1.0]
+    def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
+        """Weigh the last two by the gains that the indicator has noted; without any, take the newest."""
+        share = at.memory.get(_GAINS)
+        if len(history) < 2 or share is None:
+            return history[0].tensors
+        pairs = zip(history[0].tensors, history[1].tensors)
+        return tuple((last * share + before * (1 - share)).to(last.dtype) for last, before in pairs)
 
 
-def gain(now: Tensor, last: Tensor, before: Tensor) -> float:
+def gains(now: Tensor, last: Tensor, before: Tensor) -> Tensor:
     """Compute how far the probe's residual has moved, as a share of its move between the last two full steps.
 
-    Where it has not moved between them, the share is 1.
+    There is one for each image and branch, `(branches * batch, 1, ...)`. Where it has not moved between them, it is 1.
     """
-    between = (last - before).abs().mean()
-    moved = float((now - before).abs().mean() / between) if between else 1.0
-    return min(max(moved, 1.0), 1.5)
+    axes = tuple(range(1, now.dim()))
+    moved, between = ((residual - before).abs().float().mean(axes, keepdim=True) for residual in (now, last))
+    return (moved / between).nan_to_num(1.0, posinf=1.0).clamp(1.0, 1.5)

@@ -34,7 +34,7 @@ class EasyCache(Policy):
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose the denoiser as a whole."""
-        when = SampleChange(threshold=self.threshold, first=self.first, last=self.last)
+        when = SampleChange(threshold=self.threshold, first=self.first, final=int(self.last))
         return {"denoiser": Choice(WholeDenoiser(), when, Reuse(of="residual"))}
 
 
@@ -42,13 +42,6 @@ class SampleChange(Accumulating):
     """Full where the error that the sample's change foretells reaches `threshold`."""
 
     name: ClassVar[str] = "sample_change"
-
-    first: int
-    last: bool
-
-    def full(self, at: Moment) -> bool:
-        """Whether the step is one of the first, or the last."""
-        return at.step < self.first or (self.last and at.step == at.steps - 1)
 
     def shown(self, signal: Signal, at: Moment) -> Tensor:
         """Take a copy of the sample, which schedulers may write into."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from cachekit import (
+    Beginning,
     Choice,
     Every,
     Guidance,
@@ -71,6 +72,11 @@ class Frequencies(StandIn):
     alpha_high: float = 0.1
     boundary: float = 300
 
+    def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
+        """Raise `PolicyError` for a guided run of a packed sample; without guidance there is no difference to scale."""
+        if run.guided:
+            self._refuse_packed(run.sample)
+
     def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
         """Scale the newest difference."""
         if at.timestep is None:
@@ -82,10 +88,7 @@ class Frequencies(StandIn):
     def _scaled(self, difference: Tensor, low: float, high: float) -> Tensor:
         import torch
 
-        if difference.dim() < 4:
-            raise PolicyError(
-                f"{self}: the output is {tuple(difference.shape)}, without height and width; use linear(of=residual)"
-            )
+        self._refuse_packed(difference.shape)
         height, width = difference.shape[-2:]
         rows, columns = (
             torch.fft.ifftshift(torch.arange(size, device=difference.device) - size // 2) for size in (height, width)
@@ -94,6 +97,12 @@ class Frequencies(StandIn):
         spectrum = torch.fft.fft2(difference.float())
         scaled: Tensor = torch.fft.ifft2(torch.where(is_low, spectrum * low, spectrum * high)).real
         return scaled.to(difference.dtype)
+
+    def _refuse_packed(self, shape: Sequence[int]) -> None:
+        if len(shape) < 4:
+            raise PolicyError(
+                f"{self}: the output is {tuple(shape)}, without height and width; use linear(of=residual)"
+            )
 
 
 class FasterCache(Policy):

@@ -10,7 +10,9 @@ from cachekit import Policy, StandIn, hookimpl
 @hookimpl
 def cachekit_register_policies(register: Callable[[type[Policy]], None]) -> None:
     """Register `forecast`, `calibrated` and `cache`."""
-    from .policy import Cache, CalibratedForecast, Forecast
+    from .cache import Cache
+    from .calibrated import CalibratedForecast
+    from .policy import Forecast
 
     for policy in (Forecast, CalibratedForecast, Cache):
         register(policy)

@@ -5,24 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
-from cachekit import (
-    Calibrated,
-    Calibration,
-    Choice,
-    Every,
-    Linear,
-    Mask,
-    Policy,
-    Reuse,
-    Schedule,
-    StandIn,
-    Taylor,
-    Where,
-    WholeDenoiser,
-)
+from cachekit import Choice, Every, Linear, Policy, Reuse, Taylor, WholeDenoiser
 
 
 class Forecast(Policy):
@@ -61,52 +46,3 @@ class Forecast(Policy):
         """Choose the denoiser as a whole."""
         what = {0: Reuse(of=self.of), 1: Linear(of=self.of)}.get(self.order, Taylor(order=self.order, of=self.of))
         return {"denoiser": Choice(WholeDenoiser(), Every(n=self.interval, first=self.first, last=self.last), what)}
-
-
-class CalibratedForecast(Policy):
-    """Calibrated forecast: the denoiser runs every `interval` steps; between them its output is a weighted sum.
-
-    v_i = sum_j w_ij q_j, where the q are the last two outputs of each guidance branch and the sample; in full steps,
-    the last one included, what was computed is corrected by the same kind of sum. The weights are in `file`, which
-    `cachekit calibrate` makes for one model, scheduler, number of steps, interval and guidance scale: a run that
-    differs is refused. Without a file, the calibrations of the embedded models are looked through. Without an interval,
-    the full steps are those of the file.
-    """
-
-    name: ClassVar[str] = "calibrated"
-    summary: ClassVar[str] = "run the denoiser every few steps, with weights measured on the model between them"
-
-    file: str | None = None
-    interval: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _something_is_given(self) -> Self:
-        if self.file is None and self.interval is None:
-            raise ValueError("give file=, made by cachekit calibrate, or interval=, to calibrate with")
-        return self
-
-    def choices(self) -> Mapping[str, Choice]:
-        """Choose the denoiser as a whole; raises `CalibrationError` where the file can't be read."""
-        return {"denoiser": Choice(WholeDenoiser(), self._schedule(), Calibrated(file=self.file))}
-
-    def _schedule(self) -> Schedule:
-        if self.interval is not None:
-            return Every(n=self.interval, last=True)
-        assert self.file is not None, "one of both is given"
-        return Mask(steps=tuple(Calibration.load(self.file).key.full))
-
-
-class Cache(Policy):
-    """Any place, schedule and stand-in, with no policy around them: `cache:where=...,when=...,what=...`."""
-
-    name: ClassVar[str] = "cache"
-    summary: ClassVar[str] = "any place, schedule and stand-in"
-    repeats: ClassVar[bool] = True
-
-    where: Where = Field()
-    when: Schedule = Every(n=2)
-    what: StandIn = Reuse()
-
-    def choices(self) -> Mapping[str, Choice]:
-        """Choose what is given."""
-        return {"cache": Choice(self.where, self.when, self.what)}

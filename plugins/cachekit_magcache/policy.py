@@ -7,8 +7,7 @@ from itertools import accumulate, islice
 from operator import mul
 from typing import Any, ClassVar
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from cachekit import (
     Beginning,
@@ -43,18 +42,13 @@ class MagCache(Policy):
     name: ClassVar[str] = "magcache"
     summary: ClassVar[str] = "skip all blocks while the measured magnitude of their residual hardly changes"
     paper: ClassVar[str] = "arXiv 2506.09045"
+    exclusive: ClassVar[tuple[str, ...]] = ("ratios", "file")
 
     threshold: float = Field(0.06, ge=0)
     longest: int = Field(3, ge=1)
     retained: float = Field(0.2, ge=0, le=1)
     ratios: tuple[float, ...] | None = Field(None, min_length=1)
     file: str | None = None
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.ratios is not None and self.file is not None:
-            raise ValueError("ratios and file exclude each other; give one of them")
-        return self
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose all blocks, those of several chains in a row where the chains join."""

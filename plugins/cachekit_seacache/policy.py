@@ -68,8 +68,6 @@ class FilteredChange(Accumulating):
 
     name: ClassVar[str] = "filtered_change"
 
-    first: int
-    final: int
     longest: int
     power: float | None
 
@@ -82,10 +80,6 @@ class FilteredChange(Accumulating):
             raise SiteError(f"seacache: the sample {run.sample} has no axes of space; use easycache")
         if not run.times or any(time.sigma is None or time.alpha is None for time in run.times):
             raise PolicyError("seacache: the scheduler gives no share of noise to filter by; use easycache")
-
-    def full(self, at: Moment) -> bool:
-        """Whether the step is one of the first or of the last."""
-        return at.step < self.first or at.step >= at.steps - self.final
 
     def needs(self, signal: Signal, at: Moment) -> bool:
         """Whether enough calls have been left out, or the sum is too large."""

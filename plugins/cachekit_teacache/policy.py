@@ -7,8 +7,7 @@ from functools import reduce
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import Field, model_validator
-from typing_extensions import Self
+from pydantic import Field
 
 from cachekit import (
     Accumulating,
@@ -47,20 +46,16 @@ class TeaCache(Policy):
     name: ClassVar[str] = "teacache"
     summary: ClassVar[str] = "skip all blocks while the accumulated change of the modulated input is small"
     paper: ClassVar[str] = "arXiv 2411.19108"
+    exclusive: ClassVar[tuple[str, ...]] = ("coefficients", "file")
 
     threshold: float = Field(0.2, ge=0)
     coefficients: tuple[float, ...] = Field(_IDENTITY, min_length=5, max_length=5)
     file: str | None = None
 
-    @model_validator(mode="after")
-    def _one_polynomial(self) -> Self:
-        if self.file is not None and self.coefficients != _IDENTITY:
-            raise ValueError("file and coefficients exclude each other; give one of them")
-        return self
-
     def choices(self) -> Mapping[str, Choice]:
         """Choose all blocks."""
-        when = ModulatedChange(threshold=self.threshold, coefficients=self.coefficients, file=self.file)
+        keys = ("threshold", "coefficients", "file")
+        when = ModulatedChange(first=1, final=1, **{key: getattr(self, key) for key in keys})
         return {"blocks": Choice(Modulated(), when, Reuse(of="residual"))}
 
 
@@ -76,14 +71,6 @@ class ModulatedChange(Measured, Accumulating):
         if self.file is not None:
             super().begin(run, shared)
             shared[_COEFFICIENTS] = fitted(self.figures)
-
-    def full(self, at: Moment) -> bool:
-        """Whether the step is the first or the last."""
-        return at.step in (0, at.steps - 1)
-
-    def shown(self, signal: Signal, at: Moment) -> Tensor:
-        """Take the modulated input."""
-        return signal.entered[0]
 
     def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
         """Compute the polynomial of the input's change."""

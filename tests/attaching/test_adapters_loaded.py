@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPAGPipeline
 from support import tiny
+from support.lora import weights
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import cachekit
@@ -26,18 +27,6 @@ def draw(pipe: Any, **given: Any) -> torch.Tensor:
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------
-
-
-def weights(unet: Any, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for name, module in unet.named_modules():
-        if name.endswith(("attn2.to_q", "attn1.to_v", "resnets.0.conv1")):
-            outer, inner, *kernel = module.weight.shape
-            ones = [1] * len(kernel)
-            found[f"unet.{name}.lora_A.weight"] = torch.randn(2, inner, *kernel, generator=generator)
-            found[f"unet.{name}.lora_B.weight"] = torch.randn(outer, 2, *ones, generator=generator) / 8
-    return found
 
 
 def load(pipe: Any) -> Any:

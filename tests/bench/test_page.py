@@ -14,11 +14,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support import tiny
 
-from cachekit.bench.cells import Setting, expand
+from cachekit.bench.cells import Method, Setting, expand
 from cachekit.bench.page import write_page
 from cachekit.bench.results import Results
 from cachekit.bench.suite import Suite, measure_suite
-from cachekit.bench.summary import groups
+from cachekit.bench.summary import Group, groups
+from cachekit.bench.verdict import lead, verdict
 from cachekit.registry.catalog import installed
 
 HOSTILE = '<script>alert(1)</script> " onerror="x'
@@ -96,6 +97,32 @@ def test_everything_is_there(page, file):
         assert f"<title>{meaning}</title>" in text
 
 
+def test_the_verdict_is_first_and_says_where_the_page_comes_from(file):
+    text = file.read_text()
+    verdict = re.search(r'<p class="verdict">(.*?)</p>', text)[1]
+    assert re.search(r"tgate:m=2 (wins by most|comes nearest)[:,] .* fewer MACs .* where \d plain steps? have", verdict)
+    assert re.search(r"[01] of 1 configurations are nearer", text)
+    places = [text.index(part) for part in ('class="verdict"', 'class="plots"', 'class="figures"', 'class="pictures"')]
+    assert places == sorted(places)
+    assert re.search(r"Written on \d{4}-\d\d-\d\d by <code>cachekit ", text)
+
+
+def test_an_uncached_image_is_in_the_page_once(file):
+    uncached = [image for image in Page(file.read_text()).of("img") if "uncached:" in image["alt"]]
+    sources = [image["src"] for image in uncached if "id" in image]
+    assert len(sources) == len(set(sources))
+    assert {image["data-same"] for image in uncached if "id" not in image} <= {image.get("id") for image in uncached}
+    assert len(sources) < len(uncached)
+
+
+def test_without_plain_steps_the_verdict_says_that_nothing_is_shown(file):
+    (group,) = groups(Results(file.with_suffix(".jsonl")).all)
+    alone = Group([row for row in group.rows if row.cell.method is not Method.PLAIN])
+    (sentence,) = verdict(alone)
+    assert sentence.startswith("Nothing here shows whether a cache is worth having")
+    assert lead(alone, alone.rows[0]) is None
+
+
 def test_spacings_of_plain_steps_are_named(tmp_path):
     tiny.small(layers_per_block=1).save_pretrained(tmp_path / "model")
     setting = Setting(model=str(tmp_path / "model"), captions=("a",), device="cpu", threads=1)
@@ -160,28 +187,36 @@ def test_a_hostile_caption_is_shown_as_text(shown):
     assert shown.execute_script("return document.scripts.length") == 1
 
 
-def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_around(shown):
-    heads = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th")]
+@pytest.fixture
+def whole(shown):
+    """Show all columns of the page."""
+    for box in shown.find_elements(By.CSS_SELECTOR, ".columns input:not(:checked)"):
+        shown.execute_script("arguments[0].click()", box)
+    return shown
+
+
+def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_around(whole):
+    heads = [head.text for head in whole.find_elements(By.CSS_SELECTOR, ".figures th")]
     place = heads.index("GMACs")
     rows = "return [...document.querySelectorAll('.figures tbody tr')].map(row => row.cells[arguments[0]].innerText)"
-    before = [float(text) for text in shown.execute_script(rows, place)]
+    before = [float(text) for text in whole.execute_script(rows, place)]
     assert before != sorted(before)
-    button = shown.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    button = whole.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
     button.click()
-    assert [float(text) for text in shown.execute_script(rows, place)] == sorted(before)
+    assert [float(text) for text in whole.execute_script(rows, place)] == sorted(before)
     button.click()
-    assert [float(text) for text in shown.execute_script(rows, place)] == sorted(before, reverse=True)
-    assert shown.find_elements(By.CSS_SELECTOR, ".figures th")[place].get_attribute("aria-sort") == "descending"
+    assert [float(text) for text in whole.execute_script(rows, place)] == sorted(before, reverse=True)
+    assert whole.find_elements(By.CSS_SELECTOR, ".figures th")[place].get_attribute("aria-sort") == "descending"
 
 
-def test_a_cell_without_a_value_comes_last_either_way(shown):
-    heads = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th")]
+def test_a_cell_without_a_value_comes_last_either_way(whole):
+    heads = [head.text for head in whole.find_elements(By.CSS_SELECTOR, ".figures th")]
     place = heads.index("reused")
-    button = shown.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    button = whole.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
     for _ in range(2):
         button.click()
-        assert shown.find_elements(By.CSS_SELECTOR, ".figures tbody tr:first-child td")[place].text != "-"
-        assert shown.find_elements(By.CSS_SELECTOR, ".figures tbody tr:last-child td")[place].text == "-"
+        assert whole.find_elements(By.CSS_SELECTOR, ".figures tbody tr:first-child td")[place].text != "-"
+        assert whole.find_elements(By.CSS_SELECTOR, ".figures tbody tr:last-child td")[place].text == "-"
 
 
 def test_the_slider_moves_the_border_between_the_images(shown):
@@ -191,6 +226,58 @@ def test_the_slider_moves_the_border_between_the_images(shown):
     for key, wanted in ((Keys.ARROW_RIGHT, "51%"), (Keys.END, "100%"), (Keys.HOME, "0px")):
         slider.send_keys(key)
         assert shown.execute_script(border, slider).removesuffix(")").split()[-1] in (wanted, wanted.replace("px", "%"))
+
+
+def visible_rows(shown):
+    return shown.execute_script(
+        "return [...document.querySelectorAll('.figures tbody tr')].map(r => r.offsetHeight > 0)"
+    )
+
+
+def test_the_filter_leaves_the_rows_that_have_its_words(shown):
+    box = shown.find_element(By.CSS_SELECTOR, ".filter")
+    assert all(visible_rows(shown))
+    box.send_keys("TGATE m=2")
+    assert sum(visible_rows(shown)) == 1
+    box.clear()
+    box.send_keys("no such thing")
+    assert not any(visible_rows(shown))
+
+
+def test_columns_can_be_chosen(shown):
+    names = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.is_displayed()]
+    assert "lead (dB)" in names
+    assert "spread" not in names
+    assert re.fullmatch(r"\d+ columns not shown", shown.find_element(By.CSS_SELECTOR, ".hidden-columns").text)
+    shown.find_element(By.CSS_SELECTOR, ".columns summary").click()
+    boxes = shown.find_elements(By.CSS_SELECTOR, ".columns label")
+    next(box for box in boxes if box.text == "spread").click()
+    names = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.is_displayed()]
+    assert "spread" in names
+
+
+def test_a_picture_opens_at_full_size_with_its_slider(shown):
+    small = shown.find_element(By.CSS_SELECTOR, "details[open] button.pair")
+    width = small.size["width"]
+    small.click()
+    large = shown.find_element(By.CSS_SELECTOR, "dialog[open] .pair")
+    assert large.size["width"] > 2 * width
+    slider = shown.find_element(By.CSS_SELECTOR, "dialog input[type=range]")
+    slider.send_keys(Keys.END)
+    assert shown.execute_script("return arguments[0].style.getPropertyValue('--cut')", large) == "100%"
+    shown.find_element(By.CSS_SELECTOR, "dialog form button").click()
+    assert not shown.find_elements(By.CSS_SELECTOR, "dialog[open]")
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+def test_no_column_is_clipped(shown, width):
+    screen = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    shown.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    shown.refresh()
+    wide = "const box = document.querySelector('.figures').parentElement; return [box.scrollWidth, box.clientWidth]"
+    needed, there = shown.execute_script(wide)
+    assert needed <= there
+    assert [head for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.text == "lead (dB)"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

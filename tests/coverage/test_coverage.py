@@ -292,8 +292,7 @@ def test_the_trials_of_other_pipelines_are_kept():
 def test_the_page_names_states_reasons_sites_and_what_was_not_built():
     page = markdown(small_coverage())
     for line in (
-        "| `APipeline` |  | `Net` | works | refused (1) |",
-        "1. no \\| regions",
+        "| `APipeline` |  | `Net` | `tgate` | refused: `deepcache`: no \\| regions |",
         "| `ZPipeline` | needs &lt;x> |",
     ):
         assert line in page.splitlines()

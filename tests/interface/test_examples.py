@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
 import subprocess
 import sys
 
 import pytest
+from support.sources import ROOT, SHIPPED
 
 #: Modules with examples, and how many of their docstrings have one.
 WITHOUT_TORCH = {
@@ -25,10 +27,12 @@ WITHOUT_TORCH = {
 #: Those that need torch, or the catalog, which has adapters that do.
 WITH_TORCH = {
     "cachekit.calibrating.measured": 1,
+    "cachekit.cli.coverage": 1,
     "cachekit.interface.indicators": 2,
     "cachekit.interface.specs": 3,
     "cachekit.tensors": 1,
     "cachekit.upstream.attention": 1,
+    "cachekit_spectrum.policy": 1,
 }
 BLOCKED = "import sys; sys.modules.update(dict.fromkeys(['torch', 'diffusers', 'transformers', 'numpy']))"
 RUN = """
@@ -36,6 +40,15 @@ import doctest, importlib
 for name in sys.argv[1:]:
     print(name, *doctest.testmod(importlib.import_module(name)))
 """
+
+
+def test_every_module_with_examples_is_listed():
+    with_examples = {module_of(path) for path in SHIPPED if re.search(r"^ *>>> ", path.read_text(), re.MULTILINE)}
+    assert with_examples == WITHOUT_TORCH.keys() | WITH_TORCH.keys()
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removeprefix("plugins.").removeprefix("adapters.")
 
 
 @pytest.mark.parametrize("name", {**WITHOUT_TORCH, **WITH_TORCH})

@@ -279,7 +279,7 @@ def test_full_returns_a_boolean(answer):
         def full(self, at):
             return at.step == 0 or answer
 
-    with pytest.raises(PolicyError, match=rf"full for 'x' at step 1 returned {answer!r}; return True or False"):
+    with pytest.raises(TypeError, match=rf"full returned {answer!r}; return True or False"):
         [Vague(n=2).action(Moment(step, 4, target=Site("x", Kind.BLOCK))) for step in range(2)]
 
 

@@ -10,7 +10,8 @@ from support import block_replays as replays
 from support import tiny
 
 import cachekit
-from cachekit import Moment, Signal, Time
+from cachekit import Entry, Moment, Signal, Time
+from cachekit.testing import Outcome, check_policy
 
 STEPS = 8
 PIPES = {"flux": tiny.flux, "sd3": tiny.sd3, "pixart": tiny.pixart, "wan": tiny.wan}
@@ -30,14 +31,15 @@ class ByHand(replays.Replay):
         if full:
             probes.insert(0, probe)
         elif len(probes) > 1:
-            moved = (probe - probes[1]).abs().mean() / (probes[0] - probes[1]).abs().mean()
-            memory["gain"] = float(moved.clip(1, 1.5))
+            # One for each image and branch of the batch.
+            moved, between = ([one.abs().mean() for one in (new - probes[1])] for new in (probe, probes[0]))
+            memory["gain"] = torch.stack([(a / b).clip(1, 1.5) for a, b in zip(moved, between)])
         return full
 
     def residual(self, kept: list[Any]) -> list[Any]:
         if len(kept) < 2:
             return kept[0]
-        share = self.memory["gain"]
+        share = self.memory["gain"][:, None, None]
         pairs = zip(kept[0], kept[1])
         return [None if last is None else last * share + before * (1 - share) for last, before in pairs]
 
@@ -72,10 +74,45 @@ def test_a_dropped_branch_leaves_a_history_that_is_still_read() -> None:
 
 
 @pytest.mark.parametrize(("now", "share"), [(0.5, 1.0), (1.25, 1.25), (-1.25, 1.25), (2.0, 1.5)])
-def test_the_probe_shows_how_far_the_residual_has_moved(now: float, share: float) -> None:
+def test_the_probe_shows_how_far_the_residual_of_each_image_has_moved(now: float, share: float) -> None:
+    """The second image's probe is where it was in the first full step."""
+    (choice,) = cachekit.policies()["dicache"]().choices().values()
+    entered, memory = torch.ones(2, 2, 3), {}
+    for step, residual, full in ((0, 0.0, True), (1, 1.0, True), (2, now, False)):
+        at = Moment(step, STEPS, branches=("cond",), memory=memory)
+        moved = torch.tensor([residual, float(full and step)])[:, None, None]
+        choice.when.took(Signal((entered,), (entered + moved,)), at, full)
+    kept = [Entry((torch.full((2, 4, 3), value),), Time(step)) for step, value in ((1, 10.0), (0, 0.0))]
+    (made,) = choice.what.predict(tuple(kept), at)
+    assert torch.equal(made, torch.tensor([10 * share, 10.0])[:, None, None].expand(2, 4, 3))
+
+
+def test_a_probe_that_has_not_moved_leaves_the_newest_residual() -> None:
     (choice,) = cachekit.policies()["dicache"]().choices().values()
     entered, memory = torch.ones(1, 2, 3), {}
-    for step, residual, full in ((0, 0.0, True), (1, 1.0, True), (2, now, False)):
+    for step in range(3):
         at = Moment(step, STEPS, memory=memory)
-        choice.when.took(Signal((entered,), (entered + residual,)), at, full)
-    assert choice.what.weights([Time(1), Time(0)], at) == [share, 1 - share]
+        choice.when.took(Signal((entered,), (entered + (step == 2),)), at, step < 2)
+    kept = tuple(Entry((torch.full((1, 4, 3), value),), Time(0)) for value in (10.0, 0.0))
+    assert torch.equal(choice.what.predict(kept, at)[0], kept[0].tensors[0])
+
+
+@pytest.mark.parametrize("model", ["sd3", "flux", "wan"])
+def test_images_of_a_batch_are_those_alone_where_they_are_skipped_together(model: str) -> None:
+    checks = ["check_batch_items_independent", "check_branches_do_not_mix", "check_dtype"]
+    together = check_policy("dicache:threshold=9", models=[model], checks=checks)
+    assert together[0].outcome is together[2].outcome is Outcome.PASSED, together
+    assert together[1].outcome is (Outcome.SKIPPED if model == "flux" else Outcome.PASSED), together
+
+
+def test_the_decision_is_one_for_a_batch() -> None:
+    """Of two images one has changed too much; alone, the other would be skipped."""
+    (choice,) = cachekit.policies()["dicache"](threshold=0.3).choices().values()
+    entered, changed = torch.zeros(2, 2, 3), torch.tensor([1.1, 1.6])[:, None, None]
+
+    def is_full(images: slice) -> bool:
+        at = Moment(3, STEPS, memory={})
+        choice.when.took(Signal((entered[images],), (entered[images] + 1,)), at, True)
+        return choice.when.needs(Signal((entered[images],), (entered[images] + changed[images],)), at)
+
+    assert [is_full(images) for images in (slice(0, 1), slice(1, 2), slice(0, 2))] == [False, True, True]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FasterCacheConfig
 from diffusers.hooks import apply_faster_cache
-from support import tiny
+from support import block_replays, tiny
 
 import cachekit
 from cachekit import Entry, Moment, PolicyError, Time
@@ -233,6 +233,17 @@ def test_outputs_without_height_and_width_are_refused() -> None:
         predicted(difference(1, 16, 4))
     with pytest.raises(PolicyError, match=r"frequencies: no timestep at step 3; use linear, or a scheduler"):
         predicted(difference(1, 4, 8, 8), None)
+
+
+@pytest.mark.parametrize("spec", ["fastercache", "cache:where=guidance,when=every(5),what=frequencies"])
+def test_a_guided_run_of_packed_samples_is_refused_before_anything_is_computed(spec: str) -> None:
+    pipe, calls = tiny.flux(), []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: calls.append(1))
+    with cachekit.apply(pipe, spec), pytest.raises(PolicyError) as caught:
+        tiny.latents(pipe, steps=STEPS, **block_replays.TRUE_GUIDANCE)
+    line = "frequencies: the output is (1, 16, 16), without height and width; use linear(of=residual)"
+    assert line in str(caught.value)
+    assert not calls
 
 
 def test_guidance_without_the_rest_is_a_spec() -> None:

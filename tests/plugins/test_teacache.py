@@ -112,7 +112,7 @@ def test_changes_are_means_over_images(tmp_path: Any) -> None:
     ("spec", "said"),
     [
         ("teacache:coefficients=1;2", "coefficients"),
-        ("teacache:file=a.json,coefficients=1;2;3;4;5", "file and coefficients exclude each other"),
+        ("teacache:file=a.json,coefficients=1;2;3;4;5", "coefficients and file exclude each other"),
     ],
 )
 def test_options_that_make_no_sense(spec: str, said: str) -> None:

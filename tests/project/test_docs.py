@@ -8,25 +8,31 @@ import importlib.util
 import inspect
 import itertools
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from support import commands, tiny
+from support import commands, pages, tiny
+from support.block_replays import measured
 from support.sources import load_benchmarks
 
 import cachekit
+import cachekit.errors
+import cachekit.testing
+from cachekit import Reuse, Sites, WholeDenoiser
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import word
 from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
+from cachekit.testing import MODELS, Outcome, check_policy
 
 ROOT = Path(__file__).parents[2]
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [*DOCS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*/*/README.md"))]
 WRITING = ROOT / "docs" / "writing-a-policy.md"
 
@@ -39,11 +45,22 @@ def without_comments(text):
     return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
-def blocks(path):
-    """Yield each ```python block of a document, padded so that errors show the document's own lines."""
+#: A block of code, and the reason why it isn't run.
+BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n)?```%s\n(.*?)^```"
+
+
+def found(path, language):
+    """Yield the line, the reason for not being run, and the text of each block of a document."""
     text = path.read_text()
-    for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        yield "\n" * (text[: found.start()].count("\n") + 1) + found[1]
+    for block in re.finditer(BLOCK % language, text, flags=re.DOTALL | re.MULTILINE):
+        yield text[: block.start(2)].count("\n"), block[1], block[2]
+
+
+def blocks(path):
+    """Yield each ```python block of a document that is run, padded so that errors show the document's own lines."""
+    for line, reason, text in found(path, "python"):
+        if reason is None:
+            yield "\n" * line + text
 
 
 class Prompted(StableDiffusionPipeline):
@@ -74,21 +91,37 @@ def run(path):
 @pytest.mark.parametrize("path", [path for path in DOCS if any(blocks(path))], ids=short)
 def test_code_in_the_documents_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    pages.install(monkeypatch)
     pipe = run(path)["pipe"]
-    assert type(pipe) is Prompted, "the document leaves an attachment behind"
-    assert not any("forward" in vars(module) for module in pipe.unet.modules())
+    assert cachekit.attachment(pipe) is None, "the document leaves an attachment behind"
+    denoiser = tiny.denoiser_of(pipe)
+    assert not any("forward" in vars(module) for module in denoiser.modules())
 
 
-def console(path):
-    """Yield each command of ours in the ```console blocks of a document, on one line."""
-    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
-        yield from re.findall(r"^\$ (cachekit .*)$", block.replace("\\\n", " "), flags=re.MULTILINE)
+def commands_in(path):
+    """Yield each command in the ```console blocks of a document, on one line, and the reason for not being run."""
+    for _, reason, block in found(path, "console"):
+        for line in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
+            yield line, reason
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if any(console(path))], ids=short)
-def test_commands_in_the_documents_have_the_options_that_they_use(path):
-    for line in console(path):
-        commands.parsed(line)
+@pytest.mark.parametrize("path", [path for path in PAGES if any(commands_in(path))], ids=short)
+def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line, reason in commands_in(path):
+        if line.startswith("cachekit "):
+            commands.parsed(line)
+        if reason is None:
+            commands.printed(*shlex.split(line.removeprefix("cachekit ")))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=short)
+def test_blocks_are_of_languages_that_are_run(path):
+    fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)
+    assert {*fences[::2]} <= {"python", "console", "toml"}
+    assert {*fences[1::2]} <= {""}
+    for _, reason, text in found(path, "python"):
+        assert reason is None or compile(text, path.name, "exec")
 
 
 def test_readme_and_guide_have_code():
@@ -96,9 +129,41 @@ def test_readme_and_guide_have_code():
     assert len(list(blocks(WRITING))) >= 4
 
 
-def test_the_guide_and_the_example_are_the_same_policy(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    written, shipped = run(WRITING)["PyramidLite"], EXAMPLE.PyramidLite
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory):
+    """What the code of the guide has defined."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("guide"))
+        return run(WRITING)
+
+
+#: The guide's policies, parts and calibration as a user of Flux would try them.
+ON_FLUX = {
+    "Extrapolated": lambda guide, cache: guide["Extrapolated"](interval=2),
+    "PyramidLite": lambda guide, cache: guide["PyramidLite"](interval=3),
+    "Broadcast": lambda guide, cache: cache(where=Sites(kinds="joint_attention"), when=guide["Broadcast"](n=2)),
+    "Damped": lambda guide, cache: cache(where=Sites(kinds="feed_forward"), what=guide["Damped"]()),
+    "FirstBlock": lambda guide, cache: guide["FirstBlock"](limit=9),
+    "Wandering": lambda guide, cache: cache(
+        where=WholeDenoiser(), when=guide["Wandering"](threshold=9), what=Reuse(of="residual")
+    ),
+    "WhereItChangesPolicy": lambda guide, cache: guide["WhereItChangesPolicy"](limit=9),
+}
+
+
+@pytest.mark.parametrize("name", ON_FLUX)
+def test_no_example_of_the_guide_breaks_on_flux(name, guide, tmp_path):
+    policy = ON_FLUX[name](guide, cachekit.policies()["cache"])
+    if name == "WhereItChangesPolicy":
+        path = tmp_path / "figures.json"
+        measured(MODELS["flux"].make(), policy, 6).save(path)
+        policy = policy.model_copy(update={"file": str(path)})
+    found = check_policy(policy, models=["flux"], checks=["check_runs", "check_differs"])
+    assert {result.outcome for result in found} == {Outcome.PASSED}, found
+
+
+def test_the_guide_and_the_example_are_the_same_policy(guide):
+    written, shipped = guide["PyramidLite"], EXAMPLE.PyramidLite
     assert written.model_json_schema()["properties"] == shipped.model_json_schema()["properties"]
     for values, steps in itertools.product([{}, {"interval": 3}, {"start": 0, "end": 1, "interval": 4}], [1, 7, 25]):
         moments = [Moment(step, steps) for step in range(steps)]
@@ -189,7 +254,7 @@ def test_specs_in_the_documents_parse(path):
         if (
             "intervall" not in spec
             and "file=weights" not in spec
-            and "=..." not in spec
+            and not spec.endswith(("=...", "=…"))
             and not re.search(r"=[mn]\b", spec)
         ):
             parse(spec.rstrip(".,;:"), WORDS)
@@ -249,3 +314,74 @@ def test_no_figure_in_the_documents_is_stale(monkeypatch):
     load_benchmarks()
     monkeypatch.setattr(sys, "argv", ["benchmarks.readme", "--check"])
     importlib.import_module("benchmarks.readme").main()
+
+
+#: Rooms of the source whose errors any user of policies may meet.
+ROOMS = ("applying.py", "attaching", "clusters.py", "costs", "driving", "runs", "upstream")
+
+
+def met_by_users():
+    """Texts of the warnings, and of the errors but those about the code of a policy."""
+    load_benchmarks()
+    for message in importlib.import_module("benchmarks.messages").messages():
+        room = message.path.relative_to(ROOT).parts[:2]
+        is_warning = message.kind in ("report", "log") or message.kind.endswith("Warning")
+        if is_warning or (room[0] == "cachekit" and room[1] in ROOMS and message.kind != "PolicyError"):
+            yield message.text
+
+
+def test_what_users_meet_is_explained_by_its_words():
+    page = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
+    fixed = {max((" ".join(part.split()) for part in text.split("…")), key=len) for text in met_by_users()}
+    assert len(fixed) > 40
+    assert {text for text in fixed if text not in page} == set()
+
+
+def test_every_error_and_warning_class_is_in_the_api_and_in_the_messages():
+    classes = {name for name, found in vars(cachekit.errors).items() if inspect.isclass(found) and name[0] != "_"}
+    documented = documented_names("errors.md")
+    assert {name for name in classes if name.endswith(("Error", "Warning"))} == documented
+    raised = set(re.findall(r"\| `(\w+)` \|$", (ROOT / "docs" / "messages.md").read_text(), re.MULTILINE))
+    assert documented - {"CachekitError"} <= raised
+
+
+def documented_names(*pages):
+    """Names of `cachekit` that these pages of the API reference have."""
+    texts = [(ROOT / "docs" / "api" / page).read_text() for page in pages]
+    found = re.findall(r"^::: cachekit\.([\w.]+)$", "\n".join(texts), re.MULTILINE)
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+def test_every_public_name_is_in_the_api_reference():
+    names = documented_names("using.md", "writing.md", "errors.md", "testing.md")
+    assert {name for name in names if "." not in name} == set(cachekit.__all__)
+    assert {name for name in names if "." in name} == {f"testing.{name}" for name in cachekit.testing.__all__}
+
+
+def test_the_navigation_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2].partition("\nhooks:")[0]
+    listed = re.findall(r"([\w/-]+\.md)$", text, re.MULTILINE)
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in DOCS[1:]}
+    outside = {"index.md", "contributing.md", "changes.md", "example.md", "training.md"}
+    assert sorted(listed) == sorted(pages | outside)
+
+
+def words_after(pattern):
+    """Find what follows a pattern in code and commands of the documents, with the document."""
+    for path in PAGES:
+        for code in re.findall(r"^ {4}.*$|^\$ .*$|`[^`\n]+`", path.read_text(), re.MULTILINE):
+            yield from ((short(path), found) for found in re.findall(pattern, code))
+
+
+def test_targets_extras_and_modules_in_the_documents_exist():
+    makefile, project = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    for path, target in words_after(r"^[`$ ]*make ([\w-]+)"):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), (path, target)
+    for path, extras in words_after(r"install '?\"?\.\[([\w,]+)\]"):
+        assert all(f"\n{extra} = [" in project for extra in extras.split(",")), (path, extras)
+    modules = set(words_after(r"python -m (benchmarks[\w.]*)"))
+    assert len(modules) > 10
+    for path, module in modules:
+        place = ROOT.joinpath(*module.split("."))
+        assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), (path, module)

@@ -12,7 +12,7 @@ from support import tiny
 
 import cachekit
 from cachekit import CachekitError
-from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning
+from cachekit.errors import AdapterError, ConflictError, PluginError, PluginWarning, SpecError
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import BUILT_IN, DISABLE, build, installed
 
@@ -159,10 +159,40 @@ def test_of_two_plugins_under_one_name_the_first_stays(point):
     assert [failure.plugin for failure in catalog.failures] == ["same"]
 
 
-def test_two_policies_with_one_name_name_both_plugins(point):
-    with pytest.raises(PluginError, match="policy 'good' is registered by plugin 'a' and by plugin 'b'") as caught:
-        build([point("a", GOOD), point("b", GOOD)])
-    assert f"{DISABLE}=b" in str(caught.value)
+def test_a_name_of_two_plugins_stands_for_neither(point):
+    other = HEAD + POLICY.format(cls="Other", name="other") + POLICY.format(cls="Good", name="good")
+    catalog = build([point("a", GOOD), point("b", other + REGISTER.format("Good, Other")), point("c", GOOD)])
+    line = "policy 'good' is registered by plugin 'a' of an unknown distribution and by plugin 'b' of an unknown "
+    line += f"distribution; uninstall one or set {DISABLE}=b"
+    assert catalog.clashes == {"policy 'good'": line}
+    assert (list(catalog.policies), catalog.failures) == (["other"], ())
+    assert list(catalog.plugins) == [BUILT_IN, "a", "b", "c"]
+    assert "policy 'good'" not in catalog.owners
+    with pytest.raises(SpecError) as caught:
+        parse("good", catalog)
+    assert str(caught.value) == f"spec 'good': {line}"
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (GOOD.replace("(Good,)", "(Good, Good)"), "policy 'good' is registered twice; rename one"),
+        (GOOD.replace("'good'", "'tgate'"), "policy 'tgate' ships with cachekit; choose another name"),
+        (
+            HEAD + PART.format(base="Schedule", field="schedules", name="every", method=PARTS["schedule"][2]),
+            "schedule 'every' ships with cachekit; choose another name",
+        ),
+    ],
+    ids=["twice", "a policy that ships", "a part that ships"],
+)
+def test_names_that_a_plugin_cannot_have(point, source, reason):
+    """Its name would come first in the order of names."""
+    shipped = build(entry_points(group="cachekit"))
+    catalog = build([point("aaa", source), *entry_points(group="cachekit")])
+    (failure,) = catalog.failures
+    assert (failure.plugin, failure.reason) == ("aaa", f"ValueError: {reason}")
+    assert (catalog.clashes, list(catalog.policies)) == ({}, list(shipped.policies))
+    assert catalog.policies["tgate"] is shipped.policies["tgate"]
 
 
 @pytest.mark.parametrize("noun", PARTS)
@@ -176,19 +206,12 @@ def test_parts_of_plugins_are_words_of_specs_and_each_has_one_owner(point, noun)
     spec = ",".join({"where": "where=denoiser", key: f"{key}=own"}.values())
     with_cache = build([point("a", source), *entry_points(group="cachekit", name="forecast")])
     assert str(parse(f"cache:{spec}", with_cache)) == f"cache:{spec}"
-    with pytest.raises(PluginError) as caught:
-        build([point("a", source), point("b", source)])
-    assert str(caught.value) == (
-        f"{noun} 'own' is registered by plugin 'a' and by plugin 'b'; uninstall one or set {DISABLE}=b"
-    )
-
-
-def test_a_plugin_cannot_replace_a_part_that_ships(point):
-    source = HEAD + PART.format(base="Schedule", field="schedules", name="every", method=PARTS["schedule"][2])
-    with pytest.raises(
-        PluginError, match=f"schedule 'every' is registered by plugin 'parts' and by plugin 'own'; .*{DISABLE}=own"
-    ):
-        build([point("own", source)])
+    both = build([point("a", source), point("b", source), *entry_points(group="cachekit", name="forecast")])
+    line = both.clashes[f"{noun} 'own'"]
+    assert line.startswith(f"{noun} 'own' is registered by plugin 'a' of an unknown distribution and by plugin 'b' of")
+    with pytest.raises(SpecError) as caught:
+        parse(f"cache:{spec}", both)
+    assert str(caught.value) == f"spec 'cache:{spec}': {key}: {line}"
 
 
 def test_order_of_installation_does_not_matter(point):

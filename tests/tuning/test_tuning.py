@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from support import commands, tiny
 
 import cachekit
@@ -88,6 +94,28 @@ def test_a_stopped_study_resumes(tuned, folder):
     assert (lines[0], len(after)) == (2, 3)
     assert again.preset is None
     assert again.verdict.judged == []
+
+
+JOIN = """
+import sys, cachekit
+given = {"num_inference_steps": 4, "policies": ["forecast"], "fresh": 1}
+found = cachekit.tune("demo", 1, at_least=10, trials=3, journal=sys.argv[1], **given)
+print(len(found.measured))
+"""
+
+
+def test_processes_and_actors_of_ray_share_a_study(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    journal, given = tmp_path / "study.log", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", JOIN, str(journal)], **given) as other:
+        found = cachekit.tune("demo", 1, at_least=10, trials=3, journal=journal, executor="ray", workers=2, **SMALL)
+        printed, failures = other.communicate(timeout=120)
+    assert other.returncode == 0, failures
+    # A process that begins when the other has measured enough measures nothing.
+    assert max(len(found.measured), int(printed)) >= 3
+    assert found.preset is not None
+    (study,) = optuna.get_all_study_summaries(JournalStorage(JournalFileBackend(str(journal))))
+    assert study.n_trials >= 3
 
 
 def test_a_study_of_another_model_is_refused_with_both_hashes(tuned, folder):

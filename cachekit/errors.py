@@ -72,7 +72,7 @@ class PluginError(CachekitError):
 
 
 class PluginWarning(UserWarning):
-    """A plugin that failed while the others go on: it was left out, or its hook was, or a name that two have taken."""
+    """A plugin that failed while the others go on: it was left out, or its hook was, or two plugins claim one name."""
 
 
 class IdleWarning(UserWarning):

@@ -28,7 +28,9 @@ class Captions:
         where the folder or an image is missing, or the numbers of captions and images differ.
         """
         if not folder.is_dir():
-            raise BenchError(f"cannot read references {str(folder)!r}: there is no such folder")
+            raise BenchError(
+                f"cannot read references {str(folder)!r}: there is no such folder; name that of the images"
+            )
         if self.names:
             return [self._named(folder / name) for name in self.names]
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in _suffixes())
@@ -58,7 +60,7 @@ def read_captions(source: str, limit: int | None = None) -> Captions:
     text = _text(source)
     pairs = _annotated(source, text) if source.lower().endswith(".json") else [*_lines(text)]
     if not pairs:
-        raise BenchError(f"captions {source!r}: the file holds none")
+        raise BenchError(f"captions {source!r}: the file has no captions; write one on each line")
     names, texts = zip(*pairs[:limit])
     return Captions(source, texts, names if names[0] else ())
 
@@ -85,7 +87,10 @@ def _annotated(source: str, text: str) -> list[tuple[str, str]]:
             first.setdefault(int(row["image_id"]), " ".join(row["caption"].split()))
         return [(names[image], caption) for image, caption in first.items()]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise BenchError(f"captions {source!r}: not annotations of MS-COCO with images and captions") from error
+        raise BenchError(
+            f"captions {source!r}: not annotations of MS-COCO; give its captions_*.json, or a text file with a caption"
+            " on each line"
+        ) from error
 
 
 def _suffixes() -> set[str]:

@@ -151,7 +151,7 @@ def _check(coco: Coco) -> None:
     if "fid" in metrics and not coco.references:
         raise BenchError("metric fid compares with true images: name their folder, --references FOLDER")
     if "fid" in metrics and len(coco.captions.texts) < 2:
-        raise BenchError("metric fid needs at least 2 captions: one image has no spread")
+        raise BenchError("metric fid needs at least 2 captions: one image has no covariance")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scores.jsonl").open("a").close()

@@ -49,7 +49,7 @@ def _workbench(setting: Setting) -> Workbench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A contender that has run once, and that first run, which counts towards no other figure."""
+    """A contender that has run once, and that first run, which no other figure includes."""
 
     cell: Cell
     run: Run

@@ -45,7 +45,7 @@ def refuse_equal_branches(
         for place, (one, other) in enumerate(zip(*outputs)):
             if _equal(one, other):
                 raise CalibrationError(
-                    f"{_named(batch, place, number)} is the same as the negative prompt to the model: with equal"
+                    f"{_named(batch, place, number)} is encoded exactly like the negative prompt: with equal"
                     " branches, nothing shows how weights divide between them; leave it out, or give another prompt"
                 )
         number += size_of(batch)

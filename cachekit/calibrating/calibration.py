@@ -77,19 +77,17 @@ class Calibration(Numbers):
         except OSError as error:
             raise CalibrationError(f"cannot read {name!r}: {error.strerror}; make it with cachekit calibrate") from None
         except ValueError as error:
-            raise CalibrationError(
-                f"{name!r} is no calibration, or only a part of one: {error}; make it anew"
-            ) from None
+            raise CalibrationError(f"{name!r} is not a complete calibration file: {error}; make it again") from None
         found = data.get("version") if isinstance(data, dict) else None
         if found != VERSION:
-            raise CalibrationError(f"{name!r} has version {found!r}, this cachekit reads {VERSION}; make it anew")
+            raise CalibrationError(f"{name!r} has version {found!r}, this cachekit reads {VERSION}; make it again")
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             # Which of the two kinds of fits was tried is left out.
             where = ".".join(part for part in map(str, first["loc"]) if "list" not in part) or "calibration"
-            raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it anew") from None
+            raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it again") from None
 
     @classmethod
     def merge(cls, first: Calibration, *others: Calibration) -> Calibration:
@@ -103,7 +101,9 @@ class Calibration(Numbers):
             if not difference and first.reference_steps != other.reference_steps:
                 difference = f"reference steps {first.reference_steps}, not {other.reference_steps}"
             if difference:
-                raise CalibrationError(f"calibrations to merge differ: {difference}; merge those of one kind")
+                raise CalibrationError(
+                    f"calibrations to merge differ: {difference}; merge calibrations with the same settings"
+                )
             for fit in other.fits:
                 fits[fit.guidance] = fits[fit.guidance].plus(fit) if fit.guidance in fits else fit
         # Not a copy, which would have the figures of the first.

@@ -116,7 +116,7 @@ class Watcher(StandIn):
 
     @property
     def entries(self) -> int | None:
-        """As many as the part wants."""
+        """The number of entries of the part."""
         return self._part.past
 
     def begin(self, run: Beginning, shared: dict[str, Any]) -> None:

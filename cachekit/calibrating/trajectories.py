@@ -81,7 +81,7 @@ class Reference:
 def _ratio(time: Time) -> float:
     """Compute the noise beside x0: the share itself in flows, whose paths are straight in it."""
     if time.sigma is None or time.alpha is None:
-        raise CalibrationError("the scheduler gives no sigmas to find the same points by; leave out reference_steps")
+        raise CalibrationError("the scheduler has no sigmas to find the same points by; leave out reference_steps")
     return time.sigma if time.kind == "flow" else time.sigma / time.alpha
 
 

@@ -17,7 +17,7 @@ from cachekit.upstream.guidance import reads_attention
 
 
 class Obstacle(Enum):
-    """What keeps all branches of a run from being dropped, as the reason that its refusal gives."""
+    """Reasons why no branch of a run can be dropped, as the reason that its refusal gives."""
 
     MOMENTUM = "the guider adds up what branches differed by; set its momentum to None"
     WRITTEN_CACHE = "each call writes keys and values that later ones of its branch read"
@@ -106,7 +106,7 @@ def refuse_inputs(pipe: Any, sample: Tensor, timestep: Any) -> None:
     if sample.requires_grad:
         _refuse(pipe, "gradients are taken through the denoiser; detach the sample")
     if _has_several_steps(timestep):
-        _refuse(pipe, "one call holds several steps; run them one by one")
+        _refuse(pipe, "one call holds several steps; denoise one in each call")
 
 
 def _refuse(pipe: Any, reason: str) -> None:

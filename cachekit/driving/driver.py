@@ -240,7 +240,7 @@ class Driver:
 
     @contextlib.contextmanager
     def named(self, context: str | None) -> Iterator[None]:
-        """Hold the name that the pipeline gives the calls within the block."""
+        """Apply the pipeline's name for the calls in this block."""
         before, self.state.context = self.state.context, branch_name(context)
         try:
             yield

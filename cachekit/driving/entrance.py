@@ -18,13 +18,13 @@ CallSteps = Generator[tuple[tuple[Any, ...], dict[str, Any]], Any, Any]
 
 
 class CallDriver(Protocol):
-    """What an entrance passes calls to: `Driver`, in a room that is imported later."""
+    """What an entrance passes calls to: `Driver`, which a higher module defines."""
 
     def call(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
         """Take one call of a denoiser through its steps; `enclosed` is whether it is compiled as a whole."""
 
     def named(self, context: str | None) -> contextlib.AbstractContextManager[None]:
-        """Hold the name that the pipeline gives the calls within the block."""
+        """Apply the pipeline's name for the calls in this block."""
 
 
 class Entrance:

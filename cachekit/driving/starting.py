@@ -209,7 +209,7 @@ class RunStarter:
                 name = type(denoiser.module).__name__
                 raise GuidanceError(
                     f"{bound.policy}: would keep the branch {stays!r}, but {name} is called for {called_first!r} first,"
-                    f" when nothing stands in for it yet; use a policy that keeps {called_first!r}"
+                    f" before there is anything to replace it; use a policy that keeps {called_first!r}"
                 )
 
     def _refuse_left_out(self, denoiser: Denoiser) -> None:

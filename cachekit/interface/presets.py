@@ -121,17 +121,19 @@ class Preset(_Part):
         except OSError as error:
             raise PresetError(f"cannot read preset {name!r}: {error.strerror}{_known()}") from None
         except (ValueError, RecursionError) as error:
-            raise PresetError(f"{name!r} is no preset, or only a part of one: {error}; make it anew") from None
+            raise PresetError(f"{name!r} is not a complete preset file: {error}; make it again") from None
         found = data.get("version") if isinstance(data, dict) else None
         if found != VERSION:
-            raise PresetError(f"{name!r} has version {found!r}, this cachekit reads presets of {VERSION}; make it anew")
+            raise PresetError(
+                f"{name!r} has version {found!r}, this cachekit reads presets of {VERSION}; make it again"
+            )
         try:
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or WORD
             reason = first["msg"].removeprefix("Value error, ")
-            raise PresetError(f"{name!r}: {where}: {reason}; correct it, or make it anew") from None
+            raise PresetError(f"{name!r}: {where}: {reason}; correct it, or make it again") from None
 
     def missing(self, policies: Iterable[str]) -> list[str]:
         """List the policies of the specs that are not among those installed."""

@@ -22,7 +22,7 @@ def refuse_unknown_length(assignments: Iterable[Assignment]) -> None:
         part = _by_length(bound)
         if part is not None:
             raise PolicyError(
-                f"{bound.policy}: {part} goes by the number of steps, which this loop does not show; take its timesteps"
+                f"{bound.policy}: {part} needs the number of steps, which this loop does not show; take its timesteps"
                 " out of scheduler.timesteps, or use a part that does without, such as every(2)"
             )
 

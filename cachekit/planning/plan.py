@@ -63,7 +63,7 @@ class Plan:
 
     @functools.cached_property
     def unread(self) -> tuple[frozenset[tuple[int, str]], ...]:
-        """For each step, assignments and branches whose kept tensors are not read from that step on, but were before.
+        """What becomes unused at each step, as pairs of assignment and branch: its kept tensors are not read again.
 
         All sets are empty where the plan is not static.
         """

@@ -47,7 +47,9 @@ def like_kept(bound: Assignment, method: str, at: Moment, made: Any, kept: Strea
         if tensor is like:
             continue
         if not isinstance(tensor, Tensor):
-            raise PolicyError(f"{origin(bound, method, at)} returned a {type(tensor).__name__} as stream {place}")
+            raise PolicyError(
+                f"{origin(bound, method, at)} returned a {type(tensor).__name__} as stream {place}; return tensors"
+            )
         if tensor.shape != like.shape or tensor.dtype is not like.dtype or tensor.device != like.device:
             raise PolicyError(
                 f"{origin(bound, method, at)} returned {_described(tensor)} as stream {place};"

@@ -38,7 +38,8 @@ def lots_of(captions: int | Sequence[str], fresh: int | None, is_embedded: bool)
     kept = fresh or -(-len(different) // 2)
     if not 0 < kept < len(different):
         raise TuningError(
-            f"{len(different)} different captions, {kept} of them for the verdict: the search needs some too; give more"
+            f"of {len(different)} different captions {kept} are for the verdict, and none would be left for the search;"
+            " give more, or lower fresh"
         )
     return Lots(different[:-kept], different[:-kept][:_WEIGHTS], different[-kept:])
 

@@ -31,7 +31,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Rules:
-    """What is recommended when: the contents of rules.json.
+    """Rules of what is recommended: the contents of rules.json.
 
     Runs of fewer than `few_steps` steps leave no room between full steps. A published setting counts as balanced where
     its MAC reduction lies within `balanced`. There is a rule for each level where calibrations ship, where they would

@@ -69,7 +69,7 @@ def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
 
 
 def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module) -> bool:
-    """Whether a call of `pipe` that is about to begin will add a perturbed branch to two others, as far as is known."""
+    """Whether a call of `pipe` will add a perturbed branch to two others, judging by its arguments."""
     guided = _above(1, arguments, "guidance_scale") and not _embeds_scale(denoiser)
     return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
 

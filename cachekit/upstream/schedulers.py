@@ -62,7 +62,7 @@ def iterations_of(scheduler: Any) -> int | None:
 
 
 def planned_scheduler(pipe: Any, steps: int) -> Any:
-    """Make a copy of a pipeline's scheduler that is set to `steps`; None where that needs more than their number."""
+    """Make a copy of a pipeline's scheduler that is set to `steps`; None if `set_timesteps` needs more."""
     scheduler = scheduler_of(pipe)
     if scheduler is None:
         return None

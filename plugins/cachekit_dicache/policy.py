@@ -64,7 +64,7 @@ class ProbeChange(Accumulating):
 
 
 class Trajectory(StandIn):
-    """The last two values, at the place between and beyond them where the probe is."""
+    """The last two values, interpolated or extrapolated to where the probe is."""
 
     name: ClassVar[str] = "trajectory"
     length: ClassVar[int | None] = 2

@@ -79,7 +79,7 @@ class FilteredChange(Accumulating):
         if len(run.sample) < 4:
             raise SiteError(f"seacache: the sample {run.sample} has no axes of space; use easycache")
         if not run.times or any(time.sigma is None or time.alpha is None for time in run.times):
-            raise PolicyError("seacache: the scheduler gives no share of noise to filter by; use easycache")
+            raise PolicyError("seacache: the scheduler gives no noise level to filter by; use easycache")
 
     def needs(self, signal: Signal, at: Moment) -> bool:
         """Whether enough calls have been left out, or the sum is too large."""

@@ -266,7 +266,10 @@ FID = ["--metric", "fid={data}/features.pt"]
         (["demo", *FID, "--references", "{wrong}/damaged"], "02.png': "),
         (["demo", *FID, "--references", "{wrong}/empty", "--captions", "{wrong}/captions.json"], "lack '05.png'"),
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/bare.json"], "not annotations of MS-COCO"),
-        (["demo", *FID, *REFERENCES, "--captions", "{wrong}/none.json"], "the file holds none"),
+        (
+            ["demo", *FID, *REFERENCES, "--captions", "{wrong}/none.json"],
+            "the file has no captions; write one on each line",
+        ),
         (["demo", *FID, *REFERENCES, "--captions", "{wrong}/captions.json", "--limit", "1"], "at least 2 captions"),
         (["sd15", *FID, *REFERENCES], "sd15 has random weights"),
         (["./no-such-folder", *FID, *REFERENCES], "there is no such folder"),

@@ -389,7 +389,7 @@ def test_prompts_that_equal_the_negative_prompt_are_refused() -> None:
         with tiny.leaves_no_trace(pipe), pytest.raises(CalibrationError) as caught:
             cachekit.calibrate(pipe, "calibrated:interval=2", prompts, guidance_scale=3.0, **given, **negative)
         assert str(caught.value) == (
-            f"prompt {named!r} is the same as the negative prompt to the model: with equal branches, nothing shows how"
+            f"prompt {named!r} is encoded exactly like the negative prompt: with equal branches, nothing shows how"
             " weights divide between them; leave it out, or give another prompt"
         )
     assert len(computed) == 3  # the first step of two batches, and of one

@@ -253,7 +253,7 @@ def test_a_loop_that_does_not_show_its_length_has_no_last_step(spec: str, part: 
     with cachekit.apply(unet, spec), pytest.raises(PolicyError) as caught:
         bare(unet, times)
     assert str(caught.value) == (
-        f"{spec}: {part} goes by the number of steps, which this loop does not show; take its timesteps out of"
+        f"{spec}: {part} needs the number of steps, which this loop does not show; take its timesteps out of"
         " scheduler.timesteps, or use a part that does without, such as every(2)"
     )
     assert all(map(torch.equal, bare(unet, times), plain))

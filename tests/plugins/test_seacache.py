@@ -141,7 +141,7 @@ def test_a_sample_without_axes_is_refused_before_anything_is_computed() -> None:
 def test_a_scheduler_without_a_share_of_noise_is_refused_when_the_run_begins() -> None:
     when = cachekit.policies()["seacache"]().choices()["denoiser"].when
     run = cachekit.Beginning(None, None, {}, 2, (Time(0, 9.0),) * 2, cachekit.Layout(), "", (), (1, 4, 8, 8))
-    with pytest.raises(PolicyError, match="seacache: the scheduler gives no share of noise to filter by; use easy"):
+    with pytest.raises(PolicyError, match="seacache: the scheduler gives no noise level to filter by; use easy"):
         when.begin(run, {})
 
 

@@ -116,6 +116,11 @@ def test_the_rooms_are_those_of_the_linter():
     assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 18
 
 
+def test_each_room_has_tests_of_its_own():
+    folders = {room for room in rooms() if (ROOT / "cachekit" / room).is_dir()}
+    assert {room for room in folders if not [*(ROOT / "tests" / room).glob("test_*.py")]} == set()
+
+
 def test_the_page_about_the_architecture_lists_every_room():
     text = (ROOT / "docs" / "architecture.md").read_text()
     listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)

@@ -232,7 +232,7 @@ def add_estimates(results: Results) -> None:
             found["estimate_error"] = first_line(error)
         else:
             attention = (cost.baseline_attention_macs, cost.attention_macs)
-            found["estimated_mac_reduction"] = cost.speedup
+            found["estimated_mac_reduction"] = cost.mac_reduction
             found["estimated_with_attention"] = (cost.baseline_macs + attention[0]) / (cost.macs + attention[1])
             found["estimated_kept_bytes"] = cost.cache_bytes
         print(f"{key}: {found.get('estimated_mac_reduction', found.get('estimate_error'))}", flush=True)

@@ -19,7 +19,7 @@ _REASONS = re.compile(
 _WARNING = {
     **dict.fromkeys(("warnings", "_discarded", "caution"), "report"),
     "_warn": "PresetWarning",
-    "_failed": "PluginWarning",
+    "_failed": "PluginError",
     "__str__": "PluginWarning",
 }
 #: Folders with messages for authors of policies, and for users of the command line; the others are met by all users.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from cachekit.errors import ConflictError as ConflictError
     from cachekit.errors import CostError as CostError
     from cachekit.errors import GuidanceError as GuidanceError
+    from cachekit.errors import IdleWarning as IdleWarning
     from cachekit.errors import PluginError as PluginError
     from cachekit.errors import PluginWarning as PluginWarning
     from cachekit.errors import PolicyError as PolicyError
@@ -119,6 +120,7 @@ _HOMES = {
         "ConflictError",
         "CostError",
         "GuidanceError",
+        "IdleWarning",
         "PluginError",
         "PluginWarning",
         "PolicyError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,10 +12,9 @@ from cachekit.costs.fitting import Fitter
 from cachekit.costs.replay import cost_of
 from cachekit.driving.evidence import warn_of_pipeline
 from cachekit.driving.setup import Setup
-from cachekit.errors import AttachmentError
-from cachekit.interface.presets import expanded
+from cachekit.errors import AttachmentError, IdleWarning
 from cachekit.interface.sites import SiteMap
-from cachekit.interface.specs import Spec, listed_specs, parse_all
+from cachekit.interface.specs import Spec, read_all
 from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.limit import Limit
 from cachekit.upstream.hooks import refuse_other_caches
@@ -38,8 +38,10 @@ def apply(
     `pipe` is a diffusers pipeline or a bare denoiser. `specs` is one policy or several: each a spec such as
     "tgate:m=10,sp_interval=2" (a name, then options) or a `Policy` instance. `cachekit.policies()` lists the names.
     "preset:FILE" or "preset:NAME" stands for the specs of a preset; where the pipeline, or a run of it, differs from
-    what its evidence is for, a `PresetWarning` names both values.
+    what its evidence is for, a `PresetWarning` names both values. Without any spec, an `IdleWarning` states that
+    nothing will be cached.
     `remove(pipe)`, `attachment.remove()` and the end of a `with` block all restore the pipeline exactly.
+    `attachment.using(specs)` has some runs follow other specs.
 
     `max_cache_bytes` limits what a run keeps at once: before the run begins, the places that save the fewest MACs per
     byte are left uncached. `cache_device`, such as "cpu", holds kept tensors between their uses; by default
@@ -54,8 +56,7 @@ def apply(
     """
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
-    listed, presets = expanded(listed_specs(specs), catalog.policies)
-    policies = parse_all(listed, catalog)
+    policies, presets = read_all(specs, catalog)
     denoisers = denoisers_of(pipe)
     for denoiser in denoisers.values():
         found = attachment_of(denoiser)
@@ -68,8 +69,14 @@ def apply(
     for name, denoiser in denoisers.items():
         refuse_other_caches(denoiser, name, denoiser.modules())
     setup = Setup.of(denoisers, policies, catalog, presets)
-    attachment = Attachment(setup, limit, cost_of, Fitter(limit))
+    attachment = Attachment(setup, limit, cost_of, Fitter)
     attachment.install(pipe)
+    if not policies:
+        warnings.warn(
+            f"no policy applied to {type(pipe).__name__}: runs are cached within attachment.using(specs) alone",
+            IdleWarning,
+            stacklevel=2,
+        )
     for preset in presets:
         warn_of_pipeline(preset, pipe, next(iter(denoisers.values())))
     return attachment

@@ -75,6 +75,10 @@ class PluginWarning(UserWarning):
     """A plugin that failed while the others go on: it was left out, or its hook was, or two plugins claim one name."""
 
 
+class IdleWarning(UserWarning):
+    """Nothing to do: no policy was given."""
+
+
 class PresetWarning(UserWarning):
     """A pipeline or a run that differs from what a preset's evidence is for."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import EllipsisType
 from typing import Any
 
 from torch import nn
@@ -12,16 +13,19 @@ from cachekit.attaching.lookup import ATTRIBUTE, INSTALLED
 from cachekit.attaching.tracking import track, untrack
 from cachekit.driving.controlnets import Interceptors
 from cachekit.driving.driver import CostFunction, Driver, no_cost, no_fit
+from cachekit.driving.evidence import warn_of_pipeline
+from cachekit.driving.scopes import Regime, Scope, no_run
 from cachekit.driving.setup import Setup
-from cachekit.driving.starting import FitFunction
+from cachekit.driving.starting import Fitting
 from cachekit.errors import AttachmentError
 from cachekit.interface.policy import Policy
+from cachekit.interface.specs import Spec, read_all
 from cachekit.planning.plan import Plan
 from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import times_of
-from cachekit.upstream.schedulers import planned_scheduler
+from cachekit.upstream.schedulers import iterations_of, planned_scheduler
 
 
 class Attachment:
@@ -40,14 +44,14 @@ class Attachment:
         setup: Setup,
         limit: Limit = NO_LIMIT,
         cost: CostFunction = no_cost,
-        fit: FitFunction = no_fit,
+        fitting: Fitting = no_fit,
     ) -> None:
         """Prepare; nothing is changed before `install`.
 
-        `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`.
+        `cost` counts the MACs of runs, and `fitting` makes what fits them into a limit.
         """
         self.setup = setup
-        self.driver = Driver(setup, limit, cost, fit)
+        self.driver = Driver(setup, limit, cost, fitting)
         self._interceptors = Interceptors(self.driver)
         self._is_installed = False
 
@@ -58,9 +62,15 @@ class Attachment:
         if self._is_installed:
             INSTALLED.add(self)
 
+    def __repr__(self) -> str:
+        """Summarise in a line what is applied to what."""
+        specs = " + ".join(map(str, self.policies)) or "no policy"
+        names = " and ".join(type(denoiser.module).__name__ for denoiser in self.setup.denoisers.values())
+        return f"<Attachment: {specs} on {names}{'' if self._is_installed else ', removed'}>"
+
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """The policies, in the order of their specs."""
+        """The policies applied, in the order of their specs."""
         return self.setup.policies
 
     # -- attaching and undoing ----------------------------------------------------------------------------
@@ -70,7 +80,7 @@ class Attachment:
         try:
             self._is_installed = True
             INSTALLED.add(self)
-            self.driver.installation.install()
+            self.driver.installation.install(self.driver.scopes.applied.regime.duties)
             for denoiser in self.setup.denoisers.values():
                 vars(denoiser.module)[ATTRIBUTE] = self
             if not isinstance(pipe, nn.Module):
@@ -87,7 +97,8 @@ class Attachment:
             return
         (denoiser,) = self.setup.denoisers.values()
         for module in controlnets_of(pipe):
-            self._interceptors.install(module, denoiser.module, self.setup.assignments)
+            self._interceptors.install(module, denoiser.module)
+        self._interceptors.follow(self.setup.assignments)
 
     def remove(self) -> None:
         """Put everything back as it was before `apply`; a second call does nothing."""
@@ -110,26 +121,79 @@ class Attachment:
         """Remove it."""
         self.remove()
 
+    # -- other policies for some runs ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(
+        self,
+        specs: Spec | Iterable[Spec],
+        *,
+        max_cache_bytes: int | EllipsisType | None = ...,
+        cache_device: Any = ...,
+    ) -> Iterator[Scope]:
+        """Have the runs that begin within the block follow other specs than those applied.
+
+            with attachment.using("forecast:interval=4") as block:
+                image = pipe("a red cat").images[0]
+            print(block.report())
+
+        `specs` are as for `apply`; `[]` caches nothing, and still reports. Limits that are not given are those of the
+        block around it, or of `apply`; None lifts one. Blocks hold for runs of this thread or asyncio task alone, also
+        in threads that `asyncio.to_thread` starts from it, and can be nested.
+
+        Raises a `CachekitError` as `apply` does, and then nothing has changed; `AttachmentError` after `remove`.
+        """
+        if not self._is_installed:
+            raise AttachmentError("this attachment was removed: call cachekit.apply(pipe, specs) again")
+        regime = self._regime(specs, max_cache_bytes, cache_device)
+        with self.driver.scopes.enter(regime) as scope:
+            yield scope
+
+    def _regime(self, specs: Spec | Iterable[Spec], max_cache_bytes: Any, cache_device: Any) -> Regime:
+        """Find what runs follow with these specs, or make it and put in place what it needs."""
+        scopes = self.driver.scopes
+        outer = scopes.entered.regime.limit
+        max_bytes = outer.max_bytes if max_cache_bytes is ... else max_cache_bytes
+        limit = Limit.of(max_bytes, outer.device if cache_device is ... else cache_device)
+        policies, presets = read_all(specs, self.setup.catalog)
+        found = scopes.find(policies, presets, limit)
+        if found is not None:
+            return found
+        made = scopes.make(policies, presets, limit)
+        self.driver.installation.serve(made.duties)
+        self._interceptors.follow(made.setup.assignments)
+        scopes.hold(made)
+        denoiser = next(iter(self.setup.denoisers.values())).module
+        for preset in presets:
+            warn_of_pipeline(preset, next(iter(list(self.driver.pipelines)), denoiser), denoiser)
+        return made
+
     # -- plans, reports, pauses ---------------------------------------------------------------------------
 
     def plan(self, num_inference_steps: int, *, guided: bool = True) -> Plan:
-        """Plan a run whose loop has `num_inference_steps` iterations, with the pipeline's scheduler as it is set."""
+        """Plan a run: of a pipeline called with `num_inference_steps`, or of a bare loop of so many iterations.
+
+        The pipeline's scheduler gives the number of iterations: with Heun, 6 steps are 11. Within a `using` block the
+        plan is of its specs.
+        """
         known = list(self.driver.pipelines)
         scheduler = planned_scheduler(known[0], num_inference_steps) if len(known) == 1 else None
-        times = times_of(scheduler, None, num_inference_steps)
-        return self.setup.plan_of(num_inference_steps, guided, times)
+        iterations = iterations_of(scheduler) or num_inference_steps
+        setup = self.driver.scopes.entered.regime.setup
+        return setup.plan_of(iterations, guided, times_of(scheduler, None, iterations))
 
     def report(self) -> Report:
-        """Report on the last run: the present one of this thread, if it has not ended.
+        """Report on the last run of this thread, whether it has ended or not; if it made none, of any thread.
 
         Raises `AttachmentError` before the first run.
         """
         run = self.driver.state.run
         if run is not None:
             return self.driver.report_of(run)
-        if self.driver.last_report is None:
-            raise AttachmentError("no run yet: call the pipeline, then report()")
-        return self.driver.last_report
+        found = self.driver.state.report or self.driver.last_report
+        if found is None:
+            raise no_run()
+        return found
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cachekit.amounts import size
 from cachekit.bench.summary import Row
 
 __all__ = ["FIGURES", "Figure", "decimals", "size"]
@@ -22,13 +23,6 @@ def _ratio(value: float) -> str:
 
 def _decibels(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "identical"
-
-
-def size(value: float) -> str:
-    """Format a number of bytes."""
-    if value < 1 << 20:
-        return f"{value / (1 << 10):.0f} KiB" if value else "0"
-    return f"{value / (1 << 20):.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -53,6 +53,11 @@ class Calibration(Numbers):
             if fit.terms != self.fits[0].terms:
                 raise ValueError("terms differ between guidance scales")
         return self
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what a line shows of it: not the weights."""
+        yield from ((name, getattr(self.key, name)) for name in ("model", "scheduler", "steps", "schedule"))
+        yield "scales", self.scales
 
     # -- files --------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ def _print_totals(found: Estimate) -> None:
         ("peak size of cached tensors", size(0), size(found.cache_bytes)),
     ]
     print_table(("per image", "uncached", "cached"), rows)
-    say(f"{found.speedup:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
+    say(f"{found.mac_reduction:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
 
 
 def _print_steps(steps: tuple[StepCost, ...]) -> None:
@@ -95,5 +95,5 @@ def millions(count: int) -> str:
 
 def _data(found: Estimate) -> dict[str, Any]:
     names = ("macs", "baseline_macs", "attention_macs", "baseline_attention_macs", "params", "baseline_params")
-    figures = {name: getattr(found, name) for name in (*names, "cache_bytes", "speedup")}
+    figures = {name: getattr(found, name) for name in (*names, "cache_bytes", "mac_reduction")}
     return {**figures, "steps": [asdict(step) for step in found.steps]}

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from cachekit.errors import CachekitError, PluginWarning, PresetWarning, nearest
+from cachekit.errors import CachekitError, IdleWarning, PluginWarning, PresetWarning, nearest
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -269,7 +269,7 @@ def duration(seconds: float) -> str:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
-    if issubclass(category, (PluginWarning, PresetWarning)):
+    if issubclass(category, (IdleWarning, PluginWarning, PresetWarning)):
         typer.echo(f"warning: {message}", err=True)
     else:
         typer.echo(warnings.formatwarning(message, category, *rest[:2]), err=True, nl=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from cachekit.amounts import macs, size, table
 from cachekit.costs.counting import Forward, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
@@ -58,9 +59,28 @@ class Estimate:
     plan: Plan
 
     @property
-    def speedup(self) -> float:
+    def mac_reduction(self) -> float:
         """MACs without the policies, over MACs with them."""
         return self.baseline_macs / self.macs
+
+    def __repr__(self) -> str:
+        """Summarise the estimate in a line."""
+        return f"<Estimate: {self._costs}, {size(self.cache_bytes)} kept, {len(self.steps)} steps>"
+
+    @property
+    def _costs(self) -> str:
+        return f"{macs(self.macs)} of {macs(self.baseline_macs)}, {self.mac_reduction:.2f}x MAC reduction"
+
+    def _repr_html_(self) -> str:
+        """Write the totals as a table, for notebooks."""
+        rows = [
+            ("MACs of Linear and convolution layers", macs(self.baseline_macs), macs(self.macs)),
+            ("MACs of attention products", macs(self.baseline_attention_macs), macs(self.attention_macs)),
+            ("parameters in the final phase", f"{self.baseline_params:,}", f"{self.params:,}"),
+            ("kept at peak", "0", size(self.cache_bytes)),
+        ]
+        header = (f"{len(self.steps)} steps, {self.mac_reduction:.2f}x MAC reduction", "uncached", "cached")
+        return table(rows, header)
 
 
 def estimate(
@@ -77,7 +97,7 @@ def estimate(
     """Estimate the cost of a run: repeat its plan with the real engine on the meta device, in seconds on a CPU.
 
         found = cachekit.estimate("sdxl", "tgate:m=10", num_inference_steps=25)
-        print(found.speedup, found.cache_bytes)
+        print(found.mac_reduction, found.cache_bytes)
 
     `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
     pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the

@@ -30,7 +30,7 @@ class Fitter:
         Raises `BudgetError` where nothing fits, or where the bytes can't be foreseen: processes share the image, the
         denoiser doesn't run on the meta device, or a policy looks at values to choose what it keeps.
         """
-        if self._limit.max_bytes is None:
+        if self._limit.max_bytes is None or not setup.assignments:
             return Fit()
         if vote_of(start.denoiser.module).group is not None:
             raise BudgetError("max_cache_bytes cannot be planned for where processes share an image; leave it out")

@@ -41,7 +41,7 @@ def replay(setup: Setup, record: Record, baselines: Baselines) -> tuple[list[For
     only where it keeps something that was dropped since.
     """
     driver = ReplayDriver(setup, record)
-    driver.installation.install()
+    driver.installation.install(driver.scope.regime.duties)
     found: dict[tuple[object, ...], Forward] = {}
     for call in record.calls:
         if call.signature not in found or driver.lacks(call):

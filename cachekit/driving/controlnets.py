@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cachekit.interface.moment import Action
 from cachekit.interface.sites import Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.call import Call
+from cachekit.switches.duties import Duty
 from cachekit.switches.placeholders import Placeholder, zeros, zeros_like
 from cachekit.switches.roles import Role
 from cachekit.switches.switch import Switch
@@ -42,9 +43,14 @@ class Interceptors:
         """Start without an interceptor and without a driver."""
         return Interceptors(None)
 
-    def install(self, module: nn.Module, denoiser: nn.Module, assignments: Sequence[Assignment]) -> None:
+    def install(self, module: nn.Module, denoiser: nn.Module) -> None:
         """Intercept the calls of the ControlNet `module`, which serves `denoiser`."""
-        ControlNetInterceptor(self, _twins(assignments, module, denoiser), module).install()
+        ControlNetInterceptor(self, _twins(module, denoiser), module).install()
+
+    def follow(self, assignments: Sequence[Assignment]) -> None:
+        """Intercept the modules that runs with these assignments can skip too, where they aren't intercepted yet."""
+        for interceptor in self._joined:
+            interceptor.follow(assignments)
 
     def join(self, interceptor: ControlNetInterceptor) -> None:
         """Add an interceptor that is in place."""
@@ -64,22 +70,17 @@ class ControlNetInterceptor:
     out, so is the ControlNet's. In doubt it runs in full.
     """
 
-    def __init__(self, interceptors: Interceptors, twins: Mapping[int, tuple[str, ...]], module: nn.Module) -> None:
+    def __init__(self, interceptors: Interceptors, twins: Set[str], module: nn.Module) -> None:
         """Prepare for `module`; nothing is changed before `install`.
 
-        `twins` names, by assignment, the modules whose outputs nothing uses when its region is reused.
+        `twins` names the modules that the denoiser has too, of the same kind.
         """
         self._interceptors = interceptors
         self._module = module
         self._parameters = parameters_of(module)
-        self._present = Present()
+        self._present = Present({})
         self._twins = twins
-        modules = dict(module.named_modules())
-        names = {name for twins in self._twins.values() for name in twins}
-        self._switches = [
-            Switch(self._present, modules[name], name, [Twin(self._present, name)], runs_if_compiled=True)
-            for name in sorted(names)
-        ]
+        self._switches: list[Switch] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Join the copied attachment; where only the ControlNet is copied, it runs in full."""
@@ -87,11 +88,24 @@ class ControlNetInterceptor:
         self._interceptors.join(self)
 
     def install(self) -> None:
-        """Intercept the calls of the ControlNet, and those of the modules within that can be skipped."""
-        for switch in self._switches:
-            switch.install()
+        """Intercept the calls of the ControlNet."""
         vars(self._module)[CALL] = self.lead
         self._interceptors.join(self)
+
+    def follow(self, assignments: Sequence[Assignment]) -> None:
+        """Intercept the modules within that runs with these assignments can skip."""
+        names = {name for bound in assignments for name in self._encoder(bound)} - self._present.duties.keys()
+        modules = dict(self._module.named_modules()) if names else {}
+        for name in sorted(names):
+            switch = Switch(self._present, modules[name], name, runs_if_compiled=True)
+            self._switches.append(switch)
+            self._present.duties[name] = Duty([Twin(name)])
+            switch.install()
+
+    def _encoder(self, bound: Assignment) -> tuple[str, ...]:
+        """Name the modules whose outputs nothing uses when the target of an assignment is reused."""
+        encoder = bound.target.encoder if isinstance(bound.target, Region) else ()
+        return encoder if self._twins >= {*encoder} else ()
 
     def uninstall(self) -> None:
         """Put back exactly what was there."""
@@ -128,19 +142,25 @@ class ControlNetInterceptor:
             return spread(forward(*args, **kwargs), layout, stays, lambda unused: unused)
 
     def _skipped(self, call: Call) -> Set[str]:
-        reused = (i for i in self._twins if call.actions[i] is Action.REUSE and call.keeps(i))
-        return self._present.shapes.keys() & {name for index in reused for name in self._twins[index]}
+        reused = (
+            bound
+            for index, bound in enumerate(call.keeper.assignments)
+            if call.actions[index] is Action.REUSE and call.keeps(index)
+        )
+        return self._present.shapes.keys() & {name for bound in reused for name in self._encoder(bound)}
 
 
 class Present(threading.local):
     """What each thread's present call skips, and the output shapes of its last calls with the same input shapes.
 
-    `shapes` are of modules by name, `output` of the ControlNet itself. `share` is the number of
-    branches in the batch, of which one runs.
+    `duties` are those of the modules that can be skipped, by name: all threads and copies share them. `shapes` are of
+    modules by name, `output` of the ControlNet itself. `share` is the number of branches in the batch, of which one
+    runs.
     """
 
-    def __init__(self) -> None:
-        """Start before the first call."""
+    def __init__(self, duties: dict[str, Duty]) -> None:
+        """Start before the first call of a thread."""
+        self.duties = duties
         self.call: Any = self  # not None, so that switches ask their roles in every call
         self.skipped: Set[str] = frozenset()
         self.inputs: Any = None
@@ -150,7 +170,7 @@ class Present(threading.local):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Present:
         """Start anew: a copied module has made no call."""
-        return Present()
+        return Present(self.duties)
 
     def __reduce__(self) -> Any:
         """Refuse: an unpickled ControlNet would have no denoiser to follow."""
@@ -184,36 +204,29 @@ class Present(threading.local):
 class Twin(Role):
     """Skips a module of a ControlNet together with the denoiser's module of the same name."""
 
-    def __init__(self, present: Present, name: str) -> None:
+    def __init__(self, name: str) -> None:
         """Serve the module `name`."""
-        self.present = present
         self.name = name
 
     def before(self, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a placeholder where the module is skipped."""
-        if self.name not in self.present.skipped:
+        if self.name not in call.skipped:
             return super().before(call, args, kwargs)
-        return tree_map(Placeholder(1, self.present.share), self.present.shapes[self.name])
+        return tree_map(Placeholder(1, call.share), call.shapes[self.name])
 
     def after(self, call: Any, output: Any) -> None:
         """Record the shapes that a placeholder must have."""
-        if self.present.share == 1:
-            self.present.shapes.setdefault(self.name, tree_map(zeros_like, output))
+        if call.share == 1:
+            call.shapes.setdefault(self.name, tree_map(zeros_like, output))
 
 
 def _signature(tensor: Tensor) -> tuple[Any, ...]:
     return (tensor.shape, tensor.dtype, tensor.device)
 
 
-def _twins(assignments: Sequence[Assignment], module: nn.Module, denoiser: nn.Module) -> dict[int, tuple[str, ...]]:
-    """Find, by assignment, the modules whose outputs nothing uses when its region is reused."""
+def _twins(module: nn.Module, denoiser: nn.Module) -> Set[str]:
+    """Name the modules that a denoiser has too, of the same kind; those that it shares its own switches intercept."""
     here, there = dict(module.named_modules()), dict(denoiser.named_modules())
-    shared = {*here.values()} & {*there.values()}  # the denoiser's own switches intercept these
-
-    def is_alike(name: str) -> bool:
-        if name not in here or here[name] in shared:
-            return False
-        return type(here[name]).__name__ == type(there[name]).__name__
-
-    regions = ((index, bound.target) for index, bound in enumerate(assignments) if isinstance(bound.target, Region))
-    return {index: region.encoder for index, region in regions if all(map(is_alike, region.encoder))}
+    shared = {*here.values()} & {*there.values()}
+    own = {name: one for name, one in here.items() if name in there and one not in shared}
+    return {name for name, one in own.items() if type(one).__name__ == type(there[name]).__name__}

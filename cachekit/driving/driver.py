@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from cachekit.driving.entrance import CallSteps
 from cachekit.driving.inputs import CallInputs, timestep_of
 from cachekit.driving.installation import Installation
-from cachekit.driving.outputs import OutputFinisher
 from cachekit.driving.pipelines import Pipelines
+from cachekit.driving.scopes import Scope, Scopes
 from cachekit.driving.setup import Setup
-from cachekit.driving.starting import FitFunction, RunStart, RunStarter
-from cachekit.errors import CachekitError, CostError
+from cachekit.driving.starting import FitFunction, Fitting
+from cachekit.errors import AdapterError, CachekitError, CostError
 from cachekit.runs.call import Call
 from cachekit.runs.clock import Clock, Mark, mark_of
 from cachekit.runs.denoiser import Denoiser
@@ -26,6 +26,7 @@ from cachekit.runs.record import Cost, Fit, Record
 from cachekit.runs.report import Report
 from cachekit.runs.run import Run
 from cachekit.runs.state import PipelineCall, RunState
+from cachekit.runs.timing import UncachedTimes
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guiders import branch_name, name_by_guider
@@ -41,30 +42,44 @@ def no_cost(setup: Setup, record: Record) -> Cost:
     raise CostError("the costs of this attachment are not counted; use cachekit.apply")
 
 
-def no_fit(setup: Setup, start: RunStart) -> Fit:
-    """Keep everything: the fit of a run without a limit."""
-    return Fit()
+def no_fit(limit: Limit) -> FitFunction:
+    """Keep everything: the fit of runs without a limit."""
+    return lambda setup, start: Fit()
 
 
 class Driver:
-    """Takes each call of the attached denoisers through its row of the plan, within runs."""
+    """Takes each call of the attached denoisers through its row of the plan, within runs.
+
+    Which plan that is, is settled where a run begins, or the pipeline's call that it belongs to: by the scope that is
+    entered then.
+    """
 
     def __init__(
-        self, setup: Setup, limit: Limit = NO_LIMIT, cost: CostFunction = no_cost, fit: FitFunction = no_fit
+        self, setup: Setup, limit: Limit = NO_LIMIT, cost: CostFunction = no_cost, fitting: Fitting = no_fit
     ) -> None:
-        """Start without a run; `cost` counts the MACs of runs, and `fit` chooses what they keep within `limit`."""
-        self.setup = setup
+        """Start without a run; `cost` counts the MACs of runs, and `fitting` makes what fits them into a limit."""
         self.state = RunState()
         self.pipelines = Pipelines()
+        self.scopes = Scopes(setup, limit, fitting, self.state, self.pipelines)
         self.installation = Installation(setup, self.state, self)
         self.last_report: Report | None = None
+        self._uncached = UncachedTimes()
         self._cost = cost
-        self._starter = RunStarter(setup, limit, fit)
-        self._finisher = OutputFinisher(setup, self.state, self.pipelines)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last report out of copies: they have not run yet."""
         return {**vars(self), "last_report": None}
+
+    @property
+    def setup(self) -> Setup:
+        """The denoisers, and the policies applied to them."""
+        return self.scopes.applied.regime.setup
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of this thread's present run, or of one that would begin now."""
+        found: Scope | None = self.state.scope
+        return found or self.scopes.entered
 
     # -- a call: locate it, run the forward or not, finish ------------------------------------------------
 
@@ -77,26 +92,48 @@ class Driver:
         self.state.call = None
         if self.state.paused:
             self._pass_by(timestep_of(denoiser.parameters, args, kwargs))
-            return (yield from self._uncached(denoiser, args, kwargs, enclosed))
+            return (yield from self._pass(denoiser, args, kwargs, enclosed))
         start = time.perf_counter()
-        inputs = CallInputs(denoiser.module, denoiser.parameters, args, kwargs)
-        call = self.locate(denoiser, inputs)
-        if call is None:
-            return (yield from self._uncached(denoiser, args, kwargs, enclosed))
+        inputs = self._inputs(denoiser, args, kwargs)
+        call = None if inputs is None else self.locate(denoiser, inputs)
+        if inputs is None or call is None:
+            return (yield from self._pass(denoiser, args, kwargs, enclosed))
+        regime = self.scope.regime
         if call.is_dropped or call.is_left_out:
             _record(call, inputs, time.perf_counter() - start)
-            return self._finisher.replaced(call) if call.is_dropped else self._finisher.predicted(call, inputs)
-        given = self._finisher.narrowed(call, inputs)
+            made = regime.finisher.replaced(call) if call.is_dropped else regime.finisher.predicted(call, inputs)
+            self._note_call()
+            return made
+        given = regime.finisher.narrowed(call, inputs)
         _record(call, inputs, time.perf_counter() - start)
+        call.duties = regime.duties[denoiser.name]
         self.state.call = call
         try:
             with self.installation.prompting(denoiser.name, call, enclosed):
                 output = yield given
-            return self._finisher.finish(call, inputs, output)
+            return regime.finisher.finish(call, inputs, output)
         finally:
             self.state.call = None
+            self._note_call()
 
-    def _uncached(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
+    def _note_call(self) -> None:
+        """Take note of the end of a call: of a bare loop, it may be the last."""
+        run = self.state.run
+        if run is not None:
+            run.note_time()
+            if not run.clock.exact:
+                run.finish()
+
+    def _inputs(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallInputs | None:
+        """Read the arguments of a call; None where they can't be read, and no policy needs them."""
+        try:
+            return CallInputs(denoiser.module, denoiser.parameters, args, kwargs)
+        except AdapterError:
+            if self.scope.policies:
+                raise
+            return None
+
+    def _pass(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], enclosed: bool) -> CallSteps:
         with self.installation.prompting(denoiser.name, None, enclosed):
             return (yield args, kwargs)
 
@@ -113,7 +150,7 @@ class Driver:
         run.guidance_state = self._guidance_state()
         call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch, inputs.sample)
         if call.branch in run.layout.order[1:]:
-            self._starter.check_order(run.layout, denoiser)
+            self.scope.regime.starter.check_order(run.layout, denoiser)
         return call
 
     def _pass_by(self, timestep: Any) -> None:
@@ -130,26 +167,27 @@ class Driver:
         self.pipelines.add(pipe)
         self.installation.check()
         pipeline = PipelineCall.of(pipe, args, kwargs)
-        state = self.state
+        state, scope = self.state, self.scopes.entered
+        starter = scope.regime.starter
         if not state.paused:
-            self._starter.refuse(pipeline)
+            starter.refuse(pipeline)
         if state.pipeline is None:
             self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
             state.reports = ()
-        outer = (state.run, state.call, state.pipeline)
-        state.run, state.call, state.pipeline = None, None, pipeline
-        processors = self._starter.perturbed(pipeline)
+        outer = (state.run, state.call, state.pipeline, state.scope)
+        state.run, state.call, state.pipeline, state.scope = None, None, pipeline, scope
+        processors = starter.perturbed(pipeline)
         try:
             yield
         except BaseException as error:
             self.end_run(interrupted=True)
             if isinstance(error, CachekitError):
-                self._starter.put_back(processors)
+                starter.put_back(processors)
             raise
         else:
             self.end_run(interrupted=False)
         finally:
-            state.run, state.call, state.pipeline = outer
+            state.run, state.call, state.pipeline, state.scope = outer
 
     def _run_of_call(self, denoiser: Denoiser, inputs: CallInputs, mark: Mark, scheduler: Any) -> Run:
         """Find or start the run that a call at `mark` belongs to, and advance its clock."""
@@ -159,11 +197,15 @@ class Driver:
         if state.run is not None:
             state.run.tick(mark)
             return state.run
+        scope = self.scope
         if state.pipeline is None:  # otherwise checked at the pipeline's call
             self.installation.check()
         clock = Clock(exact=state.pipeline is not None)
         clock.tick(mark)
-        state.run = self._starter.start(denoiser, inputs, clock, scheduler, state.pipeline, self._context(clock))
+        context = self._context(clock)
+        state.run = scope.regime.starter.start(denoiser, inputs, clock, scheduler, state.pipeline, context)
+        state.scope = scope
+        scope.last_report = self.report_of(state.run)
         return state.run
 
     def end_run(self, interrupted: bool) -> None:
@@ -173,17 +215,26 @@ class Driver:
         if run is None:
             return
         run.record.interrupted = interrupted
-        self.last_report = report = self.report_of(run)
+        if run.clock.exact:
+            run.note_time()
+        scope = self.scope
+        report = self.report_of(run)
         report.earlier = state.reports
-        if state.pipeline is not None:
+        scope.last_report = state.report = self.last_report = report
+        if state.pipeline is None:
+            state.scope = None
+        else:
             state.reports = (*state.reports, report)
         run.forget()
         if not interrupted:
+            if not scope.policies:
+                self._uncached.note(run.record)
             self.setup.catalog.run_finished(report)
 
     def report_of(self, run: Run) -> Report:
-        """Report on a run so far."""
-        return Report(self.setup.assignments, run.finish(), functools.partial(self._cost, self.setup))
+        """Report on a run so far, the present one of this thread."""
+        cost = functools.partial(self._cost, self.scope.regime.setup)
+        return Report(run.plan.assignments, run.finish(), cost, self._uncached.like)
 
     # -- what pipelines show ------------------------------------------------------------------------------
 

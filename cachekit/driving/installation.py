@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,16 +13,17 @@ from torch import nn
 from cachekit.driving.entrance import CallDriver, Entrance
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError
-from cachekit.interface.sites import Region, Target
 from cachekit.runs.call import Call
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.state import RunState
+from cachekit.switches.duties import Duties, module_of
 from cachekit.switches.prompter import Prompter
-from cachekit.switches.roles import Role, roles_of
 from cachekit.switches.switch import Switch
 from cachekit.upstream.hooks import refuse_other_caches
 from cachekit.upstream.modules import find_module, modules_by_name
 
+#: Held while switches are put in place or taken away: threads may ask for new ones at once.
+_CHANGING = threading.RLock()
 _IDLE: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
@@ -29,6 +32,7 @@ class Installation:
 
     def __init__(self, setup: Setup, state: RunState, driver: CallDriver) -> None:
         """Prepare; nothing is changed before `install`."""
+        self._is_installed = False
         self._setup = setup
         self._state = state
         self.switches: dict[str, list[Switch]] = {}
@@ -39,23 +43,47 @@ class Installation:
         """Leave prompters out of copies, which make their own."""
         return {**vars(self), "_prompters": {}}
 
-    def install(self) -> None:
-        """Put everything in place."""
-        made = {name: self._make_switches(denoiser) for name, denoiser in self._setup.denoisers.items()}
-        for name, switches in made.items():
-            for switch in switches:
-                self.switches.setdefault(name, []).append(switch)
-                switch.install()
-            self._entrances[name].install()
+    def install(self, duties: Mapping[str, Duties]) -> None:
+        """Put everything in place; `duties` are of each denoiser, by its name."""
+        self._is_installed = True
+        self.serve(duties)
+        for entrance in self._entrances.values():
+            entrance.install()
+
+    def serve(self, duties: Mapping[str, Duties]) -> None:
+        """Put switches before the modules that have a duty and no switch yet; after `uninstall` nothing happens."""
+        with _CHANGING:
+            if not self._is_installed:
+                return
+            made = {name: self._missing(name, found) for name, found in duties.items()}
+            try:
+                for switch in itertools.chain(*made.values()):
+                    switch.install()
+            except BaseException:
+                for switch in itertools.chain(*made.values()):
+                    switch.uninstall()
+                raise
+            for name in (name for name, switches in made.items() if switches):
+                # Another thread may be looking through the list of before.
+                self.switches[name] = [*self.switches.get(name, []), *made[name]]
+        for name, prompter in list(self._prompters.items()):
+            if made[name]:  # not while holding the lock: a call that is under way holds the prompter's
+                prompter.add(made[name])
+
+    def _missing(self, name: str, duties: Duties) -> list[Switch]:
+        """Make the switches that a denoiser lacks for these duties."""
+        denoiser, there = self._setup.denoisers[name], {switch.name for switch in self.switches.get(name, [])}
+        return [Switch(self._state, module_of(denoiser, each), each) for each in duties if each not in there]
 
     def uninstall(self) -> None:
         """Put back exactly what was there; a second call does nothing."""
-        for switches in self.switches.values():
-            for switch in switches:
+        with _CHANGING:
+            self._is_installed = False
+            for switch in itertools.chain(*self.switches.values()):
                 switch.uninstall()
-        self.switches, self._prompters = {}, {}
-        for entrance in self._entrances.values():
-            entrance.uninstall()
+            self.switches, self._prompters = {}, {}
+            for entrance in self._entrances.values():
+                entrance.uninstall()
 
     def check(self) -> None:
         """Raise `AttachmentError` where other code has replaced a switch or enabled another cache."""
@@ -80,35 +108,9 @@ class Installation:
     def _prompter(self, name: str) -> Prompter:
         if name not in self._prompters:
             module = self._setup.denoisers[name].module
-            # Threads that come here at once share the first one, and its lock.
-            self._prompters.setdefault(name, Prompter(module, self.switches.get(name, [])))
+            with _CHANGING:  # threads that come here at once share the first one, and its lock
+                self._prompters.setdefault(name, Prompter(module, self.switches.get(name, [])))
         return self._prompters[name]
-
-    def _make_switches(self, denoiser: Denoiser) -> list[Switch]:
-        modules: dict[str, nn.Module] = {}
-        roles: dict[str, list[Role]] = {}
-        for index, bound in enumerate(self._setup.assignments):
-            if bound.is_guidance or bound.is_whole or bound.denoiser != denoiser.name:
-                continue
-            modules |= _modules_of(denoiser, bound.target)
-            for name, role in roles_of(index, bound, modules):
-                roles.setdefault(name, []).append(role)
-        return [Switch(self._state, modules[name], name, found) for name, found in roles.items()]
-
-
-def _modules_of(denoiser: Denoiser, target: Target) -> dict[str, nn.Module]:
-    """Find the modules of a target by name; raises `AttachmentError` where the denoiser lacks one."""
-    names = [target.exit]
-    if isinstance(target, Region):
-        names += [*target.skipped, *filter(None, (target.entry, target.probe))]
-    found = {name: find_module(denoiser.module, name) for name in names}
-    for name, module in found.items():
-        if module is None:
-            raise AttachmentError(
-                f"{type(denoiser.module).__name__} has no module {name!r}, named by its adapter; correct the adapter's"
-                " sites"
-            )
-    return {name: module for name, module in found.items() if module is not None}
 
 
 def _is_there(switch: Switch, denoiser: Denoiser, modules: Mapping[str, nn.Module]) -> bool:

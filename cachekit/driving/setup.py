@@ -56,9 +56,13 @@ class Setup:
         Raises a `CachekitError` where an adapter or a target is missing, policies collide or a plugin refuses the plan.
         """
         denoisers = {name: Denoiser.of(name, module, catalog.adapter_for(module)) for name, module in modules.items()}
-        chosen = (bound for policy in policies for bound in _select(policy, denoisers))
-        setup = cls(denoisers, tuple(policies), assign(chosen), catalog, tuple(presets))
-        catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
+        return cls(denoisers, (), (), catalog).following(policies, presets)
+
+    def following(self, policies: Sequence[Policy], presets: Sequence[Preset] = ()) -> Setup:
+        """Put other policies on the same denoisers; raises as `of` does."""
+        chosen = (bound for policy in policies for bound in _select(policy, self.denoisers))
+        setup = Setup(self.denoisers, tuple(policies), assign(chosen), self.catalog, tuple(presets))
+        self.catalog.check_plan(setup.plan(_CHECKED_STEPS, setup.layout))
         return setup
 
     def on(self, modules: Mapping[str, nn.Module]) -> Setup:

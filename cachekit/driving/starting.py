@@ -67,6 +67,8 @@ class RunStart:
 
 #: Chooses what a run may keep.
 FitFunction = Callable[[Setup, RunStart], Fit]
+#: Makes what chooses within a limit.
+Fitting = Callable[[Limit], FitFunction]
 
 
 class RunStarter:
@@ -81,7 +83,8 @@ class RunStarter:
     def refuse(self, call: PipelineCall) -> None:
         """Raise `GuidanceError` for a pipeline call whose arguments show that its run would be refused."""
         pipe, arguments = call.pipe, call.arguments
-        refuse_arguments(pipe, arguments)
+        if self._setup.policies:
+            refuse_arguments(pipe, arguments)
         if not self._setup.narrowing:
             return
         for denoiser in self._setup.denoisers.values():
@@ -127,7 +130,8 @@ class RunStarter:
         self._refuse_unknown(times, scheduler)
         if counted is None:
             refuse_unknown_length(self._setup.assignments)
-        fit = self._fit(self._setup, RunStart(denoiser, inputs, layout, steps, times))
+        start = RunStart(denoiser, inputs, layout, steps, times)
+        fit = self._fit(self._setup, start)
         run = Run(
             self._setup.plan(steps, layout, fit.dropped, times),
             layout,
@@ -140,6 +144,7 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
+        run.record.likeness = (*start.key, inputs.sample.device, *_outside(pipeline))
         self._begin(run, denoiser, inputs, scheduler, pipeline, is_known)
         for preset in self._setup.presets:
             warn_of_run(preset, counted, pipeline.arguments if pipeline else {})
@@ -181,8 +186,9 @@ class RunStarter:
     ) -> tuple[Layout, bool]:
         """Detect the layout of a run, and whether the first call already shows that it has several branches."""
         pipe, arguments = (pipeline.pipe, pipeline.arguments) if pipeline else (None, {})
-        refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
-        refuse_inputs(pipe, inputs.sample, inputs.timestep)
+        if self._setup.policies:
+            refuse_arguments(pipe, arguments)  # again: the pipeline's call may have begun in a paused block
+            refuse_inputs(pipe, inputs.sample, inputs.timestep)
         guided = known = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
             guided = True  # assumed until a second call confirms it, or fails to come
@@ -234,6 +240,11 @@ def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipe: Any) -> Obstacle | N
     if inputs.writes_cache:
         return Obstacle.WRITTEN_CACHE
     return Obstacle.PERTURBED_ATTENTION if perturbs_attention(pipe, denoiser.module) else None
+
+
+def _outside(pipeline: PipelineCall | None) -> tuple[Any, ...]:
+    """Say what the time of a run depends on outside of its denoiser: the pipeline, and what it makes of the latents."""
+    return (type(pipeline.pipe), pipeline.arguments.get("output_type")) if pipeline else ()
 
 
 def _begins(part: Schedule | StandIn) -> bool:

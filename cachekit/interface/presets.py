@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,13 @@ class Preset(_Part):
     specs: list[str] = Field(min_length=1)
     requires: dict[str, str] = Field(default_factory=dict)
     evidence: Evidence = Field(default_factory=Evidence)
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        """Yield what a line shows of it: the specs, and what their evidence is for."""
+        yield "specs", self.specs
+        names = ("pipeline", "architecture", "scheduler", "steps", "guidance")
+        given = ((name, getattr(self.evidence, name)) for name in names)
+        yield from ((name, value) for name, value in given if value is not None)
 
     @field_validator("specs")
     @classmethod

@@ -219,6 +219,10 @@ class SiteMap:
         """Name the streams of a chain; () where they are unknown."""
         return self.streams[chain] if chain < len(self.streams) else ()
 
+    def __repr__(self) -> str:
+        """Summarise the sites in a line."""
+        return f"<SiteMap: {self.describe()}>"
+
     def describe(self) -> str:
         """Summarize the sites of this model in one line, for errors."""
         counts = Counter(str(site.kind) for site in self.sites)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Protocol, TypeVar, Union, get_args, get_origi
 from cachekit.errors import SpecError, nearest
 from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
-from cachekit.interface.presets import expanded, is_preset
+from cachekit.interface.presets import Preset, expanded, is_preset
 
 #: A policy, or its spec: `name` or `name:key=value,key=value`, or several joined by `+`.
 Spec = Union[str, Policy]
@@ -91,7 +91,12 @@ def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, 
     Raises `SpecError` as `parse` does, and for a policy that is named twice, and `PresetError` for a preset that can't
     be used.
     """
-    listed, _ = expanded(listed_specs(specs), words.policies)
+    return read_all(specs, words)[0]
+
+
+def read_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[tuple[Policy, ...], list[Preset]]:
+    """Parse as `parse_all` does; list the presets among the specs too."""
+    listed, presets = expanded(listed_specs(specs), words.policies)
     parsed = tuple(parse(spec, words) for spec in listed)
     seen: dict[str, Policy] = {}
     for policy in parsed:
@@ -101,7 +106,7 @@ def parse_all(specs: Spec | Iterable[Spec], words: Vocabulary) -> tuple[Policy, 
                 " keep one of them"
             )
         seen[policy.name] = policy
-    return parsed
+    return parsed, presets
 
 
 def listed_specs(specs: Spec | Iterable[Spec]) -> list[Spec]:

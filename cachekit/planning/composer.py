@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from cachekit.errors import PolicyError, answered
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
-from cachekit.interface.sites import Branches
+from cachekit.interface.sites import Branches, Target
 from cachekit.planning.assignments import Assignment, origin
 from cachekit.planning.row import Cell, Row
 
@@ -53,6 +54,8 @@ class Composer:
         self.narrowed_by: int | None = None
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Cell]] = {}
+        #: Those of schedules that decide alike for all targets, by the choice that they belong to and the origin.
+        self._alike: dict[tuple[int, int], list[Cell]] = {}
         self._blocks = [index for index, bound in enumerate(assignments) if bound.is_block]
         self._guidance = [index for index, bound in enumerate(assignments) if bound.is_guidance]
         #: Decided again where the branches change, by the sample and the memory of those that run.
@@ -104,11 +107,24 @@ class Composer:
 
     def _schedule(self, index: int, origin: int) -> list[Cell]:
         """List the cells of an assignment from the step `origin` to the last one, as its schedule alone decides."""
-        if (index, origin) not in self._schedules:
-            bound = self.assignments[index]
-            cells = [scheduled(bound, self._moment(index, step, origin)) for step in range(origin, self.steps)]
-            self._schedules[index, origin] = without_idle_stores(cells, bound)
-        return self._schedules[index, origin]
+        found = self._schedules.get((index, origin))
+        if found is None:
+            found = self._schedules[index, origin] = self._scheduled(self.assignments[index], origin)
+        return found
+
+    def _scheduled(self, bound: Assignment, origin: int) -> list[Cell]:
+        """Ask a schedule for its cells, once for all targets where it looks at none."""
+        alike, looks = (id(bound.choice), origin), list[bool]()
+        if alike in self._alike:
+            return self._alike[alike]
+        moments = (
+            Watched.of(looks, step, self.steps, origin, time_of(self.times, step), bound.target)
+            for step in range(origin, self.steps)
+        )
+        cells = without_idle_stores([scheduled(bound, at) for at in moments], bound)
+        if not looks:
+            self._alike[alike] = cells
+        return cells
 
     def _restart(self, index: int, step: int) -> None:
         self._origin[index] = step
@@ -118,6 +134,7 @@ class Composer:
     def _lengthen(self, steps: int) -> None:
         self.steps = steps
         self._schedules.clear()
+        self._alike.clear()
 
     # -- guidance -----------------------------------------------------------------------------------------
 
@@ -211,6 +228,28 @@ class Composer:
             for inner, bound in enumerate(self.assignments)
             if inner != index and (block.covers(bound) or (block.is_whole and bound.is_guidance))
         )
+
+
+class Watched(Moment):
+    """A moment that notes in `looks` whether its target is looked at."""
+
+    looks: list[bool]
+
+    @classmethod
+    def of(cls, looks: list[bool], *values: Any) -> Watched:
+        """Make a moment of these values."""
+        made = cls(*values)
+        made.looks = looks
+        return made
+
+    def _replace(self, **changes: Any) -> Watched:
+        return self.of(self.looks, *super()._replace(**changes))
+
+    @property
+    def target(self) -> Target | None:
+        """The target, after it was noted that it matters."""
+        self.looks.append(True)
+        return super().target
 
 
 def _is_indicator(bound: Assignment) -> bool:

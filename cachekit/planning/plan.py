@@ -79,6 +79,24 @@ class Plan:
         """List the steps in which assignment `index` isn't known to be reused."""
         return tuple(row.step for row in self.rows if row.actions[index] is not Action.REUSE)
 
+    @functools.cached_property
+    def idle(self) -> list[str]:
+        """Specs of the policies that never act: they reuse nothing, and leave nothing to the run."""
+        acting = {
+            str(bound.policy)
+            for index, bound in enumerate(self.assignments)
+            if bound.choice.what.watches or any(row.actions[index] in (Action.REUSE, OPEN) for row in self.rows)
+        }
+        specs = dict.fromkeys(str(bound.policy) for bound in self.assignments)
+        return [spec for spec in specs if spec not in acting]
+
+    @property
+    def warnings(self) -> list[str]:
+        """A line for each policy that never acts."""
+        return [
+            f"{spec} never acts in {len(self.rows)} steps: give it other settings, or more steps" for spec in self.idle
+        ]
+
     def columns(self) -> list[Column]:
         """List (spec, name of the target, kind, a mark for each step) for each assignment."""
         return [
@@ -95,8 +113,17 @@ class Plan:
         """Draw the table as SVG: a line for each target, a square for each step."""
         return draw([len(row.branches) for row in self.rows], self.columns())
 
+    def _repr_svg_(self) -> str:
+        """Draw the table, for notebooks."""
+        return self.picture()
+
+    def __repr__(self) -> str:
+        """Summarise the plan in a line."""
+        specs = " + ".join(dict.fromkeys(str(bound.policy) for bound in self.assignments)) or "no policy"
+        return f"<Plan: {len(self.rows)} steps, {specs}, {len(self.assignments)} targets>"
+
     def __str__(self) -> str:
-        """Print the table: a line for each distinct column, with a mark for each step."""
+        """Print the table: a line for each distinct column, with a mark for each step; then the warnings."""
         steps = range(len(self.rows))
         lines = [
             ("step", "".join(str(step // 10 % 10) if step % 10 == 0 else " " for step in steps)),
@@ -106,7 +133,8 @@ class Plan:
         counts = Counter((spec, kind, marks) for spec, _, kind, marks in self.columns())
         lines += [(f"{spec}  {kind} x {count}", marks) for (spec, kind, marks), count in counts.items()]
         width = max(len(label) for label, _ in lines)
-        return "\n".join([*(f"{label:{width}}  {marks}" for label, marks in lines), _LEGEND])
+        warnings = (f"warning: {warning}" for warning in self.warnings)
+        return "\n".join([*(f"{label:{width}}  {marks}" for label, marks in lines), _LEGEND, *warnings])
 
 
 def make_plan(
@@ -124,7 +152,7 @@ def make_plan(
     rows = tuple(composer.row(step, undecided) for step in range(steps))
     plan = Plan(assignments, rows, dropped, times)
     # Where branches come one by one, what is kept of the first waits for the second.
-    if plan.is_static and not layout.separate:
+    if plan.is_static and not layout.separate and len({row.branches for row in rows}) > 1:
         _mark_narrowing_stores(rows, assignments)
     return plan
 

@@ -123,8 +123,16 @@ class Catalog:
 @functools.cache
 def installed() -> Catalog:
     """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash."""
-    disabled = [name.strip() for name in os.environ.get(DISABLE, "").split(",")]
-    catalog = build(entry_points(group=GROUP), disabled)
+    disabled = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
+    points = entry_points(group=GROUP)
+    catalog = build(points, disabled)
+    known = sorted({point.name for point in points})
+    for name in (name for name in disabled if name not in known):
+        warnings.warn(
+            f"CACHEKIT_DISABLE names {name!r}, which is no plugin{nearest(name, known)}; plugins: {', '.join(known)}",
+            PluginWarning,
+            stacklevel=2,
+        )
     for line in (*map(str, catalog.failures), *catalog.clashes.values()):
         warnings.warn(line, PluginWarning, stacklevel=2)
     return catalog

@@ -28,12 +28,13 @@ class Call:
 
     `branches` are those that its `batch` holds; `branch` is empty unless each has a call of its own. `entries` are
     the tensors that entered regions, by assignment, `probes` those that entered probes; `scratch` is memory for the
-    outputs of skipped modules. `whole` is the assignment at the denoiser as a whole, if there is one.
+    outputs of skipped modules. `whole` is the assignment at the denoiser as a whole, if there is one. `duties` are what
+    the modules do in this call, by name: switches read them.
     """
 
     __slots__ = (
-        "actions", "batch", "branch", "branches", "calls", "counts", "denoiser", "entries", "keeper", "ordinal",
-        "probes", "row", "scratch", "whole",
+        "actions", "batch", "branch", "branches", "calls", "counts", "denoiser", "duties", "entries", "keeper",
+        "ordinal", "probes", "row", "scratch", "whole",
     )  # fmt: skip
 
     def __init__(
@@ -59,6 +60,7 @@ class Call:
         self.probes: dict[int, Streams] = {}
         self.counts = keeper.record.counts
         self.scratch: Any = None
+        self.duties: Mapping[str, Any] = {}
         self.whole = whole
 
     @property

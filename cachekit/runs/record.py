@@ -57,8 +57,12 @@ class Record:
     peak_bytes: int = 0
     #: Most bytes of tensors that policies held at once in `Moment.memory` and `Moment.shared`.
     memory_bytes: int = 0
+    #: Seconds from the beginning of the run to its end, or to that of its last call if it isn't known to have ended.
+    seconds: float = 0.0
     #: Seconds spent in finding steps, composing rows and observing.
     deciding_seconds: float = 0.0
+    #: What runs have in common that are compared by their time: pipeline, shapes, steps, device.
+    likeness: tuple[Any, ...] = ()
     #: ControlNet calls that skipped outputs which the denoiser wouldn't have read.
     shortened: int = 0
     #: What observing policies recorded, by name of the policy.
@@ -98,6 +102,6 @@ class Cost:
     per_call: tuple[int, ...]
 
     @property
-    def speedup(self) -> float:
+    def mac_reduction(self) -> float:
         """MACs without the policies, over MACs with them."""
         return self.baseline_macs / self.macs if self.macs else 1.0

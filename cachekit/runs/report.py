@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from cachekit.amounts import macs, size, table
 from cachekit.errors import CostError
 from cachekit.interface.moment import Action
 from cachekit.planning.assignments import Assignment
@@ -18,8 +19,8 @@ from cachekit.runs.record import Cost, Record
 class Count:
     """How often one policy took each action at one kind of site.
 
-    Calls of modules are counted, and calls of the denoiser for guidance. A `missed` reuse found nothing kept; it is
-    counted as `stored` too.
+    Calls of modules are counted, and calls of the denoiser for guidance. What is `stored` was computed too, and is not
+    counted under `computed`. A `missed` reuse found nothing kept; it is counted as `stored`.
     """
 
     policy: str
@@ -31,12 +32,16 @@ class Count:
     reused: int
     missed: int
 
+    @property
+    def ran(self) -> int:
+        """How often the sites were computed, whether that was kept or not."""
+        return self.computed + self.stored
+
     def __str__(self) -> str:
         """Format the counts as a line of a report."""
-        return (
-            f"{self.policy} {self.kind} x {self.targets}: computed {self.computed}, stored {self.stored},"
-            f" reused {self.reused}, missed {self.missed}"
-        )
+        missed = f", missed {self.missed}" if self.missed else ""
+        ran = f"ran {self.ran} times, {self.stored} of them kept"
+        return f"{self.policy} {self.kind} x {self.targets}: {ran}, reused {self.reused}{missed}"
 
 
 class Report:
@@ -45,11 +50,18 @@ class Report:
     MACs are counted when they are first asked for, by repeating the run's distinct calls on the meta device.
     """
 
-    def __init__(self, assignments: Sequence[Assignment], record: Record, cost: Callable[[Record], Cost]) -> None:
-        """Report on `record`; `cost` counts its MACs on demand."""
+    def __init__(
+        self,
+        assignments: Sequence[Assignment],
+        record: Record,
+        cost: Callable[[Record], Cost],
+        uncached: Callable[[Record], float | None],
+    ) -> None:
+        """Report on `record`; on demand, `cost` counts its MACs and `uncached` finds the seconds of a like run."""
         self.record = record
         self._assignments = assignments
         self._cost = cost
+        self._uncached = uncached
         #: Reports of runs that ended before this one in the same call of a pipeline, such as a prior's.
         self.earlier: tuple[Report, ...] = ()
 
@@ -92,6 +104,24 @@ class Report:
         return self.record.memory_bytes
 
     @property
+    def seconds(self) -> float:
+        """Wall time from the first call of the denoiser to the end of the pipeline's call, decoding included.
+
+        Of a bare loop, or a run that has not ended, it is the time to the end of the last call so far.
+        """
+        return self.record.seconds
+
+    @property
+    def speedup(self) -> float | None:
+        """Seconds of a like uncached run over those of this run; None where there was none.
+
+        Uncached are runs within `attachment.using([])`: of those with the same pipeline, shapes, steps and device as
+        this one, the fastest counts.
+        """
+        uncached = None if self.record.interrupted else self._uncached(self.record)
+        return uncached / self.seconds if uncached and self.seconds else None
+
+    @property
     def deciding_seconds(self) -> float:
         """Seconds spent in finding steps, composing rows and observing."""
         return self.record.deciding_seconds
@@ -118,6 +148,11 @@ class Report:
     def baseline_macs(self) -> int:
         """MACs of the same calls without policies."""
         return self.cost.baseline_macs
+
+    @property
+    def mac_reduction(self) -> float:
+        """MACs without policies, over those of the run."""
+        return self.cost.mac_reduction
 
     @property
     def counts(self) -> list[Count]:
@@ -162,7 +197,7 @@ class Report:
 
     @property
     def _held(self) -> str:
-        return f" and {self.memory_bytes:,} bytes to decide by" if self.memory_bytes else ""
+        return f" and {size(self.memory_bytes)} to decide by" if self.memory_bytes else ""
 
     @property
     def _guided(self) -> str:
@@ -187,14 +222,63 @@ class Report:
         if not counts:
             return []
         dropped = ", ".join(f"{policy} {kind} x {count}" for (policy, kind), count in sorted(counts.items()))
-        return [f"without the limit {self.needed_bytes:,} bytes; computed to save bytes: {dropped}"]
+        return [f"without the limit {size(self.needed_bytes)}; computed to save bytes: {dropped}"]
 
     def _cost_line(self) -> str:
         try:
             cost = self.cost
         except CostError as error:
             return f"MACs unknown: {error}"
-        return f"MACs {cost.macs:,} of {cost.baseline_macs:,} ({cost.speedup:.2f}x MAC reduction)"
+        return f"{macs(cost.macs)} of {macs(cost.baseline_macs)}, {cost.mac_reduction:.2f}x MAC reduction"
+
+    @property
+    def _time(self) -> str:
+        faster = "" if self.speedup is None else f", {self.speedup:.2f}x as fast as uncached"
+        return f"{self.seconds:.3g} s{faster}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Collect all figures as plain values, for JSON.
+
+        MACs, and what is made of them, are None where they can't be counted, and so is a speedup that isn't known.
+        """
+        try:
+            cost: Cost | None = self.cost
+        except CostError:
+            cost = None
+        names = ("macs", "baseline_macs", "mac_reduction")
+        return {
+            "specs": list(dict.fromkeys(str(bound.policy) for bound in self._assignments)),
+            **{name: getattr(self, name) for name in _FIGURES},
+            "guided": self.record.guided,
+            "interrupted": self.record.interrupted,
+            **{name: None if cost is None else getattr(cost, name) for name in names},
+            "counts": [asdict(count) for count in self.counts],
+            "dropped": [list(place) for place in self.dropped],
+            "warnings": self.warnings,
+            "arguments": _plain(self.arguments),
+            "traces": _plain(self.traces),
+            "earlier": [report.to_dict() for report in self.earlier],
+        }
+
+    def __repr__(self) -> str:
+        """Summarise the run in a line, without counting MACs."""
+        policies = " + ".join(self.policies) or "no policy"
+        return f"<Report: {policies}, {self.steps} steps, {self.calls} denoiser calls{self._omitted}, {self._time}>"
+
+    def _repr_html_(self) -> str:
+        """Write the figures as tables, for notebooks."""
+        rows = [
+            ("steps", f"{self.steps}, {self._guided}"),
+            ("denoiser calls", f"{self.calls}{self._omitted}"),
+            ("time", self._time),
+            ("MACs", self._cost_line()),
+            ("kept at peak", f"{size(self.cache_bytes)}{self._held}"),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        counts = [(it.policy, it.kind, it.targets, it.ran, it.stored, it.reused, it.missed) for it in self.counts]
+        header = ("policy", "kind", "places", "ran", "of them kept", "reused", "missed")
+        own = [table(rows), table(counts, header)] if counts else [table(rows)]
+        return "\n".join([*(report._repr_html_() for report in self.earlier), *own])
 
     def __str__(self) -> str:
         """Summarise the run, with the reports of `earlier` runs first."""
@@ -202,7 +286,8 @@ class Report:
         lines += [
             f"steps {self.steps}, denoiser calls {self.calls}{self._omitted}, {self._guided}",
             self._cost_line(),
-            f"kept at peak {self.cache_bytes:,} bytes{self._held}, deciding {self.deciding_seconds * 1e3:.1f} ms",
+            f"{self._time}, of which deciding {self.deciding_seconds * 1e3:.1f} ms",
+            f"kept at peak {size(self.cache_bytes)}{self._held}",
         ]
         lines += self._budget_lines()
         if self.record.shortened:
@@ -211,6 +296,19 @@ class Report:
             )
         lines += map(str, self.counts)
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+#: Figures of a report that are plain values.
+_FIGURES = ("steps", "calls", "left_out", "seconds", "speedup", "deciding_seconds", "cache_bytes", "memory_bytes")
+
+
+def _plain(value: Any) -> Any:
+    """Make what JSON can hold of a value; anything unknown becomes text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def _range(steps: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -52,6 +53,7 @@ class Run:
         """Begin before the first row of `plan`; by default with an empty store and no other process to agree with."""
         self.plan = plan
         self.images = images
+        self._started = time.perf_counter()
         self.clock = clock or Clock(exact=True)
         self.record = Record(
             steps,
@@ -247,6 +249,10 @@ class Run:
         return None if call.lacks_branch else call
 
     # -- the end ------------------------------------------------------------------------------------------
+
+    def note_time(self) -> None:
+        """Take note that the run has lasted until now."""
+        self.record.seconds = time.perf_counter() - self._started
 
     def finish(self) -> Record:
         """Complete the record."""

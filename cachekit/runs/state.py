@@ -41,8 +41,9 @@ class PipelineCall:
 class RunState(threading.local):
     """The present run and call of a thread; a deep copy starts empty.
 
-    `reports` are of the runs that ended within the present pipeline call: one that calls others, or has a second
-    loop, makes several. `context` is the name that the pipeline gives the present denoiser call, if any; `paused`
+    `scope` is what the present run or pipeline call follows, None where there is neither. `reports` are of the runs
+    that ended within the present pipeline call: one that calls others, or has a second loop, makes several. `report` is
+    the last of this thread. `context` is the name that the pipeline gives the present denoiser call, if any; `paused`
     counts the blocks that run uncached.
     """
 
@@ -50,8 +51,10 @@ class RunState(threading.local):
     call: Call | None = None
     paused: int = 0
     pipeline: PipelineCall | None = None
+    scope: Any = None
     context: str | None = None
     reports: tuple[Report, ...] = ()
+    report: Report | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RunState:
         """Make a new state: a run is never shared with a copy of the model."""

@@ -86,9 +86,10 @@ def instruct(
 ) -> Instruction | None:
     """Decide what a module with these roles does in `call`; None where values within the call decide.
 
-    `call` is None where nothing is cached. `regions` holds the inputs of each assignment's region.
+    `call` is None where nothing is cached. Without a role the module runs. `regions` holds the inputs of each
+    assignment's region.
     """
-    if call is None:
+    if call is None or not roles:
         return Instruction(Order.RUN)
     if any(role.is_open(call) for role in roles):
         return None

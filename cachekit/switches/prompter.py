@@ -14,10 +14,12 @@ from torch import nn
 
 from cachekit.interface.moment import Action
 from cachekit.switches.instructions import Instruction, RegionInputs, instruct
+from cachekit.switches.orders import Order
 from cachekit.upstream.compiling import holds_compiled, keep_graphs
 
 if TYPE_CHECKING:
     from cachekit.runs.call import Call
+    from cachekit.switches.roles import AssignedRole
     from cachekit.switches.switch import Switch
 
 #: The combinations of orders that each module was ever called with.
@@ -35,14 +37,20 @@ class Prompter:
     def __init__(self, module: nn.Module, switches: Sequence[Switch]) -> None:
         """Serve the `switches` of `module`."""
         self._module = module
-        # Outer modules first: where one is skipped, those within need no instruction.
-        self._switches = sorted(switches, key=lambda switch: switch.name.count("."))
-        self._around = {
-            switch.name: [other for other in switches if switch.name.startswith(other.name + ".")]
-            for switch in switches
-        }
         self._lock = threading.RLock()
         self._holds_compiled = False
+        self._switches: list[Switch] = []
+        self.add(switches)
+
+    def add(self, switches: Sequence[Switch]) -> None:
+        """Serve those of these switches that it doesn't yet, from the next call on."""
+        with self._lock:
+            known = list(dict.fromkeys([*self._switches, *switches]))
+            # Outer modules first: where one is skipped, those within need no instruction.
+            self._switches = sorted(known, key=lambda switch: switch.name.count("."))
+            self._around = {
+                switch.name: [other for other in known if switch.name.startswith(other.name + ".")] for switch in known
+            }
 
     def find_compiled(self, modules: Iterable[nn.Module]) -> None:
         """Find out whether any of these, the denoiser's modules, was compiled since the last time."""
@@ -73,7 +81,7 @@ class Prompter:
             if any(other.name in skipped for other in self._around[switch.name]):
                 skipped.add(switch.name)
                 continue
-            switch.instruction = instruct(switch.assigned, call, regions)
+            switch.instruction = instruct(_roles_at(switch, call), call, regions)
             if switch.instruction is not None and switch.instruction.skips:
                 skipped.add(switch.name)
         return regions
@@ -84,7 +92,8 @@ class Prompter:
         The graphs stay when the attachment is removed, and so does the room for them.
         """
         modes = _MODES.setdefault(self._module, {None})
-        modes.add(tuple((switch.name, _order_of(switch.instruction)) for switch in self._switches))
+        orders = ((switch.name, _order_of(switch.instruction)) for switch in self._switches)
+        modes.add(tuple(order for order in orders if order[1] is not Order.RUN))
         keep_graphs(len(modes))
 
     def _collect(self, call: Call, regions: Mapping[int, RegionInputs]) -> None:
@@ -94,7 +103,13 @@ class Prompter:
                 call.entries[index] = tuple(map(torch.clone, region.streams))
         for switch in self._switches:
             if switch.instruction is not None:
-                switch.instruction.report(switch.assigned, call)
+                switch.instruction.report(_roles_at(switch, call), call)
+
+
+def _roles_at(switch: Switch, call: Call | None) -> Sequence[AssignedRole]:
+    """Find the roles that a switch's module has in a call."""
+    duty = None if call is None else call.duties.get(switch.name)
+    return () if duty is None else duty.assigned
 
 
 def _order_of(instruction: Instruction | None) -> Any:

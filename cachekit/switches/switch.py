@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from torch import nn
 
 from cachekit.interface.moment import Action
 from cachekit.switches.instructions import Instruction
-from cachekit.switches.roles import RUN_IT, AssignedRole, Role
 from cachekit.switches.subclassing import intercept_calls, is_intercepted, stop_intercepting
 from cachekit.upstream.compiling import BY_VALUES, is_traced, uncompiled
-from cachekit.upstream.hooks import register_alike, run_group_offloading, splitting_hook
+from cachekit.upstream.hooks import register_alike, splitting_hook
 
 _SWITCH = "_cachekit_switch"
 _COMPUTE = Action.COMPUTE  # looking it up on the enum in each call is slow
 
 
 class CurrentCall(Protocol):
-    """The denoiser's call that this thread is in the middle of, None where nothing is cached."""
+    """The denoiser's call that this thread is in the middle of, None where nothing is cached.
+
+    A call has `duties`: what each module does in it, by name. Runs of several threads may have different ones.
+    """
 
     call: Any
 
 
 class Switch:
-    """Wraps one module's calls, and runs or skips them by the plan.
+    """Wraps one module's calls, and runs or skips them by the plan of the present run.
 
-    It lies outside of the module's hooks and of whatever wraps its forward: the module's instance holds the switch,
+    What the module does in a call is its `Duty` there; without one it runs.
+
+    The switch lies outside of the module's hooks and of whatever wraps its forward: the module's instance holds it,
     and gets a subclass of its own class whose `__call__` goes through it. So wrappers on `forward` can be added and
     removed in any order, and a skipped module does not move its weights. A deep copy of the model copies its switches.
 
@@ -39,7 +43,6 @@ class Switch:
         state: CurrentCall,
         module: nn.Module,
         name: str,
-        roles: Sequence[Role],
         *,
         runs_if_compiled: bool = False,
     ) -> None:
@@ -50,14 +53,8 @@ class Switch:
         self.state = state
         self.module = module
         self.name = name
-        self.roles = tuple(roles)
         self.instruction: Instruction | None = None
         self._runs_if_compiled = runs_if_compiled
-        self.assigned = tuple(role for role in roles if isinstance(role, AssignedRole))
-        #: The assignments that have a role here, and those whose calls are counted here.
-        self._indices = tuple({role.index: None for role in self.assigned})
-        self._counted = tuple(role.index for role in self.assigned if role.is_counted)
-        self._always_asks = len(self.assigned) < len(roles)
         #: What splits the module's input between processes, where something does, and the forward it wraps.
         self._splitter: Any = None
         self._inner: Callable[..., Any] | None = None
@@ -107,31 +104,18 @@ class Switch:
         if is_traced() or self.instruction is not None:
             return self._call_compiled(forward, module, args, kwargs)
         call = self.state.call
-        if call is None:
+        duty = None if call is None else call.duties.get(self.name)
+        if duty is None:
             return forward(module, *args, **kwargs)
-        if self._always_asks:
-            return self._ask_roles(call, forward, module, args, kwargs)
+        if duty.always_asks:
+            return duty.fulfil(call, forward, module, args, kwargs)
         actions = call.actions
-        for index in self._indices:
+        for index in duty.indices:
             if actions[index] is not _COMPUTE:
-                return self._ask_roles(call, forward, module, args, kwargs)
+                return duty.fulfil(call, forward, module, args, kwargs)
         output = forward(module, *args, **kwargs)
-        for index in self._counted:
+        for index in duty.counted:
             call.counts[index][_COMPUTE] += 1
-        return output
-
-    def _ask_roles(
-        self, call: Any, forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        for role in self.roles:
-            stand_in = role.before(call, args, kwargs)
-            if stand_in is not RUN_IT:
-                role.skipped(call)
-                run_group_offloading(module)
-                return stand_in
-        output = forward(module, *args, **kwargs)
-        for role in self.roles:
-            role.after(call, output)
         return output
 
     def _call_compiled(

@@ -170,7 +170,7 @@ class _Prices:
             return Costs(steps)
         found = self._estimate(tuple(specs), steps)
         is_open = any(OPEN in row.actions for row in found.plan.rows)
-        return Costs(steps, found.speedup, found.macs, found.cache_bytes, is_open)
+        return Costs(steps, found.mac_reduction, found.macs, found.cache_bytes, is_open)
 
     def full_steps(self, spec: str) -> int:
         """Count the steps in which the denoiser runs; 0 where the model's inputs aren't known."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,12 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
     A compiled module is unwrapped first.
     """
-    return tuple(inspect.signature(type(without_compiler(module)).forward).parameters)[1:]
+    return _parameters(type(without_compiler(module)).forward)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameters(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def by_name(parameters: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

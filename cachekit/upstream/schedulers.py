@@ -55,6 +55,12 @@ def count_steps(pipe: Any, scheduler: Any, timestep: Any) -> int | None:
     return max(1, len(table)) if isinstance(table, Tensor) else None
 
 
+def iterations_of(scheduler: Any) -> int | None:
+    """Count the entries of a scheduler's table, each of which is an iteration of the loop; None where it has none."""
+    table = getattr(scheduler, "timesteps", None)
+    return len(table) if isinstance(table, Tensor) and table.dim() == 1 and len(table) else None
+
+
 def planned_scheduler(pipe: Any, steps: int) -> Any:
     """Make a copy of a pipeline's scheduler that is set to `steps`; None if `set_timesteps` needs more."""
     scheduler = scheduler_of(pipe)

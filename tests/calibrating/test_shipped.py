@@ -37,6 +37,8 @@ def test_each_is_whole_and_named_for_what_it_serves(path):
     found = Calibration.load(path)
     assert path_of(found.key) == path
     assert found.scales == [3.5, 5.0]
+    assert repr(found).startswith(f"Calibration(model='{found.key.model}', scheduler='{found.key.scheduler}', steps=")
+    assert len(repr(found)) < 200
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from support import tiny
 
 import cachekit
+from cachekit.amounts import macs, size
 from cachekit.bench.paper import tables
 from cachekit.costs.counting import count_forward
 from cachekit.errors import CachekitError
@@ -88,6 +89,15 @@ def test_the_estimate_of_a_pipeline_agrees_with_the_report_of_its_run() -> None:
     assert (len(found.steps), found.cache_bytes > 0) == (6, True)
     ratio = found.macs / found.baseline_macs
     assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
+
+
+def test_an_estimate_is_a_line_and_a_table() -> None:
+    found = cachekit.estimate(tiny.small(), "tgate:m=2", num_inference_steps=4)
+    costs = f"{macs(found.macs)} of {macs(found.baseline_macs)}, {found.mac_reduction:.2f}x MAC reduction"
+    assert repr(found) == f"<Estimate: {costs}, {size(found.cache_bytes)} kept, 4 steps>"
+    page = found._repr_html_()
+    assert f"<th>4 steps, {found.mac_reduction:.2f}x MAC reduction</th><th>uncached</th><th>cached</th>" in page
+    assert f"<td>{macs(found.baseline_macs)}</td><td>{macs(found.macs)}</td>" in page
 
 
 def test_pixels_per_latent_come_from_the_pipeline() -> None:

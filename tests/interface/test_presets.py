@@ -116,6 +116,12 @@ def test_a_file_is_read_back_as_it_was_written(tmp_path):
         Preset(specs=SPECS).save(tmp_path / "none" / "fast.json")
 
 
+def test_a_preset_is_a_line():
+    preset = Preset(specs=["tgate:m=5"], evidence={"pipeline": "FluxPipeline", "steps": 25})
+    assert repr(preset) == "Preset(specs=['tgate:m=5'], pipeline='FluxPipeline', steps=25)"
+    assert str(preset) == "specs=['tgate:m=5'] pipeline='FluxPipeline' steps=25"
+
+
 def test_a_bare_denoiser_is_compared_by_its_weights(tmp_path, pipe):
     path = saved(tmp_path, denoiser="UNet2DConditionModel", model="0" * 16, pipeline="StableDiffusionPipeline", steps=9)
     (line,) = warned(lambda: cachekit.apply(pipe.unet, f"preset:{path}").remove())

@@ -45,6 +45,18 @@ def test_every_square_is_the_action_of_the_plan(steps):
     assert set(MARKS.values()) >= {mark for *_, marks in listed for mark in marks}
 
 
+def test_a_plan_is_a_line_and_a_picture_and_names_what_never_acts():
+    with cachekit.apply(tiny.small(), ["tgate:m=5", "deepcache:interval=2"]) as attachment:
+        short, plan, unguided = attachment.plan(5), attachment.plan(6), attachment.plan(6, guided=False)
+    specs, targets = "tgate:m=5 + deepcache:interval=2", len(plan.assignments)
+    assert repr(plan) == f"<Plan: 6 steps, {specs}, {targets} targets>"
+    assert plan._repr_svg_() == plan.picture()
+    assert (short.idle, plan.idle, unguided.idle) == (["tgate:m=5"], [], [])
+    line = "warning: tgate:m=5 never acts in 5 steps: give it other settings, or more steps"
+    assert str(short).splitlines()[-1] == line
+    assert "warning" not in str(plan)
+
+
 def test_branches_and_steps_are_numbered():
     with cachekit.apply(tiny.small(), ["tgate:m=4"]) as attachment:
         plan = attachment.plan(12)

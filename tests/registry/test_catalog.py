@@ -243,6 +243,15 @@ def test_the_environment_disables_installed_plugins(monkeypatch):
 
 
 @pytest.mark.usefixtures("fresh")
+def test_an_unknown_name_in_the_environment_is_a_warning(monkeypatch):
+    monkeypatch.setenv(DISABLE, "tgat,")
+    expected = r"^CACHEKIT_DISABLE names 'tgat', which is no plugin \(did you mean 'tgate'\?\); plugins: .*, unet$"
+    with pytest.warns(PluginWarning, match=expected) as seen:
+        assert "tgate" in installed().policies
+    assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("fresh")
 def test_a_failure_is_a_warning_once(point, monkeypatch):
     points = [point("broken", "import no_such_module_anywhere"), point("good", GOOD)]
     monkeypatch.setattr("cachekit.registry.catalog.entry_points", lambda group: points)

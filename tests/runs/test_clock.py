@@ -100,7 +100,7 @@ def test_rows_are_the_iterations_and_policies_fire_on_time(scheduler: str) -> No
     with cachekit.apply(pipe, BOTH) as attachment, Batches(pipe.unet, "conv_in", "mid_block.resnets.0.conv1") as seen:
         first = tiny.latents(pipe, steps=STEPS)
         record = attachment.report().record
-        planned = attachment.plan(iterations).rows
+        planned = attachment.plan(STEPS).rows
         again = tiny.latents(pipe, steps=STEPS)
     assert len(record.rows) == record.steps == iterations
     assert seen["conv_in"][:iterations] == [2] * 4 + [1] * (iterations - 4)

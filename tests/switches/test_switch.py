@@ -15,6 +15,7 @@ from torch import nn
 import cachekit
 from cachekit import Action, Choice, Every, Kind, Policy, Region, Reuse, Site, Sites
 from cachekit.planning.assignments import Assignment
+from cachekit.switches.duties import Duty
 from cachekit.switches.placeholders import Placeholder, Scratch, zeros_like
 from cachekit.switches.roles import Exit, Member, Role
 from cachekit.switches.switch import Switch
@@ -41,6 +42,7 @@ class FakeCall:
     """A call that notes what is counted, and refuses to be asked for anything else."""
 
     def __init__(self, *actions: Any) -> None:
+        self.duties: dict[str, Duty] = {}
         self.actions = list(actions)
         self.counts = [Counter() for _ in actions]
 
@@ -65,7 +67,9 @@ def bound(target: Any = SITE) -> Assignment:
 
 def switched(call: Any, *roles: Role) -> tuple[Double, Switch]:
     module = Double()
-    switch = Switch(Held(call), module, "module", roles)
+    if call is not None:
+        call.duties["module"] = Duty(roles)
+    switch = Switch(Held(call), module, "module")
     switch.install()
     return module, switch
 

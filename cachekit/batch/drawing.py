@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cachekit.runs.report import Report
 
-__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "figures_of", "pictures_of", "unread_arguments"]
+__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "pictures_of", "unread_arguments"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class _Studio:
             "macs": macs,
             "versions": {"cachekit": __version__, **versions(), "python": platform.python_version()},
         }
-        figures = {**figures_of(report), "macs": macs} if report and task.specs else None
+        figures = {**_figures(report), "macs": macs} if report and task.specs else None
         return Drawn(encoded(pictures[0], description), description, figures, f"{platform.node()}:{os.getpid()}")
 
     def _attached(self, task: Task) -> Any:
@@ -175,7 +175,7 @@ def _actions(report: Report | None) -> Iterator[Any]:
     yield from (one.signature for one in report.record.calls) if report else ()
 
 
-def figures_of(report: Report) -> dict[str, Any]:
+def _figures(report: Report) -> dict[str, Any]:
     """Write the figures of a report as plain data, without its MACs."""
     return {
         "steps": report.steps,

@@ -120,7 +120,7 @@ def _threads(executor: str, workers: int | None) -> int | None:
 def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: Path | None) -> None:
     """Generate the image, or the images, of one call."""
     from cachekit.applying import apply
-    from cachekit.batch.drawing import call, check_arguments, figures_of, unread_arguments
+    from cachekit.batch.drawing import call, check_arguments, unread_arguments
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
     from cachekit.upstream.scales import SCALE
@@ -150,7 +150,7 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
         paths = _write(pictures, output)
         for path in paths:
             say(f"wrote {path}")
-        give({"images": list(map(str, paths)), "specs": list(defaults.specs), "report": report and figures_of(report)})
+        give({"images": list(map(str, paths)), "specs": list(defaults.specs), "report": report and report.to_dict()})
 
 
 def _check_prompt(prompt: str | None) -> None:

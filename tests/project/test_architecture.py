@@ -124,7 +124,9 @@ def test_each_room_has_tests_of_its_own():
 def test_the_page_about_the_architecture_lists_every_room():
     text = (ROOT / "docs" / "architecture.md").read_text()
     listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
+    ranks = [rooms()[room] for room in listed if room in rooms()]
     assert sorted(rooms()) == sorted(set(listed) & set(rooms()))
+    assert ranks == sorted(ranks)
 
 
 @each([path for path in CORE if path != ROOT / "cachekit" / "__init__.py"])

@@ -23,7 +23,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes, error: type[
         os.chmod(file.name, 0o644)
         os.replace(file.name, target)
     except OSError as failure:
-        raise error(f"cannot write {str(target)!r}: {failure.strerror}") from failure
+        raise error(f"cannot write {str(target)!r}: {failure.strerror}; give another path") from failure
 
 
 def digest(data: Any) -> str:

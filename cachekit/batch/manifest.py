@@ -71,4 +71,4 @@ class Folder:
             with self._file.open("a") as end:
                 end.write(line + "\n")
         except OSError as error:
-            raise BatchError(f"cannot write {str(self._file)!r}: {error.strerror}") from error
+            raise BatchError(f"cannot write {str(self._file)!r}: {error.strerror}; give another path") from error

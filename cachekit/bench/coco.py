@@ -152,7 +152,7 @@ def _check(coco: Coco) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "scores.jsonl").open("a").close()
     except OSError as error:
-        raise BenchError(f"cannot write images to {str(folder)!r}: {error.strerror}") from error
+        raise BenchError(f"cannot write images to {str(folder)!r}: {error.strerror}; give another path") from error
 
 
 def _append(file: Path, scored: Scored) -> None:

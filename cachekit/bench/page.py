@@ -44,7 +44,7 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise BenchError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        raise BenchError(f"cannot write {str(path)!r}: {error.strerror}; give another path") from error
 
 
 # -- what the template shows ------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Results:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.open("a").close()
         except OSError as error:
-            raise BenchError(f"cannot write {str(path)!r}: {error.strerror}") from error
+            raise BenchError(f"cannot write {str(path)!r}: {error.strerror}; give another path") from error
         self._mend()
 
     def __contains__(self, cell: Cell) -> bool:
@@ -109,7 +109,7 @@ class Results:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise BenchError(f"cannot write {str(self.path)!r}: {error.strerror}") from error
+            raise BenchError(f"cannot write {str(self.path)!r}: {error.strerror}; give another path") from error
         self._held[result.id] = result
 
     def _mend(self) -> None:

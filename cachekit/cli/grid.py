@@ -118,9 +118,11 @@ def _open(settings: GridSettings) -> Results:
 
     merged, html = [read(path) for path in settings.merge], settings.html
     if html is not None and not html.parent.is_dir():
-        raise BenchError(f"cannot write {str(html)!r}: there is no folder {str(html.parent)!r}")
+        raise BenchError(
+            f"cannot write {str(html)!r}: there is no folder {str(html.parent)!r}; make it, or name another"
+        )
     if html is not None and html.is_dir():
-        raise BenchError(f"cannot write {str(html)!r}: it is a folder")
+        raise BenchError(f"cannot write {str(html)!r}: it is a folder; name a file in it")
     results = Results(settings.output)
     for problem in (*results.problems, *(problem for _, problems in merged for problem in problems)):
         typer.echo(f"warning: {problem}", err=True)

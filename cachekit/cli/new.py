@@ -52,7 +52,7 @@ def _write(kind: str, name: str, output: Path | None) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
         except OSError as error:
-            raise CachekitError(f"cannot write {str(target)!r}: {error.strerror}") from error
+            raise CachekitError(f"cannot write {str(target)!r}: {error.strerror}; give another path") from error
     say(f"wrote {folder}")
     say(f"next: cd {folder} && pip install -e '.[test]' && pytest")
 

@@ -80,7 +80,7 @@ def write(path: Path, text: str) -> None:
     try:
         path.write_text(text)
     except OSError as error:
-        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        raise CachekitError(f"cannot write {str(path)!r}: {error.strerror}; give another path") from error
     say(f"wrote {path}")
 
 

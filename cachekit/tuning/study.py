@@ -145,7 +145,9 @@ def _storage(optuna: Any, path: Path | None) -> Any:
         return None
     journal = optuna.storages.journal
     if not path.parent.is_dir():
-        raise TuningError(f"cannot write journal {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise TuningError(
+            f"cannot write journal {str(path)!r}: there is no folder {str(path.parent)!r}; make it, or name another"
+        )
     try:
         # A lock that is a file of its own works on network file systems too.
         return optuna.storages.JournalStorage(

@@ -111,7 +111,8 @@ def tune(
     target_file = Path(output) if output is not None else None
     if target_file is not None and not target_file.absolute().parent.is_dir():
         raise TuningError(
-            f"cannot write {str(target_file)!r}: there is no folder {str(target_file.parent)!r}; make it, or name another"
+            f"cannot write {str(target_file)!r}: there is no folder {str(target_file.parent)!r};"
+            " make it, or name another"
         )
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from support.sources import ROOT
 
 from cachekit.batch.rows import BatchError, Defaults, read_rows, tasks_of
 
@@ -19,6 +21,13 @@ def read(tmp_path):
         return read_rows(str(file))
 
     return read
+
+
+def test_the_rows_of_the_page_on_batches_are_read(read):
+    page = (ROOT / "docs" / "generating.md").read_text()
+    (text,) = re.findall(r"^```json\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    found, wrong = tasks(read(text))
+    assert (len(found), wrong) == (text.count("\n"), [])
 
 
 def tasks(rows, **defaults):

@@ -86,5 +86,5 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path):
     result = commands.run("plan", "tgate:m=3", "--steps", 6, "--svg", tmp_path)
     assert (result.exit_code, result.stderr) == (
         2,
-        f"error: cannot write {str(tmp_path)!r}: Is a directory; give another path\n",
+        f"error: cannot write {str(tmp_path)!r}: Is a directory; give another file\n",
     )

@@ -118,7 +118,7 @@ def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_blocks_are_of_languages_that_are_run(path):
     fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)
-    assert {*fences[::2]} <= {"python", "console", "toml"}
+    assert {*fences[::2]} <= {"python", "console", "toml", "json"}
     assert {*fences[1::2]} <= {""}
     for _, reason, text in found(path, "python"):
         assert reason is None or compile(text, path.name, "exec")

@@ -6,6 +6,7 @@ import typer
 
 from cachekit.cli import (
     analyze,
+    application,
     bench,
     calibrate,
     check,
@@ -32,6 +33,7 @@ app.command()(estimate.estimate)
 app.command()(recommend.recommend)
 app.command()(generate.generate)
 app.command()(demo.demo)
+app.command()(application.app)
 app.add_typer(bench.app, name="bench")
 app.command()(analyze.analyze)
 app.command()(calibrate.calibrate)

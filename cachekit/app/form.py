@@ -54,7 +54,7 @@ class Control:
     step: float | None = None
     part: Draft | None = None
     base: type[Part] | None = None
-    #: The part that the policy chooses where none is given; None where the key can't be left out.
+    #: The name of the part that the policy chooses where none is given; None where the key can't be left out.
     own: str | None = None
 
     @property
@@ -73,14 +73,15 @@ class Control:
 def controls(draft: Draft, base: type[Part], words: Vocabulary) -> list[Control]:
     """List a control for each key of a policy or part, in the order of its fields.
 
-    A policy's `where`, `when` and `what` are among them where a spec may give them. There are none for a name that
+    A policy's `where`, `when` and `what` come last, where a spec may give them. There are no controls for a name that
     `words` lacks.
     """
     made = parts_of(base, words).get(draft.name)
     if made is None:
         return []
     hidden, own = _replaceable(made)
-    return [_control(key, made, draft, words, own) for key in made.model_fields if key not in hidden]
+    keys = sorted(made.model_fields, key=lambda key: key in PARTS and issubclass(made, Policy))
+    return [_control(key, made, draft, words, own) for key in keys if key not in hidden]
 
 
 def started(name: str, base: type[Part], words: Vocabulary) -> Draft:
@@ -131,7 +132,7 @@ def number(value: float) -> str:
 
 @functools.cache
 def _replaceable(made: type[Part]) -> tuple[frozenset[str], Mapping[str, str]]:
-    """Find the keys that a spec can't give, and what a policy itself chooses for those that it can.
+    """Find the keys that a spec can't give, and the names of the parts that stand at those that it can.
 
     Parts can be replaced where a policy has one choice.
     """
@@ -143,7 +144,7 @@ def _replaceable(made: type[Part]) -> tuple[frozenset[str], Mapping[str, str]]:
         return frozenset(), {}
     if len(choices) != 1:
         return frozenset(PARTS), {}
-    return frozenset(), {key: str(getattr(choices[0], key)) for key in PARTS}
+    return frozenset(), {key: getattr(choices[0], key).name for key in PARTS}
 
 
 @functools.cache

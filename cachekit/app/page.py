@@ -116,7 +116,7 @@ class Page:
     def _show_form(self, drafts: tuple[Draft, ...]) -> None:
         for place, draft in enumerate(drafts):
             with gr.Group():
-                gr.HTML(container=True, label=draft.name, show_label=True, value=message(self._desk.about(draft)))
+                gr.HTML(message(f"{draft.name}: {self._desk.about(draft)}"), padding=True)
                 self._show_controls((str(place),), draft, Policy)
 
     def _show_controls(self, path: tuple[str, ...], draft: Draft, base: type[Part]) -> None:
@@ -129,11 +129,11 @@ class Page:
                 Kind.MENU: self._show_menu,
                 Kind.TEXT: self._show_text,
                 Kind.PART: self._show_part,
-            }[control.kind](control, here, {"label": label, "elem_id": name})
+            }[control.kind](control, here, {"label": label, "elem_id": name, "interactive": True})
             if control.part and control.base:
                 self._show_controls(here, control.part, control.base)
 
-    def _show_number(self, control: Control, path: tuple[str, ...], shown: dict[str, str]) -> None:
+    def _show_number(self, control: Control, path: tuple[str, ...], shown: dict[str, Any]) -> None:
         if control.words:
             written = number(control.number)
             choices = [("a number", written), *((word, word) for word in control.words)]
@@ -148,17 +148,17 @@ class Page:
             component = gr.Slider(control.low, control.high, control.number, step=control.step, **shown)
         self._changes(component, path, lambda value: "" if value is None else number(value))
 
-    def _show_flag(self, control: Control, path: tuple[str, ...], shown: dict[str, str]) -> None:
+    def _show_flag(self, control: Control, path: tuple[str, ...], shown: dict[str, Any]) -> None:
         self._changes(gr.Checkbox(control.text == "true", **shown), path, lambda value: str(value).lower())
 
-    def _show_menu(self, control: Control, path: tuple[str, ...], shown: dict[str, str]) -> None:
+    def _show_menu(self, control: Control, path: tuple[str, ...], shown: dict[str, Any]) -> None:
         self._changes(gr.Dropdown([*control.words], value=control.text, **shown), path, str)
 
-    def _show_text(self, control: Control, path: tuple[str, ...], shown: dict[str, str]) -> None:
+    def _show_text(self, control: Control, path: tuple[str, ...], shown: dict[str, Any]) -> None:
         hint = f"or {', '.join(control.words)}" if control.words else None
         self._changes(gr.Textbox(control.text, info=hint, **shown), path, str)
 
-    def _show_part(self, control: Control, path: tuple[str, ...], shown: dict[str, str]) -> None:
+    def _show_part(self, control: Control, path: tuple[str, ...], shown: dict[str, Any]) -> None:
         names = self._desk.parts(control)
         self._changes(gr.Dropdown(names, value=control.text, **shown), path, str, reshapes=True)
 

@@ -83,7 +83,7 @@ class Page:
         label, copied = "Spec", ["copy"]
         self._spec = gr.Textbox(self._desk.text(drafts), label=label, lines=2, buttons=copied, elem_id="spec")
         gr.render(inputs=[self._drafts], triggers=[self._shape.change])(self._show_form)
-        with gr.Accordion("Python", open=False):
+        with gr.Accordion("Python", open=False, elem_id="python"):
             self._lines = gr.Textbox(show_label=False, lines=8, buttons=copied, interactive=False, elem_id="lines")
 
     def _show_preview(self) -> None:

@@ -71,7 +71,7 @@ class Shown:
         return self.driver.execute_script(f"return document.querySelector({selector!r})?.innerText ?? ''")
 
     def until(self, condition, message=""):
-        return WebDriverWait(self.driver, 60, 0.05).until(lambda driver: condition(), message)
+        return WebDriverWait(self.driver, 90, 0.05).until(lambda driver: condition(), message)
 
     def typed(self, selector, text):
         box = self.one(selector)
@@ -92,13 +92,12 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
     page.until(lambda: page.text("#costs") not in ("", before))
     assert page.one("#plan svg").get_attribute("outerHTML") != plan
     assert page.one("#spec textarea").get_attribute("value") == "deepcache"
-    assert "cachekit.apply(pipe, ['deepcache'])" in page.driver.execute_script(
-        "return document.querySelector('#lines textarea')?.value"
-    )
+    page.one("#python button").click()
+    assert "cachekit.apply(pipe, ['deepcache'])" in page.one("#lines textarea").get_attribute("value")
 
     page.typed("#prompt textarea", HOSTILE)
     page.one("#draw").click()
-    page.until(lambda: page.text("#figures"))
+    page.until(lambda: "PSNR" in page.text("#figures"))
     assert "plain steps, of equal cost" in page.text("#figures")
     moving = page.one("#slider img.fixed")
     border = "return getComputedStyle(arguments[0]).clipPath"

@@ -9,11 +9,10 @@ import pytest
 from support import tiny
 
 import cachekit
-from cachekit.app import texts
+from cachekit.app import serving, texts
 from cachekit.app.desk import MOST, Desk
 from cachekit.app.drafts import Draft
 from cachekit.app.drawing import Request, Studio
-from cachekit.app.serving import Guard
 from cachekit.errors import CachekitError
 from cachekit.registry.catalog import installed
 
@@ -219,7 +218,7 @@ def test_only_names_of_this_machine_are_answered(host, status):
     async def send(message):
         sent.append(message)
 
-    guard = Guard(inner, hosts=("127.0.0.1", "localhost"))
+    guard = serving.Guard(inner, hosts=("127.0.0.1", "localhost"))
     asyncio.run(guard({"type": "http", "headers": [(b"host", host)]}, None, send))
     assert sent[0]["status"] == status
     if status == 200:
@@ -229,3 +228,9 @@ def test_only_names_of_this_machine_are_answered(host, status):
 def test_errors_are_one_line():
     assert Tags(texts.problem(CachekitError("a\nb"))).text == "a b"
     assert Tags(texts.problem(ValueError())).text == "ValueError"
+
+
+def test_without_gradio_there_is_a_line_with_the_cure(monkeypatch):
+    monkeypatch.setattr(serving, "find_spec", lambda name: None)
+    with pytest.raises(CachekitError, match=r"needs gradio, which is not installed; pip install 'cachekit-diffusion"):
+        serving.serve("demo", [])

@@ -8,6 +8,7 @@ import typer
 
 from cachekit.cli import (
     analyze,
+    application,
     bench,
     calibrate,
     check,
@@ -41,6 +42,7 @@ app.command(epilog=EXAMPLES["estimate"])(estimate.estimate)
 app.command(epilog=EXAMPLES["recommend"])(recommend.recommend)
 app.command(epilog=EXAMPLES["generate"])(generate.generate)
 app.command(epilog=EXAMPLES["demo"])(demo.demo)
+app.command(epilog=EXAMPLES["app"])(application.app)
 app.add_typer(bench.app, name="bench")
 app.command(epilog=EXAMPLES["analyze"])(analyze.analyze)
 app.command(epilog=EXAMPLES["calibrate"])(calibrate.calibrate)

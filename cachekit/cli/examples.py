@@ -18,6 +18,7 @@ LINES: dict[str, tuple[str, ...]] = {
         "generate ./my-pipeline --prompts rows.jsonl --output images --executor ray --workers 4",
     ),
     "demo": ("demo", "demo --captions 4 --steps 12 --spec tgate:m=5+deepcache:interval=2"),
+    "app": ("app demo", "app ./my-pipeline --port 8000"),
     "analyze": ("analyze demo --captions 24", "analyze ./my-pipeline --captions captions.txt --only changes"),
     "calibrate": ("calibrate ./my-pipeline --spec calibrated:interval=4 --prompts prompts.txt --steps 25",),
     "tune": ("tune demo --at-least 35dB --trials 20", "tune ./my-pipeline --captions captions.txt --speedup 2"),

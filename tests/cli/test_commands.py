@@ -28,6 +28,7 @@ SUBCOMMANDS = [
     "estimate",
     "generate",
     "demo",
+    "app",
     "bench",
     "tune",
     "check",

@@ -113,7 +113,7 @@ def test_the_rooms_are_those_of_the_linter():
     there = {path.name.removesuffix(".py") for path in (ROOT / "cachekit").iterdir() if path.suffix in ("", ".py")}
     # The folder of the presets that ship holds no code.
     assert there - {"__init__", "__pycache__", "py.typed", "presets"} == set(rooms())
-    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 19
+    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 20
 
 
 def test_each_room_has_tests_of_its_own():

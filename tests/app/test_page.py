@@ -1,0 +1,124 @@
+"""The app in a browser: what is changed there is planned, estimated and drawn, and nothing comes from outside."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from cachekit.app.serving import serve
+from cachekit.errors import CachekitError
+
+pytest.importorskip("gradio", reason="no gradio, which the extra `app` installs")
+
+HOSTILE = '<img src=x onerror="window.hit=1">${7*7}'
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1400",
+)
+
+
+@pytest.fixture(scope="module")
+def address():
+    server, address = serve("demo", ["deepcache:interval=2"], device="cpu")
+    yield address
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Start Debian's Chromium; nothing is downloaded."""
+    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if None in programs:
+        pytest.skip("no chromium and chromedriver on this machine")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, Service(programs[1]))
+    driver.get("about:blank")
+    for log in ("browser", "performance"):
+        driver.get_log(log)
+    yield driver
+    driver.quit()
+
+
+class Shown:
+    """The page, with waiting for what it should show."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def one(self, selector):
+        return self.until(lambda: next(iter(self.driver.find_elements(By.CSS_SELECTOR, selector)), None), selector)
+
+    def text(self, selector):
+        return self.driver.execute_script(f"return document.querySelector({selector!r})?.innerText ?? ''")
+
+    def until(self, condition, message=""):
+        return WebDriverWait(self.driver, 90, 0.05).until(lambda driver: condition(), message)
+
+    def typed(self, selector, text):
+        box = self.one(selector)
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(text, Keys.TAB)
+
+
+def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
+    browser.get(address)
+    page = Shown(browser)
+    page.typed("#steps input[type=number]:enabled", "4")
+    page.until(lambda: browser.find_elements(By.CSS_SELECTOR, "#plan title") and "16" not in page.text("#plan"))
+    before, plan = page.text("#costs"), page.one("#plan svg").get_attribute("outerHTML")
+    assert "MAC reduction" in before
+
+    page.one("#key-0-interval input[type=range]:enabled").send_keys(Keys.ARROW_RIGHT)
+    page.until(lambda: "deepcache\n" in page.text("#plan"))
+    page.until(lambda: page.text("#costs") not in ("", before))
+    assert page.one("#plan svg").get_attribute("outerHTML") != plan
+    assert page.one("#spec textarea").get_attribute("value") == "deepcache"
+    page.one("#python button").click()
+    assert "cachekit.apply(pipe, ['deepcache'])" in page.one("#lines textarea").get_attribute("value")
+
+    page.typed("#prompt textarea", HOSTILE)
+    page.one("#draw").click()
+    page.until(lambda: "PSNR" in page.text("#figures"))
+    assert "plain steps, of equal cost" in page.text("#figures")
+    moving = page.one("#slider img.fixed")
+    border = "return getComputedStyle(arguments[0]).clipPath"
+    page.until(lambda: "50%" in browser.execute_script(border, moving))
+    handle = page.one("#slider .outer .icon-wrap")
+    ActionChains(browser).drag_and_drop_by_offset(handle, 60, 0).perform()
+    page.until(lambda: "50%" not in browser.execute_script(border, moving))
+
+    page.typed("#spec textarea", HOSTILE)
+    page.until(lambda: HOSTILE in page.text("#costs"))
+    assert not browser.find_elements(By.CSS_SELECTOR, "#costs img, #note img, #figures img")
+    assert browser.execute_script("return window.hit") is None
+
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert any(url.startswith(address) for url in asked)
+    assert all(url.startswith((address, "data:", "blob:")) for url in asked)
+    assert browser.get_log("browser") == []
+
+
+def test_a_port_that_is_taken_is_refused_in_a_line(address):
+    port = int(address.rstrip("/").rpartition(":")[2])
+    with pytest.raises(CachekitError, match=rf"cannot listen on 127.0.0.1, port {port}: .*; give another --port"):
+        serve("demo", [], port=port)

@@ -13,7 +13,7 @@ from cachekit.bench.cells import Setting
 from cachekit.bench.measuring import similarity, steps_at, timed_call
 from cachekit.bench.subjects import load, subject_of
 from cachekit.errors import CachekitError, CostError
-from cachekit.models.loading import is_architecture
+from cachekit.models.names import is_architecture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +58,7 @@ class Picture:
     def mac_reduction(self) -> float | None:
         """MACs without the policies, over MACs with them; None where they can't be counted."""
         try:
-            return self.report.cost.speedup if self.report else None
+            return self.report.cost.mac_reduction if self.report else None
         except CostError:
             return None
 

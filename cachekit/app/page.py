@@ -14,7 +14,7 @@ from cachekit.app.form import Control, Kind, number
 from cachekit.app.texts import message
 from cachekit.interface.parts import Part
 from cachekit.interface.policy import Policy
-from cachekit.models.loading import DEMOS
+from cachekit.models.names import DEMOS
 
 __all__ = ["STYLE", "Page"]
 

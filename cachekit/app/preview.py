@@ -13,7 +13,8 @@ from cachekit.driving.setup import Setup
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import architecture, architecture_of
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
-from cachekit.models.loading import DEMOS, class_of, default_steps, is_architecture, pipeline_from_config
+from cachekit.models.loading import class_of, default_steps, pipeline_from_config
+from cachekit.models.names import DEMOS, is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
 from cachekit.upstream.pipelines import denoisers_of

@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from cachekit.bench.figures import FIGURES, size
-from cachekit.models.loading import DEMOS, is_architecture
+from cachekit.models.names import DEMOS, is_architecture
 from cachekit.upstream.scales import SCALE
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def costs(preview: Preview) -> str:
         ("parameters in the final phase", f"{found.baseline_params:,}", f"{found.params:,}"),
         ("kept at most", size(0), size(found.cache_bytes)),
     ]
-    total = f"{found.speedup:.2f}x MAC reduction"
+    total = f"{found.mac_reduction:.2f}x MAC reduction"
     if not preview.plan.is_static:
         total += ", and more: what is decided during the run (?) counts as computed"
     return message(total) + table(("estimate of an image", "uncached", "with policies"), rows)
@@ -94,7 +94,7 @@ def python_lines(request: Request, specs: Sequence[str]) -> str:
     listed = f"[{', '.join(map(repr, specs))}]"
     if is_architecture(request.model):
         call = f"cachekit.estimate({request.model!r}, {listed}, num_inference_steps={request.steps})"
-        return f"import cachekit\n\nprint({call}.speedup)\n"
+        return f"import cachekit\n\nprint({call}.mac_reduction)\n"
     scale = "" if request.guidance is None else f", {SCALE}={request.guidance:g}"
     kind = DEMOS.get(request.model)
     imports = ["import torch", "", "import cachekit"] if kind else ["import torch", "from diffusers import "

@@ -8,7 +8,8 @@ import typer
 
 from cachekit.cli.demo import SPECS
 from cachekit.cli.output import say
-from cachekit.models.loading import DTYPES, EMBEDDED
+from cachekit.models.loading import DTYPES
+from cachekit.models.names import EMBEDDED, canonical
 
 _MODEL = f"Folder or hub id of a diffusers pipeline, {EMBEDDED}, or an architecture such as sdxl, for estimates alone."
 #: The address on which only this machine can reach the page.
@@ -27,7 +28,7 @@ def app(
     """Choose policies in a browser: their plan and estimate, then pictures with and without them side by side."""
     from cachekit.app.serving import serve
 
-    server, address = serve(model, _specs(spec), host, port, device, dtype)
+    server, address = serve(canonical(model), _specs(spec), host, port, device, dtype)
     say(f"open {address} (Ctrl-C stops it)")
     if host not in (_LOCAL, "localhost"):
         say("warning: everybody who reaches this address can load models and draw on this machine")

@@ -88,10 +88,16 @@ def _scales(time: Time) -> tuple[float, float]:
 
 
 def _changed(streams: Streams, entry: Streams, change: _Change) -> Streams:
-    """Change the first tensor, where it has an element for each of what entered; the rest of it stays."""
+    """Change the first tensor, where it has an element for each of what entered; the rest of it stays.
+
+    Raises `SiteError` where the two have different numbers of dimensions.
+    """
     first, into = streams[0], entry[0]
     if first.shape == into.shape:
         return (change(first, into).to(first.dtype), *streams[1:])
+    if first.dim() != into.dim():
+        shapes = f"{tuple(into.shape)} entered, but {tuple(first.shape)} left"
+        raise SiteError(f"{shapes}: nothing of one can be taken from the other; use of=output or another policy")
     shared = tuple(slice(min(sizes)) for sizes in zip(first.shape, into.shape))
     changed = first.clone()
     changed[shared] = change(first[shared], into[shared]).to(first.dtype)

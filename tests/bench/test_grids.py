@@ -459,6 +459,13 @@ def test_two_workers_measure_what_one_does_and_one_that_dies_loses_nothing(folde
     assert outcomes[last].startswith(f"{last.label}: a worker died, perhaps for want of memory")
 
 
+def is_worker(process):
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.Error:  # another child, which has ended meanwhile
+        return False
+
+
 def test_workers_end_with_a_command_that_is_killed(folder, tmp_path):
     words = ["bench", "grid", folder, "--spec", "tgate:m=2", "--steps", "4", "--limit", "1", "--no-peers"]
     words += ["--executor", "process", "--workers", "1", "--threads", "1", "--output", str(tmp_path / "results.jsonl")]
@@ -468,7 +475,7 @@ def test_workers_end_with_a_command_that_is_killed(folder, tmp_path):
     workers: list[psutil.Process] = []
     while not workers:
         assert command.poll() is None
-        workers = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
+        workers = [child for child in command.children() if is_worker(child)]
         time.sleep(0.1)
     command.kill()
     command.wait()

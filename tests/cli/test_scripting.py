@@ -44,7 +44,7 @@ def all_commands():
 
 COMMANDS = all_commands()
 #: Commands that write a project, and print no table.
-WITHOUT_TABLE = {"new-policy", "new-adapter"}
+WITHOUT_TABLE = {"app", "new-policy", "new-adapter"}
 
 
 # -- help ---------------------------------------------------------------------------------------------------

@@ -102,6 +102,7 @@ def started(name: str, base: type[Part], words: Vocabulary) -> Draft:
 def edited(draft: Draft, base: type[Part], path: Sequence[str], value: str, words: Vocabulary) -> Draft:
     """Change the value at the end of a path of keys; a part is given by its name, and begins anew.
 
+    >>> from cachekit import Schedule
     >>> from cachekit.registry.catalog import installed
     >>> print(edited(Draft("window"), Schedule, ("when", "n"), "4", installed()))
     window(when=every(n=4))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from cachekit.interface.adapter import Layout
@@ -130,11 +130,20 @@ class Plan:
             ("", "".join(str(step % 10) for step in steps)),
             ("branches", "".join(str(len(row.branches)) for row in self.rows)),
         ]
-        counts = Counter((spec, kind, marks) for spec, _, kind, marks in self.columns())
-        lines += [(f"{spec}  {kind} x {count}", marks) for (spec, kind, marks), count in counts.items()]
+        lines += self._labelled()
         width = max(len(label) for label, _ in lines)
         warnings = (f"warning: {warning}" for warning in self.warnings)
         return "\n".join([*(f"{label:{width}}  {marks}" for label, marks in lines), _LEGEND, *warnings])
+
+    def _labelled(self) -> Iterator[tuple[str, str]]:
+        """Yield the label and the marks of each distinct column; targets are named where their number doesn't do."""
+        names: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for spec, name, kind, marks in self.columns():
+            names[spec, kind, marks].append(name)
+        rows = Counter((spec, kind) for spec, kind, _ in names)
+        for (spec, kind, marks), alike in names.items():
+            which = " to ".join(dict.fromkeys((alike[0], alike[-1])))
+            yield f"{spec}  {kind} x {len(alike)}{f' ({which})' if rows[spec, kind] > 1 else ''}", marks
 
 
 def make_plan(

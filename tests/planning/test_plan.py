@@ -388,3 +388,10 @@ print(sorted({"torch", "diffusers", "transformers"} & set(sys.modules)))
 def test_specs_plans_and_every_policy_need_no_torch():
     output = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True).stdout
     assert output.split() == ["tgate:m=5", "cache:where=denoiser,when=quadratic,what=hermite", "[]"]
+
+
+def test_each_line_of_a_printed_plan_has_a_label_of_its_own():
+    plan = plan_of("delta_dit:interval=2,boundary=2,blocks=1", steps=4)
+    assert len({marks for *_, marks in plan.columns()}) == 2
+    labels = [line.partition("  block x 1 ")[2] for line in str(plan).splitlines() if "block x" in line]
+    assert len(labels) == len({label.partition("  ")[0] for label in labels}) == 2

@@ -54,6 +54,25 @@ def apply(
     raised when it begins: guidance that isn't supported (`GuidanceError`), and a `max_cache_bytes` that nothing fits
     into (`BudgetError`).
     """
+    attachment = attach(pipe, specs, max_cache_bytes=max_cache_bytes, cache_device=cache_device, catalog=catalog)
+    if not attachment.policies:
+        warnings.warn(
+            f"no policy applied to {type(pipe).__name__}: runs are cached within attachment.using(specs) alone",
+            IdleWarning,
+            stacklevel=2,
+        )
+    return attachment
+
+
+def attach(
+    pipe: Any,
+    specs: Spec | Iterable[Spec],
+    *,
+    max_cache_bytes: int | None = None,
+    cache_device: Any = None,
+    catalog: Catalog | None = None,
+) -> Attachment:
+    """Apply policies like `apply`; without any the attachment only counts, and no warning is due."""
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
     policies, presets = read_all(specs, catalog)
@@ -71,12 +90,6 @@ def apply(
     setup = Setup.of(denoisers, policies, catalog, presets)
     attachment = Attachment(setup, limit, cost_of, Fitter)
     attachment.install(pipe)
-    if not policies:
-        warnings.warn(
-            f"no policy applied to {type(pipe).__name__}: runs are cached within attachment.using(specs) alone",
-            IdleWarning,
-            stacklevel=2,
-        )
     for preset in presets:
         warn_of_pipeline(preset, pipe, next(iter(denoisers.values())))
     return attachment

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -232,8 +232,8 @@ def _serve(pipe: Any, work: Work, place: int) -> None:
 def _picklable(error: Exception) -> Exception:
     """Make an error that the parent can read: some can be pickled and not be read again."""
     try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - whatever an error's own pickling raises
+        copy.deepcopy(error)
+    except Exception:  # noqa: BLE001 - whatever an error's own constructor raises
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

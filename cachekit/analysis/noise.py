@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from cachekit.applying import apply
+from cachekit.applying import attach
 from cachekit.bench.measuring import Arguments, timed_call
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.stepping import StepCall, predicted_noise, watched
@@ -31,7 +31,7 @@ def mean_noise(
     for prompt, seed in prompts:
         watch = _Watch()
         twin = watched(pipe, watch)
-        with apply(twin, specs):
+        with attach(twin, specs):
             timed_call(twin, {"num_inference_steps": steps, **arguments(prompt)}, seed)
         found.append(watch.means())
         ran()

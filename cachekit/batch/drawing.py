@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from cachekit.applying import apply
+from cachekit.applying import attach
 from cachekit.batch.images import encoded
 from cachekit.batch.rows import BatchError, Task
 from cachekit.errors import CachekitError, CostError, first_line, nearest
@@ -149,7 +149,7 @@ class _Studio:
         return Drawn(encoded(pictures[0], description), description, figures, f"{platform.node()}:{os.getpid()}")
 
     def _attached(self, task: Task) -> Any:
-        return apply(
+        return attach(
             self._pipe, task.specs, max_cache_bytes=self._job.max_cache_bytes, cache_device=self._job.cache_device
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from cachekit.applying import apply
+from cachekit.applying import attach
 from cachekit.batch.images import described, encoded, opened
 from cachekit.bench.captions import Captions
 from cachekit.bench.cells import BenchError, Setting, digest
@@ -129,7 +129,7 @@ def _drawings(coco: Coco, pipe: Any) -> list[Drawing]:
     schedulers = list(dict.fromkeys(found)) or [type(pipe.scheduler).__name__]
     compositions = [(), *(policies for policies in coco.compositions if policies)]
     for policies in compositions:
-        apply(pipe, policies).remove()
+        attach(pipe, policies).remove()
     names = ("model", "dtype", "compiled", "height", "width", "guidance")
     shared = {name: getattr(coco.setting, name) for name in names}
     shared["model_hash"] = model_hash(coco.setting.model)

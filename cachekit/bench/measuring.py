@@ -126,10 +126,10 @@ class ImageRunner:
         return self._macs[configuration,]
 
     def _attached(self, configuration: Configuration, prompt: str, seed: int) -> RunResult:
-        from cachekit.applying import apply
+        from cachekit.applying import attach
 
         # Without specs the attachment only counts: that run is the warm-up, and never timed.
-        with apply(self._pipe, configuration.specs) as attachment:
+        with attach(self._pipe, configuration.specs) as attachment:
             image, watch = timed_call(self._pipe, self._call(configuration, prompt), seed)
             report = attachment.report()
         return RunResult(

@@ -47,13 +47,13 @@ def analyze(
     from cachekit.bench.subjects import load
     from cachekit.models.loading import scheduler_for
 
-    check_folder(output)
     with json_results(json_file) as give:
         setting = Setting(model=model, captions=(), dtype=dtype, device=device, guidance=guidance, threads=threads)
         subject = load(setting)
         for name in scheduler or ():
             scheduler_for(subject.pipe, name)
         texts = usable_captions(captions, limit, subject.pipe)
+        check_folder(output)
         setting = setting.model_copy(update={"captions": texts, "pictures": len(texts)})
         found: dict[str, Found] = {}
         for name in (name for name in PARTS if not only or name in only):

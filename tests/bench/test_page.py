@@ -104,7 +104,7 @@ def test_the_verdict_is_first_and_says_where_the_page_comes_from(file):
     assert re.search(r"[01] of 1 configurations are nearer", text)
     places = [text.index(part) for part in ('class="verdict"', 'class="plots"', 'class="figures"', 'class="pictures"')]
     assert places == sorted(places)
-    assert re.search(r"Written on \d{4}-\d\d-\d\d by <code>cachekit ", text)
+    assert re.search(r"Written on \d{4}-\d\d-\d\d by <code>cachekit\b", text)
 
 
 def test_an_uncached_image_is_in_the_page_once(file):

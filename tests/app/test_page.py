@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from support.browser import chromium, empty_logs
 
 from cachekit.app.serving import serve
 from cachekit.errors import CachekitError
@@ -19,17 +17,6 @@ from cachekit.errors import CachekitError
 pytest.importorskip("gradio", reason="no gradio, which the extra `app` installs")
 
 HOSTILE = '<img src=x onerror="window.hit=1">${7*7}'
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1400,1400",
-)
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +28,9 @@ def address():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Start Debian's Chromium; nothing is downloaded."""
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if None in programs:
-        pytest.skip("no chromium and chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(programs[1]))
-    driver.get("about:blank")
-    for log in ("browser", "performance"):
-        driver.get_log(log)
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium"), "--window-size=1400,1400") as driver:
+        empty_logs(driver)
+        yield driver
 
 
 class Shown:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from html.parser import HTMLParser
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support import tiny
+from support.browser import chromium, empty_logs
 
 from cachekit.bench.cells import Method, Setting, expand
 from cachekit.bench.page import write_page
@@ -23,16 +21,6 @@ from cachekit.bench.verdict import lead, verdict
 from cachekit.registry.catalog import installed
 
 HOSTILE = '<script>alert(1)</script> " onerror="x'
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 
 
 class Page(HTMLParser):
@@ -148,26 +136,14 @@ def test_spacings_of_plain_steps_are_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    """Start Debian's Chromium; nothing is downloaded."""
-    programs = [shutil.which("chromium"), shutil.which("chromedriver")]
-    if None in programs:
-        pytest.skip("no chromium and chromedriver on this machine")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(programs[1]))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
 
 
 @pytest.fixture
 def shown(browser, file):
     """Show the page anew, after a look away that empties the logs."""
-    browser.get("about:blank")
-    for log in ("browser", "performance"):
-        browser.get_log(log)
+    empty_logs(browser)
     browser.get(file.as_uri())
     return browser
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline, QwenImageTransformer2DModel
 from support import block_replays as replays
 from support import tiny
 
@@ -48,17 +47,7 @@ def test_equal_to_the_naive_replay(name: str, threshold: float, coefficients: tu
 
 def test_texts_of_the_branches_may_differ_in_length() -> None:
     """What stands in for the skipped attention of the first block has the length of its branch's text."""
-    transformer = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tiny.WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    parts = {"vae": None, "text_encoder": None, "tokenizer": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
-    pipe = QwenImagePipeline(transformer=tiny.seeded(transformer), **parts)
+    pipe = tiny.qwen()
     short = tiny.text(1, seed=4)[:, :5]
     given = {"negative_prompt_embeds": short, "true_cfg_scale": 4.0, "guidance_scale": None, "height": 32, "width": 32}
     hand = ByHand(pipe, branches=2)

@@ -38,25 +38,10 @@ def stand_ins():
         "PixArtAlphaPipeline": tiny.pixart,
         "StableDiffusion3Pipeline": tiny.sd3,
         "FluxPipeline": tiny.flux,
-        "QwenImagePipeline": _qwen,
+        "QwenImagePipeline": tiny.qwen,
         "WanPipeline": tiny.wan,
         "StableVideoDiffusionPipeline": tiny.svd,
     }
-
-
-def _qwen():
-    transformer = diffusers.QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=tiny.WIDTH,
-        axes_dims_rope=(4, 6, 6),
-    )
-    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    return diffusers.QwenImagePipeline(transformer=tiny.seeded(transformer), scheduler=scheduler, **parts)
 
 
 def install(monkeypatch):

@@ -13,6 +13,7 @@ from cachekit.testing.tiny.video import svd, wan, wan_transformer
 from cachekit.testing.tiny.weights import TOKENS, WIDTH, reproducible, seeded, vae
 from cachekit.upstream.pipelines import denoiser_of
 from support.tiny.by_hand import TgateByHand, cut, guide, narrowed_by_hand
+from support.tiny.qwen import qwen
 from support.tiny.sharing import sharing, uncached
 from support.tiny.traces import leaves_no_trace, state_of
 
@@ -32,6 +33,7 @@ __all__ = [
     "narrowed_by_hand",
     "picture",
     "pixart",
+    "qwen",
     "reproducible",
     "sd",
     "sd3",

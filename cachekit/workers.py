@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from multiprocessing import connection, get_context, parent_process
+from multiprocessing.reduction import ForkingPickler
 from textwrap import shorten
 from typing import Any, Protocol
 
@@ -232,8 +232,8 @@ def _serve(pipe: Any, work: Work, place: int) -> None:
 def _picklable(error: Exception) -> Exception:
     """Make an error that the parent can read: some can be pickled and not be read again."""
     try:
-        copy.deepcopy(error)
-    except Exception:  # noqa: BLE001 - whatever an error's own constructor raises
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # as the pipe does, with what was made here alone
+    except Exception:  # noqa: BLE001 - whatever an error's own pickling raises
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 

@@ -51,6 +51,10 @@ class Job:
     arguments: str = "{}"
     threads: int | None = None
 
+    def pipeline(self) -> Any:
+        """Load the pipeline."""
+        return loading.ready(self.model, self.scheduler, self.device, self.dtype, **json.loads(self.load))
+
     @property
     def identity(self) -> dict[str, Any]:
         """What images depend on, as plain data."""
@@ -115,10 +119,7 @@ class _Studio:
 
             torch.set_num_threads(job.threads)
         self._job = job
-        self._pipe = loading.pipeline(job.model, **loading.precision(job.dtype), **json.loads(job.load))
-        if job.scheduler:
-            self._pipe.scheduler = loading.scheduler_for(self._pipe, job.scheduler)
-        loading.move(self._pipe, job.device)
+        self._pipe = job.pipeline()
         hide_progress(self._pipe)
         self._macs: dict[tuple[Any, ...], int | None] = {}
 

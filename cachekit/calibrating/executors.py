@@ -39,11 +39,7 @@ class Request:
 
     def load(self) -> Any:
         """Load the pipeline."""
-        pipe = loading.pipeline(self.model, **loading.precision(self.dtype))
-        if self.scheduler:
-            pipe.scheduler = loading.scheduler_for(pipe, self.scheduler)
-        loading.move(pipe, self.device)
-        return pipe
+        return loading.ready(self.model, self.scheduler, self.device, self.dtype)
 
     def refuse_to_add(self, made: Calibration, source: str, prompt: str, scale: float | None) -> float:
         """Load the pipeline, and refuse to add to a calibration of something else; see `before.refuse_to_add`."""

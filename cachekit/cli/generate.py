@@ -15,7 +15,6 @@ from cachekit.cli.batch import draw
 from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable_name
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, say, warn
 from cachekit.errors import CachekitError
-from cachekit.models import loading
 from cachekit.workers import EXECUTORS
 
 if TYPE_CHECKING:
@@ -135,13 +134,10 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     _check_prompt(prompt)
     _check_output(output)
     with json_results(file) as give:
-        pipe = loading.pipeline(job.model, **loading.precision(job.dtype), **json.loads(job.load))
+        pipe = job.pipeline()
         check_arguments(pipe, arguments)
         for name in unread_arguments(pipe, own):
             warn(f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it")
-        if job.scheduler:
-            pipe.scheduler = loading.scheduler_for(pipe, job.scheduler)
-        loading.move(pipe, job.device)
         limits: dict[str, Any] = {"max_cache_bytes": job.max_cache_bytes, "cache_device": job.cache_device}
         with apply(pipe, defaults.specs, **limits) if defaults.specs else contextlib.nullcontext() as attachment:
             pictures = call(pipe, defaults.seed, arguments)

@@ -85,6 +85,20 @@ def pipeline(model: str, **arguments: Any) -> Any:
         raise _unreadable(model, error) from error
 
 
+def ready(
+    model: str, scheduler: str | None = None, device: str | None = None, dtype: str | None = None, **arguments: Any
+) -> Any:
+    """Load a pipeline with `pipeline`, with a scheduler by name, on a device, in a precision.
+
+    Raises `ModelError` where the model can't be read, or doesn't take one of these.
+    """
+    pipe = pipeline(model, **precision(dtype), **arguments)
+    if scheduler:
+        pipe.scheduler = scheduler_for(pipe, scheduler)
+    move(pipe, device)
+    return pipe
+
+
 def class_of(pipe: Any, name: str = "") -> type[Any] | None:
     """Find the class of diffusers that a pipeline or its stand-in has, else the one called `name`; None for neither."""
     import diffusers

@@ -9,7 +9,7 @@ from typing import Union
 from cachekit.errors import SpecError
 from cachekit.interface.parts import Part, Schedule, StandIn, Where, word
 from cachekit.interface.policy import Policy
-from cachekit.interface.specs import Vocabulary, alternatives, parse_all, split_specs
+from cachekit.interface.specs import Vocabulary, alternatives, joined, parse_all
 
 __all__ = ["JOIN", "Draft", "base_of", "canonical", "drafts_of", "parts_of", "specs_of"]
 
@@ -63,10 +63,7 @@ def specs_of(text: str) -> tuple[str, ...]:
 
     Raises `SpecError` where there is nothing on one side of a `+`.
     """
-    specs = tuple(spec.strip() for spec in split_specs(text)) if text.strip() else ()
-    if not all(specs):
-        raise SpecError(f"spec {text!r}: nothing on one side of '+'; write 'name:key=value', joined by '+'")
-    return specs
+    return tuple(joined(text)) if text.strip() else ()
 
 
 def drafts_of(text: str, words: Vocabulary) -> tuple[Draft, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -113,8 +113,7 @@ class Studio:
         steps = steps_at(1 / cached.mac_reduction, request.steps)
         if steps == request.steps:
             return None
-        fewer = Request(request.model, request.prompt, steps, request.guidance, request.seed)
-        return self._drawn_plainly(pipe, fewer, f"{steps} plain steps", progress)
+        return self._drawn_plainly(pipe, replace(request, steps=steps), f"{steps} plain steps", progress)
 
     def _drawn_plainly(self, pipe: Any, request: Request, name: str, progress: Progress) -> Picture:
         if request not in self._plain:
@@ -134,8 +133,7 @@ class Studio:
         self._loaded = ("", None)  # frees its memory
         self._plain.clear()
         pipe = load(self._setting(request)).pipe
-        warm_up = Request(request.model, request.prompt, _WARM_UP, request.guidance)
-        self._called(pipe, warm_up, "warm-up", progress)
+        self._called(pipe, replace(request, steps=_WARM_UP, seed=0), "warm-up", progress)
         self._loaded = (request.model, pipe)
         return pipe
 

@@ -29,7 +29,7 @@ def score_folder(folder: Path, coco: Coco, references: Path | None, progress: Pr
             raise BenchError("metric fid compares with true images: name their folder, --references FOLDER")
         few = next((len(files) for files in sets.values() if len(files) < 2), 0)
         if few:
-            raise BenchError("metric fid needs at least 2 images of each composition: one image has no spread")
+            raise BenchError("metric fid needs at least 2 images of each composition: one image has no covariance")
     for done, (drawing, files) in enumerate(sets.items()):
         progress(done, len(sets), None)
         texts = tuple(str(info["prompt"]) for _, info in files)

@@ -23,6 +23,7 @@ from cachekit.interface.specs import Spec, read_all
 from cachekit.planning.plan import Plan
 from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
+from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.schedulers import iterations_of, planned_scheduler
@@ -170,16 +171,19 @@ class Attachment:
 
     # -- plans, reports, pauses ---------------------------------------------------------------------------
 
-    def plan(self, num_inference_steps: int, *, guided: bool = True) -> Plan:
+    def plan(self, num_inference_steps: int, *, guided: bool | None = None) -> Plan:
         """Plan a run: of a pipeline called with `num_inference_steps`, or of a bare loop of so many iterations.
 
         The pipeline's scheduler gives the number of iterations: with Heun, 6 steps are 11. Within a `using` block the
-        plan is of its specs.
+        plan is of its specs. `guided` is whether the run has guidance branches; by default it has, unless the guidance
+        scale is an input of the denoiser.
         """
         known = list(self.driver.pipelines)
         scheduler = planned_scheduler(known[0], num_inference_steps) if len(known) == 1 else None
         iterations = iterations_of(scheduler) or num_inference_steps
         setup = self.driver.scopes.entered.regime.setup
+        if guided is None:
+            guided = not any(takes_scale(denoiser.module) for denoiser in setup.denoisers.values())
         return setup.plan_of(iterations, guided, times_of(scheduler, None, iterations))
 
     def report(self) -> Report:

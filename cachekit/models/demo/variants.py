@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from cachekit.upstream.scales import SCALE
+
 __all__ = ["LatentConsistencyModelPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "projecting"]
 
 #: Default scale of the latent consistency model; it has learned those from 1.5 to 5.5.
@@ -33,7 +35,7 @@ class LatentConsistencyModelPipeline(diffusers.LatentConsistencyModelPipeline): 
     @wraps(diffusers.LatentConsistencyModelPipeline.__call__)
     def __call__(self, *args: Any, **arguments: Any) -> Any:
         """Generate images."""
-        return super().__call__(*args, **{"guidance_scale": GUIDANCE, **arguments})
+        return super().__call__(*args, **{SCALE: GUIDANCE, **arguments})
 
 
 class StableDiffusion3Pipeline(diffusers.StableDiffusion3Pipeline):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from cachekit.coverage.page import markdown as coverage_page
 from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes
+from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes, tuned
 from .ship import GRIDS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,6 +77,7 @@ def filled() -> dict[Path, str]:
         "levels": choosing.levels(),
         "presets": choosing.presets(),
         "messages": messages.table(),
+        "tuned": tuned.table(),
         **recipes.parts(),
     }
     documents = {

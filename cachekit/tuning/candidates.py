@@ -25,10 +25,10 @@ __all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
 
 #: The value of the parameter that chooses the policy, for none.
 PLAIN = "(plain steps)"
-#: First values of a whole number without a default.
 #: What is chosen among the words that a number may be replaced by, to stay with a number.
 NUMBER = ""
-_RUNGS = (3, 4, 6)
+#: First values of a whole number without a default.
+_RUNGS = (3, 4, 5, 6)
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
 

@@ -1,0 +1,86 @@
+"""Tune the embedded models for two targets each: `python -m benchmarks.tuned [MODEL ...]`.
+
+Each is a `cachekit tune` command with two processes; the second target of a model goes on with the journal of the first.
+Nothing else should run meanwhile. Tunings that the results hold aren't repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from cachekit.bench.tables import markdown
+from cachekit.cli import app
+
+from .ship import RESULTS
+
+MODELS = ("demo", "demo-dit", "demo-flow")
+TARGETS = {"--caption-match": "-1%", "--at-least": "35dB"}
+RESULT = RESULTS / "tuned.json"
+
+
+def main() -> None:
+    """Parse the command line and tune what is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all, one after the other")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for model, target in product(options.models or MODELS, TARGETS):
+            if not any((row["model"], row["target"]) == (model, TARGETS[target]) for row in stored()):
+                tune(model, target, Path(folder))
+
+
+def tune(model: str, target: str, folder: Path) -> None:
+    """Tune a model for a target, and add a row."""
+    data, begun = folder / "data.json", time.perf_counter()
+    given = [target, TARGETS[target], "--executor", "process", "--workers", "2"]
+    files = {"journal": folder / f"{model}.journal", "output": folder / "preset.json", "json": data}
+    written = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    app(["tune", model, *given, *written], standalone_mode=False)
+    add(model, TARGETS[target], json.loads(data.read_text()), time.perf_counter() - begun)
+
+
+def add(model: str, target: str, data: dict[str, Any], seconds: float) -> None:
+    """Add what a tuning has found to the results."""
+    preset = data["preset"] or {}
+    row = {"model": model, "target": target, "seconds": round(seconds), "specs": preset.get("specs")}
+    evidence = preset.get("evidence", {})
+    row |= {name: evidence.get(name) for name in ("scheduler", "guidance", "figures", "plain", "versions")}
+    RESULT.write_text(json.dumps([*stored(), row], indent=1) + "\n")
+
+
+def stored() -> list[dict[str, Any]]:
+    """Read the results."""
+    found: list[dict[str, Any]] = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    return found
+
+
+def table() -> str:
+    """Table of the tunings: what was asked, found, and beside it; empty without results."""
+    header = ["model", "target", "found", "MAC reduction", "speedup", "PSNR", "caption match"]
+    header += ["plain steps beside it", "their speedup", "PSNR", "caption match", "minutes"]
+    rows = [_row(row) for row in stored() if row["specs"]]
+    return markdown(header, rows, left=3) if rows else ""
+
+
+def _row(row: dict[str, Any]) -> list[str]:
+    own, plain = row["figures"], row["plain"]
+    steps = f"{plain['steps']}, {plain['spacing']}" if plain["spacing"] else f"{plain['steps']}"
+    beside = plain["figures"]
+    cost = [f"{own['mac_reduction']:.2f}x", f"{own['speedup']:.2f}x"]
+    found = [row["model"], row["target"], f"`{' + '.join(row['specs'])}`", *cost, *_quality(own)]
+    return [*found, steps, f"{beside['speedup']:.2f}x", *_quality(beside), f"{row['seconds'] / 60:.0f}"]
+
+
+def _quality(figures: dict[str, Any]) -> list[str]:
+    psnr = "identical" if figures["psnr"] is None else f"{figures['psnr']:.1f}"
+    return [psnr, f"{figures['caption_match']:.0%} (n={figures['images']})"]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachekit.amounts import macs
 from cachekit.cli.models import AnyModel
 from cachekit.cli.output import JsonFile, json_results, print_table, say
 from cachekit.errors import CachekitError
@@ -57,15 +58,7 @@ def _title(model: str, specs: list[str], steps: int) -> str:
 
 
 def _print_totals(found: Estimate) -> None:
-    from cachekit.bench.figures import size
-
-    rows = [
-        ("MACs of Linear and convolution layers", macs(found.baseline_macs), macs(found.macs)),
-        ("MACs of attention products", macs(found.baseline_attention_macs), macs(found.attention_macs)),
-        ("parameters in the final phase", millions(found.baseline_params), millions(found.params)),
-        ("peak size of cached tensors", size(0), size(found.cache_bytes)),
-    ]
-    print_table(("per image", "uncached", "cached"), rows)
+    print_table(("per image", "uncached", "cached"), found.totals)
     say(f"{found.mac_reduction:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
 
 
@@ -77,20 +70,6 @@ def _print_steps(steps: tuple[StepCost, ...]) -> None:
         branches, own, attention = cost
         rows.append([label, str(branches), macs(own), macs(attention)])
     print_table(("steps", "branches", "MACs", "attention products"), rows)
-
-
-def macs(count: int) -> str:
-    """Write a number of multiply-accumulates in tera or giga.
-
-    >>> macs(6_760_000_000_000), macs(513_000_000)
-    ('6.760 TMACs', '0.513 GMACs')
-    """
-    return f"{count / 1e12:.3f} TMACs" if count >= 1e12 else f"{count / 1e9:.3f} GMACs"
-
-
-def millions(count: int) -> str:
-    """Write a number of parameters in millions."""
-    return f"{count / 1e6:.3f} M"
 
 
 def _data(found: Estimate) -> dict[str, Any]:

@@ -63,6 +63,16 @@ class Estimate:
         """MACs without the policies, over MACs with them."""
         return self.baseline_macs / self.macs
 
+    @property
+    def totals(self) -> list[tuple[str, str, str]]:
+        """Rows of a table: a figure per image, uncached and with the policies, as text."""
+        return [
+            ("MACs of Linear and convolution layers", macs(self.baseline_macs), macs(self.macs)),
+            ("MACs of attention products", macs(self.baseline_attention_macs), macs(self.attention_macs)),
+            ("parameters in the final phase", f"{self.baseline_params:,}", f"{self.params:,}"),
+            ("kept at peak", size(0), size(self.cache_bytes)),
+        ]
+
     def __repr__(self) -> str:
         """Summarise the estimate in a line."""
         return f"<Estimate: {self._costs}, {size(self.cache_bytes)} kept, {len(self.steps)} steps>"
@@ -73,14 +83,8 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         """Write the totals as a table, for notebooks."""
-        rows = [
-            ("MACs of Linear and convolution layers", macs(self.baseline_macs), macs(self.macs)),
-            ("MACs of attention products", macs(self.baseline_attention_macs), macs(self.attention_macs)),
-            ("parameters in the final phase", f"{self.baseline_params:,}", f"{self.params:,}"),
-            ("kept at peak", "0", size(self.cache_bytes)),
-        ]
         header = (f"{len(self.steps)} steps, {self.mac_reduction:.2f}x MAC reduction", "uncached", "cached")
-        return table(rows, header)
+        return table(self.totals, header)
 
 
 def estimate(

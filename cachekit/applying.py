@@ -33,7 +33,7 @@ def apply(
     """Apply caching policies to a pipeline, until the returned attachment is removed.
 
         with cachekit.apply(pipe, ["tgate:m=10", "deepcache:interval=2"]) as attachment:
-            image = pipe("a red circle").images[0]
+            image = pipe("a large red circle top left on white").images[0]
             print(attachment.report())
 
     `pipe` is a diffusers pipeline or a bare denoiser. `specs` is one policy or several: each a spec such as

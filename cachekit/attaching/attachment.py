@@ -24,8 +24,7 @@ from cachekit.planning.plan import Plan
 from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import controlnets_of, with_inner
-from cachekit.upstream.prediction import times_of
-from cachekit.upstream.schedulers import iterations_of, planned_scheduler
+from cachekit.upstream.prediction import planned_times
 
 
 class Attachment:
@@ -35,7 +34,7 @@ class Attachment:
     it at the end. A deep copy of an attached denoiser is attached too, by an attachment of its own.
 
         with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
-            image = pipe("a red cat").images[0]
+            image = pipe("a large red circle top left on white").images[0]
             print(attachment.report())
     """
 
@@ -134,7 +133,7 @@ class Attachment:
         """Have the runs that begin within the block follow other specs than those applied.
 
             with attachment.using("forecast:interval=4") as block:
-                image = pipe("a red cat").images[0]
+                image = pipe("a large red circle top left on white").images[0]
             print(block.report())
 
         `specs` are as for `apply`; `[]` caches nothing, and still reports. Limits that are not given are those of the
@@ -177,10 +176,8 @@ class Attachment:
         plan is of its specs.
         """
         known = list(self.driver.pipelines)
-        scheduler = planned_scheduler(known[0], num_inference_steps) if len(known) == 1 else None
-        iterations = iterations_of(scheduler) or num_inference_steps
-        setup = self.driver.scopes.entered.regime.setup
-        return setup.plan_of(iterations, guided, times_of(scheduler, None, iterations))
+        iterations, times = planned_times(known[0] if len(known) == 1 else None, num_inference_steps)
+        return self.driver.scopes.entered.regime.setup.plan_of(iterations, guided, times)
 
     def report(self) -> Report:
         """Report on the last run of this thread, whether it has ended or not; if it made none, of any thread.

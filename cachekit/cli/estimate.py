@@ -27,7 +27,7 @@ class EstimateError(CachekitError):
 def estimate(
     model: AnyModel,
     specs: Annotated[list[str] | None, typer.Argument(help="Specs such as tgate:m=10.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the pipeline's call (num_inference_steps).")] = 25,
     height: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
     json_file: JsonFile = None,
@@ -41,7 +41,7 @@ def estimate(
     _check_size(height, width)
     with json_results(json_file) as give:
         found = estimate_cost(model, policies, num_inference_steps=steps, height=height, width=width)
-        say(_title(model, [str(policy) for policy in policies], steps))
+        say(_title(model, [str(policy) for policy in policies], steps, len(found.steps)))
         _print_totals(found)
         _print_steps(found.steps)
         give({"model": model, "specs": [str(policy) for policy in policies], **_data(found)})
@@ -53,8 +53,9 @@ def _check_size(*sizes: int | None) -> None:
             raise EstimateError(f"a size of {size} pixels: give a multiple of {_STRIDE}")
 
 
-def _title(model: str, specs: list[str], steps: int) -> str:
-    return f"{model}, {steps} steps, {' + '.join(specs) or 'no specs'}"
+def _title(model: str, specs: list[str], steps: int, iterations: int) -> str:
+    loop = "" if iterations == steps else f" ({iterations} iterations)"
+    return f"{model}, {steps} steps{loop}, {' + '.join(specs) or 'no specs'}"
 
 
 def _print_totals(found: Estimate) -> None:

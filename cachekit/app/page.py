@@ -101,7 +101,7 @@ class Page:
             self._report = gr.Textbox(show_label=False, lines=6, interactive=False, elem_id="report")
 
     def _show_comparison(self) -> None:
-        with gr.Accordion(f"Compare up to {MOST} specs", open=False):
+        with gr.Accordion(f"Compare up to {MOST} specs", open=False, elem_id="comparison"):
             self._compared = gr.Dropdown(
                 [], multiselect=True, allow_custom_value=True, max_choices=MOST, label="Specs", elem_id="compared"
             )

@@ -89,6 +89,28 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
     assert browser.get_log("browser") == []
 
 
+def test_two_specs_are_compared_with_their_pictures(browser, address):
+    browser.get(address)
+    page = Shown(browser)
+    page.typed("#steps input[type=number]:enabled", "4")
+    page.one("#comparison button").click()
+    page.one("#add").click()
+    page.until(lambda: "deepcache:interval=2" in page.text("#compared"))
+    page.typed("#spec textarea", "tgate:m=2")
+    page.until(lambda: "tgate:m=2" in page.text("#plan"))
+    page.one("#add").click()
+    page.until(lambda: "tgate:m=2" in page.text("#compared"))
+    page.one("#compare").click()
+    page.until(lambda: "tgate:m=2" in page.text("#ranking"))
+    labels = "return [...document.querySelectorAll('#ranking tr')].map(row => row.cells[0].innerText)"
+    named = [label for label in browser.execute_script(labels) if "plain steps" not in label]
+    assert named == ["picture", "uncached", "deepcache:interval=2", "tgate:m=2"]
+    drawn = "return [...document.querySelectorAll('#gallery img')].filter(it => it.naturalWidth).map(it => it.src)"
+    page.until(lambda: len({*browser.execute_script(drawn)}) == 3)
+    shown = page.text("#gallery")
+    assert all(label in shown for label in named[1:])
+
+
 def test_a_port_that_is_taken_is_refused_in_a_line(address):
     port = int(address.rstrip("/").rpartition(":")[2])
     with pytest.raises(CachekitError, match=rf"cannot listen on 127.0.0.1, port {port}: .*; give another --port"):

@@ -155,8 +155,8 @@ def test_names_of_embedded_models_are_the_same_everywhere(name):
 
 
 def test_python_takes_the_names_of_the_command_line():
-    denoiser = cachekit.demo_pipeline("demo-dit").transformer
-    assert cachekit.estimate("dit", num_inference_steps=1) == cachekit.estimate(denoiser, num_inference_steps=1)
+    pipe = cachekit.demo_pipeline("demo-dit")
+    assert cachekit.estimate("dit", num_inference_steps=1) == cachekit.estimate(pipe, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from cachekit.coverage.page import markdown as coverage_page
 from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes
+from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes, using
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -80,6 +80,7 @@ def filled() -> dict[Path, str]:
         "levels": choosing.levels(),
         "presets": choosing.presets(),
         "messages": messages.table(),
+        "using": using.table(),
         **recipes.parts(),
     }
     documents = {

@@ -99,7 +99,7 @@ def test_a_stopped_study_resumes(tuned, folder):
 JOIN = """
 import sys, cachekit
 given = {"num_inference_steps": 4, "policies": ["forecast"], "fresh": 1}
-found = cachekit.tune("demo", 1, at_least=10, trials=3, journal=sys.argv[1], **given)
+found = cachekit.tune("demo", 1, at_least=90, trials=3, journal=sys.argv[1], **given)
 print(len(found.measured))
 """
 

@@ -24,9 +24,9 @@ import torch
 import cachekit
 from cachekit.bench.tables import markdown
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
-from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.runs import border, call, run
 
+from .calibrations import MODELS
 from .overhead import MALLOC
 
 RESULTS = Path(__file__).parent / "results" / "border.json"
@@ -52,7 +52,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks.border", *sys.argv[1:]], {**os.environ, **MALLOC})
     torch.set_num_threads(2)
     rows = []
-    for kind in PIPELINES:
+    for kind in MODELS:
         pipe = cachekit.demo_pipeline(kind)
         pipe.set_progress_bar_config(disable=True)
         for spec in SPECS:

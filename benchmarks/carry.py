@@ -22,7 +22,6 @@ import numpy as np
 import cachekit
 from cachekit.calibrating.verifying import psnr
 from cachekit.models.demo import heldout_captions
-from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
 from cachekit.upstream.pipelines import denoiser_of
@@ -35,6 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "carry.json"
 STEPS, INTERVAL, COUNT = 25, 4, 12
 #: The longer run, the one whose images are the aim, the plain one beside it, and how many captions they draw.
 LONG, LONG_INTERVAL, AIM, PLAIN, LONG_COUNT = 50, 8, 200, 25, 24
+MODELS = ("unet", "dit")
 #: Seed of the captions that images are drawn of.
 HELDOUT = 77
 
@@ -81,23 +81,24 @@ USES: dict[str, tuple[Conditions, Conditions]] = {
 def main() -> None:
     """Parse the command line and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", choices=[*PIPELINES, []], help="default: both")
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: both")
     parser.add_argument("--scheduler", action="append", choices=SCHEDULERS, help="default: both")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     for part in options.part or PARTS:
-        for model, scheduler in product(options.models or PIPELINES, options.scheduler or SCHEDULERS):
+        for model, scheduler in product(options.models or MODELS, options.scheduler or SCHEDULERS):
             for name in PARTS[part]:
-                add(part, name, model, scheduler)
+                add(part, name, model, scheduler, options.device)
 
 
-def add(part: str, name: str, model: str, scheduler: str) -> None:
+def add(part: str, name: str, model: str, scheduler: str, device: str = "cpu") -> None:
     """Measure a row, unless the results have it."""
     row = {"part": part, "name": name, "model": model, "scheduler": scheduler}
     if any(row.items() <= other.items() for other in stored()):
         return
     measure = {"uses": used, "longer": longer, "batch": batched}[part]
-    row |= measure(Bench.of(model, scheduler), name)
+    row |= measure(Bench.of(model, scheduler, device), name)
     RESULTS.write_text(json.dumps([*stored(), row], indent=1) + "\n")
     print(row, flush=True)
 
@@ -138,12 +139,13 @@ class Bench:
 
     model: str
     scheduler: str
+    device: str = "cpu"
 
     @classmethod
     @lru_cache(maxsize=1)
-    def of(cls, model: str, scheduler: str) -> Bench:
+    def of(cls, model: str, scheduler: str, device: str) -> Bench:
         """Keep the last one."""
-        return cls(model, scheduler)
+        return cls(model, scheduler, device)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def pipe(self, lora: float = 0.0) -> Any:
@@ -153,7 +155,7 @@ class Bench:
         pipe.scheduler = scheduler_for(pipe, self.scheduler)
         if lora:
             add_lora(denoiser_of(pipe), lora)
-        return pipe
+        return pipe.to(self.device)
 
     @cache  # noqa: B019
     def calibration(self, conditions: Conditions) -> cachekit.Calibration:

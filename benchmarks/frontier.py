@@ -28,7 +28,7 @@ from cachekit.interface.specs import parse_all
 from cachekit.models.demo import heldout_captions
 from cachekit.registry.catalog import installed
 
-from .readme import RESULTS
+from .ship import RESULTS
 
 MODELS = ("demo", "demo-dit", "demo-flow")
 SCHEDULERS = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")

@@ -34,15 +34,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all, one after the other")
     parser.add_argument("--captions", type=int, default=24, help="number of held-out captions; default: 24")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     for model in options.models or MODELS:
-        measure(model, fresh_captions(options.captions), Results(path_of(model, options.results)))
+        found = Results(path_of(model, options.results))
+        measure(model, fresh_captions(options.captions), found, device=options.device)
 
 
-def measure(model: str, captions: tuple[str, ...], results: Results, steps: int = STEPS) -> None:
+def measure(model: str, captions: tuple[str, ...], results: Results, steps: int = STEPS, device: str = "cpu") -> None:
     """Measure the specs that `results` lacks, and add them."""
-    setting = Setting(model=model, captions=captions, device="cpu", threads=1, pictures=0)
+    setting = Setting(model=model, captions=captions, device=device, threads=1, pictures=0)
     own = cell_of(setting, steps, NOISE)
     cells = [own.model_copy(update={"specs": (spec,)}) for spec in (*FIXED, *FOUND, *OWN)]
     missing = [cell for cell in cells if cell not in results]

@@ -23,7 +23,7 @@ from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of
 
 from .frontier import MODELS, stored
-from .readme import RESULTS
+from .ship import RESULTS
 
 #: What ships for each model, and what it is.
 SPECS = {

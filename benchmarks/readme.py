@@ -21,9 +21,9 @@ from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo.pipeline import PIPELINES
 
 from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes, using
+from .ship import GRIDS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 WEIGHTS = ROOT / "cachekit" / "models" / "demo" / "weights"
 
 
@@ -64,10 +64,7 @@ def filled() -> dict[Path, str]:
         "soak table": soak_table(),
         "model figures": model_figures(),
         "paper table": paper_table(),
-        **{
-            f"{name} grid": grid_table(name)
-            for name in ("demo", "demo-dit", "sd15", "pixart", "methods-demo", "methods-demo-dit", "methods-demo-flow")
-        },
+        **{f"{name} grid": grid_table(name) for name in GRIDS},
         "verdict": verdict(),
         "methods": methods.table(),
         "leads": leads(),

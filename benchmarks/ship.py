@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from pathlib import Path
 
 from cachekit.cli import app
 
-from .readme import RESULTS
-
+RESULTS = Path(__file__).resolve().parent / "results"
 DEMO = (
     "demo --steps 25 --captions 12 --executor process --threads 1"
     " --spec tgate:m=3|5|8|10|15 --spec deepcache:interval=2|3|5 --spec adaptive_guidance:m=15"
@@ -22,6 +22,10 @@ TRANSFORMER = (
     "demo-dit --steps 25 --captions 12 --executor process --threads 1 --no-peers"
     " --spec tgate:m=5|10|15 --spec delta_dit:interval=2|3 --spec adaptive_guidance:m=10|15"
     " --spec tgate:m=10|15+delta_dit:interval=2"
+)
+CONSISTENCY = (
+    "--steps 4 --captions 96 --executor process --threads 1 --no-peers --scheduler LCMScheduler"
+    " --spec tgate:m=1|2 --spec deepcache:interval=2 --spec forecast:interval=2 --spec fora:interval=2"
 )
 TRUE_SIZE = (
     "--height 256 --width 256 --steps 6 --captions 2 --threads 2 --scheduler DDIMScheduler --no-peers"
@@ -51,6 +55,7 @@ GRIDS = {
         for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
     ],
     "demo-dit": [f"{TRANSFORMER} --scheduler DPMSolverMultistepScheduler"],
+    "demo-lcm": [f"demo-lcm {CONSISTENCY}"],
     "sd15": [f"sd15 {TRUE_SIZE} --spec deepcache:interval=3 --spec tgate:m=3+deepcache:interval=3"],
     "pixart": [f"pixart-alpha {TRUE_SIZE} --spec delta_dit:interval=2 --spec tgate:m=3+delta_dit:interval=2"],
 }
@@ -62,7 +67,8 @@ def main() -> None:
     parser.add_argument("grids", nargs="*", choices=[*GRIDS, []], help="grids to measure; default: all")
     for name in parser.parse_args().grids or GRIDS:
         for command in GRIDS[name]:
-            command += "".join(f" --spec {spec}" for spec in measured(command.split()[0]) if name.startswith("methods"))
+            if name.startswith("methods"):
+                command += "".join(f" --spec {spec}" for spec in measured(command.split()[0]))
             print(f"cachekit bench grid {command}", flush=True)
             output = ["--output", str(RESULTS / f"{name}.jsonl")]
             app(["bench", "grid", *shlex.split(command), *output], standalone_mode=False)

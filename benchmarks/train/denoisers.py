@@ -1,7 +1,7 @@
 """Train a denoiser further, or the flow model from scratch, with text encoder and autoencoder as they are.
 
     python -m benchmarks.train.denoisers prepare --work DIR                # scenes, latents and tokens
-    python -m benchmarks.train.denoisers flow --work DIR --seconds 300     # or unet, or dit
+    python -m benchmarks.train.denoisers flow --work DIR --seconds 300     # or unet, dit, lcm (from unet)
 
 Meant for a GPU, where each step is one CUDA graph, and 300 seconds are more than a million images; a CPU serves too.
 The averaged weights go to `--target` every minute and at the end, as they are shipped.
@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from cachekit.models.demo.pipeline import WEIGHTS, demo_pipeline, load_pipeline
 
-from . import data, export, flow
+from . import data, export, flow, lcm
 from .autoencoder import LATENT_STD, to_tensor
 from .corpus import CAPTION_DROPOUT, NOISE_SCHEDULE, draw_timesteps, weigh
 from .dit import attended
@@ -31,11 +31,11 @@ from .muon import Muon
 from .text import tokenize
 
 IMAGES = 400_000
-KINDS = ("unet", "dit", "flow")
+KINDS = ("unet", "dit", "flow", "lcm")
 #: Share of the training after which the rate falls, down to 0 at the end, and the average begins anew.
 CONSTANT = 0.5
 WARM_UP, DECAY = 100, 0.999
-ADAM_RATE = {"unet": 5e-4, "dit": 5e-4, "flow": 1e-3}
+ADAM_RATE = {"unet": 5e-4, "dit": 5e-4, "flow": 1e-3, "lcm": 1e-4}
 MUON_RATE = {"dit": 0.01, "flow": 0.02}
 
 
@@ -149,8 +149,10 @@ class Velocity:
         return functional.mse_loss(velocity.float(), data * noise - share * latents)
 
 
-def loss_of(kind: str, device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
+def loss_of(kind: str, corpus: Corpus, device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
     """Choose the loss of a kind of model."""
+    if kind == "lcm":
+        return lcm.Consistency(load_pipeline(WEIGHTS / "unet").unet, corpus.captions.hidden[-1:], device)
     if kind == "flow":
 
         def rectified(model: nn.Module, batch: Batch) -> Tensor:
@@ -172,6 +174,9 @@ def build(kind: str) -> nn.Module:
     if kind == "flow" and not (WEIGHTS / "flow" / "transformer").is_dir():
         made: nn.Module = flow.build()
         return made
+    if kind == "lcm":
+        added: nn.Module = lcm.build(load_pipeline(WEIGHTS / "unet").unet)
+        return added
     pipe = load_pipeline(WEIGHTS / kind)
     found: nn.Module = pipe.unet if kind == "unet" else pipe.transformer
     return found.requires_grad_(True)
@@ -189,8 +194,8 @@ class Training:
         """Make the optimisers: Muon for the matrices of a transformer's blocks, AdamW for the rest."""
         self.kind, self.corpus, self.size, self.device = kind, corpus, batch, device
         self.model = build(kind).to(device).train()
-        self.loss = loss_of(kind, device)
-        named = dict(self.model.named_parameters())
+        self.loss = loss_of(kind, corpus, device)
+        named = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         matrices = {name for name, one in named.items() if kind in MUON_RATE and is_block_matrix(name, one)}
         self.rates = [torch.zeros((), device=device), torch.zeros((), device=device)]
         on_gpu = device.type == "cuda"
@@ -268,7 +273,7 @@ class Training:
         import copy
 
         made = copy.deepcopy(self.model).cpu().eval()
-        self._copy(self.average, list(made.parameters()))
+        self._copy(self.average, [one for one in made.parameters() if one.requires_grad])
         return made
 
     @staticmethod

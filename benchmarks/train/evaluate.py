@@ -30,7 +30,7 @@ STRICT_FIT = 0.86
 SEED = 1
 SCHEDULERS = {"DDIM": DDIMScheduler, "Euler": EulerDiscreteScheduler}
 #: What tables call the schedulers that the models have of their own.
-OWN, FLOW = "DPM++", "flow Euler"
+OWN, FLOW, LCM = "DPM++", "flow Euler", "LCM"
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Row:
 
 def rows(headline: int, others: int, own: str) -> list[Row]:
     """List the settings of the published table; the first ones are measured on more captions."""
+    if own == LCM:
+        several = [Row(own, steps, DEMO_GUIDANCE, True, others) for steps in (1, 2, 3, 8)]
+        return [Row(own, 4, DEMO_GUIDANCE, True, headline), *several, Row(own, 4, DEMO_GUIDANCE, False, others)]
     main = [Row(own, steps, DEMO_GUIDANCE, True, headline) for steps in (DEMO_STEPS, 8)]
     plain = [
         Row(own, DEMO_STEPS, 1.0, True, headline),
@@ -148,7 +151,8 @@ def evaluate(folder: Path, headline: int, others: int, processes: int, resumed: 
     figures: dict[str, Any] = {"seed": SEED, "rows": measured}
     if (folder / "vae").is_dir():
         figures["reconstruction"] = reconstruction(load_pipeline(folder).vae)
-    own = FLOW if "FlowMatch" in type(load_pipeline(folder).scheduler).__name__ else OWN
+    names = {"FlowMatchEulerDiscreteScheduler": FLOW, "LCMScheduler": LCM}
+    own = names.get(type(load_pipeline(folder).scheduler).__name__, OWN)
     tasks = [(folder, row, device) for row in rows(headline, others, own) if not is_stored(row, measured)]
     with get_context("spawn").Pool(processes) as pool:
         for row in pool.imap(measure_row, tasks, chunksize=1):

@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderTiny,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LCMScheduler,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -19,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cachekit.models.demo.pipeline import write_manifest
+from cachekit.models.demo.pipeline import ADDED_FILE, write_manifest
 
-from . import unet
+from . import lcm, unet
 from .corpus import NOISE_SCHEDULE
 
 # Includes settings that only other schedulers read, when they are made from this one's configuration.
@@ -69,9 +70,23 @@ def export(work: Path, target: Path) -> None:
 
 def export_denoiser(denoiser: Any, target: Path) -> None:
     """Replace the denoiser in `target`; the other files stay, and a flow model gets its scheduler."""
+    if isinstance(denoiser, UNet2DConditionModel) and denoiser.config.time_cond_proj_dim:
+        _export_lcm(denoiser, target)
+        return
     folder = target / ("unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer")
     shutil.rmtree(folder, ignore_errors=True)
     _write(denoiser, denoiser.to_json_string(), folder, WEIGHTS_FILE)
     if isinstance(denoiser, SD3Transformer2DModel):
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(target / "scheduler")
+    write_manifest(target)
+
+
+def _export_lcm(denoiser: Any, target: Path) -> None:
+    """Replace a latent consistency model in `target`: what it adds to the UNet, and its scheduler."""
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "unet").mkdir(parents=True)
+    halves = {name: value.to(torch.float16) for name, value in lcm.learned(denoiser).items()}
+    save_file(halves, target / "unet" / ADDED_FILE, {"format": "pt"})
+    (target / "unet" / "config.json").write_text(_clean(denoiser.to_json_string()))
+    LCMScheduler(**lcm.SCHEDULER).save_pretrained(target / "scheduler")
     write_manifest(target)

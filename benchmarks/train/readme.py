@@ -17,6 +17,7 @@ SOURCES = {
     "choice": CHOICE,
     "transformer": WEIGHTS / "dit" / "figures.json",
     "flow": WEIGHTS / "flow" / "figures.json",
+    "consistency": WEIGHTS / "lcm" / "figures.json",
 }
 #: Figures of the models as they were before `denoisers` trained them further.
 BEFORE = Path(__file__).parent / "before.json"

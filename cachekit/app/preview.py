@@ -12,11 +12,12 @@ from cachekit.costs.estimate import Estimate, Estimator
 from cachekit.driving.setup import Setup
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import architecture, architecture_of
-from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
+from cachekit.models.demo import DEMO_GUIDANCE, demo_steps, heldout_captions
 from cachekit.models.loading import class_of, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
+from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoisers_of
 from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.scales import SCALE
@@ -75,7 +76,9 @@ class Outline:
     def defaults(self) -> Defaults:
         """How the model is run unless something else is chosen."""
         if self.model in DEMOS:
-            return Defaults(DEMO_STEPS, DEMO_GUIDANCE, guided=True, prompt=heldout_captions(1)[0])
+            return Defaults(
+                demo_steps(self.model), DEMO_GUIDANCE, guided=self._is_guided, prompt=heldout_captions(1)[0]
+            )
         if not self.has_weights:
             known = architecture(self.model)
             return Defaults(known.steps, None, known.guided, prompt="")
@@ -85,8 +88,10 @@ class Outline:
 
     @property
     def _is_guided(self) -> bool:
-        """Whether a published model of this architecture is guided; others are taken to be."""
+        """Whether a published model of this architecture has guidance branches; others are taken to."""
         denoiser = next(iter(self._denoisers.values()))
+        if takes_scale(denoiser):
+            return False
         known = architecture_of(denoiser) if hasattr(denoiser, "config") else None
         return known.guided if known else True
 

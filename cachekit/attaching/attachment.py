@@ -23,6 +23,7 @@ from cachekit.interface.specs import Spec, read_all
 from cachekit.planning.plan import Plan
 from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
+from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import planned_times
 
@@ -169,15 +170,19 @@ class Attachment:
 
     # -- plans, reports, pauses ---------------------------------------------------------------------------
 
-    def plan(self, num_inference_steps: int, *, guided: bool = True) -> Plan:
+    def plan(self, num_inference_steps: int, *, guided: bool | None = None) -> Plan:
         """Plan a run: of a pipeline called with `num_inference_steps`, or of a bare loop of so many iterations.
 
         The pipeline's scheduler gives the number of iterations: with Heun, 6 steps are 11. Within a `using` block the
-        plan is of its specs.
+        plan is of its specs. `guided` is whether the run has guidance branches; by default it has, unless the guidance
+        scale is an input of the denoiser.
         """
         known = list(self.driver.pipelines)
         iterations, times = planned_times(known[0] if len(known) == 1 else None, num_inference_steps)
-        return self.driver.scopes.entered.regime.setup.plan_of(iterations, guided, times)
+        setup = self.driver.scopes.entered.regime.setup
+        if guided is None:
+            guided = not any(takes_scale(denoiser.module) for denoiser in setup.denoisers.values())
+        return setup.plan_of(iterations, guided, times)
 
     def report(self) -> Report:
         """Report on the last run of this thread, whether it has ended or not; if it made none, of any thread.

@@ -174,7 +174,7 @@ def plan(
     with json_results(json_file) as give:
         policies = parse_all(specs, installed())
         with apply(denoiser_from_config(model), policies) as attachment:
-            made = attachment.plan(steps, guided=not unguided)
+            made = attachment.plan(steps, guided=False if unguided else None)
         say(made)
         for spec in _idle(made):
             warn(f"{spec} never acts in {steps} steps: nothing is reused")

@@ -25,6 +25,7 @@ from cachekit.planning.row import Row
 from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.record import CallRecord, Record
 from cachekit.tensors import tree_map
+from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.weights import dtype_of
@@ -106,13 +107,13 @@ def estimate(
 
     `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
     pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the
-    name of an embedded model (demo, demo-dit, demo-flow). `specs` are as for `apply`.
+    name of an embedded model (demo, demo-dit, demo-flow, demo-lcm). `specs` are as for `apply`.
     `num_inference_steps` is that of the pipeline's call, whose scheduler gives the number of iterations: with Heun, 6
     steps are 11. Without a scheduler, it is the number of iterations.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
-    branches as `inputs`, in place of a size.
-    `guided` is whether the run has two branches; by default a named model runs as published, and all else is guided.
+    branches as `inputs`, in place of a size. `guided` is whether the run has two branches; by default a named model
+    runs as published, and all else is guided unless the guidance scale is an input of the denoiser.
 
     Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
     bad spec, a size that is no multiple of a latent's, or a denoiser that doesn't run on the meta device.
@@ -149,14 +150,15 @@ class Estimator:
         catalog: Catalog | None = None,
     ) -> Estimator:
         """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
+        if isinstance(model, str) and not is_architecture(model):
+            model = pipeline_from_config(model)
         if guided is None:
-            guided = architecture(model).guided if isinstance(model, str) and is_architecture(model) else True
+            guided = architecture(model).guided if isinstance(model, str) else not takes_scale(denoiser_of(model))
         sample, catalog = (2 if guided else 1, *size), catalog or installed()
-        if isinstance(model, str) and is_architecture(model):
+        if isinstance(model, str):
             known = architecture(model)
             return cls(known.build(), known.inputs(*sample), guided, catalog)
-        pipe = pipeline_from_config(model) if isinstance(model, str) else model
-        return cls(*_prepare(pipe, sample, inputs), guided, catalog, pipe)
+        return cls(*_prepare(model, sample, inputs), guided, catalog, model)
 
     def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
         """Estimate one run; raises a `CachekitError` as `estimate` does."""

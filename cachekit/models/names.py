@@ -15,7 +15,7 @@ from cachekit.errors import CachekitError, nearest
 __all__ = ["DEMOS", "EMBEDDED", "ModelError", "ModelName", "Sort", "canonical", "is_architecture", "named"]
 
 #: The embedded models by name, and the kind that each is. The kinds are names too.
-DEMOS = {"demo": "unet", "demo-dit": "dit", "demo-flow": "flow"}
+DEMOS = {"demo": "unet", "demo-dit": "dit", "demo-flow": "flow", "demo-lcm": "lcm"}
 EMBEDDED = ", ".join(map(repr, DEMOS))
 _KINDS = {kind: name for name, kind in DEMOS.items()}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Literal, Protocol, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
@@ -26,6 +26,8 @@ __all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
 #: The value of the parameter that chooses the policy, for none.
 PLAIN = "(plain steps)"
 #: First values of a whole number without a default.
+#: What is chosen among the words that a number may be replaced by, to stay with a number.
+NUMBER = ""
 _RUNGS = (3, 4, 6)
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
@@ -147,6 +149,8 @@ class Space:
         for value in values:
             if bounds and bounds[0] <= value <= bounds[1]:
                 yield {**alone, f"{path}.given": whole, f"{path}.{whole}": value}
+        for word in _options(fields[whole]):
+            yield {**alone, f"{path}.{whole}.word": word}
 
     def _fits(self, denoiser: nn.Module, name: str) -> bool:
         """Whether a policy finds its sites: as it is by default, or with one of a few values drawn at random."""
@@ -170,6 +174,8 @@ class Space:
             if key in PARTS or value is None or value is PydanticUndefined:
                 continue
             options = _options(field)
+            if options and bounds:
+                found[f"0.{name}.{key}.word"] = value if value in options else NUMBER
             if value in options or (bounds and bounds[0] <= value <= bounds[1]):
                 found[f"0.{name}.{key}"] = value
         return found
@@ -265,10 +271,11 @@ def _range(field: FieldInfo, steps: int) -> tuple[float, float] | None:
     types = alternatives(field.annotation)
     if bool in types or not {int, float} & set(types):
         return None
-    low = max((_float(bound.ge) for bound in field.metadata if isinstance(bound, Ge)), default=-math.inf)
-    low = max((_float(bound.gt) for bound in field.metadata if isinstance(bound, Gt)), default=low)
-    high = min((_float(bound.le) for bound in field.metadata if isinstance(bound, Le)), default=math.inf)
-    high = min((_float(bound.lt) for bound in field.metadata if isinstance(bound, Lt)), default=high)
+    metadata = [*_metadata(field)]
+    low = max((_float(bound.ge) for bound in metadata if isinstance(bound, Ge)), default=-math.inf)
+    low = max((_float(bound.gt) for bound in metadata if isinstance(bound, Gt)), default=low)
+    high = min((_float(bound.le) for bound in metadata if isinstance(bound, Le)), default=math.inf)
+    high = min((_float(bound.lt) for bound in metadata if isinstance(bound, Lt)), default=high)
     usual = field.default if isinstance(field.default, (int, float)) else None
     if int in types:
         low = max(low, 0)
@@ -278,17 +285,28 @@ def _range(field: FieldInfo, steps: int) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
+def _metadata(field: FieldInfo) -> Iterator[Any]:
+    """Yield the constraints of a field, and of the types that it allows."""
+    yield from field.metadata
+    for part in get_args(field.annotation):
+        for one in get_args(part)[1:] if get_origin(part) is Annotated else ():
+            yield from one.metadata if isinstance(one, FieldInfo) else (one,)
+
+
 def _float(bound: Any) -> float:
     return float(bound)
 
 
 def _chosen(chooser: Chooser, field: FieldInfo, path: str, steps: int) -> Any:
     """Choose the text of a field; None leaves it as it is."""
-    options = _options(field)
-    if options:
+    options, bounds = _options(field), _range(field, steps)
+    if options and bounds:
+        word = chooser.suggest_categorical(f"{path}.word", (NUMBER, *options))
+        if word != NUMBER:
+            return word
+    elif options:
         value = chooser.suggest_categorical(path, options)
         return str(value).lower() if isinstance(value, bool) else value
-    bounds = _range(field, steps)
     if bounds is None or bounds[0] > bounds[1]:
         return None
     low, high = bounds

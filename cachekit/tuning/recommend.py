@@ -247,8 +247,8 @@ def _from_setting(level: str, setting: Setting) -> Line:
 
 
 def _static(settings: Sequence[Setting]) -> list[Setting]:
-    """List the settings that fit and whose costs are known before a run, the cheapest run last."""
-    fitting = [one for one in settings if not one.refused and not one.costs.open and one.costs.mac_reduction]
+    """List the settings that fit, save something, and have costs known before a run, the cheapest run last."""
+    fitting = [one for one in settings if not one.refused and not one.costs.open and (one.costs.mac_reduction or 0) > 1]
     return sorted(fitting, key=lambda one: one.costs.mac_reduction or 0.0)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.presets import Evidence, Preset, shipped
 from cachekit.models.architectures import Architecture, architecture, recognised
-from cachekit.models.demo import DEMO_STEPS
+from cachekit.models.demo import demo_steps
 from cachekit.models.loading import class_of, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, canonical, is_architecture
 from cachekit.registry.catalog import installed
@@ -81,7 +81,7 @@ class Subject:
 
 def _steps(model: str, known: Architecture | None, kind: type[Any] | None) -> int:
     if canonical(model) in DEMOS:
-        return DEMO_STEPS
+        return demo_steps(canonical(model))
     return (known.steps if known else None) or (default_steps(kind) if kind else None) or _STEPS
 
 

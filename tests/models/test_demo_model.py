@@ -41,9 +41,13 @@ def copies(tmp_path: Path) -> dict[str, Path]:
     return {kind: Path(shutil.copytree(WEIGHTS / kind, tmp_path / kind)) for kind in PIPELINES}
 
 
-def _draw(pipe: Any, prompts: list[str], steps: int = DEMO_STEPS) -> Any:
+def _steps(pipe: Any) -> int:
+    return 4 if type(pipe).__name__ == PIPELINES["lcm"] else DEMO_STEPS
+
+
+def _draw(pipe: Any, prompts: list[str], steps: int | None = None) -> Any:
     generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-    settings = {"num_inference_steps": steps, "guidance_scale": DEMO_GUIDANCE, "output_type": "np"}
+    settings = {"num_inference_steps": steps or _steps(pipe), "guidance_scale": DEMO_GUIDANCE, "output_type": "np"}
     return pipe(prompts, generator=generators, **settings).images
 
 
@@ -93,7 +97,9 @@ def test_it_is_a_real_pipeline(kind: str, pipe: Any) -> None:
     names = {
         name: type(part).__name__.removesuffix("Fast") for name, part in pipe.components.items() if part is not None
     }
-    classes = {"unet": "UNet2DConditionModel", "dit": "PixArtTransformer2DModel", "flow": "SD3Transformer2DModel"}
+    unet = "UNet2DConditionModel"
+    classes = {"unet": unet, "dit": "PixArtTransformer2DModel", "flow": "SD3Transformer2DModel", "lcm": unet}
+    schedulers = {"flow": "FlowMatchEulerDiscreteScheduler", "lcm": "LCMScheduler"}
     text = {"text_encoder": "CLIPTextModel", "tokenizer": "CLIPTokenizer"}
     if kind == "flow":
         text = {"text_encoder": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer"}
@@ -102,8 +108,8 @@ def test_it_is_a_real_pipeline(kind: str, pipe: Any) -> None:
     assert names == {
         "vae": "AutoencoderTiny",
         **text,
-        "unet" if kind == "unet" else "transformer": classes[kind],
-        "scheduler": "FlowMatchEulerDiscreteScheduler" if kind == "flow" else "DPMSolverMultistepScheduler",
+        "unet" if classes[kind] == unet else "transformer": classes[kind],
+        "scheduler": schedulers.get(kind, "DPMSolverMultistepScheduler"),
     }
     assert {parameter.dtype for parameter in denoiser.parameters()} == {torch.float32}
     assert 4e6 < sum(parameter.numel() for parameter in denoiser.parameters()) < 1e7
@@ -194,6 +200,6 @@ def test_all_weights_together_are_small() -> None:
 
 def test_the_figures_were_measured_with_the_shipped_settings(kind: str) -> None:
     rows = figures(kind)["rows"]
-    sampler = "flow Euler" if kind == "flow" else "DPM++"
-    assert (rows[0]["sampler"], rows[0]["steps"], rows[0]["guidance"]) == (sampler, DEMO_STEPS, DEMO_GUIDANCE)
+    sampler, steps = {"flow": ("flow Euler", DEMO_STEPS), "lcm": ("LCM", 4)}.get(kind, ("DPM++", DEMO_STEPS))
+    assert (rows[0]["sampler"], rows[0]["steps"], rows[0]["guidance"]) == (sampler, steps, DEMO_GUIDANCE)
     assert all(0 <= row["shown"] <= 1 and row["error"] >= 0 for row in rows)

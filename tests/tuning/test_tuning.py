@@ -170,19 +170,25 @@ def test_a_file_that_is_no_journal_is_refused(folder):
 
 
 class Scripted:
-    """Chooses what it is given by name, else the first value."""
+    """Chooses what it is given by name, which must be allowed as in Optuna, else the first value."""
 
     def __init__(self, **values):
         self.values = values
 
     def suggest_int(self, name, low, high):
-        return self.values.get(name, low)
+        value = self.values.get(name, low)
+        assert low <= value <= high
+        return value
 
     def suggest_float(self, name, low, high, *, log=False):
-        return self.values.get(name, low)
+        value = self.values.get(name, low)
+        assert low <= value <= high
+        return value
 
     def suggest_categorical(self, name, choices):
-        return self.values.get(name, choices[0])
+        value = self.values.get(name, choices[0])
+        assert value in choices
+        return value
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +206,7 @@ def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
     assert {one.spacing for one in made if not one.specs} == {"", "karras"}
     caches = {one.specs[0] for one in made if one.specs}
     assert {"tgate", "forecast", "forecast:interval=3", "forecast:interval=4", "calibrated:interval=4"} <= caches
+    assert {"tgate:m=11", "tgate:m=20", "tgate:m=auto"} <= caches
     assert not any("," in one for one in caches if one.startswith("deepcache"))
 
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 __all__ = [
     "DEMO_GUIDANCE",
     "DEMO_STEPS",
+    "LCM_STEPS",
     "Verdict",
     "WeightsError",
     "demo_pipeline",
+    "demo_steps",
     "features",
     "heldout_captions",
     "shows",
@@ -24,6 +26,7 @@ __all__ = [
 
 DEMO_GUIDANCE = 3.5
 DEMO_STEPS = 25
+LCM_STEPS = 4
 _HOMES = {
     "Verdict": "checker",
     "WeightsError": "pipeline",
@@ -32,6 +35,11 @@ _HOMES = {
     "heldout_captions": "scenes",
     "shows": "checker",
 }
+
+
+def demo_steps(model: str) -> int:
+    """Choose the number of steps that an embedded model is made for, by its name or kind."""
+    return LCM_STEPS if model in ("demo-lcm", "lcm") else DEMO_STEPS
 
 
 def __getattr__(name: str) -> Any:

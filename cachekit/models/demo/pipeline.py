@@ -32,9 +32,16 @@ WEIGHTS = Path(__file__).parent / "weights"
 MANIFEST = "manifest.json"
 FIGURES = "figures.json"
 #: Classes of the embedded pipelines by kind; the others share the components of the first.
-PIPELINES = {"unet": "StableDiffusionPipeline", "dit": "PixArtAlphaPipeline", "flow": "StableDiffusion3Pipeline"}
+PIPELINES = {
+    "unet": "StableDiffusionPipeline",
+    "dit": "PixArtAlphaPipeline",
+    "flow": "StableDiffusion3Pipeline",
+    "lcm": "LatentConsistencyModelPipeline",
+}
 SHARED = WEIGHTS / "unet"
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+#: Matrices of low rank that a model adds to the weights of the shared UNet.
+ADDED_FILE = "added.safetensors"
 
 
 class WeightsError(CachekitError):
@@ -103,19 +110,22 @@ def _without_hints() -> Iterator[None]:
 def load_pipeline(folder: Path, torch_dtype: torch.dtype | None = None, shared: Path = SHARED) -> Any:
     """Check and load the pipeline in `folder`, by default in single precision.
 
-    A transformer's folder holds the transformer alone: text encoder, autoencoder and scheduler come from `shared`.
-    Raises `WeightsError` for a missing or damaged file.
+    A transformer's folder holds the transformer alone: text encoder, autoencoder and scheduler come from `shared`. That
+    of the latent consistency model holds what is added to the weights of the shared UNet. Raises `WeightsError` for a
+    missing or damaged file.
     """
     import torch
 
     verify(folder)
     dtype = torch_dtype or torch.float32
-    if not (folder / "transformer").is_dir():
+    if (folder / "vae").is_dir():
         return _unet_pipeline(folder, dtype)
     verify(shared)
     components = _shared_components(shared, dtype)
     if (folder / "scheduler").is_dir():
         components["scheduler"] = _scheduler(folder)
+    if (folder / "unet").is_dir():
+        return _lcm_pipeline(_lcm(folder, shared, dtype), components)
     return _transformer_pipeline(_transformer(folder, dtype), components)
 
 
@@ -127,6 +137,31 @@ def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
     _fill(unet, folder / "unet" / _WEIGHTS_FILE, dtype)
     checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **checker)
+
+
+def _lcm(folder: Path, shared: Path, dtype: torch.dtype) -> nn.Module:
+    """Build the shared UNet with the input for a guidance scale, and add the folder's matrices to its weights."""
+    from safetensors.torch import load_file
+
+    with _without_hints():
+        from diffusers import UNet2DConditionModel
+
+    weights = {name: value.float() for name, value in load_file(shared / "unet" / _WEIGHTS_FILE).items()}
+    added = {name: value.float() for name, value in load_file(folder / "unet" / ADDED_FILE).items()}
+    for name in [name.removesuffix(".up") for name in added if name.endswith(".up")]:
+        product = added.pop(f"{name}.up") @ added.pop(f"{name}.down")
+        weights[f"{name}.weight"] += product.view_as(weights[f"{name}.weight"])
+    unet: nn.Module = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
+    unet.load_state_dict({name: value.to(dtype) for name, value in {**weights, **added}.items()}, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def _lcm_pipeline(unet: nn.Module, shared: dict[str, Any]) -> Any:
+    with _without_hints():
+        from cachekit.models.demo import variants
+
+    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return variants.LatentConsistencyModelPipeline(unet=unet, **shared, **checker)
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -204,9 +239,9 @@ def demo_pipeline(kind: str = "unet", torch_dtype: torch.dtype | None = None) ->
         image = pipe("a large red circle top left on white").images[0]
 
     It draws 64 x 64 scenes of one to three shapes from captions such as those of `heldout_captions`. The kinds are
-    "unet", "dit" (a transformer with cross-attention) and "flow" (one with joint attention, of rectified flow); the
-    names of the command line, such as "demo-dit", are the same. Raises `WeightsError` for an unknown kind or a damaged
-    file.
+    "unet", "dit" (a transformer with cross-attention), "flow" (one with joint attention, of rectified flow) and "lcm"
+    (a latent consistency model of 4 steps); the names of the command line, such as "demo-dit", are the same. Raises
+    `WeightsError` for an unknown kind or a damaged file.
     """
     return load_pipeline(folders(kind)[0], torch_dtype)
 

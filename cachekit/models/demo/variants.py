@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-__all__ = ["PixArtAlphaPipeline", "StableDiffusion3Pipeline", "projecting"]
+from cachekit.upstream.scales import SCALE
+
+__all__ = ["LatentConsistencyModelPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "projecting"]
+
+#: Default scale of the latent consistency model; it has learned those from 1.5 to 5.5.
+GUIDANCE = 3.5
 
 
 class PixArtAlphaPipeline(diffusers.PixArtAlphaPipeline):  # type: ignore[misc]  # diffusers isn't typed
@@ -22,6 +27,15 @@ class PixArtAlphaPipeline(diffusers.PixArtAlphaPipeline):  # type: ignore[misc] 
         own = {"use_resolution_binning": False, "clean_caption": False}
         length = {"max_sequence_length": self.tokenizer.model_max_length}
         return super().__call__(*args, **{**own, **length, **arguments})
+
+
+class LatentConsistencyModelPipeline(diffusers.LatentConsistencyModelPipeline):  # type: ignore[misc]
+    """The pipeline of latent consistency models with a guidance scale that the embedded one has learned, by default."""
+
+    @wraps(diffusers.LatentConsistencyModelPipeline.__call__)
+    def __call__(self, *args: Any, **arguments: Any) -> Any:
+        """Generate images."""
+        return super().__call__(*args, **{SCALE: GUIDANCE, **arguments})
 
 
 class StableDiffusion3Pipeline(diffusers.StableDiffusion3Pipeline):  # type: ignore[misc]

@@ -20,7 +20,19 @@ from cachekit.coverage.page import markdown as coverage_page
 from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes, tuned
+from . import (
+    border,
+    calibrations,
+    carry_tables,
+    choosing,
+    gpu_tables,
+    messages,
+    methods,
+    pictures,
+    recipes,
+    tuned,
+    using,
+)
 from .ship import GRIDS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +90,7 @@ def filled() -> dict[Path, str]:
         "presets": choosing.presets(),
         "messages": messages.table(),
         "tuned": tuned.table(),
+        "using": using.table(),
         **recipes.parts(),
     }
     documents = {

@@ -12,7 +12,7 @@ from cachekit.interface.moment import OPEN, Action, Time
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer, still_needed, undecided
 from cachekit.planning.drawing import Column, draw
-from cachekit.planning.row import Row
+from cachekit.planning.row import Cell, Row
 
 _MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", OPEN: "?"}
 _LEGEND = ". compute  S compute and keep  r reuse  ? decided during the run"
@@ -168,14 +168,26 @@ def make_plan(
 
 def _mark_narrowing_stores(rows: Sequence[Row], assignments: Sequence[Assignment]) -> None:
     """Set `Row.last_branches`: the branches that read each STORE, where they are fewer than those that make it."""
-    needed: defaultdict[tuple[int, str], float] = defaultdict(float)
-    for row in reversed(rows):
-        for index, action in enumerate(row.actions):
-            readers = tuple(branch for branch in row.branches if needed[index, branch])
-            if action is Action.STORE and 0 < len(readers) < len(row.branches):
-                row.last_branches[index] = readers
-            for branch in row.branches:
-                needed[index, branch] = still_needed(needed[index, branch], action, assignments[index])
+    # Most of the many targets of a choice have equal columns.
+    alike: defaultdict[tuple[int, tuple[Cell, ...]], list[int]] = defaultdict(list)
+    for index, column in enumerate(zip(*(row.actions for row in rows))):
+        alike[id(assignments[index].choice), column].append(index)
+    for (_, column), indices in alike.items():
+        for row, readers in _last_readers(rows, column, assignments[indices[0]]):
+            row.last_branches.update(dict.fromkeys(indices, readers))
+
+
+def _last_readers(
+    rows: Sequence[Row], column: Sequence[Cell], bound: Assignment
+) -> Iterator[tuple[Row, tuple[str, ...]]]:
+    """Yield each row whose STORE in a column is read by fewer branches than make it, and these."""
+    needed: defaultdict[str, float] = defaultdict(float)
+    for row, action in zip(reversed(rows), reversed(column)):
+        readers = tuple(branch for branch in row.branches if needed[branch])
+        if action is Action.STORE and 0 < len(readers) < len(row.branches):
+            yield row, readers
+        for branch in row.branches:
+            needed[branch] = still_needed(needed[branch], action, bound)
 
 
 def _ends(rows: Sequence[Row], index: int, branch: str, bound: Assignment) -> Iterable[int]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cachekit.errors import GuidanceError
 from cachekit.interface.moment import Time
-from cachekit.upstream.schedulers import entry_of, shares_table
+from cachekit.upstream.schedulers import entry_of, iterations_of, planned_scheduler, shares_table
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
@@ -66,6 +66,16 @@ def times_of(scheduler: Any, timestep: Any, steps: int, negated: bool = False) -
         Time(step, stamp, sigma, alpha, kind)
         for step, (stamp, (alpha, sigma)) in enumerate(zip(stamps.tolist(), scales))
     )
+
+
+def planned_times(pipe: Any, steps: int) -> tuple[int, tuple[Time, ...]]:
+    """Ask a pipeline's scheduler how many iterations a call with `num_inference_steps=steps` has, and their times.
+
+    Without a scheduler, or with one that can't be asked, they are `steps` iterations of unknown times.
+    """
+    scheduler = planned_scheduler(pipe, steps)
+    iterations = iterations_of(scheduler) or steps
+    return iterations, times_of(scheduler, None, iterations)
 
 
 def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple[float | None, float | None]]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from support import tiny
 
 import cachekit
@@ -89,6 +89,22 @@ def test_the_estimate_of_a_pipeline_agrees_with_the_report_of_its_run() -> None:
     assert (len(found.steps), found.cache_bytes > 0) == (6, True)
     ratio = found.macs / found.baseline_macs
     assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
+
+
+def test_the_scheduler_of_a_pipeline_gives_the_iterations_and_their_times() -> None:
+    pipe = tiny.small()
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    spec = "cache:where=cross_attention,when=window(low=500,high=1000)"
+    with cachekit.apply(pipe, spec) as attachment:
+        plan = attachment.plan(6)
+        tiny.latents(pipe, steps=6)
+        report = attachment.report()
+    found = cachekit.estimate(pipe, spec, num_inference_steps=6, height=32, width=32)
+    assert (found.plan.rows, len(found.steps)) == (plan.rows, 11)
+    assert found.plan.is_static
+    assert found.mac_reduction == pytest.approx(report.mac_reduction, rel=0.02)
+    assert report.mac_reduction > 1
+    assert len(cachekit.estimate(pipe.unet, spec, num_inference_steps=6).steps) == 6
 
 
 def test_an_estimate_is_a_line_and_a_table() -> None:

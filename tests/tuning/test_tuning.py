@@ -99,23 +99,23 @@ def test_a_stopped_study_resumes(tuned, folder):
 JOIN = """
 import sys, cachekit
 given = {"num_inference_steps": 4, "policies": ["forecast"], "fresh": 1}
-found = cachekit.tune("demo", 1, at_least=10, trials=3, journal=sys.argv[1], **given)
+found = cachekit.tune("demo", 1, at_least=90, trials=2, journal=sys.argv[1], **given)
 print(len(found.measured))
 """
 
 
-def test_processes_and_actors_of_ray_share_a_study(tmp_path, monkeypatch):
+def test_a_process_and_an_actor_of_ray_share_a_study(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     journal, given = tmp_path / "study.log", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", JOIN, str(journal)], **given) as other:
-        found = cachekit.tune("demo", 1, at_least=10, trials=3, journal=journal, executor="ray", workers=2, **SMALL)
+        found = cachekit.tune("demo", 1, at_least=10, trials=2, journal=journal, executor="ray", **SMALL)
         printed, failures = other.communicate(timeout=120)
     assert other.returncode == 0, failures
     # A process that begins when the other has measured enough measures nothing.
-    assert max(len(found.measured), int(printed)) >= 3
+    assert max(len(found.measured), int(printed)) >= 2
     assert found.preset is not None
     (study,) = optuna.get_all_study_summaries(JournalStorage(JournalFileBackend(str(journal))))
-    assert study.n_trials >= 3
+    assert study.n_trials >= 2
 
 
 def test_a_study_of_another_model_is_refused_with_both_hashes(tuned, folder):

@@ -69,12 +69,12 @@ class Plan:
     @functools.cached_property
     def inner(self) -> list[int]:
         """The assignments at modules: blocks, regions and sites."""
-        kept = (*self.guidance, *self.wholes.values())
-        return [index for index in range(len(self.assignments)) if index not in kept]
+        bounds = enumerate(self.assignments)
+        return [index for index, bound in bounds if not bound.is_guidance and not bound.is_whole]
 
     @functools.cached_property
     def blocks(self) -> list[int]:
-        """The assignments at blocks and regions."""
+        """Those of them at blocks and regions."""
         return [index for index in self.inner if self.assignments[index].is_block]
 
     @functools.cached_property

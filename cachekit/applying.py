@@ -100,9 +100,9 @@ def attachment(pipe: Any) -> Attachment | None:
 
     >>> import cachekit
     >>> pipe = cachekit.demo_pipeline()
-    >>> with cachekit.apply(pipe, "deepcache:interval=3"):
+    >>> with cachekit.apply(pipe, "deepcache:interval=5"):
     ...     cachekit.attachment(pipe)
-    <Attachment: deepcache:interval=3 on UNet2DConditionModel>
+    <Attachment: deepcache:interval=5 on UNet2DConditionModel>
 
     Raises `AdapterError` for an object without a denoiser.
     """

@@ -37,11 +37,11 @@ class Attachment:
     >>> import cachekit
     >>> pipe = cachekit.demo_pipeline()
     >>> pipe.set_progress_bar_config(disable=True)
-    >>> with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
+    >>> with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
     ...     image = pipe("a red circle", num_inference_steps=6).images[0]
     ...     report = attachment.report()
     >>> report.calls, [str(count) for count in report.counts]
-    (6, ['deepcache:interval=3 block x 1: ran 2 times, 2 of them kept, reused 4'])
+    (6, ['deepcache:interval=2 block x 1: ran 3 times, 3 of them kept, reused 3'])
     """
 
     def __init__(

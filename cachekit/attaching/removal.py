@@ -14,10 +14,10 @@ def remove(pipe: Any) -> None:
 
     >>> import cachekit
     >>> pipe = cachekit.demo_pipeline()
-    >>> attachment = cachekit.apply(pipe, "deepcache:interval=3")
+    >>> attachment = cachekit.apply(pipe, "deepcache:interval=5")
     >>> remove(pipe)
     >>> attachment
-    <Attachment: deepcache:interval=3 on UNet2DConditionModel, removed>
+    <Attachment: deepcache:interval=5 on UNet2DConditionModel, removed>
     """
     # A pipeline may have been given another denoiser since.
     left = [attachment for attachment in list(INSTALLED) if attachment.serves(pipe)]

@@ -103,6 +103,12 @@ def attach(
 def attachment(pipe: Any) -> Attachment | None:
     """Find the attachment of a pipeline or denoiser that `apply` has made; None where there is none.
 
+    >>> import cachekit
+    >>> pipe = cachekit.demo_pipeline()
+    >>> with cachekit.apply(pipe, "deepcache:interval=5"):
+    ...     cachekit.attachment(pipe)
+    <Attachment: deepcache:interval=5 on UNet2DConditionModel>
+
     Raises `AdapterError` for an object without a denoiser.
     """
     found = (attachment_of(denoiser) for denoiser in denoisers_of(pipe).values())

@@ -34,9 +34,14 @@ class Attachment:
     It belongs to the denoisers: every pipeline that shares one is cached. Usable as a context manager, which removes
     it at the end. A deep copy of an attached denoiser is attached too, by an attachment of its own.
 
-        with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
-            image = pipe("a large red circle top left on white").images[0]
-            print(attachment.report())
+    >>> import cachekit
+    >>> pipe = cachekit.demo_pipeline()
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
+    ...     image = pipe("a large red circle top left on white", num_inference_steps=6).images[0]
+    ...     report = attachment.report()
+    >>> report.calls, [str(count) for count in report.counts]
+    (6, ['deepcache:interval=2 block x 1: ran 3 times, 3 of them kept, reused 3'])
     """
 
     def __init__(

@@ -84,6 +84,10 @@ class Preset(_Part):
 
     `requires` maps each policy of the specs to the distribution that it comes with. `{folder}` in a spec stands for
     the folder of the preset's file.
+
+    >>> preset = Preset(specs=["tgate:m=10", "deepcache:interval=2"])
+    >>> preset.missing(["deepcache", "forecast"])
+    ['tgate']
     """
 
     version: int = VERSION

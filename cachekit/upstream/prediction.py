@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def times_of(scheduler: Any, timestep: Any, steps: int, negated: bool = False) -
         return ()
     place = entry_of(timestep) if isinstance(timestep, Tensor) and shares_table(timestep, scheduler) else None
     first = max(len(table) - steps, 0) if place is None else place[0]
-    stamps = table[first : first + steps].detach().double().cpu()
+    stamps = table[first : first + steps].to("cpu", torch.float64)
     kind, scales = _scales(scheduler, stamps, first)
     kind = "" if negated else kind
     return tuple(
@@ -87,9 +88,9 @@ def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple
     if hasattr(scheduler, "precondition_outputs") or getattr(config, "invert_sigmas", False):
         return "", unknown
     if isinstance(table, Tensor) and kind != "flow_prediction":
-        ratio = _sigma(table.double().cpu(), stamps, scheduler)
-        alphas = (1 + ratio**2).rsqrt()
-        return kind, list(zip(alphas.tolist(), (ratio * alphas).tolist()))
+        ratios = _sigma(table.to("cpu", torch.float64), stamps, scheduler).tolist()
+        alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
+        return kind, [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
     if not isinstance(sigmas, Tensor) or len(sigmas) < first + len(stamps):
         return "", unknown
     shares = sigmas[first : first + len(stamps)].double().cpu().tolist()
@@ -100,7 +101,7 @@ def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
     """Interpolate noise over signal at timesteps, which may lie between two of those used in training."""
     if getattr(scheduler.config, "timestep_type", "") == "continuous":
         return (4 * time).exp()
-    sigmas = ((1 - table) / table).sqrt()
     time = time.clamp(0, len(table) - 1)
-    low, high = sigmas[time.floor().long()], sigmas[time.ceil().long()]
+    shares = table[torch.stack((time.floor(), time.ceil())).long()]
+    low, high = ((1 - shares) / shares).sqrt()
     return torch.lerp(low, high, time.to(low.dtype).frac())

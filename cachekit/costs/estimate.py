@@ -18,7 +18,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
-from cachekit.models.loading import pipeline_from_config
+from cachekit.models.loading import is_guided, pipeline_from_config
 from cachekit.models.names import is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
@@ -100,8 +100,9 @@ def estimate(
         print(found.mac_reduction, found.cache_bytes)
 
     `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
-    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the
-    name of an embedded model (demo, demo-dit, demo-flow). `specs` are as for `apply`.
+    pixart-sigma, lcm-pixart, dit-xl (XL/2, 512), sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B),
+    hunyuan-video, cogvideox (5b)), a folder, a hub id, or the name of an embedded model (demo, demo-dit, demo-flow).
+    `specs` are as for `apply`.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
     branches as `inputs`, in place of a size.
@@ -139,7 +140,7 @@ class Estimator:
     ) -> Estimator:
         """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
         if guided is None:
-            guided = architecture(model).guided if isinstance(model, str) and is_architecture(model) else True
+            guided = is_guided(model) if isinstance(model, str) else True
         denoiser, arguments = _prepare(model, (2 if guided else 1, *size), inputs)
         return cls(denoiser, arguments, guided, catalog or installed())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from cachekit.amounts import macs, size, table
-from cachekit.costs.counting import Forward, count_forward
+from cachekit.costs.counting import Forward, Known, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
@@ -118,7 +119,8 @@ def estimate(
 class Estimator:
     """Estimates runs of one model with one policy or another; its uncached forward is counted once.
 
-    `arguments` are those of one forward over all branches, on the meta device as the denoiser is.
+    `arguments` are those of one forward over all branches, on the meta device as the denoiser is. Threads that share
+    an estimator wait for each other.
     """
 
     def __init__(self, denoiser: nn.Module, arguments: dict[str, Any], guided: bool, catalog: Catalog) -> None:
@@ -127,6 +129,9 @@ class Estimator:
         self._arguments = arguments
         self._guided = guided
         self._catalog = catalog
+        self._setup = Setup.of({"": denoiser}, (), catalog)
+        self._known = Known()
+        self._estimating = threading.Lock()
 
     @classmethod
     def of(
@@ -146,17 +151,16 @@ class Estimator:
 
     def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
         """Estimate one run; raises a `CachekitError` as `estimate` does."""
-        policies = parse_all(specs, self._catalog)
-        # The replay leaves its denoiser intercepted.
-        setup = Setup.of({"": meta_copy(self._denoiser)}, policies, self._catalog)
+        setup = self._setup.following(parse_all(specs, self._catalog))
         plan = setup.plan_of(num_inference_steps, self._guided)
         layout = setup.layout if self._guided else setup.layout.alone
         record = _as_planned(plan, layout, self._arguments)
-        return _measure(setup, plan, record, self._uncached)
+        with self._estimating:
+            return _measure(setup, plan, record, self._uncached, self._known)
 
     @cached_property
     def _uncached(self) -> Forward:
-        return count_forward(self._denoiser, (), self._arguments)
+        return count_forward(self._denoiser, (), self._arguments, self._known)
 
 
 def _prepare(
@@ -185,9 +189,9 @@ def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record
     return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
 
 
-def _measure(setup: Setup, plan: Plan, record: Record, full: Forward) -> Estimate:
+def _measure(setup: Setup, plan: Plan, record: Record, full: Forward, known: Known) -> Estimate:
     denoiser = setup.denoisers[""].module
-    forwards, peak = replay(setup, record, dict.fromkeys(record.inputs, full))
+    forwards, peak = replay(setup, record, dict.fromkeys(record.inputs, full), known)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(record.rows, forwards)

@@ -13,9 +13,11 @@ from support import tiny
 import cachekit
 from cachekit.amounts import macs, size
 from cachekit.bench.paper import tables
-from cachekit.costs.counting import count_forward
+from cachekit.costs.counting import Known, count_forward
+from cachekit.costs.estimate import Estimator
 from cachekit.errors import CachekitError
-from cachekit.models.architectures import architecture, architectures
+from cachekit.models.architectures import architecture, architecture_of, architectures
+from cachekit.upstream.pipelines import denoiser_of
 
 TABLES = tables()
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
@@ -199,3 +201,21 @@ def test_attention_without_a_known_formula_counts_nothing() -> None:
     given = torch.empty(2, 4, device="meta")
     forward = count_forward(Then(torch.ops.cachekit_test.attention), (given,), {})
     assert (forward.macs, forward.attention_macs) == (2 * 4 * 4, 0)
+
+
+@pytest.mark.parametrize("name", ["small", "pixart", "flux"])
+def test_what_is_known_of_a_model_counts_the_same(name: str) -> None:
+    denoiser = denoiser_of(getattr(tiny, name)()).to("meta")
+    arguments, known = architecture_of(denoiser).inputs(2, dtype=torch.float32), Known()
+    expected = count_forward(denoiser, (), arguments)
+    assert expected.macs
+    assert [count_forward(denoiser, (), arguments, known) for _ in range(2)] == [expected] * 2
+    assert known.modules
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+
+
+def test_an_estimator_gives_what_single_estimates_give() -> None:
+    pipe = tiny.pixart()
+    estimator = Estimator.of(pipe)
+    for specs in ("tgate:m=3", "fora:interval=2", [], ["forecast:interval=2"], "tgate:m=3"):
+        assert estimator(specs, 6) == cachekit.estimate(pipe, specs, num_inference_steps=6)

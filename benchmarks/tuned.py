@@ -73,7 +73,8 @@ def _row(row: dict[str, Any]) -> list[str]:
     steps = f"{plain['steps']}, {plain['spacing']}" if plain["spacing"] else f"{plain['steps']}"
     beside = plain["figures"]
     cost = [f"{own['mac_reduction']:.2f}x", f"{own['speedup']:.2f}x"]
-    found = [row["model"], row["target"], f"`{' + '.join(row['specs'])}`", *cost, *_quality(own)]
+    option = next(name for name, target in TARGETS.items() if target == row["target"])
+    found = [row["model"], f"`{option} {row['target']}`", f"`{' + '.join(row['specs'])}`", *cost, *_quality(own)]
     return [*found, steps, f"{beside['speedup']:.2f}x", *_quality(beside), f"{row['seconds'] / 60:.0f}"]
 
 

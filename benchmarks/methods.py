@@ -89,13 +89,8 @@ def _clashing(name: str) -> Iterator[str]:
 
 
 def _clash(kind: str, one: str, other: str) -> bool:
-    chosen = [
-        (bound.policy, bound.denoiser, [(bound.target, bound.choice)])
-        for name in (one, other)
-        for bound in bounds(kind, name)
-    ]
     try:
-        assign(chosen)
+        assign(bound for name in (one, other) for bound in bounds(kind, name))
     except ConflictError:
         return True
     return False

@@ -1,6 +1,6 @@
 """Tune the embedded models for two targets each: `python -m benchmarks.tuned [MODEL ...]`.
 
-Each is a `cachekit tune` command with two processes; the second target of a model goes on with the journal of the first.
+Each is a `cachekit tune` command with two processes; the second target of a model goes on with the study of the first.
 Nothing else should run meanwhile. Tunings that the results hold aren't repeated.
 """
 

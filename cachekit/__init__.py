@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cachekit.interface.moment import Entry as Entry
     from cachekit.interface.moment import History as History
     from cachekit.interface.moment import Moment as Moment
+    from cachekit.interface.moment import Open as Open
     from cachekit.interface.moment import Streams as Streams
     from cachekit.interface.moment import Time as Time
     from cachekit.interface.observation import Observation as Observation
@@ -133,7 +134,7 @@ _HOMES = {
     "interface.beginning": ["Beginning"],
     "interface.indicators": ["Accumulating", "Indicator", "Signal", "relative_change"],
     "interface.observation": ["Observation"],
-    "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Streams", "Time"],
+    "interface.moment": ["OPEN", "Action", "Entry", "History", "Moment", "Open", "Streams", "Time"],
     "interface.parts": ["BranchChange", "Choice", "Schedule", "StandIn", "Where", "combine"],
     "interface.policy": ["Policy"],
     "interface.presets": ["Preset"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import isfinite
 from typing import Any
 
@@ -72,13 +72,19 @@ def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
         if tensor.is_floating_point() and not tensor.is_meta
     ]
     found = [True] * len(kept)
-    for (place, tensor), total in zip(floats, _read([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
+    for (place, tensor), total in zip(floats, read_together([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
         if not isfinite(total):
             found[place] = found[place] and bool(tensor.isfinite().all())
     return found
 
 
-def _read(numbers: Sequence[Tensor]) -> list[float]:
+def finite_flags(kept: Iterable[Tensor]) -> list[Tensor]:
+    """Compute, for each of these tensors that holds floats, a single bool on its device: free of NaN and inf."""
+    floats = (tensor.detach() for tensor in kept if tensor.is_floating_point() and not tensor.is_meta)
+    return [tensor.isfinite().all() for tensor in floats]
+
+
+def read_together(numbers: Sequence[Tensor]) -> list[float]:
     """Read single numbers together."""
     if len(numbers) < 2:  # the usual case, where stacking would take longer than reading
         return [float(number) for number in numbers]

@@ -101,6 +101,7 @@ class Driver:
         if call.is_dropped or call.is_left_out:
             _record(call, inputs, time.perf_counter() - start)
             made = regime.finisher.replaced(call) if call.is_dropped else regime.finisher.predicted(call, inputs)
+            call.note_output(made)
             self._note_call()
             return made
         given = regime.finisher.narrowed(call, inputs)
@@ -110,7 +111,9 @@ class Driver:
         try:
             with self.installation.prompting(denoiser.name, call, enclosed):
                 output = yield given
-            return regime.finisher.finish(call, inputs, output)
+            made = regime.finisher.finish(call, inputs, output)
+            call.note_output(made)
+            return made
         finally:
             self.state.call = None
             self._note_call()
@@ -232,6 +235,8 @@ class Driver:
 
     def report_of(self, run: Run) -> Report:
         """Report on a run so far, the present one of this thread."""
+        if not run.record.interrupted:
+            run.keeper.find_not_finite()
         cost = functools.partial(self._cost, self.scope.regime.setup)
         return Report(run.plan.assignments, run.finish(), cost, self._uncached.like)
 

@@ -23,7 +23,7 @@ from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
 from cachekit.interface.parts import Schedule, StandIn
 from cachekit.planning.lengths import refuse_unknown_length
-from cachekit.runs.border import asked
+from cachekit.runs.border import begun
 from cachekit.runs.clock import Clock
 from cachekit.runs.denoiser import Denoiser
 from cachekit.runs.limit import Limit
@@ -179,7 +179,7 @@ class RunStarter:
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)
             for part in parts:
-                asked(bound, "begin", at, part.begin, beginning, shared)
+                begun(bound, part, at, beginning, shared)
 
     def _layout(
         self, denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None, context: str | None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field
 
-from cachekit.interface.moment import OPEN, Action, Moment, Streams
+from cachekit.interface.moment import OPEN, Action, Moment, Open, Streams
 from cachekit.interface.parts import Schedule
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Indicator(Schedule):
         """Whether the target is computed in this step whatever the signal, as in a warm-up."""
         return False
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """STORE in full steps; the others are open."""
         return Action.STORE if self.full(at) else OPEN
 

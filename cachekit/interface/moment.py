@@ -30,8 +30,14 @@ class Action(str, Enum):
     REUSE = "reuse"
 
 
+class Open(Enum):
+    """The type of `OPEN`, which is its only value."""
+
+    OPEN = "open"
+
+
 #: Returned by `Schedule.action` to leave the decision to the run: to `decide`, or to the signals of an `Indicator`.
-OPEN: Final = None
+OPEN: Final = Open.OPEN
 
 
 class Time(NamedTuple):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from cachekit.errors import PolicyError, SpecError
-from cachekit.interface.moment import Action, History, Moment, Streams, Time
+from cachekit.errors import SpecError
+from cachekit.interface.moment import Action, History, Moment, Open, Streams, Time
 from cachekit.interface.sites import SiteMap, Target
+from cachekit.interface.variables import refuse_fields, refuse_variables
 
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 #: What a stand-in is made for: the output itself, the output minus what entered, or the clean sample it implies.
 Quantity = Literal["output", "residual", "x0"]
-#: The kinds of attributes that no field may replace.
-_METHODS = (FunctionType, property, classmethod, staticmethod)
 
 
 class BranchChange(str, Enum):
@@ -73,11 +71,10 @@ class Part(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **given: Any) -> None:
-        """Raise `PolicyError` for a field with the name of a method: its value would take the method's place."""
+        """Raise `PolicyError` for a field or a class variable that could never work."""
         super().__pydantic_init_subclass__(**given)
-        for key in cls.model_fields:
-            if any(isinstance(vars(base).get(key), _METHODS) for base in cls.__mro__[1:]):
-                raise PolicyError(f"{cls.__name__}.{key} is a field with the name of a method; rename it")
+        refuse_fields(cls, cls.model_fields)
+        refuse_variables(cls)
 
     @classmethod
     def spellings(cls) -> Mapping[str, Part]:
@@ -146,11 +143,11 @@ class Schedule(Part):
         """Whether the target is computed in this step."""
         raise NotImplementedError
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Decide what happens in a step: STORE in full ones, REUSE in the others.
 
-        `OPEN`, which is None, leaves it to the run: to `decide`, or to the signals of an `Indicator`. STOREs that no
-        later REUSE reads are only computed.
+        `OPEN` leaves it to the run: to `decide`, or to the signals of an `Indicator`. STOREs that no later REUSE reads
+        are only computed.
         """
         full = self.full(at)
         if not isinstance(full, bool):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Union
 
+from cachekit.errors import nearest
+
 #: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
 
@@ -41,6 +43,18 @@ class Kind(str, Enum):
     def __str__(self) -> str:
         """Spell the kind as reports and errors do."""
         return self.value
+
+
+def kind_of(word: str) -> Kind:
+    """Find the kind with this word; raises `ValueError` where there is none.
+
+    >>> kind_of("feed_forward")
+    <Kind.FEED_FORWARD: 'feed_forward'>
+    """
+    if word not in list(Kind):
+        words = list(map(str, Kind))
+        raise ValueError(f"unknown kind {word!r}{nearest(str(word), words)}; known: {', '.join(words)}")
+    return Kind(word)
 
 
 #: The kinds of sites that are modules; guidance and the denoiser are places of their own. Type checkers see all kinds,
@@ -83,6 +97,11 @@ class Site:
     name: str
     kind: Kind
     resizes: bool = False
+
+    def __post_init__(self) -> None:
+        """Take the word of a kind for the kind; raises `ValueError` where it is unknown."""
+        if not isinstance(self.kind, Kind):
+            object.__setattr__(self, "kind", kind_of(self.kind))
 
     @property
     def exit(self) -> str:
@@ -172,8 +191,12 @@ class SiteMap:
     streams: tuple[tuple[str, ...], ...] = ()
 
     def of(self, *kinds: Kind) -> tuple[Site, ...]:
-        """Find the sites of these kinds; the one guidance site comes first, then the one of the denoiser."""
-        return tuple(site for site in (GUIDANCE, DENOISER, *self.sites) if site.kind in kinds)
+        """Find the sites of these kinds; the one guidance site comes first, then the one of the denoiser.
+
+        Raises `ValueError` for a word that is no kind.
+        """
+        wanted = set(map(kind_of, kinds))
+        return tuple(site for site in (GUIDANCE, DENOISER, *self.sites) if site.kind in wanted)
 
     def span(self, first: int, stop: int, chain: int = 0) -> Region:
         """Make a region of the blocks `first` to `stop - 1` of a chain; all three count from 0.

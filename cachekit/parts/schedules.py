@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit.interface.moment import OPEN, Action, Moment
+from cachekit.interface.moment import OPEN, Action, Moment, Open
 from cachekit.interface.parts import Schedule
 
 
@@ -82,7 +82,7 @@ class Window(Schedule):
         """Whether the step is outside of the window, or full by the schedule within."""
         return not self.holds(at) or self.when.full(at)
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Follow the inner schedule within the window; compute outside, and keep its full steps, or all with `fresh`.
 
         Without a scheduler a window of timesteps leaves the steps between to the run, which computes them.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cachekit.errors import ConflictError, PolicyError, SiteError, source_of
 from cachekit.interface.moment import Moment
-from cachekit.interface.parts import Choice
+from cachekit.interface.parts import Choice, Part
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind, Site, Target
 
@@ -63,10 +63,13 @@ class Assignment:
         return self
 
 
-def origin(bound: Assignment, method: str, at: Moment) -> str:
-    """Name the policy and its distribution, the method of a part of it, the target and the step."""
-    part = bound.choice.what if method in ("begin", "predict", "amend", "watch") else bound.choice.when
-    return f"{bound.policy}{source_of(bound.policy)}: {method} of {part} for {bound.target.name!r} at step {at.step}"
+def origin(bound: Assignment, method: str, at: Moment, part: Part | None = None) -> str:
+    """Name the policy and its distribution, the method of a part of it, the target and the step.
+
+    `part` is needed for methods that schedules and stand-ins share.
+    """
+    owner = part or (bound.choice.what if method in ("predict", "amend", "watch") else bound.choice.when)
+    return f"{bound.policy}{source_of(bound.policy)}: {method} of {owner} for {bound.target.name!r} at step {at.step}"
 
 
 def assign(chosen: Iterable[Assignment]) -> tuple[Assignment, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from cachekit.interface.moment import OPEN, Action
+from cachekit.interface.moment import OPEN, Action, Open
 from cachekit.interface.sites import Branches
 
 #: An entry of a plan's table: an action, or `OPEN` where only the run can decide.
-Cell = Action | None
+Cell = Action | Open
 
 
 @dataclass

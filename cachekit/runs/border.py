@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from cachekit.errors import PolicyError, answered
+from cachekit.interface.beginning import Beginning
 from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import Action, Moment, Streams
+from cachekit.interface.parts import Schedule, StandIn
 from cachekit.planning.assignments import Assignment, origin
 
 Answer = TypeVar("Answer")
@@ -18,6 +20,11 @@ Answer = TypeVar("Answer")
 def asked(bound: Assignment, method: str, at: Moment, ask: Callable[..., Answer], *given: Any) -> Answer:
     """Call a method of a part; errors other than cachekit's become a `PolicyError`."""
     return answered(lambda: origin(bound, method, at), ask, *given)
+
+
+def begun(bound: Assignment, part: Schedule | StandIn, at: Moment, run: Beginning, shared: dict[str, Any]) -> None:
+    """Call `begin` of the schedule or the stand-in; errors other than cachekit's become a `PolicyError`."""
+    answered(lambda: origin(bound, "begin", at, part), part.begin, run, shared)
 
 
 def agreed_action(bound: Assignment, method: str, at: Moment, action: Any) -> Action:

@@ -274,6 +274,10 @@ class Call:
             at = self.moment(index)
             asked(bound, "learn", at, bound.choice.when.learn, output, signal, at)
 
+    def note_output(self, output: Any) -> None:
+        """Take note of the output of this call, for the report's warning of NaN and inf."""
+        self.keeper.note_output(self.row, self.denoiser, tensors(output))
+
     def count(self, index: int, action: Action) -> None:
         """Count an action of assignment `index`."""
         self.counts[index][action] += 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from cachekit.interface.moment import OPEN, Action, Entry
 from cachekit.interface.parts import BranchChange
@@ -13,7 +15,7 @@ from cachekit.planning.row import Row
 from cachekit.runs.memories import Memories
 from cachekit.runs.record import Record
 from cachekit.runs.store import Slot, Store
-from cachekit.tensors import is_finite
+from cachekit.tensors import finite_flags, is_finite, read_together
 
 #: Agrees on an action with the other processes that share an image.
 Voting = Callable[[Action], Action]
@@ -39,6 +41,9 @@ class Keeper:
         self.memories = Memories()
         self.shapes: dict[tuple[Slot, str], dict[str, tuple[Any, int]]] = {}
         self.templates: dict[Slot, Any] = {}
+        #: Rows, denoisers and flags of outputs since the last report; whether one before them was not finite.
+        self._outputs: list[tuple[Row, str, Tensor]] = []
+        self._is_spoiled = False
         self._changes = [bound.choice.change for bound in assignments]
 
     def push(self, slot: Slot, branches: Branches, entry: Entry, last: Branches | None = None) -> None:
@@ -88,6 +93,25 @@ class Keeper:
                 self.store.drop_newest(slot, branches)
                 self._discard(slot, step, "not finite")
 
+    def note_output(self, row: Row, denoiser: str, output: Iterable[Tensor]) -> None:
+        """Take note of whether a denoiser's output is finite; nothing is read, so that no call waits for it."""
+        if self.assignments and not self.is_replayed:
+            self._outputs += [(row, denoiser, flag) for flag in finite_flags(output)]
+
+    def find_not_finite(self) -> None:
+        """Record the first output with NaN or inf, if a part of it was predicted: one device sync for all."""
+        noted, self._outputs = self._outputs, []
+        flags = read_together([flag for *_, flag in noted])
+        bad = next(((row, denoiser) for (row, denoiser, _), good in zip(noted, flags) if not good), None)
+        if bad is None or self._is_spoiled:
+            return
+        self._is_spoiled = True
+        row, denoiser = bad
+        acting = zip(self.assignments, row.actions)
+        reused = [it.policy.name for it, action in acting if action is Action.REUSE and it.denoiser in ("", denoiser)]
+        if reused:
+            self.record.not_finite = (list(dict.fromkeys(reused)), row.step)
+
     def clear(self) -> None:
         """Drop all tensors and shapes: the batch has changed."""
         self.store.clear()
@@ -97,6 +121,7 @@ class Keeper:
         """Drop all tensors and memories, even where the frames of an exception hold the run."""
         self.store.clear()
         self.memories.clear()
+        self._outputs.clear()
 
     def _discard(self, slot: Slot, step: int, why: str) -> None:
         self.record.discarded.append((self.assignments[slot[0]].policy.name, step, why))

@@ -52,6 +52,8 @@ class Record:
     missed: list[int] = field(default_factory=list)
     #: Policy, step and reason of each output that should have been kept and wasn't.
     discarded: list[tuple[str, int, str]] = field(default_factory=list)
+    #: The policies that predicted something of the first output of the denoiser with NaN or inf, and its step.
+    not_finite: tuple[list[str], int] | None = None
     #: What `max_cache_bytes` left of the plan.
     fit: Fit | None = None
     peak_bytes: int = 0

@@ -190,6 +190,9 @@ class Report:
         for (policy, reason), steps in places.items():
             outputs, were = ("1 output", "was") if len(steps) == 1 else (f"{len(steps)} outputs", "were")
             yield f"{policy}: {outputs} at {_range(steps)} {were} {reason} and {were} not kept: computed instead"
+        if self.record.not_finite:
+            names, step = " + ".join(self.record.not_finite[0]), self.record.not_finite[1]
+            yield f"{names}: NaN or inf first came at step {step}, of which parts were predicted; use another stand-in"
 
     @property
     def _omitted(self) -> str:

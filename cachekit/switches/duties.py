@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from cachekit.errors import AttachmentError
-from cachekit.interface.sites import Region, Target
+from cachekit.errors import AttachmentError, PolicyError, source_of
+from cachekit.interface.sites import Region, SiteMap, Target
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.denoiser import Denoiser
 from cachekit.switches.roles import RUN_IT, AssignedRole, Role, roles_of
@@ -64,22 +65,39 @@ def duties_of(assignments: Sequence[Assignment], denoiser: Denoiser) -> Duties:
     for index, bound in enumerate(assignments):
         if bound.is_guidance or bound.is_whole or bound.denoiser != denoiser.name:
             continue
-        modules.update(_modules_of(denoiser, bound.target))
+        modules.update(_modules_of(denoiser, bound))
         for name, role in roles_of(index, bound, modules):
             roles.setdefault(name, []).append(role)
     return {name: Duty(found) for name, found in roles.items()}
 
 
-def _modules_of(denoiser: Denoiser, target: Target) -> dict[str, nn.Module]:
-    """Find the modules of a target by name."""
-    names = [target.exit]
-    if isinstance(target, Region):
-        names += [*target.skipped, *filter(None, (target.entry, target.probe))]
-    return {name: module_of(denoiser, name) for name in names}
+def _modules_of(denoiser: Denoiser, bound: Assignment) -> dict[str, nn.Module]:
+    """Find the modules of a target by name; raises `PolicyError` for one that its place alone has named."""
+    found = {name: find_module(denoiser.module, name) for name in _names_of(bound.target)}
+    missing = [name for name, module in found.items() if module is None]
+    if missing and missing[0] not in _named_by_adapter(denoiser.sites):
+        where = bound.choice.where
+        raise PolicyError(
+            f"{bound.policy}{source_of(bound.policy)}: find of {where} chose {missing[0]!r}, a module that"
+            f" {type(denoiser.module).__name__} doesn't have; choose among the sites that it is given"
+        )
+    return {name: module_of(denoiser, name) for name in found}
+
+
+def _names_of(target: Target) -> list[str]:
+    """List the modules of a target."""
+    if not isinstance(target, Region):
+        return [target.exit]
+    return [target.exit, *target.skipped, *filter(None, (target.entry, target.probe))]
+
+
+def _named_by_adapter(sites: SiteMap) -> set[str]:
+    targets: tuple[Target, ...] = (*sites.sites, *sites.regions, *itertools.chain(*sites.chains))
+    return {name for target in targets for name in _names_of(target)}
 
 
 def module_of(denoiser: Denoiser, name: str) -> nn.Module:
-    """Find a module that a target names; raises `AttachmentError` where there is none."""
+    """Find a module that an adapter names; raises `AttachmentError` where there is none."""
     found = find_module(denoiser.module, name)
     if found is None:
         model = type(denoiser.module).__name__

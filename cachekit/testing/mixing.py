@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cachekit.interface.moment import Action
+from cachekit.interface.moment import Action, Open
 from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Kind
 from cachekit.planning.assignments import Assignment
@@ -106,7 +106,7 @@ def check_batch_items_independent(subject: Subject) -> None:
             )
 
 
-def _actions(drawn: Drawn) -> list[list[Action | None]]:
+def _actions(drawn: Drawn) -> list[list[Action | Open]]:
     return [list(call.row.actions) for call in drawn.report.record.calls]
 
 

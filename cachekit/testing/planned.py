@@ -9,7 +9,7 @@ import torch
 
 from cachekit.applying import apply
 from cachekit.errors import CachekitError, GuidanceError, PolicyError, SiteError
-from cachekit.interface.moment import Action, Moment, Time
+from cachekit.interface.moment import Action, Moment, Open, Time
 from cachekit.interface.parts import BranchChange
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
@@ -65,12 +65,12 @@ def _moments(subject: Subject, bound: Assignment) -> list[Moment]:
     return [Moment(step, subject.steps, 0, time, bound.target) for step, time in enumerate(times)]
 
 
-def _asked(bound: Assignment, at: Moment) -> Action | None:
+def _asked(bound: Assignment, at: Moment) -> Action | Open:
     return bound.choice.when.action(at)
 
 
-def _word(action: Action | None) -> str:
-    return action.value if action is not None else "open"
+def _word(action: Action | Open) -> str:
+    return str(action.value)
 
 
 def check_counts_match_plan(subject: Subject) -> None:
@@ -95,7 +95,7 @@ def check_counts_match_plan(subject: Subject) -> None:
                 )
 
 
-def _planned(subject: Subject, index: int, call: CallRecord) -> Iterator[Action | None]:
+def _planned(subject: Subject, index: int, call: CallRecord) -> Iterator[Action | Open]:
     """Yield what the plan has at a target in a call that reaches it."""
     plan = subject.plan
     row, bound = plan.rows[call.row.step], plan.assignments[index]

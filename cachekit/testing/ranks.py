@@ -15,7 +15,7 @@ from torch import distributed
 
 from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
-from cachekit.interface.moment import Action
+from cachekit.interface.moment import Action, Open
 from cachekit.runs.record import CallRecord
 from cachekit.testing.models import Call, drawn
 from cachekit.testing.results import CheckFailedError, NotApplicableError
@@ -49,11 +49,11 @@ def check_ranks(subject: Subject) -> None:
         raise CheckFailedError("two processes wait for each other") from ranks[0].error or ranks[1].error
 
 
-def _place(subject: Subject, mine: Sequence[Action | None], theirs: Sequence[Action | None]) -> str:
+def _place(subject: Subject, mine: Sequence[Action | Open], theirs: Sequence[Action | Open]) -> str:
     """Name the first target at which the actions differ."""
     for bound, one, other in zip(subject.plan.assignments, mine, theirs):
         if one is not other:
-            done, instead = (action.value if action else "open" for action in (one, other))
+            done, instead = (action.value for action in (one, other))
             return f": {bound.target.name!r} is {done} in one and {instead} in the other"
     return ": other branches run"
 

@@ -12,7 +12,7 @@ import torch
 from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
 from cachekit.errors import GuidanceError, SiteError
-from cachekit.interface.moment import Action
+from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
@@ -152,7 +152,7 @@ class Subject:
 
 
 def _may_reuse(plan: Plan) -> bool:
-    return any(action in (Action.REUSE, None) for row in plan.rows for action in row.actions)
+    return any(action in (Action.REUSE, OPEN) for row in plan.rows for action in row.actions)
 
 
 # -- comparing ------------------------------------------------------------------------------------------------

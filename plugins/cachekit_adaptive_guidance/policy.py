@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cachekit import OPEN, Action, After, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse, Schedule
+from cachekit import OPEN, Action, After, Choice, Drop, Every, Guidance, Linear, Moment, Open, Policy, Reuse, Schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class UntilCrossed(Schedule):
     name: ClassVar[str] = "until_crossed"
     summary: ClassVar[str] = "full until adaptive guidance has seen the branches agree"
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Leave every step to the run."""
         return OPEN
 

@@ -15,6 +15,7 @@ from cachekit import (
     Choice,
     Every,
     Moment,
+    Open,
     Policy,
     Reuse,
     SiteError,
@@ -64,7 +65,7 @@ class Staged(Every):
     boundary: int | None = None
     half: Literal["early", "late"] | None = None
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Keep on full steps; between them reuse in this half alone."""
         boundary = at.steps // 2 if self.boundary is None else self.boundary
         is_half = self.half is not None and at.target is not None and at.target.name.startswith(("front: ", "back: "))

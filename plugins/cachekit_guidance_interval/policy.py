@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import OPEN, Action, Choice, Drop, Guidance, Moment, Policy, PolicyError, Schedule
+from cachekit import OPEN, Action, Choice, Drop, Guidance, Moment, Open, Policy, PolicyError, Schedule
 
 #: What the bounds of an interval are of.
 Axis = Literal["noise", "timestep"]
@@ -35,7 +35,7 @@ class Within(Schedule):
         is_above = self.low is None or place is None or place > self.low
         return in_steps and is_above and (self.high is None or place is None or place <= self.high)
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Leave it to the run where the bounds are of something that only a scheduler gives."""
         is_bounded = (self.low, self.high) != (None, None)
         return OPEN if is_bounded and self.full(at) and self._place(at) is None else super().action(at)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cachekit import OPEN, Action, History, Moment, Reuse, Schedule, Streams
+from cachekit import OPEN, Action, History, Moment, Open, Reuse, Schedule, Streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class UntilGate(Gate):
     name: ClassVar[str] = "until_gate"
     summary: ClassVar[str] = "full until cross-attention has converged"
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Leave every step to the run."""
         return OPEN
 
@@ -96,7 +96,7 @@ class AroundGate(Gate):
     after: int
     warm_up: int
 
-    def action(self, at: Moment) -> Action | None:
+    def action(self, at: Moment) -> Action | Open:
         """Compute up to the warm-up, then keep every so many steps and reuse between them."""
         return OPEN if self.gate is None else self._action(at, self.gate - 1)
 

@@ -1,4 +1,4 @@
-"""Forecasts equal cache-dit's: its Taylor calibrator on a trace of values, and its DBCache with a static mask."""
+"""Forecasts and decisions equal cache-dit's: its Taylor calibrator, and its DBCache with a mask or a threshold."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import block_replays as replays
 from support import tiny
 
 import cachekit
@@ -48,23 +49,17 @@ def test_the_series_equals_its_calibrator(cache_dit: Any, order: int, interval: 
     assert (len(history) == total - 1) == (interval == 1)
 
 
-def with_dbcache(cache_dit: Any, pipe: Any, full: list[int], order: int) -> torch.Tensor:
-    """Latents with the first block computed in all steps, and the others in `full` ones."""
+def with_dbcache(cache_dit: Any, pipe: Any, order: int = 0, **config: Any) -> torch.Tensor:
+    """Latents with the first block computed in all steps, and the others in those that the config chooses."""
     other = twin(pipe)
     # It patches the class of a pipeline, so the copy gets a class of its own.
     cls = type(other)
     other.__class__ = type(cls.__name__, (cls,), {"__module__": cls.__module__})
-    config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1,
-        Bn_compute_blocks=0,
-        num_inference_steps=STEPS,
-        steps_computation_mask=[int(step in full) for step in range(STEPS)],
-        steps_computation_policy="static",
-    )
     calibrator = None
     if order:  # one of the text would be asked for a residual that the last block does not have
         calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order, enable_encoder_calibrator=False)
-    cache_dit.enable_cache(other, cache_config=config, calibrator_config=calibrator)
+    blocks = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=STEPS, **config)
+    cache_dit.enable_cache(other, cache_config=blocks, calibrator_config=calibrator)
     try:
         return tiny.latents(other, steps=STEPS)
     finally:
@@ -76,10 +71,24 @@ def with_dbcache(cache_dit: Any, pipe: Any, full: list[int], order: int) -> torc
 def test_residuals_of_the_later_blocks_equal_its_dbcache(cache_dit: Any, name: str, order: int) -> None:
     """Within a pipeline its calibrator begins to count a step late, and takes no difference before step 3."""
     pipe, full = getattr(tiny, name)(), [0, 1, 2, 3, 5, 7]
-    plain, theirs = tiny.latents(pipe, steps=STEPS), with_dbcache(cache_dit, pipe, full, order)
+    static = {
+        "steps_computation_mask": [int(step in full) for step in range(STEPS)],
+        "steps_computation_policy": "static",
+    }
+    plain, theirs = tiny.latents(pipe, steps=STEPS), with_dbcache(cache_dit, pipe, order, **static)
     what = f"taylor(order={order},of=residual)" if order else "reuse(of=residual)"
     mask = ";".join(map(str, full))
     with cachekit.apply(pipe, f"cache:where=span(first=1),when=mask({mask}),what={what}"):
         ours = tiny.latents(pipe, steps=STEPS)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "threshold"), [("flux", 0.7), ("sd3", 0.7), ("wan", 0.5), ("pixart", 0.8)])
+def test_first_block_cache_equals_its_dbcache_to_the_bit(cache_dit: Any, name: str, threshold: float) -> None:
+    """Without a warm-up its threshold alone decides, by the change of the first block's residual."""
+    pipe = getattr(tiny, name)()
+    theirs = with_dbcache(cache_dit, pipe, residual_diff_threshold=threshold, max_warmup_steps=0, warmup_interval=1)
+    report = replays.check_applied(pipe, f"fbcache:threshold={threshold}", theirs, STEPS)
+    calls = len(report.record.calls)
+    assert 0 < replays.reused(report) < calls - calls // STEPS

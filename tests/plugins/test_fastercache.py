@@ -67,11 +67,10 @@ def test_attention_is_that_of_diffusers_until_it_extrapolates_from_what_it_extra
     assert {count.reused // count.targets for count in report.counts if count.kind != "guidance"} == {1}
 
 
-@pytest.mark.parametrize(("interval", "gain"), [(5, 1.0), (2, 1.3), (3, 1.0)])
-def test_guidance_is_that_of_diffusers_up_to_rounding(interval: int, gain: float) -> None:
-    """Where gains do not compound: they are 1, or no two steps in a row are skipped."""
-    theirs = published(
-        "pixart",
+def published_guidance(name: str, interval: int, gain: float) -> torch.Tensor:
+    """Run with the half of diffusers' own that leaves out the unconditional branch."""
+    return published(
+        name,
         spatial_attention_timestep_skip_range=(-1, -1),
         unconditional_batch_skip_range=interval,
         unconditional_batch_timestep_skip_range=(-1, 800),
@@ -80,12 +79,23 @@ def test_guidance_is_that_of_diffusers_up_to_rounding(interval: int, gain: float
         low_frequency_weight_update_timestep_range=(300, 10000),
         high_frequency_weight_update_timestep_range=(-1, 300.5),
     )
+
+
+@pytest.mark.parametrize(("interval", "gain"), [(5, 1.0), (2, 1.3), (3, 1.0)])
+def test_guidance_is_that_of_diffusers_up_to_rounding(interval: int, gain: float) -> None:
+    """Where gains do not compound: they are 1, or no two steps in a row are skipped."""
+    theirs = published_guidance("pixart", interval, gain)
     keys = f"alpha_low={gain - 1},alpha_high={gain - 1},boundary=300,guidance_high=800,guidance_interval={interval}"
     found, report = cached("pixart", f"fastercache:interval=1,{keys}")
     torch.testing.assert_close(found, theirs, **CLOSE)
     assert not torch.allclose(found, plain("pixart"), **CLOSE)
     (count,) = (count for count in report.counts if count.kind == "guidance")
     assert count.reused > 0
+
+
+def test_guidance_of_diffusers_fails_where_the_text_is_pooled_too() -> None:
+    with pytest.raises(RuntimeError, match="must match the size of tensor b"):
+        published_guidance("sd3", interval=5, gain=1.0)
 
 
 # -- a replay by hand ------------------------------------------------------------------------------------------

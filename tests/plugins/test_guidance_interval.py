@@ -13,7 +13,7 @@ from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 from support import tiny
 
 import cachekit
-from cachekit import Action, Guidance, PolicyError, SpecError
+from cachekit import OPEN, Action, Guidance, PolicyError, SpecError
 
 STEPS = 8
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "sd3": tiny.sd3, "wan": tiny.wan}
@@ -132,7 +132,7 @@ def test_the_noise_level_is_the_same_for_another_scheduler_with_the_same_timeste
 def test_a_plan_without_a_scheduler_is_open_and_steps_alone_are_not() -> None:
     unet = tiny.small().unet
     with cachekit.apply(unet, "guidance_interval:first=2,low=0.3") as attachment:
-        assert [row.actions[0] for row in attachment.plan(4).rows] == [Action.REUSE, Action.REUSE, None, None]
+        assert [row.actions[0] for row in attachment.plan(4).rows] == [Action.REUSE, Action.REUSE, OPEN, OPEN]
     with cachekit.apply(unet, "guidance_interval:first=1,stop=3") as attachment:
         assert attachment.plan(4).is_static
 

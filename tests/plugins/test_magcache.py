@@ -15,7 +15,7 @@ import cachekit
 from cachekit import Action, CalibrationError, SpecError
 
 STEPS = 10
-PIPES = {"flux": tiny.flux, "wan": tiny.wan, "pixart": tiny.pixart}
+PIPES = {"flux": tiny.flux, "wan": tiny.wan, "pixart": tiny.pixart, "sd3": tiny.sd3}
 RATIOS = (1.0, 1.21, 1.12, 0.98, 1.01, 0.97, 0.99, 1.02, 0.93, 0.9)
 SHORT = (1.0, 1.1, 0.99, 1.02, 0.96, 0.9)
 
@@ -33,8 +33,9 @@ def config(**changes: Any) -> MagCacheConfig:
         ("flux", {"threshold": 0.24, "longest": 5, "retained": 0.1, "ratios": SHORT}),
         ("wan", {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS}),
         ("pixart", {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS}),
+        ("sd3", {"threshold": 0.3, "longest": 2, "retained": 0.0, "ratios": RATIOS}),
     ],
-    ids=["flux", "flux, other steps", "wan, nothing retained", "pixart, nothing retained"],
+    ids=["flux", "flux, other steps", "wan, nothing retained", "pixart, nothing retained", "sd3, nothing retained"],
 )
 def test_equal_to_diffusers_to_the_bit(name: str, options: dict[str, Any]) -> None:
     pipe = PIPES[name]()

@@ -126,6 +126,24 @@ def test_equal_to_the_loop_by_hand(name: str, order: int) -> None:
         assert torch.equal(tiny.latents(pipe, steps=STEPS), cached)
 
 
+def test_equal_to_the_hook_of_diffusers_in_the_steps_that_it_computes() -> None:
+    """Its gate is shown other latents than the sample, so its steps are taken over, and its residuals compared."""
+    pipe, twin = tiny.wan(), tiny.wan()
+    calls: list[int] = []
+    computed: list[int] = []
+    twin.transformer.register_forward_pre_hook(lambda *_: calls.append(len(calls)))
+    twin.transformer.blocks[-1].attn1.register_forward_hook(lambda *_: computed.append(calls[-1] // 2))
+    twin.transformer.enable_cache(config(threshold=0.4, power=3.0, order=1))
+    expected, plain = tiny.latents(twin, steps=STEPS), tiny.latents(pipe, steps=STEPS)
+    full = sorted(set(computed))
+    assert 2 < len(full) < STEPS - 2
+    mask = ";".join(map(str, full))
+    with cachekit.apply(pipe, f"cache:where=span(chain=all),when=mask({mask}),what=linear(of=residual)"):
+        found = tiny.latents(pipe, steps=STEPS)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, plain, atol=1e-3)
+
+
 def test_a_sample_without_axes_is_refused_before_anything_is_computed() -> None:
     pipe = tiny.flux()
     calls = []

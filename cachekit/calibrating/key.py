@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
+from cachekit.parts.schedules import Mask
 
 #: How far timesteps may lie apart, relative to the greatest of them.
 _TOLERANCE = 1e-3
@@ -60,6 +61,13 @@ class Key(Numbers):
         if not _close(self.timesteps, other.timesteps):
             return f"timesteps {_ends(self.timesteps)}, not {_ends(other.timesteps)}"
         return ""
+
+    def is_widened(self, other: Key) -> bool:
+        """Whether full steps that another policy adds to the same schedule are the only difference."""
+        if not other.full or self.full == other.full:
+            return False
+        same = (other.schedule, str(Mask(steps=tuple(other.full))))
+        return self.schedule in same and not self.model_copy(update={"full": other.full}).difference(other)
 
 
 def key_of(run: Beginning) -> Key:

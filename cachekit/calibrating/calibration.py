@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
+from cachekit.calibrating.agreement import disagreement, disagreement_of_weights
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
 from cachekit.errors import CalibrationError
@@ -44,14 +45,11 @@ class Calibration(Numbers):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        scales = [fit.guidance for fit in self.fits]
-        if scales != sorted(set(scales)):
-            raise ValueError(f"guidance scales {scales} are not in order")
-        for fit in self.fits:
-            if len(fit.steps) != self.key.steps:
-                raise ValueError(f"{len(fit.steps)} fits for {self.key.steps} steps")
-            if fit.terms != self.fits[0].terms:
-                raise ValueError("terms differ between guidance scales")
+        problem = disagreement(self.key, self.fits)
+        if not problem and isinstance(self.fits[0], Fit):
+            problem = disagreement_of_weights(self.key, self.fits[0].terms)
+        if problem:
+            raise ValueError(problem)
         return self
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -87,7 +85,9 @@ class Calibration(Numbers):
             first = error.errors()[0]
             # Which of the two kinds of fits was tried is left out.
             where = ".".join(part for part in map(str, first["loc"]) if "list" not in part) or "calibration"
-            raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it again") from None
+            raise CalibrationError(
+                f"{name!r}: {where}: {first['msg'].removeprefix('Value error, ')}; make it again"
+            ) from None
 
     @classmethod
     def merge(cls, first: Calibration, *others: Calibration) -> Calibration:

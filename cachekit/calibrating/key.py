@@ -16,9 +16,9 @@ _TOLERANCE = 1e-3
 
 
 class Numbers(BaseModel):
-    """Base of what a calibration's file holds: fields that are all known, and numbers that are finite."""
+    """Base of what a calibration's file holds: fields that are all known, and finite numbers, not texts of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Key(Numbers):
@@ -35,7 +35,7 @@ class Key(Numbers):
     timesteps: list[float | None]
     schedule: str
     full: list[int]
-    branches: list[str]
+    branches: list[str] = Field(min_length=1)
     separate: bool
     beside: dict[str, float] = Field(default_factory=dict)
 

@@ -32,6 +32,15 @@ def test_scales_that_the_file_has_are_left_out(made):
     both = Calibration.load(path)
     assert both.scales == [3.0, 5.0]
     assert both.fits[0] == first.fits[0]
+    kept = f"guidance scale 3 is in {path} already, with 2 prompts; give another --output to measure anew\n"
+    assert result.stdout.count(kept) == result.stdout.count(f"wrote {path}\n") == 1
+    before = path.read_text()
+    others = commands.printed(
+        "calibrate", *ARGUMENTS, "--prompts", "3", "--seed", "9", "--guidance", "3", "--output", path
+    )
+    assert kept in others
+    assert "wrote" not in others
+    assert path.read_text() == before
     assert "3 plain steps" in result.stdout
     assert "Medians over 2 held-out captions that the calibration wasn't made with" in " ".join(result.stdout.split())
 

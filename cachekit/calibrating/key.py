@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,7 +35,7 @@ class Key(Numbers):
     timesteps: list[float | None]
     schedule: str
     full: list[int]
-    branches: list[str] = Field(min_length=1)
+    branches: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     separate: bool
     beside: dict[str, float] = Field(default_factory=dict)
 

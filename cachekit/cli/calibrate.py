@@ -69,7 +69,7 @@ def calibrate(
     check_writable(output)
     with json_results(json_file) as give:
         if merge:
-            made = Calibration.merge(*map(Calibration.load, merge))
+            made = Calibration.merge(*_different(merge))
             made.save(output)
             say(f"wrote {output}")
             _print_fits(made)
@@ -83,6 +83,22 @@ def calibrate(
         made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
         _print_fits(made)
         give({**_data(made), "verified": _verify(request, fresh, output) if fresh else None})
+
+
+def _different(paths: Sequence[Path]) -> list[Calibration]:
+    """Load calibrations to merge; raises a `CachekitError` where two are the same, which would count twice."""
+    from cachekit.calibrating.calibration import Calibration
+
+    found: list[Calibration] = []
+    for path in paths:
+        one = Calibration.load(path)
+        if one in found:
+            other = paths[found.index(one)]
+            raise CachekitError(
+                f"calibrate: {str(path)!r} has what {str(other)!r} has, and would count twice; leave it out"
+            )
+        found.append(one)
+    return found
 
 
 def _data(made: Calibration) -> dict[str, Any]:

@@ -300,6 +300,7 @@ def with_key(**changes: Any) -> Any:
         (with_key(full=[0, 3, 6, 9]), "full steps 0;3;6;9 are not those"),
         (with_key(timesteps=[9.0, 4.0]), "calibration: 2 timesteps for 9 steps"),
         (with_key(branches=[]), "key.branches: List should have at least 1 item"),
+        (with_key(branches=[""]), "key.branches.0: String should have at least 1 character"),
         (with_key(branches=["cond"]), "step 0 has weights for fresh.cond, fresh.uncond, sample"),
         (with_key(separate=True), "step 0 has weights for .* give fresh.cond, .*, sample.cond, sample.uncond; make"),
         (lambda path: damaged(path, colour="red"), "colour: Extra inputs are not permitted"),
@@ -366,6 +367,18 @@ def test_it_serves_nothing_else(sd: Any, change: Any, spec: str, changes: dict[s
     assert str(path) in str(caught.value)
     assert tiny.state_of(pipe)[1:] == before
     assert torch.equal(latents(pipe, prompt, 0, **changes), uncached)
+
+
+@pytest.mark.parametrize("spec", ["adaptive_guidance:every=2", "adaptive_guidance:m=4"])
+def test_a_policy_that_drops_a_branch_is_refused_when_the_run_begins(sd: Any, spec: str) -> None:
+    pipe, _, path = sd
+    computed: list[int] = []
+    watch = pipe.unet.conv_in.register_forward_hook(lambda *given: computed.append(1))
+    said = r"step [14] has cond in its call, others have uncond and cond; keep guidance as it is throughout a run$"
+    with cachekit.apply(pipe, [f"calibrated:file={path}", spec]), pytest.raises(CalibrationError, match=said):
+        latents(pipe, prompts_for(pipe)[0], 0)
+    watch.remove()
+    assert computed == []
 
 
 def test_scales_in_between_are_on_the_line(sd: Any, tmp_path: Any) -> None:

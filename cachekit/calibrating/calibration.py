@@ -13,9 +13,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from cachekit.calibrating.agreement import disagreement, disagreement_of_weights
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
+from cachekit.calibrating.terms import misfit, misfit_of_weights
 from cachekit.errors import CalibrationError
 from cachekit.files import write_whole
 from cachekit.upstream import versions as upstream
@@ -45,9 +45,9 @@ class Calibration(Numbers):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        problem = disagreement(self.key, self.fits)
+        problem = misfit(self.key, self.fits)
         if not problem and isinstance(self.fits[0], Fit):
-            problem = disagreement_of_weights(self.key, self.fits[0].terms)
+            problem = misfit_of_weights(self.key, self.fits[0].terms)
         if problem:
             raise ValueError(problem)
         return self

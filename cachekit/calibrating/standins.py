@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
 
+from cachekit.calibrating.terms import AGES, FRESH, SAMPLE
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import History, Moment, Streams
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cachekit.calibrating.fits import Weights
-
-#: What the entries of a history are called, the newest first.
-AGES = ("last", "before")
-FRESH = "fresh"
-SAMPLE = "sample"
 
 #: Terms `(batch, channels, ...)` by name: an age and a branch such as "last.cond", or "sample".
 Terms = dict[str, "Tensor"]

@@ -150,7 +150,7 @@ def token_model() -> tuple[Any, dict[str, Any]]:
     """The denoiser of aMUSEd, which is called with tokens, and a call of it."""
     sizes = {"hidden_size": 8, "cond_embed_dim": 8, "encoder_hidden_size": 8, "block_out_channels": 8, "sample_size": 8}
     heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "block_num_heads": 2, "intermediate_size": 16}
-    tokens = {"micro_cond_encode_dim": 4, "micro_cond_embed_dim": 28, "vocab_size": 20, "codebook_size": 16}
+    tokens = {"micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20, "vocab_size": 20, "codebook_size": 16}
     given = {"input_ids": torch.zeros(1, 8, 8, dtype=torch.long), "micro_conds": torch.ones(1, 5)}
     texts = {"encoder_hidden_states": torch.ones(1, 4, 8), "pooled_text_emb": torch.ones(1, 8)}
     return UVit2DModel(**sizes, **heads, **tokens).eval(), {**given, **texts}

@@ -1,18 +1,21 @@
-"""Whether what a calibration holds agrees with what it is for."""
+"""The terms of calibrated sums: what they are called, and whether a file has those of its branches and full steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
-from cachekit.calibrating.key import Key
-from cachekit.calibrating.standins import AGES, FRESH, SAMPLE
-
 if TYPE_CHECKING:
     from cachekit.calibrating.fits import Figures, Fit
+    from cachekit.calibrating.key import Key
+
+#: What the entries of a history are called, the newest first.
+AGES = ("last", "before")
+FRESH = "fresh"
+SAMPLE = "sample"
 
 
-def disagreement(key: Key, fits: Sequence[Fit] | Sequence[Figures]) -> str:
+def misfit(key: Key, fits: Sequence[Fit] | Sequence[Figures]) -> str:
     """Describe what contradicts itself in a calibration, "" if nothing does."""
     scales = [fit.guidance for fit in fits]
     if scales != sorted(set(scales)):
@@ -27,7 +30,7 @@ def disagreement(key: Key, fits: Sequence[Fit] | Sequence[Figures]) -> str:
     return ""
 
 
-def disagreement_of_weights(key: Key, terms: Sequence[Set[str]]) -> str:
+def misfit_of_weights(key: Key, terms: Sequence[Set[str]]) -> str:
     """Describe a contradiction between a calibration's full steps and the terms of each step's weights."""
     full = key.full
     if not full or full[0] != 0 or full != sorted(set(full)) or full[-1] >= key.steps:

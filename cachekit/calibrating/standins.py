@@ -74,6 +74,8 @@ class Calibrated(StandIn):
             self._refuse_branches(at.step, at.branches, "the step before it had other branches")
         if SAMPLE not in weights:
             weights = {name: weight for name, weight in weights.items() if name.endswith(f".{at.branch}")}
+            if not weights and self._weights(at):
+                self._refuse_branches(at.step, at.branches, "its weights are for others")
         if not weights or not weights.keys() <= terms.keys():
             return like
         return as_output(weighted(terms, weights), like, at.branches)

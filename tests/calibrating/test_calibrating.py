@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteSchedul
 from support import tiny
 
 import cachekit
-from cachekit import Calibration, CalibrationError
+from cachekit import Calibrated, Calibration, CalibrationError, Moment
 from cachekit.calibrating import trajectories
 from cachekit.calibrating.sums import RIDGE
 
@@ -379,6 +379,15 @@ def test_a_policy_that_drops_a_branch_is_refused_when_the_run_begins(sd: Any, sp
         latents(pipe, prompts_for(pipe)[0], 0)
     watch.remove()
     assert computed == []
+
+
+def test_a_branch_that_a_step_has_no_weights_for_is_an_error() -> None:
+    output = torch.ones(1, 4, 2, 2)
+    shared = {"weights": [{"fresh.cond": 1.0, "sample.cond": 0.5}]}
+    made = Calibrated().amend((output,), (), Moment(0, 2, branches=("cond",), shared=shared), (output,))
+    assert torch.equal(made[0], output * 1.5)
+    with pytest.raises(CalibrationError, match="step 0 has uncond in its call, its weights are for others;"):
+        Calibrated().amend((output,), (), Moment(0, 2, branches=("uncond",), shared=shared), (output,))
 
 
 def test_scales_in_between_are_on_the_line(sd: Any, tmp_path: Any) -> None:

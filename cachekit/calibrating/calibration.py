@@ -122,8 +122,8 @@ class Calibration(Numbers):
         difference = key.difference(self.key)
         if key.is_widened(self.key):
             raise CalibrationError(
-                f"{source}: the run has {difference}: another policy adds steps; leave it out, or use forecast beside"
-                " it"
+                f"{source}: the run has {difference}: another policy adds steps; leave it out, or use what=linear,"
+                " which has no weights"
             )
         if difference:
             raise CalibrationError(f"{source}: the run has {difference}; calibrate for it with cachekit calibrate")
@@ -220,7 +220,7 @@ def shipped(key: Key) -> str:
     if any(key.is_widened(read(str(other)).key) for other in FOLDER.glob(all_intervals.name)):
         raise CalibrationError(
             f"no calibration ships for full steps {';'.join(map(str, key.full))}: another policy adds steps to those of"
-            f" {key.schedule}; leave it out, or use forecast beside it"
+            f" {key.schedule}; leave it out, or use what=linear, which has no weights"
         )
     raise CalibrationError(
         f"no calibration ships for {key.schedule}, model {key.model}, {key.scheduler} and {key.steps} steps; make one"

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.attaching.attachment import Attachment
 from cachekit.calibrating.batches import Batch, call_of, size_of
-from cachekit.calibrating.standins import FRESH, Recorder, Terms
+from cachekit.calibrating.standins import Recorder, Terms
+from cachekit.calibrating.terms import FRESH
 from cachekit.errors import CalibrationError
 from cachekit.upstream.stepping import StepCall, watched
 

@@ -15,6 +15,7 @@ from typing_extensions import Self
 
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
+from cachekit.calibrating.terms import misfit, misfit_of_weights
 from cachekit.errors import CalibrationError
 from cachekit.files import write_whole
 from cachekit.upstream import versions as upstream
@@ -44,14 +45,11 @@ class Calibration(Numbers):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        scales = [fit.guidance for fit in self.fits]
-        if scales != sorted(set(scales)):
-            raise ValueError(f"guidance scales {scales} are not in order")
-        for fit in self.fits:
-            if len(fit.steps) != self.key.steps:
-                raise ValueError(f"{len(fit.steps)} fits for {self.key.steps} steps")
-            if fit.terms != self.fits[0].terms:
-                raise ValueError("terms differ between guidance scales")
+        problem = misfit(self.key, self.fits)
+        if not problem and isinstance(self.fits[0], Fit):
+            problem = misfit_of_weights(self.key, self.fits[0].terms)
+        if problem:
+            raise ValueError(problem)
         return self
 
     def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
@@ -87,7 +85,9 @@ class Calibration(Numbers):
             first = error.errors()[0]
             # Which of the two kinds of fits was tried is left out.
             where = ".".join(part for part in map(str, first["loc"]) if "list" not in part) or "calibration"
-            raise CalibrationError(f"{name!r}: {where}: {first['msg']}; make it again") from None
+            raise CalibrationError(
+                f"{name!r}: {where}: {first['msg'].removeprefix('Value error, ')}; make it again"
+            ) from None
 
     @classmethod
     def merge(cls, first: Calibration, *others: Calibration) -> Calibration:
@@ -120,6 +120,11 @@ class Calibration(Numbers):
     def refuse_others(self, key: Key, source: str) -> None:
         """Raise `CalibrationError` where the calibration, which was read from `source`, wasn't made for `key`."""
         difference = key.difference(self.key)
+        if key.is_widened(self.key):
+            raise CalibrationError(
+                f"{source}: the run has {difference}: another policy adds steps; leave it out, or use what=linear,"
+                " which has no weights"
+            )
         if difference:
             raise CalibrationError(f"{source}: the run has {difference}; calibrate for it with cachekit calibrate")
 
@@ -189,13 +194,18 @@ def path_of(key: Key) -> Path:
     return _path(key.model, key.scheduler, key.steps, len(key.full))
 
 
-def ships(model: str, scheduler: str, steps: int, full: int) -> bool:
-    """Whether a calibration ships for runs of `steps` steps, `full` of them full, with a model of this digest."""
-    return bool(model) and _path(model, scheduler, steps, full).is_file()
+def ships(model: str, scheduler: str, steps: int, full: Sequence[int]) -> bool:
+    """Whether a calibration ships for runs of `steps` steps, with the steps `full`, of a model with this digest."""
+    return bool(model) and _serves(_path(model, scheduler, steps, len(full)), full)
 
 
-def _path(model: str, scheduler: str, steps: int, full: int) -> Path:
+def _path(model: str, scheduler: str, steps: int, full: int | str) -> Path:
     return FOLDER / f"{model}-{scheduler.removesuffix('Scheduler').lower()}-{steps}-{full}.json"
+
+
+def _serves(path: Path, full: Sequence[int]) -> bool:
+    """Whether a file is there, and for these full steps: its name has their number alone."""
+    return path.is_file() and read(str(path)).key.full == list(full)
 
 
 def shipped(key: Key) -> str:
@@ -204,9 +214,15 @@ def shipped(key: Key) -> str:
     Raises `CalibrationError` where there is none.
     """
     path = path_of(key)
-    if not path.is_file():
+    if _serves(path, key.full):
+        return str(path)
+    all_intervals = _path(key.model, key.scheduler, key.steps, "*")
+    if any(key.is_widened(read(str(other)).key) for other in FOLDER.glob(all_intervals.name)):
         raise CalibrationError(
-            f"no calibration ships for {key.schedule}, model {key.model}, {key.scheduler} and {key.steps} steps; make"
-            " one with cachekit calibrate and give it as file="
+            f"no calibration ships for full steps {';'.join(map(str, key.full))}: another policy adds steps to those of"
+            f" {key.schedule}; leave it out, or use what=linear, which has no weights"
         )
-    return str(path)
+    raise CalibrationError(
+        f"no calibration ships for {key.schedule}, model {key.model}, {key.scheduler} and {key.steps} steps; make one"
+        " with cachekit calibrate and give it as file="
+    )

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
+from cachekit.parts.schedules import Mask
 
 #: How far timesteps may lie apart, relative to the greatest of them.
 _TOLERANCE = 1e-3
 
 
 class Numbers(BaseModel):
-    """Base of what a calibration's file holds: fields that are all known, and numbers that are finite."""
+    """Base of what a calibration's file holds: fields that are all known, and finite numbers, not texts of them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Key(Numbers):
@@ -34,7 +35,7 @@ class Key(Numbers):
     timesteps: list[float | None]
     schedule: str
     full: list[int]
-    branches: list[str]
+    branches: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     separate: bool
     beside: dict[str, float] = Field(default_factory=dict)
 
@@ -60,6 +61,13 @@ class Key(Numbers):
         if not _close(self.timesteps, other.timesteps):
             return f"timesteps {_ends(self.timesteps)}, not {_ends(other.timesteps)}"
         return ""
+
+    def is_widened(self, other: Key) -> bool:
+        """Whether full steps that another policy adds to the same schedule are the only difference."""
+        if not other.full or self.full == other.full:
+            return False
+        same = (other.schedule, str(Mask(steps=tuple(other.full))))
+        return self.schedule in same and not self.model_copy(update={"full": other.full}).difference(other)
 
 
 def key_of(run: Beginning) -> Key:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import PrivateAttr
 
+from cachekit.calibrating.terms import AGES, FRESH, SAMPLE
 from cachekit.errors import CalibrationError
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import History, Moment, Streams
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cachekit.calibrating.fits import Weights
-
-#: What the entries of a history are called, the newest first.
-AGES = ("last", "before")
-FRESH = "fresh"
-SAMPLE = "sample"
 
 #: Terms `(batch, channels, ...)` by name: an age and a branch such as "last.cond", or "sample".
 Terms = dict[str, "Tensor"]
@@ -47,7 +43,10 @@ class Calibrated(StandIn):
     file: str | None = None
 
     def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
-        """Read the weights for a run; raises `CalibrationError` where the file was made for something else."""
+        """Read the weights for a run; raises `CalibrationError` where the file was made for something else.
+
+        Nor does it serve a run in which another policy drops a branch for some steps.
+        """
         from cachekit.calibrating.calibration import read, shipped
         from cachekit.calibrating.key import guidance_of, key_of
 
@@ -55,6 +54,9 @@ class Calibrated(StandIn):
         source = self.file or shipped(key)
         found = read(source)
         found.refuse_others(key, repr(source))
+        for step, branches in enumerate(run.branches):
+            if branches != run.layout.order:
+                self._refuse_branches(step, branches, f"others have {' and '.join(run.layout.order)}")
         shared[_WEIGHTS] = found.weights_at(guidance_of(run), repr(source))
 
     def predict(self, history: History, at: Moment, given: Streams = ()) -> Streams:
@@ -69,15 +71,20 @@ class Calibrated(StandIn):
     def _made(self, like: Streams, terms: Terms, at: Moment) -> Streams:
         weights = self._weights(at)
         if weights and (SAMPLE in weights) != (len(at.branches) > 1):
-            raise CalibrationError(
-                f"{self}: step {at.step} has {' and '.join(at.branches)} in its call, the step before it had other"
-                " branches; keep guidance as it is throughout a run"
-            )
+            self._refuse_branches(at.step, at.branches, "the step before it had other branches")
         if SAMPLE not in weights:
             weights = {name: weight for name, weight in weights.items() if name.endswith(f".{at.branch}")}
+            if not weights and self._weights(at):
+                self._refuse_branches(at.step, at.branches, "its weights are for others")
         if not weights or not weights.keys() <= terms.keys():
             return like
         return as_output(weighted(terms, weights), like, at.branches)
+
+    def _refuse_branches(self, step: int, branches: Sequence[str], others: str) -> None:
+        raise CalibrationError(
+            f"{self}: step {step} has {' and '.join(branches)} in its call, {others}; keep guidance as it is throughout"
+            " a run"
+        )
 
     def _weights(self, at: Moment) -> Weights:
         """Get the weights of a step; none where costs are counted, which the values don't change."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from cachekit.calibrating.fits import StepFit
 from cachekit.calibrating.key import guidance_of
-from cachekit.calibrating.standins import SAMPLE, Recorder, shared_part, weighted
+from cachekit.calibrating.standins import Recorder, shared_part, weighted
 from cachekit.calibrating.sums import Sums
+from cachekit.calibrating.terms import SAMPLE
 from cachekit.errors import CalibrationError
 from cachekit.interface.moment import Time
 from cachekit.upstream.prediction import times_of

@@ -69,8 +69,10 @@ def calibrate(
     check_writable(output)
     with json_results(json_file) as give:
         if merge:
-            made = Calibration.merge(*map(Calibration.load, merge))
-            _finish(made, output)
+            made = Calibration.merge(*_different(merge))
+            made.save(output)
+            say(f"wrote {output}")
+            _print_fits(made)
             give(_data(made))
             return
         if model is None:
@@ -79,8 +81,24 @@ def calibrate(
         texts = read_captions(prompts).texts
         fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
         made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
-        _finish(made, output)
+        _print_fits(made)
         give({**_data(made), "verified": _verify(request, fresh, output) if fresh else None})
+
+
+def _different(paths: Sequence[Path]) -> list[Calibration]:
+    """Load calibrations to merge; raises a `CachekitError` where two are the same, which would count twice."""
+    from cachekit.calibrating.calibration import Calibration
+
+    found: list[Calibration] = []
+    for path in paths:
+        one = Calibration.load(path)
+        if one in found:
+            other = paths[found.index(one)]
+            raise CachekitError(
+                f"calibrate: {str(path)!r} has what {str(other)!r} has, and would count twice; leave it out"
+            )
+        found.append(one)
+    return found
 
 
 def _data(made: Calibration) -> dict[str, Any]:
@@ -92,7 +110,7 @@ def _data(made: Calibration) -> dict[str, Any]:
 def _calibrated(
     request: Request, texts: Sequence[str], scales: Sequence[float | None], output: Path, where: tuple[str, int]
 ) -> Calibration:
-    """Calibrate at each scale that the file lacks, and write it after each."""
+    """Calibrate at each scale that the file lacks, write it after each, and name those that it has."""
     from cachekit.calibrating.calibration import Calibration
     from cachekit.calibrating.executors import EXECUTORS
 
@@ -101,6 +119,14 @@ def _calibrated(
     if made:
         own = request.refuse_to_add(made, str(output), texts[0], scales[0])
         scales = [own if scale is None else scale for scale in scales]
+        for fit in made.fits:
+            if fit.guidance in scales:
+                say(
+                    f"guidance scale {fit.guidance:g} is in {output} already, with {fit.prompts} prompts; give another"
+                    " --output to measure anew"
+                )
+        if set(scales) <= set(made.scales):
+            return made
     with progress_bar("calibrate") as show:
         for scale in scales:
             if made and scale in made.scales:
@@ -109,6 +135,7 @@ def _calibrated(
             found = EXECUTORS[name](request, texts, scale, partial(show, name=label), workers)
             made = Calibration.merge(made, found) if made else found
             made.save(output)
+    say(f"wrote {output}")
     assert made is not None, "there is at least one scale"
     return made
 
@@ -125,11 +152,10 @@ def _scales(text: str | None, model: str) -> list[float | None]:
         raise CachekitError(f"guidance {text!r} is no list of numbers; write '3;5;7'") from None
 
 
-def _finish(made: Calibration, output: Path) -> None:
-    """Write a calibration, and print how well each scale fits."""
+def _print_fits(made: Calibration) -> None:
+    """Print how well each scale fits."""
     from cachekit.calibrating.fits import Fit
 
-    made.save(output)
     rows = []
     for fit in (fit for fit in made.fits if isinstance(fit, Fit)):
         errors = [step.error for step in fit.steps]
@@ -144,7 +170,6 @@ def _finish(made: Calibration, output: Path) -> None:
         )
     else:
         _print_figures(made)
-    say(f"wrote {output}")
 
 
 def _print_figures(made: Calibration) -> None:

@@ -175,6 +175,7 @@ class RunStarter:
                 run.plan.full(index),
                 tuple(inputs.sample.shape),
                 guided,
+                tuple(row.branches for row in run.plan.rows),
             )
             shared = run.keeper.memories.of(bound.policy.name)
             at = Moment(0, run.record.steps, target=bound.target, shared=shared)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from cachekit.interface.adapter import Layout
     from cachekit.interface.moment import Time
+    from cachekit.interface.sites import Branches
 
 
 class Beginning(NamedTuple):
@@ -18,6 +19,7 @@ class Beginning(NamedTuple):
     empty. `full` lists the 0-based steps in which the plan computes the target, and `schedule` is the spec of the
     choice's own. `sample` is the shape of what the denoiser receives, `(branches * batch, channels, ...)`. `guided` is
     whether the run is known to have several branches; where only its second call would show that, it is False.
+    `branches` are those that run in each step by the plan; a decision in the run, or the pipeline, may still end some.
     """
 
     denoiser: Any
@@ -30,3 +32,4 @@ class Beginning(NamedTuple):
     full: tuple[int, ...]
     sample: tuple[int, ...] = ()
     guided: bool = False
+    branches: tuple[Branches, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from math import log
+from math import inf, log
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -58,8 +58,13 @@ class Time(NamedTuple):
 
     @property
     def log_snr(self) -> float | None:
-        """The logarithm of alpha over sigma; None where they are unknown or 0."""
-        return log(self.alpha / self.sigma) if self.alpha and self.sigma else None
+        """The logarithm of alpha over sigma; None where they are unknown.
+
+        Minus infinity in pure noise, where alpha is 0, as in the first step of a flow, and infinity where sigma is.
+        """
+        if self.alpha is None or self.sigma is None or not (self.alpha or self.sigma):
+            return None
+        return log(self.alpha / self.sigma) if self.alpha and self.sigma else -inf if self.sigma else inf
 
 
 class Entry(NamedTuple):

@@ -190,7 +190,7 @@ class StandIn(Part):
 
     def missing(self, times: Sequence[Time]) -> str:
         """Name the scheduler's values that are needed but missing at some of these times; "" if none are."""
-        lacking = (name for name in self.reads if not times or any(not getattr(time, name) for time in times))
+        lacking = (name for name in self.reads if not times or any(_lacks(time, name) for time in times))
         return " and ".join(lacking)
 
     @property
@@ -224,6 +224,12 @@ class StandIn(Part):
 
     def watch(self, kept: Streams, history: History, at: Moment) -> None:
         """Look at what is about to be kept, and at what was kept before, if `watches` is set."""
+
+
+def _lacks(time: Time, name: str) -> bool:
+    """Whether a scheduler doesn't give a value, or one that is of no use; a log-SNR of 0 is one like others."""
+    value = getattr(time, name)
+    return value is None if name == "log_snr" else not value
 
 
 def combine(history: History, weights: Sequence[float]) -> Streams:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import acos, cos, factorial
+from math import acos, cos, factorial, isinf
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -48,10 +48,15 @@ class Drop(StandIn):
 class Extrapolation(StandIn):
     """Base of stand-ins that extrapolate along an axis of the run.
 
-    `axis` is the step's index, the share of noise sigma, or log-SNR, the logarithm of alpha over sigma.
+    `axis` is the step's index, the share of noise sigma, or log-SNR, the logarithm of alpha over sigma. Where log-SNR
+    is infinite, as in the first step of flow matching, which begins with pure noise, there is no line through that
+    value: predictions that would use it are made along the step's index.
 
     >>> Extrapolation(axis="sigma").places([Time(4, sigma=0.5)], Moment(5, 25, time=Time(5, sigma=0.4)))
     [0.4, 0.5]
+    >>> noise, half = Time(0, sigma=1, alpha=0), Time(1, sigma=0.5, alpha=0.5)
+    >>> Extrapolation(axis="log_snr").places([noise], Moment(1, 4, time=half))
+    [1, 0]
     """
 
     axis: Literal["step", "sigma", "log_snr"] = "step"
@@ -62,11 +67,12 @@ class Extrapolation(StandIn):
         return (*super().reads, *(() if self.axis == "step" else (self.axis,)))
 
     def places(self, times: Sequence[Time], at: Moment) -> list[float]:
-        """List the places of the moment and of `times` on the axis; by step where the axis stands still."""
+        """List the places of the moment and of `times` on the axis; by step where it stands still or is infinite."""
         found = [getattr(time, self.axis) for time in (at.time, *times)]
         if any(place is None for place in found):
             raise PolicyError(f"{self}: no {self.axis} at step {at.step}; use axis=step")
-        if len(set(found)) < len(found):  # schedulers with several calls a step repeat their timesteps
+        # Schedulers with several calls a step repeat their timesteps.
+        if len(set(found)) < len(found) or any(map(isinf, found)):
             found = [time.step for time in (at.time, *times)]
         return found
 

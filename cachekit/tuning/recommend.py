@@ -172,11 +172,12 @@ class _Prices:
         is_open = any(OPEN in row.actions for row in found.plan.rows)
         return Costs(steps, found.mac_reduction, found.macs, found.cache_bytes, is_open)
 
-    def full_steps(self, spec: str) -> int:
-        """Count the steps in which the denoiser runs; 0 where the model's inputs aren't known."""
+    def full_steps(self, spec: str) -> list[int]:
+        """List the steps in which the denoiser runs; none where the model's inputs aren't known."""
         if self._estimate is None:
-            return 0
-        return sum(step.macs > 0 for step in self._estimate((spec,), self._subject.steps).steps)
+            return []
+        steps = self._estimate((spec,), self._subject.steps).steps
+        return [place for place, step in enumerate(steps) if step.macs > 0]
 
 
 def _estimator(subject: Subject) -> Estimator:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from cachekit import Calibrated, Calibration, Choice, Every, Mask, Policy, Schedule, WholeDenoiser
+from cachekit import Calibrated, Calibration, CalibrationError, Choice, Every, Mask, Policy, Schedule, WholeDenoiser
 
 
 class CalibratedForecast(Policy):
@@ -41,4 +41,7 @@ class CalibratedForecast(Policy):
         if self.interval is not None:
             return Every(n=self.interval, last=True)
         assert self.file is not None, "one of both is given"
-        return Mask(steps=tuple(Calibration.load(self.file).key.full))
+        key = Calibration.load(self.file).key
+        if not key.full:
+            raise CalibrationError(f"{self.file!r} was made for {key.schedule}, not {self.name}; give another file")
+        return Mask(steps=tuple(key.full))

@@ -13,7 +13,7 @@ from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteSchedul
 from support import tiny
 
 import cachekit
-from cachekit import Calibration, CalibrationError
+from cachekit import Calibrated, Calibration, CalibrationError, Moment
 from cachekit.calibrating import trajectories
 from cachekit.calibrating.sums import RIDGE
 
@@ -249,10 +249,35 @@ def damaged(path: Any, **changes: Any) -> str:
     return json.dumps(data)
 
 
-def with_nan(path: Any) -> str:
-    data = json.loads(path.read_text())
-    data["fits"][0]["steps"][3]["weights"]["sample"] = float("nan")
-    return json.dumps(data)
+def with_weight(value: Any) -> Any:
+    """Make a file with another weight of the sample in step 4."""
+
+    def change(path: Any) -> str:
+        data = json.loads(path.read_text())
+        data["fits"][0]["steps"][4]["weights"]["sample"] = value
+        return json.dumps(data)
+
+    return change
+
+
+def with_term(old: str, new: str, steps: tuple[int, ...] = (4,)) -> Any:
+    """Make a file with another name for a term of some steps."""
+
+    def change(path: Any) -> str:
+        data = json.loads(path.read_text())
+        for step in steps:
+            weights = data["fits"][0]["steps"][step]["weights"]
+            data["fits"][0]["steps"][step]["weights"] = {
+                name.replace(old, new): value for name, value in weights.items()
+            }
+        return json.dumps(data)
+
+    return change
+
+
+def with_key(**changes: Any) -> Any:
+    """Make a file that is for something else."""
+    return lambda path: damaged(path, key={**json.loads(path.read_text())["key"], **changes})
 
 
 @pytest.mark.parametrize(
@@ -260,7 +285,24 @@ def with_nan(path: Any) -> str:
     [
         (lambda path: path.read_text()[:500], "not a complete calibration file"),
         (lambda path: damaged(path, version=7), "has version 7, this cachekit reads 1"),
-        (with_nan, "fits.0.steps.3.weights.sample: Input should be a finite number"),
+        (with_weight(float("nan")), "fits.0.steps.4.weights.sample: Input should be a finite number"),
+        (with_weight("0.25"), "fits.0.steps.4.weights.sample: Input should be a valid number"),
+        (
+            with_term("last.cond", "latest.cond"),
+            "step 4 has weights for .*latest.cond, .*, where its .* give before.co",
+        ),
+        (with_term("", "x", tuple(range(STEPS))), "other.json': calibration: step 0 has weights for x"),
+        (with_term("last", "fresh"), "step 4 has weights for .*fresh.cond.* give .*last.cond"),
+        (with_key(full=[0, 4, 6, 8]), "step 3 has weights for .*fresh.cond.* give last.cond, last.uncond, sample;"),
+        (with_key(full=[]), "full steps none are not those of a run of 9 steps, in order from 0 on; make it again"),
+        (with_key(full=[0, 6, 3, 8]), "full steps 0;6;3;8 are not those"),
+        (with_key(full=[3, 6, 8]), "full steps 3;6;8 are not those"),
+        (with_key(full=[0, 3, 6, 9]), "full steps 0;3;6;9 are not those"),
+        (with_key(timesteps=[9.0, 4.0]), "calibration: 2 timesteps for 9 steps"),
+        (with_key(branches=[]), "key.branches: List should have at least 1 item"),
+        (with_key(branches=[""]), "key.branches.0: String should have at least 1 character"),
+        (with_key(branches=["cond"]), "step 0 has weights for fresh.cond, fresh.uncond, sample"),
+        (with_key(separate=True), "step 0 has weights for .* give fresh.cond, .*, sample.cond, sample.uncond; make"),
         (lambda path: damaged(path, colour="red"), "colour: Extra inputs are not permitted"),
         (lambda path: damaged(path, fits=[]), "fits: List should have at least 1 item"),
         (lambda path: "[]", "has version None"),
@@ -325,6 +367,27 @@ def test_it_serves_nothing_else(sd: Any, change: Any, spec: str, changes: dict[s
     assert str(path) in str(caught.value)
     assert tiny.state_of(pipe)[1:] == before
     assert torch.equal(latents(pipe, prompt, 0, **changes), uncached)
+
+
+@pytest.mark.parametrize("spec", ["adaptive_guidance:every=2", "adaptive_guidance:m=4"])
+def test_a_policy_that_drops_a_branch_is_refused_when_the_run_begins(sd: Any, spec: str) -> None:
+    pipe, _, path = sd
+    computed: list[int] = []
+    watch = pipe.unet.conv_in.register_forward_hook(lambda *given: computed.append(1))
+    said = r"step [14] has cond in its call, others have uncond and cond; keep guidance as it is throughout a run$"
+    with cachekit.apply(pipe, [f"calibrated:file={path}", spec]), pytest.raises(CalibrationError, match=said):
+        latents(pipe, prompts_for(pipe)[0], 0)
+    watch.remove()
+    assert computed == []
+
+
+def test_a_branch_that_a_step_has_no_weights_for_is_an_error() -> None:
+    output = torch.ones(1, 4, 2, 2)
+    shared = {"weights": [{"fresh.cond": 1.0, "sample.cond": 0.5}]}
+    made = Calibrated().amend((output,), (), Moment(0, 2, branches=("cond",), shared=shared), (output,))
+    assert torch.equal(made[0], output * 1.5)
+    with pytest.raises(CalibrationError, match="step 0 has uncond in its call, its weights are for others;"):
+        Calibrated().amend((output,), (), Moment(0, 2, branches=("uncond",), shared=shared), (output,))
 
 
 def test_scales_in_between_are_on_the_line(sd: Any, tmp_path: Any) -> None:

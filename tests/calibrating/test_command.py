@@ -32,16 +32,31 @@ def test_scales_that_the_file_has_are_left_out(made):
     both = Calibration.load(path)
     assert both.scales == [3.0, 5.0]
     assert both.fits[0] == first.fits[0]
+    kept = f"guidance scale 3 is in {path} already, with 2 prompts; give another --output to measure anew\n"
+    assert result.stdout.count(kept) == result.stdout.count(f"wrote {path}\n") == 1
+    before = path.read_text()
+    others = commands.printed(
+        "calibrate", *ARGUMENTS, "--prompts", "3", "--seed", "9", "--guidance", "3", "--output", path
+    )
+    assert kept in others
+    assert "wrote" not in others
+    assert path.read_text() == before
     assert "3 plain steps" in result.stdout
     assert "Medians over 2 held-out captions that the calibration wasn't made with" in " ".join(result.stdout.split())
 
 
 def test_files_are_merged(made, tmp_path):
     path, _ = made
-    output = tmp_path / "merged.json"
-    result = commands.run("calibrate", "--merge", path, "--merge", path, "--output", output)
+    output, copy, other = (tmp_path / f"{name}.json" for name in ("merged", "copy", "other"))
+    copy.write_text(path.read_text())
+    result = commands.run("calibrate", "--merge", path, "--merge", copy, "--output", output)
+    assert (result.exit_code, output.exists()) == (2, False), result.output
+    assert result.stderr == f"error: calibrate: '{copy}' has what '{path}' has, and would count twice; leave it out\n"
+    printed = commands.printed("calibrate", *ARGUMENTS, "--seed", "9", "--guidance", "3", "--output", other)
+    assert "already" not in printed
+    result = commands.run("calibrate", "--merge", path, "--merge", other, "--output", output)
     assert result.exit_code == 0, result.output
-    assert [fit.runs for fit in Calibration.load(output).fits] == [2] * len(Calibration.load(path).fits)
+    assert [fit.runs for fit in Calibration.load(output).fits if fit.guidance == 3] == [2]
 
 
 @pytest.mark.parametrize(

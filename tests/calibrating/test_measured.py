@@ -204,13 +204,14 @@ ARGUMENTS = ("demo", "--prompts", "1", "--steps", "4", "--scheduler", "euler", "
 
 
 def test_the_command_measures_merges_and_verifies(tmp_path: Any) -> None:
-    made, both = tmp_path / "made.json", tmp_path / "both.json"
+    made, other, both = (tmp_path / f"{name}.json" for name in ("made", "other", "both"))
     given = ("--spec", "block_cache:threshold=0.7", "--output", made)
     printed = commands.printed("calibrate", *ARGUMENTS, *given, "--verify")
     assert "Figures of block_changes." in printed
     assert "down_blocks.0" in printed
     assert "calibrated" in printed
-    assert "merged from 2 runs" in commands.printed("calibrate", "--merge", made, "--merge", made, "--output", both)
+    Calibration.load(made).model_copy(update={"versions": {}}).save(other)
+    assert "merged from 2 runs" in commands.printed("calibrate", "--merge", made, "--merge", other, "--output", both)
     one, two = (Calibration.load(path) for path in (made, both))
     assert [(fit.prompts, fit.runs) for (fit,) in (one.fits, two.fits)] == [(1, 1), (2, 2)]
     assert one.figures == two.figures

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import cachekit
-from cachekit import Calibration
-from cachekit.calibrating.calibration import FOLDER, path_of
+from cachekit import Calibration, CalibrationError
+from cachekit.calibrating.calibration import FOLDER, path_of, ships
 from cachekit.calibrating.verifying import psnr
 from cachekit.models.demo import heldout_captions
 from cachekit.models.loading import scheduler_for
@@ -43,6 +43,35 @@ def test_each_is_whole_and_named_for_what_it_serves(path):
     assert found.scales == [3.5, 5.0]
     assert repr(found).startswith(f"Calibration(model='{found.key.model}', scheduler='{found.key.scheduler}', steps=")
     assert len(repr(found)) < 200
+
+
+def test_a_file_serves_its_own_full_steps_and_no_others_of_the_same_number():
+    key = Calibration.load(FILES[0]).key
+    assert ships(key.model, key.scheduler, key.steps, key.full)
+    assert not ships(key.model, key.scheduler, key.steps, [0, *(step - 1 for step in key.full[1:])])
+    assert not ships("", key.scheduler, key.steps, key.full)
+
+
+@pytest.mark.parametrize(
+    ("specs", "said"),
+    [
+        ("calibrated:interval=7", r"^no calibration ships for every\(n=7,last=true\), model "),
+        (
+            ["calibrated:interval=4", "tgate:m=10"],
+            r"^no calibration ships for full steps 0;4;8;[\d;]+24: another policy adds steps to those of every\(n=4,la",
+        ),
+        (
+            [f"calibrated:file={FOLDER / '45206fa249054a50-eulerdiscrete-25-7.json'}", "tgate:m=10"],
+            r"-7.json': the run has full steps mask\(steps=0;4.*: another policy adds steps; leave it out",
+        ),
+    ],
+)
+def test_steps_that_nothing_ships_for_are_named(specs, said):
+    pipe = cachekit.demo_pipeline()
+    pipe.scheduler = scheduler_for(pipe, "euler")
+    with cachekit.apply(pipe, specs), pytest.raises(CalibrationError, match=said) as caught:
+        images(pipe, 25)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtSigmaPAGPipeline, StableDiffusionPAGPipeline, StableDiffusionSAGPipeline
+from diffusers import PixArtSigmaPAGPipeline, StableDiffusionPAGPipeline, StableDiffusionSAGPipeline, UVit2DModel
 from diffusers.modular_pipelines import ModularPipeline
 from support import tiny
 from support.modular import draw, modular
 
 import cachekit
-from cachekit import CalibrationError, GuidanceError
+from cachekit import AdapterError, CalibrationError, GuidanceError
 from cachekit.upstream.pipelines import denoiser_of
 
 NARROWING = "adaptive_guidance:m=2"
@@ -144,3 +144,36 @@ def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any) ->
             tiny.latents(pipe, pag_scale=3.0)
         assert len(str(refused.value).splitlines()) == 1
         assert {name: id(one) for name, one in denoiser.attn_processors.items()} == processors
+
+
+def token_model() -> tuple[Any, dict[str, Any]]:
+    """The denoiser of aMUSEd, which is called with tokens, and a call of it."""
+    sizes = {"hidden_size": 8, "cond_embed_dim": 8, "encoder_hidden_size": 8, "block_out_channels": 8, "sample_size": 8}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "block_num_heads": 2, "intermediate_size": 16}
+    tokens = {"micro_cond_encode_dim": 4, "micro_cond_embed_dim": 20, "vocab_size": 20, "codebook_size": 16}
+    given = {"input_ids": torch.zeros(1, 8, 8, dtype=torch.long), "micro_conds": torch.ones(1, 5)}
+    texts = {"encoder_hidden_states": torch.ones(1, 4, 8), "pooled_text_emb": torch.ones(1, 8)}
+    return UVit2DModel(**sizes, **heads, **tokens).eval(), {**given, **texts}
+
+
+def without_a_timestep() -> tuple[Any, dict[str, Any]]:
+    return tiny.unet(), {"sample": torch.zeros(1, 4, 16, 16), "encoder_hidden_states": tiny.text(1)}
+
+
+@pytest.mark.parametrize(("make", "missing"), [(token_model, "sample"), (without_a_timestep, "timestep")])
+def test_a_denoiser_whose_steps_cannot_be_told_apart(make: Any, missing: str) -> None:
+    """Nothing is left out by a count of calls: the first one is refused before anything is computed."""
+    denoiser, given = make()
+    computed: list[Any] = []
+    watch = next(denoiser.children()).register_forward_pre_hook(lambda *inputs: computed.append(inputs))
+    with cachekit.apply(denoiser, "forecast:interval=2"):
+        for _ in range(3):
+            with pytest.raises(AdapterError) as refused:
+                denoiser(**given)
+            assert str(refused.value).startswith(f"{type(denoiser).__name__} is called without a {missing} (")
+            assert str(refused.value).endswith("so its steps cannot be identified; call cachekit.remove(pipe)")
+    assert computed == []
+    if missing == "sample":
+        denoiser(**given)
+        assert computed != []
+    watch.remove()

@@ -160,6 +160,20 @@ def test_where_the_axis_stands_still_the_step_takes_its_place(sigmas):
     assert Linear(axis="sigma").weights(times, at) == Linear().weights(times, at) == [1.5, -0.5]
 
 
+def test_where_log_snr_is_infinite_the_step_takes_its_place():
+    """Flow matching begins with pure noise, and reaches a log-SNR of 0 halfway."""
+    noise, half, here = (
+        time_at(0, sigma=1.0, alpha=0.0),
+        time_at(2, sigma=0.5, alpha=0.5),
+        time_at(3, sigma=0.2, alpha=0.8),
+    )
+    line = Linear(axis="log_snr")
+    assert (noise.log_snr, half.log_snr, time_at(9, sigma=0.0, alpha=1.0).log_snr) == (-math.inf, 0.0, math.inf)
+    assert line.missing([noise, half, here]) == ""
+    assert line.weights([half, noise], Moment(3, 50, time=here)) == [1.5, -0.5]
+    assert line.weights([noise], Moment(3, 50, time=here)) == [1.0]
+
+
 def test_an_axis_that_the_scheduler_does_not_give_is_one_line():
     with pytest.raises(PolicyError, match=r"linear\(axis=sigma\): no sigma at step 5; use axis=step"):
         Linear(axis="sigma").weights([Time(4), Time(2)], Moment(5, 25, time=Time(5)))

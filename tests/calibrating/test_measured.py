@@ -118,6 +118,14 @@ def test_a_merged_file_weighs_as_many_runs_as_it_was_merged_from(made: Any) -> N
         assert merged == pytest.approx({name: (2 * one[name] + two[name]) / 3 for name in one})
 
 
+def test_figures_are_no_weights(made: Any) -> None:
+    pipe, calibration, path = made
+    said = f"{str(path)!r} was made for {calibration.key.schedule}, not calibrated; give another file"
+    with tiny.leaves_no_trace(pipe), pytest.raises(CalibrationError) as caught:
+        cachekit.apply(pipe, f"calibrated:file={path}")
+    assert str(caught.value) == said
+
+
 def test_another_guidance_scale_stands_beside_the_first(made: Any, tmp_path: Any) -> None:
     pipe, calibration, _ = made
     both = Calibration.merge(calibration, replays.measured(pipe, ByNorm(), STEPS, guidance_scale=3.0))

@@ -53,7 +53,7 @@ class Shown:
 def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
     browser.get(address)
     page = Shown(browser)
-    page.typed("#steps input[type=number]:enabled", "4")
+    page.typed("#steps input[type=number]:enabled", "5")
     page.until(lambda: browser.find_elements(CSS, "#plan title") and "16" not in page.text("#plan"))
     before, plan = page.text("#costs"), page.one("#plan svg").get_attribute("outerHTML")
     assert "MAC reduction" in before
@@ -92,7 +92,7 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
 def test_two_specs_are_compared_with_their_pictures(browser, address):
     browser.get(address)
     page = Shown(browser)
-    page.typed("#steps input[type=number]:enabled", "4")
+    page.typed("#steps input[type=number]:enabled", "5")
     page.one("#comparison button").click()
     page.one("#add").click()
     page.until(lambda: "deepcache:interval=2" in page.text("#compared"))

@@ -93,6 +93,7 @@ def filled() -> dict[Path, str]:
         "levels": choosing.levels(),
         "presets": choosing.presets(),
         "messages": messages.table(),
+        "analysis": analysis(),
         "tuned": tuned.table(),
         "using": using.table(),
         **recipes.parts(),
@@ -225,6 +226,12 @@ def leads() -> str:
         if held
         else ""
     )
+
+
+def analysis() -> str:
+    """Tables that `cachekit analyze` wrote for the embedded UNet."""
+    source = RESULTS / "analysis-demo.md"
+    return source.read_text() if source.exists() else ""
 
 
 def plain_steps(row: Row) -> str:

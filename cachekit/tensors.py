@@ -78,10 +78,13 @@ def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
     return found
 
 
-def finite_flags(kept: Iterable[Tensor]) -> list[Tensor]:
-    """Compute, for each of these tensors that holds floats, a single bool on its device: free of NaN and inf."""
+def sums(kept: Iterable[Tensor]) -> list[Tensor]:
+    """Sum up each of these tensors that holds floats; nothing is read, so the sums stay on the device.
+
+    A sum is NaN or inf where a term is. That finite terms add up to inf takes values that no sample has.
+    """
     floats = (tensor.detach() for tensor in kept if tensor.is_floating_point() and not tensor.is_meta)
-    return [tensor.isfinite().all() for tensor in floats]
+    return [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in floats]
 
 
 def read_together(numbers: Sequence[Tensor]) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from cachekit.planning.row import Row
 from cachekit.runs.memories import Memories
 from cachekit.runs.record import Record
 from cachekit.runs.store import Slot, Store
-from cachekit.tensors import finite_flags, is_finite, read_together
+from cachekit.tensors import is_finite, read_together, sums
 
 #: Agrees on an action with the other processes that share an image.
 Voting = Callable[[Action], Action]
@@ -41,7 +42,7 @@ class Keeper:
         self.memories = Memories()
         self.shapes: dict[tuple[Slot, str], dict[str, tuple[Any, int]]] = {}
         self.templates: dict[Slot, Any] = {}
-        #: Rows, denoisers and flags of outputs since the last report; whether one before them was not finite.
+        #: Rows, denoisers and sums of outputs since the last report; whether one before them was not finite.
         self._outputs: list[tuple[Row, str, Tensor]] = []
         self._is_spoiled = False
         self._changes = [bound.choice.change for bound in assignments]
@@ -96,13 +97,13 @@ class Keeper:
     def note_output(self, row: Row, denoiser: str, output: Iterable[Tensor]) -> None:
         """Take note of whether a denoiser's output is finite; nothing is read, so that no call waits for it."""
         if self.assignments and not self.is_replayed:
-            self._outputs += [(row, denoiser, flag) for flag in finite_flags(output)]
+            self._outputs += [(row, denoiser, total) for total in sums(output)]
 
     def find_not_finite(self) -> None:
         """Record the first output with NaN or inf, if a part of it was predicted: one device sync for all."""
         noted, self._outputs = self._outputs, []
-        flags = read_together([flag for *_, flag in noted])
-        bad = next(((row, denoiser) for (row, denoiser, _), good in zip(noted, flags) if not good), None)
+        totals = read_together([total for *_, total in noted])
+        bad = next(((row, denoiser) for (row, denoiser, _), total in zip(noted, totals) if not isfinite(total)), None)
         if bad is None or self._is_spoiled:
             return
         self._is_spoiled = True

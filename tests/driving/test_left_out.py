@@ -21,7 +21,20 @@ from support import tiny
 from torch import nn
 
 import cachekit
-from cachekit import Action, Choice, Every, Guidance, History, Moment, Policy, Reuse, StandIn, Streams, WholeDenoiser
+from cachekit import (
+    OPEN,
+    Action,
+    Choice,
+    Every,
+    Guidance,
+    History,
+    Moment,
+    Policy,
+    Reuse,
+    StandIn,
+    Streams,
+    WholeDenoiser,
+)
 from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, PolicyError, SiteError, SpecError
 
@@ -534,7 +547,7 @@ def test_a_schedule_of_timesteps_is_open_without_a_scheduler() -> None:
     pipe = tiny.small()
     spec = "cache:where=cross_attention,when=window(low=200,high=700,when=every(2))"
     with cachekit.apply(pipe.unet, spec) as attachment:
-        assert {cell for row in attachment.plan(6).rows for cell in row.actions} == {None, Action.STORE}
+        assert {cell for row in attachment.plan(6).rows for cell in row.actions} == {OPEN, Action.STORE}
     with cachekit.apply(pipe, spec) as attachment:
         planned = [row.actions[0] for row in attachment.plan(6).rows]
         tiny.latents(pipe, steps=6)

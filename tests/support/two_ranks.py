@@ -17,7 +17,7 @@ from diffusers import ContextParallelConfig, FluxPipeline, WanPipeline
 from torch import distributed
 
 import cachekit
-from cachekit import Action, Choice, Indicator, Policy, Reuse, Schedule, Where
+from cachekit import OPEN, Action, Choice, Indicator, Policy, Reuse, Schedule, Where
 from cachekit.interface.sites import Region
 from cachekit.runs.keeping import Keeper
 from cachekit.runs.voting import Vote
@@ -77,8 +77,8 @@ class Open(Schedule):
 
     name: ClassVar[str] = "open"
 
-    def action(self, at: Any) -> None:
-        return None
+    def action(self, at: Any) -> Any:
+        return OPEN
 
 
 class Changed(Indicator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,8 +55,12 @@ def batches() -> str:
     rows = _part("batch")
     if not rows:
         return ""
-    greatest = max(row["difference"] for row in rows)
-    return f"Images of one call and of a call each differ by at most {greatest:.0e} where values go from 0 to 1."
+    greatest, count = max(row["difference"] for row in rows), rows[0]["images"]
+    unit = 10.0 ** math.floor(math.log10(greatest))
+    return (
+        f"{count} images drawn in one call differ from the same images drawn one by one by at most"
+        f" {math.ceil(greatest / unit) * unit:.0e}, where values go from 0 to 1."
+    )
 
 
 def _part(name: str) -> Rows:

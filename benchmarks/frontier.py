@@ -8,6 +8,7 @@ raised later. Within a block all contenders take turns with the uncached pipelin
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
@@ -20,7 +21,7 @@ from cachekit.bench.measuring import Configuration
 from cachekit.bench.results import Result, Results, Sample, read
 from cachekit.bench.spacing import absent, computed_steps, rivals
 from cachekit.bench.suite import Suite
-from cachekit.bench.summary import Group, groups
+from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts
 from cachekit.bench.workbench import Contender, Workbench
 from cachekit.errors import CachekitError
@@ -30,6 +31,9 @@ from cachekit.registry.catalog import installed
 
 from .ship import RESULTS
 
+#: Share of captions whose loss is mentioned.
+LOST = 0.05
+NAMES = ("calibrated", "forecast")
 MODELS = ("demo", "demo-dit", "demo-flow")
 SCHEDULERS = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
@@ -169,6 +173,55 @@ def table(group: Group) -> str:
     title = f"**{group.cell.model}, {group.cell.scheduler}, guidance {group.cell.guidance:g}**"
     notes = "".join(f"\n{note}\n" for note in group.notes)
     return f"{title}\n\n{markdown([CONFIGURATION, *headings(keys), equal, f'their {speedup.name}'], rows)}{notes}"
+
+
+def reading() -> str:
+    """Write sentences on the tables: leads over plain steps, captions lost, and wall time beside MACs."""
+    found = [group for model in MODELS for group in stored(RESULTS / f"frontier-{model}.jsonl")]
+    rows = [(group, row) for group in found for row in group.rows if row.cell.specs]
+    parts = [_led(name, [pair for pair in rows if pair[1].label.startswith(name)]) for name in NAMES]
+    return "\n\n".join([*parts, _lost(rows), _wall([row for _, row in rows])])
+
+
+def _led(name: str, rows: Sequence[tuple[Group, Row]]) -> str:
+    """How often a policy is nearer to the uncached images than the best plain steps of equal MACs, and where not."""
+    leads = {}
+    for group, row in rows:
+        plain = group.best_plain(row.plain_steps()["MACs"])
+        if plain and plain.psnr is not None and row.psnr is not None:
+            leads[_place(group, row)] = row.psnr - plain.psnr
+    behind = sorted(place for place, lead in leads.items() if lead < 0)
+    span = f"{min(leads.values()):+.1f} to {max(leads.values()):+.1f}"
+    where = f"; behind: {'; '.join(behind)}" if behind else ""
+    return f"`{name}` leads plain steps in {len(leads) - len(behind)} of {len(leads)} rows, by {span} dB{where}."
+
+
+def _lost(rows: Sequence[tuple[Group, Row]]) -> str:
+    """Where more than three captions in a hundred are lost against the uncached images."""
+    lost = []
+    for group, row in rows:
+        own, whole = row.caption_match, group.uncached.caption_match
+        if own is not None and whole is not None and whole - own > LOST:
+            lost.append(f"{_place(group, row)} ({own:.0%} of {whole:.0%})")
+    return f"More than {100 * LOST:.0f} points of captions are lost by: {'; '.join(lost) or 'none'}."
+
+
+def _wall(rows: Sequence[Row]) -> str:
+    """How much of the reduction of MACs is one of wall time, by the length of the interval."""
+    shares = defaultdict(list)
+    for row in rows:
+        shares[row.label.partition("interval=")[2].partition(",")[0]].append(row.speedup / row.mac_reduction)
+    spans = [f"{min(each):.2f} to {max(each):.2f} at {interval}" for interval, each in sorted(shares.items())]
+    return (
+        f"The speedup is less than the MAC reduction, since each step has costs outside the denoiser: its share by"
+        f" interval is {', '.join(spans)}."
+    )
+
+
+def _place(group: Group, row: Row) -> str:
+    names = {"EulerDiscreteScheduler": "Euler", "DPMSolverMultistepScheduler": "DPM++"}
+    scheduler = names.get(group.cell.scheduler, "Euler")
+    return f"{row.label} on {group.cell.model}, {scheduler}, guidance {group.cell.guidance:g}"
 
 
 if __name__ == "__main__":

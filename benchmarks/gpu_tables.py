@@ -12,7 +12,7 @@ from cachekit.bench.tables import markdown
 from .gpu import OUTPUT
 from .gpu_rows import CHECK, COMPILED
 
-_HEADER = ("configuration", "seconds", "speedup", "MAC reduction", "estimated") + (
+_HEADER = ("configuration", "seconds", "uncached beside", "speedup", "MAC reduction", "estimated") + (
     "kept, MiB",
     "memory beyond the weights, MiB",
     "equal to uncached",
@@ -60,6 +60,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         _name(row),
         f"{median(row['seconds']):.3f}",
+        f"{median(row['uncached_seconds']):.3f}",
         f"{row['speedup']:.3f}",
         f"{row['mac_reduction']:.3f}",
         _figure(row.get("estimated_mac_reduction"), ".3f"),

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from cachekit.bench import demo
@@ -18,12 +19,27 @@ from cachekit.bench.summary import Group, Row, groups
 from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
 from cachekit.coverage.page import markdown as coverage_page
 from cachekit.coverage.results import read as read_coverage
+from cachekit.models.demo import DEMO_GUIDANCE
 from cachekit.models.demo.pipeline import PIPELINES
 
-from . import border, calibrations, carry_tables, choosing, gpu_tables, messages, methods, pictures, recipes, tuned
+from . import (
+    border,
+    calibrations,
+    carry_tables,
+    choosing,
+    gpu_tables,
+    messages,
+    methods,
+    pictures,
+    recipes,
+    tuned,
+    using,
+)
 from .ship import GRIDS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Schedulers of the leads, and what they are called.
+LEADS = {"EulerDiscreteScheduler": "Euler", "DPMSolverMultistepScheduler": "DPM++"}
 WEIGHTS = ROOT / "cachekit" / "models" / "demo" / "weights"
 
 
@@ -78,6 +94,7 @@ def filled() -> dict[Path, str]:
         "presets": choosing.presets(),
         "messages": messages.table(),
         "tuned": tuned.table(),
+        "using": using.table(),
         **recipes.parts(),
     }
     documents = {
@@ -115,10 +132,10 @@ def demo_table(name: str) -> str:
 
 def frontier_tables() -> str:
     """Tables of forecasts beside fewer steps, and what explains their columns."""
-    from .frontier import tables
+    from .frontier import reading, tables
 
     found = tables()
-    return f"{found}\n{EQUAL_LEGEND}" if found else ""
+    return f"{found}\n{EQUAL_LEGEND}\n\n{reading()}" if found else ""
 
 
 def gate_tables() -> str:
@@ -176,21 +193,38 @@ def verdict() -> str:
 
 
 def leads() -> str:
-    """Table of the lead of each configuration of the demo over plain steps at equal MACs, under both schedulers."""
-    found = [demo.from_json(data) for data in map(stored, ("demo-table.json", "demo-table-euler.json")) if data]
-    lead = {
-        (row.label, group.cell.scheduler): row.psnr - plain.psnr
-        for group in found
-        for row in group.rows
-        if row.cell.specs and (plain := group.best_plain(row.plain_steps()["MACs"]))
-        if row.psnr is not None and plain.psnr is not None
-    }
-    schedulers = [group.cell.scheduler for group in found]
-    rows = [
-        [label, *(f"{lead[label, name]:+.1f}" if (label, name) in lead else "-" for name in schedulers)]
-        for label in dict.fromkeys(label for label, _ in lead)
-    ]
-    return markdown(["lead over plain steps in dB", *schedulers], rows) if rows else ""
+    """Table of the lead of each configuration of the demo over plain steps at equal MACs, under both schedulers.
+
+    Forecasts are measured on more captions by `frontier`, which come first.
+    """
+    from .frontier import stored as measured
+
+    held = [demo.from_json(data) for data in map(stored, ("demo-table.json", "demo-table-euler.json")) if data]
+    forecasts = [group for group in measured(RESULTS / "frontier-demo.jsonl") if group.cell.guidance == DEMO_GUIDANCE]
+    found: dict[str, dict[str, tuple[Row, float]]] = {}
+    for group in [*forecasts, *held]:
+        for row in (row for row in group.rows if row.cell.specs):
+            plain = group.best_plain(row.plain_steps()["MACs"])
+            if plain and row.psnr is not None and plain.psnr is not None:
+                lead = row.psnr - plain.psnr
+                found.setdefault(row.label, {}).setdefault(group.cell.scheduler, (row, lead))
+    labels = dict.fromkeys(row.label for group in held for row in group.rows if row.label in found)
+    return (
+        markdown(
+            ["lead over plain steps in dB", "MAC reduction", *LEADS.values(), "captions"],
+            [
+                [
+                    label,
+                    f"{mean(row.mac_reduction for row, _ in found[label].values()):.2f}x",
+                    *(f"{found[label][name][1]:+.1f}" if name in found[label] else "-" for name in LEADS),
+                    f"{max(row.checked_images for row, _ in found[label].values())}",
+                ]
+                for label in labels
+            ],
+        )
+        if held
+        else ""
+    )
 
 
 def plain_steps(row: Row) -> str:

@@ -40,7 +40,7 @@ _FAMILIES = {
     "lcm-sdxl": ("LCM of SDXL", "few-steps.md"),
     "lcm-pixart": ("LCM of PixArt-alpha", "few-steps.md"),
 }
-#: Denoisers of videos that are no known architecture, by the beginnings of their presets' names.
+#: Video models with one table for all, by the beginnings of their presets' names.
 _VIDEO = ("hunyuan-video", "cogvideox")
 
 
@@ -128,7 +128,7 @@ def _refused(data: dict[str, Any]) -> str:
 
 
 def _video() -> str:
-    """Presets for video models that are no known architecture."""
+    """Presets for video models that share a page."""
     rows = [
         [f"`preset:{name}`", preset.summary, f"{preset.evidence.steps or '-'}", preset.evidence.source or ""]
         for name, preset in ((name, Preset.load(path)) for name, path in shipped().items())

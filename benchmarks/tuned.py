@@ -1,6 +1,6 @@
 """Tune the embedded models for two targets each: `python -m benchmarks.tuned [MODEL ...]`.
 
-Each is a `cachekit tune` command with two processes; the second target of a model goes on with the journal of the first.
+Each is a `cachekit tune` command with two processes; the second target of a model goes on with the study of the first.
 Nothing else should run meanwhile. Tunings that the results hold aren't repeated.
 """
 
@@ -73,7 +73,8 @@ def _row(row: dict[str, Any]) -> list[str]:
     steps = f"{plain['steps']}, {plain['spacing']}" if plain["spacing"] else f"{plain['steps']}"
     beside = plain["figures"]
     cost = [f"{own['mac_reduction']:.2f}x", f"{own['speedup']:.2f}x"]
-    found = [row["model"], row["target"], f"`{' + '.join(row['specs'])}`", *cost, *_quality(own)]
+    option = next(name for name, target in TARGETS.items() if target == row["target"])
+    found = [row["model"], f"`{option} {row['target']}`", f"`{' + '.join(row['specs'])}`", *cost, *_quality(own)]
     return [*found, steps, f"{beside['speedup']:.2f}x", *_quality(beside), f"{row['seconds'] / 60:.0f}"]
 
 

@@ -25,11 +25,11 @@ def macs(value: float) -> str:
     """Format a number of multiply-accumulates.
 
     >>> macs(912), macs(12_722_000_000), macs(5_993_000_000_000)
-    ('912 MACs', '12.7 GMACs', '5.99 TMACs')
+    ('912 MACs', '12.72 GMACs', '5.993 TMACs')
     """
     for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= factor:
-            return f"{value / factor:.3g} {unit}MACs"
+            return f"{value / factor:.4g} {unit}MACs"
     return f"{value:.0f} MACs"
 
 

@@ -10,6 +10,7 @@ from cachekit.attaching.attachment import Attachment
 from cachekit.attaching.lookup import attachment_of
 from cachekit.costs.fitting import Fitter
 from cachekit.costs.replay import cost_of
+from cachekit.driving.driver import CostFunction
 from cachekit.driving.evidence import warn_of_pipeline
 from cachekit.driving.setup import Setup
 from cachekit.errors import AttachmentError, IdleWarning
@@ -32,7 +33,7 @@ def apply(
     """Apply caching policies to a pipeline, until the returned attachment is removed.
 
         with cachekit.apply(pipe, ["tgate:m=10", "deepcache:interval=2"]) as attachment:
-            image = pipe("a red circle").images[0]
+            image = pipe("a large red circle top left on white").images[0]
             print(attachment.report())
 
     `pipe` is a diffusers pipeline or a bare denoiser. `specs` is one policy or several: each a spec such as
@@ -71,8 +72,12 @@ def attach(
     max_cache_bytes: int | None = None,
     cache_device: Any = None,
     catalog: Catalog | None = None,
+    cost: CostFunction = cost_of,
 ) -> Attachment:
-    """Apply policies like `apply`; without any the attachment only counts, and no warning is due."""
+    """Apply policies like `apply`; without any the attachment only counts, and no warning is due.
+
+    `cost` counts the MACs of runs.
+    """
     limit = Limit.of(max_cache_bytes, cache_device)
     catalog = catalog or installed()
     policies, presets = read_all(specs, catalog)
@@ -88,7 +93,7 @@ def attach(
     for name, denoiser in denoisers.items():
         refuse_other_caches(denoiser, name, denoiser.modules())
     setup = Setup.of(denoisers, policies, catalog, presets)
-    attachment = Attachment(setup, limit, cost_of, Fitter)
+    attachment = Attachment(setup, limit, cost, Fitter)
     attachment.install(pipe)
     for preset in presets:
         warn_of_pipeline(preset, pipe, next(iter(denoisers.values())))
@@ -97,6 +102,12 @@ def attach(
 
 def attachment(pipe: Any) -> Attachment | None:
     """Find the attachment of a pipeline or denoiser that `apply` has made; None where there is none.
+
+    >>> import cachekit
+    >>> pipe = cachekit.demo_pipeline()
+    >>> with cachekit.apply(pipe, "deepcache:interval=5"):
+    ...     cachekit.attachment(pipe)
+    <Attachment: deepcache:interval=5 on UNet2DConditionModel>
 
     Raises `AdapterError` for an object without a denoiser.
     """

@@ -16,6 +16,13 @@ class CachekitError(Exception):
     """Base of all errors of cachekit and its plugins.
 
     The text is a single line that names what was given, what is wrong with it and what to do.
+
+    >>> from cachekit import Mask
+    >>> try:
+    ...     Mask(steps=(4, 2))
+    ... except CachekitError as error:
+    ...     print(error)
+    Mask: give steps from 0 on, each once and in order
     """
 
     def __str__(self) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
 from typing import Any
 
 import torch
@@ -60,29 +59,28 @@ def no_elements(tensor: Tensor) -> Tensor:
     return tensor.new_empty(0)
 
 
-@torch.no_grad()
-def is_finite(kept: Sequence[Any]) -> list[bool]:
-    """Whether each of these trees is free of NaN and inf, with one sync per device.
+def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
+    """Whether each group of tensors is free of NaN and inf, with one sync if all are on one device.
 
     A sum is finite only if all its terms are, so a single number per tensor is gathered and all of them are read
-    together. Finite terms may still add up to inf; only then are the tensors of that tree checked one by one.
+    together. Finite terms may still add up to inf; only then is the tensor itself checked.
     """
+    floats = [
+        (place, tensor.detach())
+        for place, group in enumerate(kept)
+        for tensor in group
+        if tensor.is_floating_point() and not tensor.is_meta
+    ]
     found = [True] * len(kept)
-    sums: dict[torch.device, list[tuple[int, Tensor]]] = defaultdict(list)
-    for place, tree in enumerate(kept):
-        for tensor in tensors(tree):
-            if tensor.is_floating_point() and not tensor.is_meta:
-                sums[tensor.device].append((place, tensor.sum(dtype=torch.float32)))
-    for on_device in sums.values():
-        for place in {place for (place, _), total in zip(on_device, _read(on_device)) if not math.isfinite(total)}:
-            found[place] = found[place] and all(bool(tensor.isfinite().all()) for tensor in tensors(kept[place]))
+    for (place, tensor), total in zip(floats, _read([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
+        if not isfinite(total):
+            found[place] = found[place] and bool(tensor.isfinite().all())
     return found
 
 
-def _read(sums: Sequence[tuple[int, Tensor]]) -> list[float]:
-    """Read numbers from one device, with one sync."""
-    totals = [total for _, total in sums]
-    if len(totals) == 1:  # the usual case, where stacking would take longer than reading
-        return [float(totals[0])]
-    numbers: list[float] = torch.stack(totals).tolist()
-    return numbers
+def _read(numbers: Sequence[Tensor]) -> list[float]:
+    """Read single numbers together."""
+    if len(numbers) < 2:  # the usual case, where stacking would take longer than reading
+        return [float(number) for number in numbers]
+    read: list[float] = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+    return read

@@ -20,10 +20,10 @@ __all__ = ["STYLE", "Page"]
 
 #: Tables and plans scroll within their column, in the page's own colours.
 STYLE = """
-.wide { overflow-x: auto } .plan svg { display: block; max-width: none }
-table.figures { border-collapse: collapse; width: 100% }
-table.figures th, table.figures td { padding: .2em .6em; text-align: right; white-space: nowrap }
-table.figures th:first-child, table.figures td:first-child { text-align: left; white-space: normal }
+.wide { overflow-x: auto } .wide svg { display: block; max-width: none }
+.wide table { border-collapse: collapse; width: 100% }
+.wide th, .wide td { padding: .2em .6em; text-align: right; white-space: nowrap }
+.wide th:first-child, .wide td:first-child { text-align: left; white-space: normal }
 .problem { border-left: 4px solid #d55e00; padding-left: .6em; overflow-wrap: anywhere }
 """
 _STEPS = 100
@@ -101,7 +101,7 @@ class Page:
             self._report = gr.Textbox(show_label=False, lines=6, interactive=False, elem_id="report")
 
     def _show_comparison(self) -> None:
-        with gr.Accordion(f"Compare up to {MOST} specs", open=False):
+        with gr.Accordion(f"Compare up to {MOST} specs", open=False, elem_id="comparison"):
             self._compared = gr.Dropdown(
                 [], multiselect=True, allow_custom_value=True, max_choices=MOST, label="Specs", elem_id="compared"
             )

@@ -19,9 +19,8 @@ from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoisers_of
-from cachekit.upstream.prediction import times_of
+from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.scales import SCALE
-from cachekit.upstream.schedulers import planned_scheduler
 
 __all__ = ["Defaults", "Outline", "Preview"]
 
@@ -99,8 +98,8 @@ class Outline:
     def preview(self, specs: Spec | Sequence[Spec], steps: int, guided: bool) -> Preview:
         """Plan and estimate a run; raises a `CachekitError` as `apply` and `estimate` do."""
         policies = parse_all(specs, self._catalog)
-        times = times_of(planned_scheduler(self._pipe, steps), None, steps)
-        plan = Setup.of(self._denoisers, policies, self._catalog).plan_of(steps, guided, times)
+        iterations, times = planned_times(self._pipe, steps)
+        plan = Setup.of(self._denoisers, policies, self._catalog).plan_of(iterations, guided, times)
         return Preview(plan, self._estimator(guided)(policies, steps))
 
     def _estimator(self, guided: bool) -> Estimator:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from cachekit.bench.figures import FIGURES, size
+from cachekit.amounts import table
+from cachekit.bench.figures import FIGURES
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.upstream.scales import SCALE
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cachekit.app.drawing import Drawn, Picture, Request
     from cachekit.app.preview import Preview
 
-__all__ = ["comparison", "costs", "heat_map", "message", "problem", "python_lines", "table"]
+__all__ = ["comparison", "costs", "heat_map", "message", "problem", "python_lines"]
 
 
 def message(text: str) -> str:
@@ -27,31 +28,23 @@ def problem(error: Exception) -> str:
     return f"<p class='problem' role='alert'>{escape(' '.join(str(error).split()) or type(error).__name__)}</p>"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Write a table; the first column is text, the others are figures."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in rows)
-    return f"<div class='wide'><table class='figures'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
 def heat_map(preview: Preview) -> str:
     """Draw the plan."""
-    return f"<div class='wide plan'>{preview.plan.picture()}</div>"
+    return _wide(preview.plan.picture())
+
+
+def _wide(inside: str) -> str:
+    """Have what may be wider than its column scroll within it."""
+    return f"<div class='wide'>{inside}</div>"
 
 
 def costs(preview: Preview) -> str:
     """Write the estimate of a run beside that of the uncached one."""
     found = preview.estimate
-    rows = [
-        ("MACs", _macs(found.baseline_macs), _macs(found.macs)),
-        ("MACs of attention products", _macs(found.baseline_attention_macs), _macs(found.attention_macs)),
-        ("parameters in the final phase", f"{found.baseline_params:,}", f"{found.params:,}"),
-        ("kept at most", size(0), size(found.cache_bytes)),
-    ]
     total = f"{found.mac_reduction:.2f}x MAC reduction"
     if not preview.plan.is_static:
         total += ", and more: what is decided during the run (?) counts as computed"
-    return message(total) + table(("estimate of an image", "uncached", "with policies"), rows)
+    return message(total) + _wide(table(found.totals, ("estimate of an image", "uncached", "cached")))
 
 
 def comparison(drawn: Sequence[Drawn]) -> str:
@@ -65,7 +58,7 @@ def comparison(drawn: Sequence[Drawn]) -> str:
         if one.plain:
             rows.append(_row(f"{one.plain.steps} plain steps, of equal cost", one, one.plain))
     header = ("picture", "MAC reduction", "seconds", "speedup", "PSNR", "SSIM", "kept")
-    return table(header, rows)
+    return _wide(table(rows, header))
 
 
 def _row(label: str, drawn: Drawn, picture: Picture) -> tuple[str, ...]:
@@ -83,10 +76,6 @@ def _row(label: str, drawn: Drawn, picture: Picture) -> tuple[str, ...]:
 
 def _reduction(drawn: Drawn, picture: Picture) -> float | None:
     return picture.mac_reduction if picture.report else drawn.uncached.steps / picture.steps
-
-
-def _macs(value: int) -> str:
-    return f"{value / 1e12:.3f} T" if value >= 1e12 else f"{value / 1e9:.3f} G"
 
 
 def python_lines(request: Request, specs: Sequence[str]) -> str:

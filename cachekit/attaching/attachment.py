@@ -25,8 +25,7 @@ from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import controlnets_of, with_inner
-from cachekit.upstream.prediction import times_of
-from cachekit.upstream.schedulers import iterations_of, planned_scheduler
+from cachekit.upstream.prediction import planned_times
 
 
 class Attachment:
@@ -35,9 +34,14 @@ class Attachment:
     It belongs to the denoisers: every pipeline that shares one is cached. Usable as a context manager, which removes
     it at the end. A deep copy of an attached denoiser is attached too, by an attachment of its own.
 
-        with cachekit.apply(pipe, "deepcache:interval=3") as attachment:
-            image = pipe("a red cat").images[0]
-            print(attachment.report())
+    >>> import cachekit
+    >>> pipe = cachekit.demo_pipeline()
+    >>> pipe.set_progress_bar_config(disable=True)
+    >>> with cachekit.apply(pipe, "deepcache:interval=2") as attachment:
+    ...     image = pipe("a large red circle top left on white", num_inference_steps=6).images[0]
+    ...     report = attachment.report()
+    >>> report.calls, [str(count) for count in report.counts]
+    (6, ['deepcache:interval=2 block x 1: ran 3 times, 3 of them kept, reused 3'])
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class Attachment:
         """Have the runs that begin within the block follow other specs than those applied.
 
             with attachment.using("forecast:interval=4") as block:
-                image = pipe("a red cat").images[0]
+                image = pipe("a large red circle top left on white").images[0]
             print(block.report())
 
         `specs` are as for `apply`; `[]` caches nothing, and still reports. Limits that are not given are those of the
@@ -179,12 +183,11 @@ class Attachment:
         scale is an input of the denoiser.
         """
         known = list(self.driver.pipelines)
-        scheduler = planned_scheduler(known[0], num_inference_steps) if len(known) == 1 else None
-        iterations = iterations_of(scheduler) or num_inference_steps
+        iterations, times = planned_times(known[0] if len(known) == 1 else None, num_inference_steps)
         setup = self.driver.scopes.entered.regime.setup
         if guided is None:
             guided = not any(takes_scale(denoiser.module) for denoiser in setup.denoisers.values())
-        return setup.plan_of(iterations, guided, times_of(scheduler, None, iterations))
+        return setup.plan_of(iterations, guided, times)
 
     def report(self) -> Report:
         """Report on the last run of this thread, whether it has ended or not; if it made none, of any thread.

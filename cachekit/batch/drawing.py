@@ -9,14 +9,15 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import attach
 from cachekit.batch.images import encoded
 from cachekit.batch.rows import BatchError, Task
-from cachekit.errors import CachekitError, CostError, first_line, nearest
+from cachekit.costs.known import KnownCosts
+from cachekit.errors import CachekitError, first_line, nearest
 from cachekit.models import loading
 from cachekit.models.names import Sort, named
 from cachekit.registry.notices import silent_log
@@ -28,8 +29,6 @@ from cachekit.workers import FAILURES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    from cachekit.runs.report import Report
 
 __all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "pictures_of", "unread_arguments"]
 
@@ -111,7 +110,7 @@ def _studio(job: Job) -> _Studio:
 
 
 class _Studio:
-    """A loaded pipeline, and the MACs of the runs that it has made."""
+    """A loaded pipeline, and the MACs of its runs so far: of plain ones by their settings."""
 
     def __init__(self, job: Job) -> None:
         if job.threads:
@@ -121,14 +120,15 @@ class _Studio:
         self._job = job
         self._pipe = job.pipeline()
         hide_progress(self._pipe)
-        self._macs: dict[tuple[Any, ...], int | None] = {}
+        self._costs = KnownCosts()
+        self._plain: dict[tuple[Any, ...], int | None] = {}
 
     def draw(self, task: Task) -> Drawn:
         """Draw the image of a task; only the pipeline's call is timed."""
         arguments = self._arguments(task)
         plain = (task.steps, task.size, task.guidance)
         # Without specs an attachment only counts, which one run of each sort is enough for.
-        attached = bool(task.specs) or plain not in self._macs
+        attached = bool(task.specs) or plain not in self._plain
         with self._attached(task) if attached else contextlib.nullcontext() as attachment:
             start = time.perf_counter()
             pictures = call(self._pipe, task.seed, arguments)
@@ -136,23 +136,27 @@ class _Studio:
             report = attachment.report() if attachment else None
         if len(pictures) != 1:
             raise BatchError(f"the call gave {len(pictures)} images; a batch keeps one for each row, so give more rows")
-        macs = self._macs_of(plain if not task.specs else (plain, task.parsed, *_actions(report)), report)
+        figures = report.to_dict() if report else None
+        if figures and not task.specs:
+            self._plain[plain] = figures["macs"]
         description = {
             **task.settings,
             "steps": task.steps or loading.default_steps(type(self._pipe)),
             **self._job.identity,
             "scheduler": type(getattr(self._pipe, "scheduler", None)).__name__,
             "seconds": round(seconds, 4),
-            "macs": macs,
+            "macs": figures["macs"] if figures else self._plain[plain],
             "versions": {"cachekit": __version__, **versions(), "python": platform.python_version()},
         }
-        figures = {**_figures(report), "macs": macs} if report and task.specs else None
-        return Drawn(encoded(pictures[0], description), description, figures, f"{platform.node()}:{os.getpid()}")
+        worker = f"{platform.node()}:{os.getpid()}"
+        return Drawn(encoded(pictures[0], description), description, figures if task.specs else None, worker)
 
     def _attached(self, task: Task) -> Any:
-        return attach(
-            self._pipe, task.specs, max_cache_bytes=self._job.max_cache_bytes, cache_device=self._job.cache_device
-        )
+        limits: dict[str, Any] = {
+            "max_cache_bytes": self._job.max_cache_bytes,
+            "cache_device": self._job.cache_device,
+        }
+        return attach(self._pipe, task.specs, **limits, cost=self._costs)
 
     def _arguments(self, task: Task) -> dict[str, Any]:
         width, height = task.size or (None, None)
@@ -161,33 +165,6 @@ class _Studio:
         arguments = {"prompt": task.prompt, **own, **json.loads(self._job.arguments)}
         check_arguments(self._pipe, arguments)
         return arguments
-
-    def _macs_of(self, key: tuple[Any, ...], report: Report | None) -> int | None:
-        """Count the MACs of a run, once for all runs that did the same; None where they can't be counted."""
-        if key not in self._macs and report is not None:
-            try:
-                self._macs[key] = report.macs
-            except CostError:
-                self._macs[key] = None
-        return self._macs.get(key)
-
-
-def _actions(report: Report | None) -> Iterator[Any]:
-    yield from (one.signature for one in report.record.calls) if report else ()
-
-
-def _figures(report: Report) -> dict[str, Any]:
-    """Write the figures of a report as plain data, without its MACs."""
-    return {
-        "steps": report.steps,
-        "calls": report.calls,
-        "left_out": report.left_out,
-        "cache_bytes": report.cache_bytes,
-        "memory_bytes": report.memory_bytes,
-        "deciding_seconds": round(report.deciding_seconds, 4),
-        "counts": [asdict(count) for count in report.counts],
-        "warnings": list(report.warnings),
-    }
 
 
 # -- calls of pipelines -------------------------------------------------------------------------------------

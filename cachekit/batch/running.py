@@ -53,12 +53,6 @@ class Batch:
         """Images drawn per minute, the loading of the model included."""
         return 60 * self.drawn / max(time.monotonic() - self.begun, 1e-9)
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds that the images left will take as fast as those drawn; None before the first."""
-        left = self.total - self.kept - self.failed
-        return 60 * left / self.per_minute if self.drawn else None
-
     def run(self, executor: str, workers: int, again: Callable[[str], None] = lambda line: None) -> Iterator[Outcome]:
         """Draw the images that the folder lacks; yield each row when its image is written, or has failed.
 

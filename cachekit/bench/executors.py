@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from cachekit.bench.cells import Cell, Setting
 from cachekit.bench.results import Result
 from cachekit.bench.workbench import measure
-from cachekit.workers import FAILURES, Lost, check_executor, share_out
+from cachekit.workers import FAILURES, Crew, Lost
 
-__all__ = ["Outcome", "executor"]
+__all__ = ["Outcome", "outcomes"]
 
 #: A cell, and its result or the reason why there is none.
 Outcome = tuple[Cell, "Result | str"]
-Executor = Callable[[Setting, Sequence[Cell], int], Iterator[Outcome]]
 
 
-def executor(name: str) -> Executor:
-    """Find an executor by name; raises a `CachekitError` for an unknown one."""
-    check_executor(name)
-    return partial(_measured, name)
+def outcomes(crew: Crew, setting: Setting, cells: Sequence[Cell]) -> Iterator[Outcome]:
+    """Measure cells with a crew; yield each as soon as it is done."""
+    for cell, found in crew.share_out(_Measuring(setting), cells):
+        yield cell, f"{cell.label}: {found.reason}" if isinstance(found, Lost) else found
 
 
 def attempt(setting: Setting, cell: Cell) -> Result | str:
@@ -49,8 +47,3 @@ class _Measuring:
 
     def do(self, cell: Cell) -> Result | str:
         return attempt(self.setting, cell)
-
-
-def _measured(name: str, setting: Setting, cells: Sequence[Cell], workers: int) -> Iterator[Outcome]:
-    for cell, found in share_out(name, _Measuring(setting), cells, workers):
-        yield cell, f"{cell.label}: {found.reason}" if isinstance(found, Lost) else found

@@ -14,7 +14,7 @@ from cachekit.interface.specs import joined
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cachekit.runs.report import Count, Report
+    from cachekit.runs.report import Count
 
 __all__ = [
     "Configuration",
@@ -106,9 +106,12 @@ class ImageRunner:
 
     def __init__(self, pipe: Any, arguments: Arguments) -> None:
         """Run `pipe`; nothing stays attached to it between images."""
+        from cachekit.costs.known import KnownCosts
+
         self._pipe = pipe
         self._arguments = arguments
-        self._macs: dict[tuple[Any, ...], int] = {}
+        self._costs = KnownCosts()
+        self._plain: dict[Configuration, int] = {}
 
     def run(self, configuration: Configuration, prompt: str, seed: int) -> RunResult:
         """Generate the image of `prompt`; only the pipeline's call is timed."""
@@ -119,23 +122,25 @@ class ImageRunner:
 
     def __contains__(self, configuration: Configuration) -> bool:
         """Whether a plain configuration has run before, so that its MACs are known."""
-        return (configuration,) in self._macs
+        return configuration in self._plain
 
     def plain_macs(self, configuration: Configuration) -> int:
         """MACs of a plain configuration that has run before."""
-        return self._macs[configuration,]
+        return self._plain[configuration]
 
     def _attached(self, configuration: Configuration, prompt: str, seed: int) -> RunResult:
         from cachekit.applying import attach
 
         # Without specs the attachment only counts: that run is the warm-up, and never timed.
-        with attach(self._pipe, configuration.specs) as attachment:
+        with attach(self._pipe, configuration.specs, cost=self._costs) as attachment:
             image, watch = timed_call(self._pipe, self._call(configuration, prompt), seed)
             report = attachment.report()
+        if not configuration.specs:
+            self._plain[configuration] = report.macs
         return RunResult(
             image=image,
             seconds=watch.seconds,
-            macs=self._count(configuration, report),
+            macs=report.macs,
             cache_bytes=report.cache_bytes + report.memory_bytes,
             deciding_seconds=report.deciding_seconds,
             peak_memory=watch.peak_memory,
@@ -145,13 +150,6 @@ class ImageRunner:
 
     def _call(self, configuration: Configuration, prompt: str) -> dict[str, Any]:
         return {"num_inference_steps": configuration.steps, **self._arguments(prompt)}
-
-    def _count(self, configuration: Configuration, report: Report) -> int:
-        actions = [call.signature for call in report.record.calls]
-        key = (configuration, *actions) if configuration.specs else (configuration,)
-        if key not in self._macs:
-            self._macs[key] = report.macs
-        return self._macs[key]
 
 
 def timed_call(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image | None, Stopwatch]:

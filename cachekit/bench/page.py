@@ -24,6 +24,8 @@ __all__ = ["write_page"]
 #: The columns that are shown at first, on narrow screens and on wide ones; the others can be chosen.
 NARROW = ("", CONFIGURATION, "MAC reduction", LEAD)
 WIDE = (*NARROW, "s/image", "speedup", "PSNR", "SSIM", "caption match", "Frechet", "kept", *EQUAL_COST)
+#: Most characters of all pictures of a page: a report is to be sent around, and to open at once.
+_PICTURES = 11_000_000
 #: Takes the place of an uncached image that the page has already, until the script copies that.
 _BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACw="
 
@@ -36,8 +38,9 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
         raise BenchError("a page needs Jinja: pip install 'cachekit-diffusion[bench]'") from error
     source = resources.files(__package__).joinpath("page.html.jinja").read_text()
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    count = _pictures_of_a_row(groups)
     text = template.render(
-        sections=[_section(group, f"image-{place}") for place, group in enumerate(groups)],
+        sections=[_section(group, f"image-{place}", count) for place, group in enumerate(groups)],
         command=shlex.join(["cachekit", *sys.argv[1:]]),
         date=date.today().isoformat(),
     )
@@ -50,13 +53,13 @@ def write_page(groups: Sequence[Group], path: Path) -> None:
 # -- what the template shows ------------------------------------------------------------------------------
 
 
-def _section(group: Group, name: str) -> dict[str, Any]:
-    """All that the template shows of a group."""
+def _section(group: Group, name: str, count: int) -> dict[str, Any]:
+    """All that the template shows of a group, with so many pictures of each row."""
     rows = [group.uncached, *group.rows]
     values = {row.cell.id: _values(row) for row in rows}
     names = [*(figure.name for figure in FIGURES.values()), *learned(rows)]
     names = [heading for heading in names if any(found.get(heading) is not None for found in values.values())]
-    tags, pictures = _tags(group), _Pictures(name)
+    tags, pictures, pictured = _tags(group), _Pictures(name, count), _pictured(group)
     return {
         "title": title(group),
         "verdict": verdict(group),
@@ -65,7 +68,8 @@ def _section(group: Group, name: str) -> dict[str, Any]:
         "legend": f"{LEAD}: PSNR over that of the best plain steps at equal MACs; {legend(names)} {EQUAL_LEGEND}",
         "plots": [*plots(rows, tags)],
         "plans": [_plan(row) for row in group.rows if "columns" in (row.results[0].plan or {})],
-        "pictures": [pictures.of(row) for row in group.rows if row.results[0].pictures],
+        "pictures": [pictures.of(row) for row in pictured],
+        "fewer": max((len(row.results[0].pictures) for row in pictured), default=0) > count and count,
         "environment": {name: value for name, value in group.environment.items() if value is not None},
         "warnings": group.warnings,
         "notes": group.notes,
@@ -124,17 +128,41 @@ def _plan(row: Row) -> dict[str, Any]:
     return {"label": row.label, "picture": draw(plan["branches"], plan["columns"])}
 
 
+def _pictured(group: Group) -> list[Row]:
+    """Rows with pictures: contenders, and the plain steps that they are compared with, in their best spacing."""
+    contenders = [row for row in group.rows if row.cell.method is not Method.PLAIN]
+    beside = (group.best_plain(steps) for row in contenders for steps in row.plain_steps().values())
+    chosen = {id(row) for row in (*contenders, *beside)} if contenders else {*map(id, group.rows)}
+    return [row for row in group.rows if id(row) in chosen and row.results[0].pictures]
+
+
+def _pictures_of_a_row(groups: Sequence[Group]) -> int:
+    """Count the pictures of each row, at least 1, that a page has room for; uncached images are in it once."""
+    listed = [row.results[0].pictures for group in groups for row in _pictured(group)]
+    most = max(map(len, listed), default=1)
+    counts = range(most, 1, -1)
+    return next((count for count in counts if _characters(listed, count) <= _PICTURES), 1)
+
+
+def _characters(listed: Sequence[Sequence[tuple[str, str, str]]], count: int) -> int:
+    pairs = [pair for pictures in listed for pair in pictures[:count]]
+    uncached = {image for _, _, image in pairs}
+    return sum(len(image) for _, image, _ in pairs) + sum(map(len, uncached))
+
+
 class _Pictures:
     """The pictures of a group's rows; an uncached image, which is beside each contender's, is in the page once."""
 
-    def __init__(self, group: str) -> None:
-        """Name images after their group, whose name no other has."""
+    def __init__(self, group: str, count: int) -> None:
+        """Name images after their group, whose name no other has; a row shows at most `count`."""
         self._group = group
+        self._count = count
         self._names: dict[str, str] = {}
 
     def of(self, row: Row) -> dict[str, Any]:
         """Pictures of a row: (caption, cached image, uncached image, name of the uncached image, whether it is new)."""
-        pairs = [(caption, cached, *self._named(uncached)) for caption, cached, uncached in row.results[0].pictures]
+        shown = row.results[0].pictures[: self._count]
+        pairs = [(caption, cached, *self._named(uncached)) for caption, cached, uncached in shown]
         return {"label": row.label, "pairs": pairs, "open": row.cell.method is Method.CACHEKIT}
 
     def _named(self, image: str) -> tuple[str, str, bool]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.bench.caches import caches_for
 from cachekit.bench.cells import BenchError, Cell, Method, Setting, digest
-from cachekit.bench.executors import executor
+from cachekit.bench.executors import outcomes
 from cachekit.bench.peers import peer_exists
 from cachekit.bench.results import Result, Results
 from cachekit.bench.spacing import absent
@@ -23,6 +23,7 @@ from cachekit.interface.policy import Policy
 from cachekit.models.loading import denoiser_from_config, precision, scheduler_for
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.registry.catalog import installed
+from cachekit.workers import Crew
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,24 +128,27 @@ def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[st
 
     cells = suite.cells()
     chosen = {cell.id for cell in cells}
-    run = partial(_run, suite, results)
-    failures = [*run(cells, progress, 0)]
-    measured = [result for result in results.all if result.id in chosen]
-    pipeline = class_of_pipeline(suite.setting.model)
-    baselines = [cell for group in groups(measured) for cell in group.baselines()]
-    reasons = {cell: absent(cell, pipeline) for cell in baselines}
-    for reason in dict.fromkeys(reasons[cell] for cell in baselines if not absent(cell)):
-        progress(len(cells), len(cells), reason and f"plain steps: {reason}")
-    return [*failures, *run([cell for cell in baselines if not reasons[cell]], progress, len(cells))]
+    with Crew(suite.executor, suite.workers) as crew:
+        run = partial(_run, crew, suite.setting, results)
+        failures = [*run(cells, progress, 0)]
+        measured = [result for result in results.all if result.id in chosen]
+        pipeline = class_of_pipeline(suite.setting.model)
+        baselines = [cell for group in groups(measured) for cell in group.baselines()]
+        reasons = {cell: absent(cell, pipeline) for cell in baselines}
+        for reason in dict.fromkeys(reasons[cell] for cell in baselines if not absent(cell)):
+            progress(len(cells), len(cells), reason and f"plain steps: {reason}")
+        return [*failures, *run([cell for cell in baselines if not reasons[cell]], progress, len(cells))]
 
 
-def _run(suite: Suite, results: Results, cells: Sequence[Cell], progress: Progress, before: int) -> Iterator[str]:
+def _run(
+    crew: Crew, setting: Setting, results: Results, cells: Sequence[Cell], progress: Progress, before: int
+) -> Iterator[str]:
     missing = [cell for cell in cells if cell not in results]
     done, total = before + len(cells) - len(missing), before + len(cells)
     progress(done, total, None)
     if not missing:
         return
-    for _, outcome in executor(suite.executor)(suite.setting, missing, suite.workers):
+    for _, outcome in outcomes(crew, setting, missing):
         done += 1
         failure = None if isinstance(outcome, Result) else outcome
         if isinstance(outcome, Result):

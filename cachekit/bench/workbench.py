@@ -45,7 +45,13 @@ def measure(setting: Setting, cell: Cell) -> Result:
 
 @lru_cache(maxsize=1)
 def _workbench(setting: Setting) -> Workbench:
-    return Workbench(setting)
+    return Workbench(setting, _subject(setting.model_copy(update={"captions": ()})))
+
+
+@lru_cache(maxsize=1)
+def _subject(setting: Setting) -> Subject:
+    """Load a model once for all captions."""
+    return load(setting)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cachekit.cli.output import duration, json_results, progress_bar, say, warn
+from cachekit.cli.output import Pace, duration, json_results, progress_bar, say, warn
 
 if TYPE_CHECKING:
     from cachekit.batch.drawing import Job
@@ -54,7 +54,7 @@ def draw(
 
 def _run(batch: Batch, executor: str, workers: int) -> float:
     """Draw behind a progress bar; the seconds that it took."""
-    begun = shown = time.monotonic()
+    shown, pace = time.monotonic(), Pace(batch.kept)
     if batch.kept:
         say(f"{batch.kept} of {batch.total} images are in {batch.folder.path} already")
     try:
@@ -67,10 +67,11 @@ def _run(batch: Batch, executor: str, workers: int) -> float:
                 show(done, batch.total, failure)
                 if not sys.stdout.isatty() and time.monotonic() - shown > _QUIET:
                     shown = time.monotonic()
-                    say(f"{done} of {batch.total}, {_speed(batch)}, about {duration(batch.seconds_left or 0)} left")
+                    said = (f"{done} of {batch.total}", _speed(batch), pace.left(done, batch.total))
+                    say(", ".join(filter(None, said)))
     except KeyboardInterrupt:
         _stopped(batch)
-    return time.monotonic() - begun
+    return pace.seconds
 
 
 def _stopped(batch: Batch) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cachekit.amounts import macs
 from cachekit.cli.models import AnyModel
 from cachekit.cli.output import JsonFile, json_results, print_table, say
 from cachekit.errors import CachekitError
@@ -26,7 +27,7 @@ class EstimateError(CachekitError):
 def estimate(
     model: AnyModel,
     specs: Annotated[list[str] | None, typer.Argument(help="Specs such as tgate:m=10.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")] = 25,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the pipeline's call (num_inference_steps).")] = 25,
     height: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
     width: Annotated[int | None, typer.Option(min=_STRIDE, help="Pixels; default: the model's own.")] = None,
     json_file: JsonFile = None,
@@ -40,7 +41,7 @@ def estimate(
     _check_size(height, width)
     with json_results(json_file) as give:
         found = estimate_cost(model, policies, num_inference_steps=steps, height=height, width=width)
-        say(_title(model, [str(policy) for policy in policies], steps))
+        say(_title(model, [str(policy) for policy in policies], steps, len(found.steps)))
         _print_totals(found)
         _print_steps(found.steps)
         give({"model": model, "specs": [str(policy) for policy in policies], **_data(found)})
@@ -52,20 +53,13 @@ def _check_size(*sizes: int | None) -> None:
             raise EstimateError(f"a size of {size} pixels: give a multiple of {_STRIDE}")
 
 
-def _title(model: str, specs: list[str], steps: int) -> str:
-    return f"{model}, {steps} steps, {' + '.join(specs) or 'no specs'}"
+def _title(model: str, specs: list[str], steps: int, iterations: int) -> str:
+    loop = "" if iterations == steps else f" ({iterations} iterations)"
+    return f"{model}, {steps} steps{loop}, {' + '.join(specs) or 'no specs'}"
 
 
 def _print_totals(found: Estimate) -> None:
-    from cachekit.bench.figures import size
-
-    rows = [
-        ("MACs of Linear and convolution layers", macs(found.baseline_macs), macs(found.macs)),
-        ("MACs of attention products", macs(found.baseline_attention_macs), macs(found.attention_macs)),
-        ("parameters in the final phase", millions(found.baseline_params), millions(found.params)),
-        ("peak size of cached tensors", size(0), size(found.cache_bytes)),
-    ]
-    print_table(("per image", "uncached", "cached"), rows)
+    print_table(("per image", "uncached", "cached"), found.totals)
     say(f"{found.mac_reduction:.2f}x MAC reduction; what a policy decides during a run is counted as computed")
 
 
@@ -77,20 +71,6 @@ def _print_steps(steps: tuple[StepCost, ...]) -> None:
         branches, own, attention = cost
         rows.append([label, str(branches), macs(own), macs(attention)])
     print_table(("steps", "branches", "MACs", "attention products"), rows)
-
-
-def macs(count: int) -> str:
-    """Write a number of multiply-accumulates in tera or giga.
-
-    >>> macs(6_760_000_000_000), macs(513_000_000)
-    ('6.760 TMACs', '0.513 GMACs')
-    """
-    return f"{count / 1e12:.3f} TMACs" if count >= 1e12 else f"{count / 1e9:.3f} GMACs"
-
-
-def millions(count: int) -> str:
-    """Write a number of parameters in millions."""
-    return f"{count / 1e6:.3f} M"
 
 
 def _data(found: Estimate) -> dict[str, Any]:

@@ -122,6 +122,7 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     from cachekit.batch.drawing import call, check_arguments, unread_arguments
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
+    from cachekit.registry.notices import silent_log
     from cachekit.upstream.scales import SCALE
 
     # Refused here before the model is loaded; `apply` is given the specs, whose presets it compares with the pipeline.
@@ -133,7 +134,9 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     arguments = {**{name: value for name, value in given.items() if value is not None}, **own}
     _check_prompt(prompt)
     _check_output(output)
-    with json_results(file) as give:
+    # The report has the warnings that the log would print once more.
+    printed = silent_log() if file != Path("-") else contextlib.nullcontext()
+    with json_results(file) as give, printed:
         pipe = job.pipeline()
         check_arguments(pipe, arguments)
         for name in unread_arguments(pipe, own):

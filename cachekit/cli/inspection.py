@@ -185,14 +185,14 @@ def plan(
     """Print what each policy does in each step of a run; no weights are loaded."""
     from cachekit.applying import apply
     from cachekit.interface.specs import parse_all
-    from cachekit.models.loading import denoiser_from_config
+    from cachekit.models.loading import denoiser_from_config, is_guided
     from cachekit.registry.catalog import installed
 
     check_writable(svg)
     with json_results(json_file) as give:
         policies = parse_all(specs, installed())
         with apply(denoiser_from_config(model), policies) as attachment:
-            made = attachment.plan(steps, guided=False if unguided else None)
+            made = attachment.plan(steps, guided=False if unguided or not is_guided(model) else None)
         say(made)
         for spec in _idle(made):
             warn(f"{spec} never acts in {steps} steps: nothing is reused")

@@ -237,12 +237,12 @@ def progress_bar(name: str) -> Iterator[Progress]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}"))
     with Progress(TextColumn("{task.description}", markup=False), *columns, console=console()) as bar:
         task = bar.add_task(name, total=None, left="")
-        first: list[tuple[float, int]] = []
+        pace: Pace | None = None
 
         def show(done: int, total: int, warning: str | None = None, /, name: str | None = None) -> None:
-            # What exists already when the bar begins was not done at any speed.
-            first[:] = first or [(time.monotonic(), done)]
-            left = _left(*first[0], done, total)
+            nonlocal pace
+            pace = pace or Pace(done)
+            left = pace.left(done, total)
             bar.update(task, completed=done, total=total or None, description=name, left=left)
             if warning:
                 warn(warning)
@@ -250,11 +250,24 @@ def progress_bar(name: str) -> Iterator[Progress]:
         yield show
 
 
-def _left(begun: float, first: int, done: int, total: int) -> str:
-    """Write the time that is left; "" before anything was done."""
-    if done <= first or done >= total:
-        return ""
-    return f"{duration((time.monotonic() - begun) * (total - done) / (done - first))} left"
+class Pace:
+    """How fast work is done from now on; what is `done` already was not done at any speed."""
+
+    def __init__(self, done: int) -> None:
+        """Begin."""
+        self._begun = time.monotonic()
+        self._first = done
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self._begun
+
+    def left(self, done: int, total: int) -> str:
+        """Write the time that is left; "" before anything was done, and at the end."""
+        if done <= self._first or done >= total:
+            return ""
+        return f"{duration(self.seconds * (total - done) / (done - self._first))} left"
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from cachekit.amounts import macs, size, table
-from cachekit.costs.counting import Forward, count_forward
+from cachekit.costs.counting import Forward, Known, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.costs.replay import replay
 from cachekit.driving.setup import Setup
@@ -18,7 +19,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
-from cachekit.models.loading import pipeline_from_config
+from cachekit.models.loading import is_guided, pipeline_from_config
 from cachekit.models.names import is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
@@ -27,6 +28,7 @@ from cachekit.runs.record import CallRecord, Record
 from cachekit.tensors import tree_map
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoiser_of
+from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.weights import dtype_of
 
 
@@ -64,6 +66,16 @@ class Estimate:
         """MACs without the policies, over MACs with them."""
         return self.baseline_macs / self.macs
 
+    @property
+    def totals(self) -> list[tuple[str, str, str]]:
+        """Rows of a table: a figure per image, uncached and with the policies, as text."""
+        return [
+            ("MACs of Linear and convolution layers", macs(self.baseline_macs), macs(self.macs)),
+            ("MACs of attention products", macs(self.baseline_attention_macs), macs(self.attention_macs)),
+            ("parameters in the final phase", f"{self.baseline_params:,}", f"{self.params:,}"),
+            ("kept at peak", size(0), size(self.cache_bytes)),
+        ]
+
     def __repr__(self) -> str:
         """Summarise the estimate in a line."""
         return f"<Estimate: {self._costs}, {size(self.cache_bytes)} kept, {len(self.steps)} steps>"
@@ -74,14 +86,8 @@ class Estimate:
 
     def _repr_html_(self) -> str:
         """Write the totals as a table, for notebooks."""
-        rows = [
-            ("MACs of Linear and convolution layers", macs(self.baseline_macs), macs(self.macs)),
-            ("MACs of attention products", macs(self.baseline_attention_macs), macs(self.attention_macs)),
-            ("parameters in the final phase", f"{self.baseline_params:,}", f"{self.params:,}"),
-            ("kept at peak", "0", size(self.cache_bytes)),
-        ]
         header = (f"{len(self.steps)} steps, {self.mac_reduction:.2f}x MAC reduction", "uncached", "cached")
-        return table(rows, header)
+        return table(self.totals, header)
 
 
 def estimate(
@@ -101,8 +107,10 @@ def estimate(
         print(found.mac_reduction, found.cache_bytes)
 
     `model` is a pipeline, a denoiser, the name of a published model (sd15, sd21, sdxl, lcm-sdxl, pixart-alpha,
-    pixart-sigma, lcm-pixart, sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B)), a folder, a hub id, or the
-    name of an embedded model (demo, demo-dit, demo-flow, demo-lcm). `specs` are as for `apply`.
+    pixart-sigma, lcm-pixart, dit-xl (XL/2, 512), sd3 (3.5 medium), flux (dev), qwen-image, wan (2.1, 1.3B),
+    hunyuan-video, cogvideox (5b)), a folder, a hub id, or the name of an embedded model (demo, demo-dit, demo-flow,
+    demo-lcm). `specs` are as for `apply`. `num_inference_steps` is that of the pipeline's call, whose scheduler gives
+    the number of iterations: with Heun, 6 steps are 11. Without a scheduler, it is the number of iterations.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
     branches as `inputs`, in place of a size. `guided` is whether the run has two branches; by default a named model
@@ -118,15 +126,23 @@ def estimate(
 class Estimator:
     """Estimates runs of one model with one policy or another; its uncached forward is counted once.
 
-    `arguments` are those of one forward over all branches, on the meta device as the denoiser is.
+    `arguments` are those of one forward over all branches, on the meta device as the denoiser is. The scheduler of
+    `pipe`, where it has one, gives the number of iterations and their times. Threads that share an estimator wait for
+    each other.
     """
 
-    def __init__(self, denoiser: nn.Module, arguments: dict[str, Any], guided: bool, catalog: Catalog) -> None:
+    def __init__(
+        self, denoiser: nn.Module, arguments: dict[str, Any], guided: bool, catalog: Catalog, pipe: Any = None
+    ) -> None:
         """Estimate runs of `denoiser`."""
         self._denoiser = denoiser
+        self._pipe = pipe
         self._arguments = arguments
         self._guided = guided
         self._catalog = catalog
+        self._setup = Setup.of({"": denoiser}, (), catalog)
+        self._known = Known()
+        self._estimating = threading.Lock()
 
     @classmethod
     def of(
@@ -142,35 +158,35 @@ class Estimator:
         if isinstance(model, str) and not is_architecture(model):
             model = pipeline_from_config(model)
         if guided is None:
-            guided = architecture(model).guided if isinstance(model, str) else not takes_scale(denoiser_of(model))
-        denoiser, arguments = _prepare(model, (2 if guided else 1, *size), inputs)
-        return cls(denoiser, arguments, guided, catalog or installed())
+            guided = is_guided(model) if isinstance(model, str) else not takes_scale(denoiser_of(model))
+        sample, catalog = (2 if guided else 1, *size), catalog or installed()
+        if isinstance(model, str):
+            known = architecture(model)
+            return cls(known.build(), known.inputs(*sample), guided, catalog)
+        return cls(*_prepare(model, sample, inputs), guided, catalog, model)
 
     def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
         """Estimate one run; raises a `CachekitError` as `estimate` does."""
-        policies = parse_all(specs, self._catalog)
-        # The replay leaves its denoiser intercepted.
-        setup = Setup.of({"": meta_copy(self._denoiser)}, policies, self._catalog)
-        plan = setup.plan_of(num_inference_steps, self._guided)
+        setup = self._setup.following(parse_all(specs, self._catalog))
+        iterations, times = planned_times(self._pipe, num_inference_steps)
+        plan = setup.plan_of(iterations, self._guided, times)
         layout = setup.layout if self._guided else setup.layout.alone
         record = _as_planned(plan, layout, self._arguments)
-        return _measure(setup, plan, record, self._uncached)
+        with self._estimating:
+            return _measure(setup, plan, record, self._uncached, self._known)
 
     @cached_property
     def _uncached(self) -> Forward:
-        return count_forward(self._denoiser, (), self._arguments)
+        return count_forward(self._denoiser, (), self._arguments, self._known)
 
 
 def _prepare(
-    model: Any, size: tuple[int, int | None, int | None], inputs: dict[str, Any] | None
+    pipe: Any, size: tuple[int, int | None, int | None], inputs: dict[str, Any] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
-    if isinstance(model, str):
-        known = architecture(model)
-        return known.build(), known.inputs(*size)
-    denoiser = meta_copy(denoiser_of(model))
+    denoiser = meta_copy(denoiser_of(pipe))
     if inputs is not None:
         return denoiser, {name: tree_map(on_meta, value) for name, value in inputs.items()}
-    known = architecture_of(denoiser, getattr(model, "vae_scale_factor", PIXELS_PER_LATENT))
+    known = architecture_of(denoiser, getattr(pipe, "vae_scale_factor", PIXELS_PER_LATENT))
     return denoiser, known.inputs(*size, dtype=dtype_of(denoiser))
 
 
@@ -182,12 +198,13 @@ def _as_planned(plan: Plan, layout: Layout, arguments: dict[str, Any]) -> Record
         CallRecord("", "", len(layout.order), row, left_out=any(row.actions[i] is Action.REUSE for i in whole))
         for row in rows
     ]
-    return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs={calls[0].inputs: ((), arguments)})
+    inputs = {calls[0].inputs: ((), arguments)}
+    return Record(len(rows), layout, exact=True, rows=rows, calls=calls, inputs=inputs, times=plan.times)
 
 
-def _measure(setup: Setup, plan: Plan, record: Record, full: Forward) -> Estimate:
+def _measure(setup: Setup, plan: Plan, record: Record, full: Forward, known: Known) -> Estimate:
     denoiser = setup.denoisers[""].module
-    forwards, peak = replay(setup, record, dict.fromkeys(record.inputs, full))
+    forwards, peak = replay(setup, record, dict.fromkeys(record.inputs, full), known)
     steps = tuple(
         StepCost(row.step, len(row.branches), forward.macs, forward.attention_macs)
         for row, forward in zip(record.rows, forwards)

@@ -99,7 +99,7 @@ class Rehearsal:
 
     def _keep_branches(self, run: Run, call: Call) -> None:
         """Store what guidance policies keep of a call with all branches."""
-        for index in run.guidance:
+        for index in run.plan.guidance:
             if call.actions[index] is Action.STORE:
                 outputs = tuple(
                     _share(tensor, 1 / call.calls.together) for tensor in tensors(self._forward.outputs[""])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from cachekit.costs.counting import Forward, count_forward
+from cachekit.costs.counting import Forward, Known, count_forward
 from cachekit.costs.meta import meta_copy, on_meta
 from cachekit.driving.driver import Driver
 from cachekit.driving.inputs import CallInputs
@@ -33,20 +33,23 @@ def cost_of(setup: Setup, record: Record) -> Cost:
     return Cost(sum(per_call), sum(baselines[call.inputs].macs for call in record.calls), per_call)
 
 
-def replay(setup: Setup, record: Record, baselines: Baselines) -> tuple[list[Forward], int]:
+def replay(setup: Setup, record: Record, baselines: Baselines, known: Known | None = None) -> tuple[list[Forward], int]:
     """Repeat a run; count what each of its calls does, and the peak of bytes kept.
 
-    The denoisers of `setup` are on the meta device and stay intercepted; the arguments in `record.inputs` are there
-    too. Calls with the same shapes and actions cost the same, so each distinct one runs once, in order; it runs again
-    only where it keeps something that was dropped since.
+    The denoisers of `setup` and the arguments in `record.inputs` are on the meta device. `known` is what former
+    forwards of these denoisers have shown. Calls with the same shapes and actions cost the same, so each distinct one
+    runs once, in order; it runs again only where it keeps something that was dropped since.
     """
-    driver = ReplayDriver(setup, record)
+    driver = ReplayDriver(setup, record, known or Known())
     driver.installation.install(driver.scope.regime.duties)
     found: dict[tuple[object, ...], Forward] = {}
-    for call in record.calls:
-        if call.signature not in found or driver.lacks(call):
-            found[call.signature] = _count(call, driver, baselines)
-        driver.note(call)
+    try:
+        for call in record.calls:
+            if call.signature not in found or driver.lacks(call):
+                found[call.signature] = _count(call, driver, baselines)
+            driver.note(call)
+    finally:
+        driver.installation.uninstall()
     return [found[call.signature] for call in record.calls], driver.peak_bytes
 
 
@@ -61,10 +64,10 @@ def _count(call: CallRecord, driver: ReplayDriver, baselines: Baselines) -> Forw
 class ReplayDriver(Driver):
     """Repeats recorded calls within one run, through the same switches as the originals."""
 
-    def __init__(self, setup: Setup, record: Record) -> None:
+    def __init__(self, setup: Setup, record: Record, known: Known) -> None:
         """Repeat calls of `record`."""
         super().__init__(setup)
-        self._record = record
+        self._record, self._known = record, known
         plan = setup.plan(record.steps, record.layout, times=record.times)
         self._run = Run(plan, record.layout, record.steps, images=1, is_replayed=True)
         self._wholes = plan.wholes
@@ -85,7 +88,7 @@ class ReplayDriver(Driver):
         """Call the denoiser once, do what was done in `call`, and count it."""
         self._next = call
         args, kwargs = self._record.inputs[call.inputs]
-        return count_forward(self.setup.denoisers[call.denoiser].module, args, kwargs)
+        return count_forward(self.setup.denoisers[call.denoiser].module, args, kwargs, self._known)
 
     def lacks(self, call: CallRecord) -> bool:
         """Whether `call` stores what isn't kept now, or less of it than the run had at that point."""

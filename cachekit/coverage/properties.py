@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -103,7 +104,7 @@ def clashes(one: Policy, other: Policy) -> bool:
 
 def _clash(*bound: tuple[Assignment, ...]) -> bool:
     try:
-        assign((one.policy, one.denoiser, [(one.target, one.choice)]) for group in bound for one in group)
+        assign(itertools.chain(*bound))
     except ConflictError:
         return True
     return False

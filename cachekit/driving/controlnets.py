@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cachekit.driving.driver import Driver
+from cachekit.driving.foresight import foresee
 from cachekit.driving.inputs import CallInputs
 from cachekit.driving.slicing import pick_call, spread
 from cachekit.errors import AdapterError, AttachmentError
@@ -125,7 +126,7 @@ class ControlNetInterceptor:
         except AdapterError:  # without a sample or a timestep its step is not known
             return forward(*args, **kwargs)
         is_known = self._present.is_known([_signature(tensor) for tensor in tensors(inputs.named)])
-        call = driver.foresee(self._module, inputs) if is_known else None
+        call = foresee(driver.state, self._module, inputs) if is_known else None
         if call is None:
             return self._present.note(forward(*args, **kwargs))
         if call.is_left_out and self._present.output is not None:

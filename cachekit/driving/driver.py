@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachekit.driving.entrance import CallSteps
 from cachekit.driving.inputs import CallInputs, timestep_of
@@ -30,8 +30,7 @@ from cachekit.runs.timing import UncachedTimes
 from cachekit.tensors import shape_of, tree_map
 from cachekit.upstream.arguments import PAIR
 from cachekit.upstream.guiders import branch_name, name_by_guider
-from cachekit.upstream.pipelines import controlnets_of
-from cachekit.upstream.schedulers import is_entry, scheduler_of, shares_table
+from cachekit.upstream.schedulers import is_entry, shares_table
 
 #: Counts the MACs of a run.
 CostFunction = Callable[[Setup, Record], Cost]
@@ -263,33 +262,6 @@ class Driver:
         if run is None or self.state.pipeline is None or mark.kind != "entry" or run.clock.is_in_table(mark):
             return False
         return run.clock.goes_through(scheduler) and not shares_table(mark.source, scheduler)
-
-    # -- ControlNets --------------------------------------------------------------------------------------
-
-    def foresee(self, controlnet: nn.Module, inputs: CallInputs) -> Call | None:
-        """Plan the denoiser's next call before it is made; None where that is not certain.
-
-        `controlnet` is given `inputs` just before: the same timestep, and a batch of the same branches.
-        """
-        state, run = self.state, self.state.run
-        if run is None or state.pipeline is None or state.paused or run.layout.separate or not run.is_alone:
-            return None
-        if inputs.is_listed:
-            return None
-        mark, batch = mark_of(inputs.timestep, scheduler_of(state.pipeline.pipe)), inputs.batch
-        if not self._is_next(run, mark, batch) or all(
-            controlnet is not it for it in controlnets_of(state.pipeline.pipe)
-        ):
-            return None
-        run.pass_by(mark)
-        return run.foresee(run.clock.step + 1, batch, inputs.sample)
-
-    def _is_next(self, run: Run, mark: Mark, batch: int) -> bool:
-        """Whether a call at `mark` begins the next step, with the batch and the guidance of the last call."""
-        is_next = not run.clock.is_at(mark) and not run.clock.starts_anew(mark)
-        is_whole = batch == run.images * run.calls.together
-        # In guess mode the ControlNet's batch would not show a change of guidance.
-        return is_next and is_whole and self._guidance_state() == run.guidance_state
 
 
 def _record(call: Call, inputs: CallInputs, seconds: float) -> None:

@@ -16,9 +16,10 @@ class CallInputs:
     """What a denoiser or ControlNet call is given: all arguments by name, and of these the sample and the timestep.
 
     `sample` is `(branches * images, ...)`; a list with a tensor for each image has been stacked, and `is_listed`.
+    `batch` is the size of its dimension 0, over all branches in it.
     """
 
-    __slots__ = ("args", "is_listed", "kwargs", "named", "positional", "sample", "timestep")
+    __slots__ = ("args", "batch", "is_listed", "kwargs", "named", "positional", "sample", "timestep")
 
     def __init__(
         self, module: nn.Module, parameters: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -36,11 +37,7 @@ class CallInputs:
         self.timestep = find(self.named, TIMESTEP)
         if self.timestep is None or not isinstance(self.sample, Tensor):
             raise AdapterError(_refusal(type(module).__name__, self.sample, self.timestep))
-
-    @property
-    def batch(self) -> int:
-        """The size of dimension 0 of the sample, over all branches in it."""
-        return int(self.sample.shape[0])
+        self.batch: int = self.sample.shape[0]
 
     @property
     def cache_mode(self) -> Any:

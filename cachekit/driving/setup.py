@@ -14,11 +14,11 @@ from cachekit.errors import CachekitError, PolicyError, SiteError, answered
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
-from cachekit.interface.parts import Choice, Where
+from cachekit.interface.parts import Where
 from cachekit.interface.policy import Policy
 from cachekit.interface.presets import Preset
-from cachekit.interface.sites import Kind, Region, Site, SiteMap, Target
-from cachekit.planning.assignments import Assignment, Bound, assign
+from cachekit.interface.sites import Region, Site, SiteMap, Target
+from cachekit.planning.assignments import Assignment, assign
 from cachekit.planning.plan import Plan, make_plan
 from cachekit.registry.catalog import Catalog
 from cachekit.runs.denoiser import Denoiser
@@ -109,30 +109,31 @@ class Setup:
         return twin
 
 
-def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[Bound]:
-    """List the policy's targets in each denoiser; a denoiser without any is left out if another has some."""
-    found: list[Bound] = []
+def _select(policy: Policy, denoisers: Mapping[str, Denoiser]) -> list[Assignment]:
+    """Bind the policy to its targets in each denoiser; a denoiser without any is left out if another has some."""
+    found: list[Assignment] = []
     refusals: list[SiteError] = []
     for name, denoiser in denoisers.items():
         try:
-            found.append((policy, name, _targets(policy, denoiser.sites)))
+            found += bind(policy, name, denoiser.sites)
         except SiteError as error:
             refusals.append(error)
-    if not found:
+    if len(refusals) == len(denoisers):
         raise refusals[0]
     return found
 
 
-def _targets(policy: Policy, sites: SiteMap) -> list[tuple[Target, Choice]]:
-    """Find the targets of each of the policy's choices; raises `SiteError` for one that it can't act on."""
-    found: list[tuple[Target, Choice]] = []
+def bind(policy: Policy, denoiser: str, sites: SiteMap) -> list[Assignment]:
+    """Bind each of the policy's choices to its targets; raises `SiteError` for one that it can't act on."""
+    found: list[Assignment] = []
     choices = policy.chosen().values()
     for choice in choices:
         for target in _found(policy, choice.where, sites):
-            reason = _refusal(target, choice)
+            bound = Assignment(policy, choice, target, denoiser)
+            reason = _refusal(bound)
             if reason:
                 raise SiteError(f"{policy}: {reason}")
-            found.append((target, choice))
+            found.append(bound)
     if not found and choices:
         raise SiteError(f"{policy}: found nothing to act on, but {sites.describe()}; use another policy")
     return found
@@ -149,19 +150,17 @@ def _found(policy: Policy, where: Where, sites: SiteMap) -> Sequence[Target]:
     return targets
 
 
-def _refusal(target: Target, choice: Choice) -> str:
-    """Reason why a choice doesn't fit a target, and the remedy; "" if it fits."""
-    what, kind = choice.what, target.kind
-    if what.entries == 0 and kind is not Kind.GUIDANCE:
+def _refusal(bound: Assignment) -> str:
+    """Reason why a choice doesn't fit its target, and the remedy; "" if it fits."""
+    what, when, target = bound.choice.what, bound.choice.when, bound.target
+    if what.entries == 0 and not bound.is_guidance:
         return f"{what} keeps nothing, which makes sense at guidance alone; use another stand-in at {target.name!r}"
-    if what.of == "x0" and kind is not Kind.DENOISER:
+    if what.of == "x0" and not bound.is_whole:
         return f"of=x0 makes sense at the denoiser alone; use of=output or of=residual at {target.name!r}"
-    if what.amends and kind is not Kind.DENOISER:
+    if what.amends and not bound.is_whole:
         return f"{what} corrects outputs of the denoiser alone; use another stand-in at {target.name!r}"
-    if isinstance(choice.when, Indicator) and kind is not Kind.DENOISER and not _shows(target):
-        return (
-            f"{choice.when} decides from a signal, which {target.name!r} lacks; use where=tail, modulated or denoiser"
-        )
+    if isinstance(when, Indicator) and not bound.is_whole and not _shows(target):
+        return f"{when} decides from a signal, which {target.name!r} lacks; use where=tail, modulated or denoiser"
     if what.of == "residual" and isinstance(target, Region) and not target.streams:
         where = (
             f"what enters and leaves {target.entry!r} is not known" if target.entry else "its output has another shape"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,22 +51,26 @@ class _Cutter:
         if isinstance(value, dict):
             named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
             return {key: self.cut(own, item) for key, own, item in named}
-        is_layered = name in LAYERED or name in self._layout.layered
-        multiples = not is_layered and any(part in name for part in PER_FRAME)
-        cut_tensor = functools.partial(self._cut_tensor, dim=int(is_layered), multiples=multiples)
-        return cut_tensor(value) if isinstance(value, Tensor) else tree_map(cut_tensor, value)
+        if isinstance(value, Tensor):
+            return self._cut_tensor(name, value)
+        return tree_map(lambda tensor: self._cut_tensor(name, tensor), value)
 
-    def _cut_tensor(self, tensor: Tensor, dim: int, multiples: bool) -> Tensor:
-        size = tensor.shape[dim] if tensor.dim() > dim else 0
-        if size != self._batch and not (multiples and size and size % self._batch == 0):
+    def _cut_tensor(self, name: str, tensor: Tensor) -> Tensor:
+        dim = int(name in LAYERED or name in self._layout.layered)
+        size = tensor.size(dim) if tensor.dim() > dim else 0
+        if size != self._batch and not (size and size % self._batch == 0 and not dim and _may_count_frames(name)):
             return tensor
-        part = size // self._count
-        return tensor.narrow(dim, self._place * part, part)
+        part = slice(self._place * size // self._count, (self._place + 1) * size // self._count)
+        return tensor[:, part] if dim else tensor[part]
 
     def cut_list(self, value: list[Any]) -> list[Any]:
         """Cut a list with an entry for each image."""
         first, stop = (place * self._batch // self._count for place in (self._place, self._place + 1))
         return value[first:stop] if len(value) == self._batch else value
+
+
+def _may_count_frames(name: str) -> bool:
+    return any(part in name for part in PER_FRAME)
 
 
 def as_batches(output: Any) -> Any:

@@ -125,5 +125,10 @@ class Accumulating(Indicator):
 
 
 def relative_change(new: Tensor, old: Tensor) -> float:
-    """Compute the mean absolute difference of two tensors, relative to the mean absolute value of the old one."""
+    """Compute the mean absolute difference of two tensors, relative to the mean absolute value of the old one.
+
+    >>> import torch
+    >>> relative_change(torch.tensor([2.0, 3.0]), torch.tensor([2.0, 2.0]))
+    0.25
+    """
     return float((new - old).abs().mean() / old.abs().mean())

@@ -39,6 +39,9 @@ class Time(NamedTuple):
 
     The sample that the denoiser receives is `alpha * x0 + sigma * noise`; both are None, like `timestep`, where no
     scheduler gives them. `kind` is what the denoiser predicts: "epsilon", "v_prediction", "sample" or "flow".
+
+    >>> round(Time(step=3, timestep=781.0, sigma=0.8, alpha=0.6, kind="epsilon").log_snr, 3)
+    -0.288
     """
 
     step: int

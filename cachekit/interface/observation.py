@@ -10,7 +10,19 @@ if TYPE_CHECKING:
 
 
 class Observation(Protocol):
-    """One guided step: the outputs of all guidance branches, and the sample that they share."""
+    """One guided step: the outputs of all guidance branches, and the sample that they share.
+
+    A policy that only notes, for the report, how far the branches are apart:
+
+    >>> from cachekit import Policy
+    >>> class Distances(Policy):
+    ...     name = "distances"
+    ...     def choices(self):
+    ...         return {}
+    ...     def observe(self, seen: Observation, memory: dict[str, Any]) -> None:
+    ...         distance = seen.outputs["cond"] - seen.outputs["uncond"]
+    ...         memory.setdefault("trace", []).append((seen.step, float(distance.abs().mean())))
+    """
 
     @property
     def step(self) -> int:

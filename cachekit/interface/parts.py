@@ -98,7 +98,16 @@ class Part(BaseModel):
 
 
 class Where(Part):
-    """Selects the targets of a policy in a model."""
+    """Selects the targets of a policy in a model.
+
+    >>> from cachekit import Kind, Site
+    >>> class FirstBlock(Where):
+    ...     name: ClassVar[str] = "first_block"
+    ...     def find(self, sites: SiteMap) -> Sequence[Target]:
+    ...         return sites.of(Kind.BLOCK)[:1]
+    >>> FirstBlock().find(SiteMap("Toy", (Site("blocks.0", Kind.BLOCK), Site("blocks.1", Kind.BLOCK))))
+    (Site(name='blocks.0', kind=<Kind.BLOCK: 'block'>, resizes=False),)
+    """
 
     def find(self, sites: SiteMap) -> Sequence[Target]:
         """Choose the sites or regions to act on, once, in `apply`.
@@ -249,7 +258,13 @@ def _weighted(tensors: Sequence[Any], weights: Sequence[float], like: Any) -> An
 
 @dataclass(frozen=True)
 class Choice:
-    """One place, one schedule and one stand-in, and what a change of branches does to what is kept."""
+    """One place, one schedule and one stand-in, and what a change of branches does to what is kept.
+
+    >>> from cachekit import Every, Linear, Span
+    >>> choice = Choice(Span(first=1), Every(n=3), Linear(of="residual"), BranchChange.REFRESH)
+    >>> str(choice.where), str(choice.when), str(choice.what)
+    ('span(first=1)', 'every(n=3)', 'linear(of=residual)')
+    """
 
     where: Where
     when: Schedule

@@ -84,6 +84,10 @@ class Preset(_Part):
 
     `requires` maps each policy of the specs to the distribution that it comes with. `{folder}` in a spec stands for
     the folder of the preset's file.
+
+    >>> preset = Preset(specs=["tgate:m=10", "deepcache:interval=2"])
+    >>> preset.missing(["deepcache", "forecast"])
+    ['tgate']
     """
 
     version: int = VERSION
@@ -201,6 +205,7 @@ def _how_to_get(missing: Sequence[str], requires: Mapping[str, str]) -> str:
     """Write which policies are missing, and what installs them."""
     needed = " and ".join(map(repr, missing))
     sources = dict.fromkeys(requires[name] for name in missing if name in requires)
-    noun = "policy" if len(missing) == 1 else "policies"
-    remedy = f"pip install {' '.join(sources)}" if sources else "install the plugins that register them"
+    one, several = ("policy", "plugin that registers it"), ("policies", "plugins that register them")
+    noun, plugins = one if len(missing) == 1 else several
+    remedy = f"pip install {' '.join(sources)}" if sources else f"install the {plugins}"
     return f"needs the {noun} {needed}, not installed here; {remedy}"

@@ -111,6 +111,10 @@ class Region:
     `edited` is set where later code may write into the exit's tensor in place, so that what is kept must be a copy.
     `encoder` are the skipped modules that a ControlNet has a copy of. The ControlNet's residuals are added to their
     outputs alone, so a call that skips them can skip the copies too.
+
+    >>> region = Region("blocks.1..blocks.3", exit="blocks.3", skipped=("blocks.1", "blocks.2"))
+    >>> region.covers("blocks.2.attn1"), region.covers("blocks.0")
+    (True, False)
     """
 
     name: str

@@ -16,7 +16,8 @@ from cachekit.models.inputs import INPUTS, Sample
 
 #: Default number of pixels per latent along each side, as in the autoencoders of Stable Diffusion.
 PIXELS_PER_LATENT = 8
-#: For each class, a published denoiser, and the key of the config that has the width of the text embeddings.
+#: For each class, a published denoiser, and the key of the config that has the width of the text embeddings; none, ""
+#: where it is given classes in place of texts.
 _PUBLISHED = {
     "UNet2DConditionModel": ("sd15", "cross_attention_dim"),
     "PixArtTransformer2DModel": ("pixart-alpha", "caption_channels"),
@@ -24,6 +25,9 @@ _PUBLISHED = {
     "FluxTransformer2DModel": ("flux", "joint_attention_dim"),
     "QwenImageTransformer2DModel": ("qwen-image", "joint_attention_dim"),
     "WanTransformer3DModel": ("wan", "text_dim"),
+    "HunyuanVideoTransformer3DModel": ("hunyuan-video", "text_embed_dim"),
+    "CogVideoXTransformer3DModel": ("cogvideox", "text_embed_dim"),
+    "DiTTransformer2DModel": ("dit-xl", ""),
 }
 
 
@@ -168,7 +172,7 @@ def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LAT
         known,
         name=name,
         config=config,
-        text_width=config[width],
+        text_width=config.get(width, 0),
         latent=config.get("sample_size", known.latent),
         guided=True,
         pixels_per_latent=pixels_per_latent * known.pixels_per_latent // PIXELS_PER_LATENT,

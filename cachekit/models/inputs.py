@@ -88,6 +88,44 @@ def _wan(sample: Sample) -> dict[str, Any]:
     }
 
 
+def _hunyuan_video(sample: Sample) -> dict[str, Any]:
+    guidance = {"guidance": sample.filled(6000)} if sample.config.get("guidance_embeds") else {}
+    return {
+        "hidden_states": sample.tensor(sample.config["in_channels"], sample.frames, sample.rows, sample.columns),
+        "timestep": sample.filled(500),
+        "encoder_hidden_states": sample.tensor(*sample.text),
+        "encoder_attention_mask": torch.ones_like(sample.tensor(sample.text[0])),
+        "pooled_projections": sample.tensor(sample.pooled),
+        **guidance,
+    }
+
+
+def _cogvideox(sample: Sample) -> dict[str, Any]:
+    config, extras = sample.config, dict[str, Any]()
+    size, length = config["patch_size"], config.get("patch_size_t") or 1
+    patches = -(-sample.frames // length)
+    if config.get("use_rotary_positional_embeddings"):
+        tokens = patches * (sample.rows // size) * (sample.columns // size)
+        extras["image_rotary_emb"] = (sample.zeros(tokens, config["attention_head_dim"]),) * 2
+    if config.get("ofs_embed_dim"):
+        extras["ofs"] = sample.filled(2)
+    return {
+        # The pipeline fills up the last patch of frames.
+        "hidden_states": sample.tensor(patches * length, config["in_channels"], sample.rows, sample.columns),
+        "encoder_hidden_states": sample.tensor(config["max_text_seq_length"], sample.text[1]),
+        "timestep": sample.filled(500),
+        **extras,
+    }
+
+
+def _dit(sample: Sample) -> dict[str, Any]:
+    return {
+        "hidden_states": sample.tensor(sample.config["in_channels"], sample.rows, sample.columns),
+        "timestep": sample.filled(500).long(),
+        "class_labels": sample.filled(1).long(),
+    }
+
+
 def _image(sample: Sample) -> dict[str, Any]:
     """Latents `(batch, channels, height, width)` and a text."""
     return {
@@ -113,4 +151,7 @@ INPUTS: dict[str, Callable[[Sample], dict[str, Any]]] = {
     "FluxTransformer2DModel": _flux,
     "QwenImageTransformer2DModel": _qwen_image,
     "WanTransformer3DModel": _wan,
+    "HunyuanVideoTransformer3DModel": _hunyuan_video,
+    "CogVideoXTransformer3DModel": _cogvideox,
+    "DiTTransformer2DModel": _dit,
 }

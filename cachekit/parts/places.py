@@ -75,7 +75,11 @@ class Sites(Where):
 
 
 class WholeDenoiser(Where):
-    """The denoiser as a whole: a reuse leaves its call out."""
+    """The denoiser as a whole: a reuse leaves its call out.
+
+    >>> WholeDenoiser().find(SiteMap("ToyTransformer", ())) == [DENOISER]
+    True
+    """
 
     name: ClassVar[str] = "denoiser"
     summary: ClassVar[str] = "the denoiser as a whole: a reuse leaves its call out"
@@ -90,6 +94,10 @@ class Guidance(Where):
 
     `keep` is the branch that runs on. `auto` is the unconditional one, as TGATE publishes it (the conditional one
     where the condition is an image), or the branch called first where each has a call of its own.
+
+    >>> from cachekit import Layout
+    >>> Guidance(keep="auto").stays(Layout()), Guidance(keep="auto").stays(Layout(condition="image"))
+    ('uncond', 'cond')
     """
 
     name: ClassVar[str] = "guidance"
@@ -112,7 +120,12 @@ class Guidance(Where):
 
 
 class NestedRegion(Where):
-    """Everything in a UNet that is deeper than one skip connection, counted from the shallowest, 0."""
+    """Everything in a UNet that is deeper than one skip connection, counted from the shallowest, 0.
+
+    >>> nested = tuple(Region(f"region {depth}", f"up.{depth}", (f"down.{depth}", "mid")) for depth in range(3))
+    >>> [region.exit for region in NestedRegion(branch=1).find(SiteMap("ToyUNet", (), regions=nested))]
+    ['up.1']
+    """
 
     name: ClassVar[str] = "region"
     summary: ClassVar[str] = "all of a UNet that is deeper than one skip connection"
@@ -135,6 +148,10 @@ class Features(Where):
     """What leaves the last block, with all blocks as one; in a UNet what leaves the last up block.
 
     In a transformer it is the span of all blocks with `chain=all`.
+
+    >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(6))
+    >>> [region.name for region in Features().find(SiteMap("ToyTransformer", blocks, chains=(blocks,)))]
+    ['blocks.0..blocks.5']
     """
 
     name: ClassVar[str] = "features"
@@ -158,6 +175,10 @@ class Span(Where):
     from the end. `chain=all` takes the blocks of all chains in a row where each chain takes over what the one before
     returns, as in Flux, and else those of each chain. What the blocks add to their input can stand in for them:
     `of=residual`.
+
+    >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(6))
+    >>> [region.name for region in Span(first=1, stop=-1).find(SiteMap("ToyTransformer", blocks, chains=(blocks,)))]
+    ['blocks.1..blocks.4']
     """
 
     name: ClassVar[str] = "span"
@@ -213,6 +234,11 @@ class Tail(Where):
     """All blocks of a transformer after the first `m`, with the last of these as the probe of an indicator.
 
     Of chains that take over from each other, as in Flux, all are meant, and else the longest.
+
+    >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(6))
+    >>> (region,) = Tail(m=2).find(SiteMap("ToyTransformer", blocks, chains=(blocks,)))
+    >>> region.probe, region.name
+    ('blocks.1', 'blocks.2..blocks.5')
     """
 
     name: ClassVar[str] = "tail"
@@ -234,6 +260,12 @@ class Modulated(Where):
 
     What enters there has been normalised and modulated by the timestep. Of chains that take over from each other all
     are meant, and else the longest.
+
+    >>> blocks = tuple(Site(f"blocks.{index}", Kind.BLOCK) for index in range(6))
+    >>> attention = Site("blocks.0.attn1", Kind.SELF_ATTENTION)
+    >>> (region,) = Modulated().find(SiteMap("ToyTransformer", (attention, *blocks), chains=(blocks,)))
+    >>> region.probe, region.exit
+    ('blocks.0.attn1', 'blocks.5')
     """
 
     name: ClassVar[str] = "modulated"

@@ -14,7 +14,12 @@ from cachekit.interface.parts import StandIn
 
 
 class Reuse(StandIn):
-    """The newest value as it is."""
+    """The newest value as it is.
+
+    >>> from cachekit import Entry
+    >>> Reuse().predict((Entry(("newest",), Time(4)), Entry(("older",), Time(2))), Moment(5, 25))
+    ('newest',)
+    """
 
     name: ClassVar[str] = "reuse"
     summary: ClassVar[str] = "the last computed value"
@@ -25,7 +30,11 @@ class Reuse(StandIn):
 
 
 class Drop(StandIn):
-    """Nothing: at guidance the dropped branch's output is that of the branch which runs."""
+    """Nothing: at guidance the dropped branch's output is that of the branch which runs.
+
+    >>> Drop().predict((), Moment(5, 25), given=("output of the other branch",))
+    ('output of the other branch',)
+    """
 
     name: ClassVar[str] = "drop"
     summary: ClassVar[str] = "the output of the branch that runs, at guidance only"
@@ -40,6 +49,9 @@ class Extrapolation(StandIn):
     """Base of stand-ins that extrapolate along an axis of the run.
 
     `axis` is the step's index, the share of noise sigma, or log-SNR, the logarithm of alpha over sigma.
+
+    >>> Extrapolation(axis="sigma").places([Time(4, sigma=0.5)], Moment(5, 25, time=Time(5, sigma=0.4)))
+    [0.4, 0.5]
     """
 
     axis: Literal["step", "sigma", "log_snr"] = "step"
@@ -124,6 +136,9 @@ class Hermite(Taylor):
     """Taylor's differences with scaled Hermite polynomials in place of powers (HiCache, arXiv 2508.16984).
 
     The factor of degree i is s^i H_i(s x) / i! with the physicists' polynomials and s = `sigma`, between 0 and 1.
+
+    >>> Hermite(order=1, sigma=0.5).weights([Time(4), Time(2)], Moment(5, 25, time=Time(5)))
+    [1.25, -0.25]
     """
 
     name: ClassVar[str] = "hermite"
@@ -145,6 +160,9 @@ class Chebyshev(Extrapolation):
     """Ridge regression on Chebyshev polynomials of all values so far (Spectrum).
 
     Polynomials up to `degree` in the step, scaled to -1 to 1 over the run; `ridge` is the penalty on coefficients.
+
+    >>> str(Chebyshev(degree=2, of="residual"))
+    'chebyshev(of=residual,degree=2)'
     """
 
     name: ClassVar[str] = "chebyshev"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cachekit.errors import ConflictError, PolicyError, SiteError, source_of
@@ -69,28 +69,26 @@ def origin(bound: Assignment, method: str, at: Moment) -> str:
     return f"{bound.policy}{source_of(bound.policy)}: {method} of {part} for {bound.target.name!r} at step {at.step}"
 
 
-#: What a policy acts on in one denoiser: its targets, and the choice that each belongs to.
-Bound = tuple[Policy, str, Sequence[tuple[Target, Choice]]]
-
-
-def assign(chosen: Iterable[Bound]) -> tuple[Assignment, ...]:
-    """Bind each policy to the targets that it selected in a denoiser.
+def assign(chosen: Iterable[Assignment]) -> tuple[Assignment, ...]:
+    """Combine what policies have chosen in each denoiser; a policy's choice of the guidance site counts once.
 
     Several policies may share the guidance site. Raises `ConflictError` where two of them would write the same
     target, or blocks or regions of which one lies inside the other, and `SiteError` where a stand-in is made for
     residuals that don't exist.
     """
     found: list[Assignment] = []
-    for policy, denoiser, targets in chosen:
-        for target, choice in targets:
-            is_guidance = target.kind is Kind.GUIDANCE
-            if is_guidance and any(other.policy is policy and other.target is target for other in found):
-                continue
-            bound = Assignment(policy, choice, target, "" if is_guidance else denoiser)
-            _refuse_without_residual(bound)
-            _refuse_clash(bound, found)
-            found.append(bound)
+    for bound in map(_detached, chosen):
+        if bound.is_guidance and any(other.policy is bound.policy and other.target is bound.target for other in found):
+            continue
+        _refuse_without_residual(bound)
+        _refuse_clash(bound, found)
+        found.append(bound)
     return tuple(found)
+
+
+def _detached(bound: Assignment) -> Assignment:
+    """Leave out the denoiser at the guidance site, which all denoisers share."""
+    return replace(bound, denoiser="") if bound.is_guidance else bound
 
 
 def _refuse_without_residual(bound: Assignment) -> None:

@@ -19,6 +19,8 @@ _MEANINGS = {
 _CELL, _LINE, _EDGE = 12, 14, 4
 # Text is monospaced, so that its width is known; no common font is wider than this.
 _FONT, _CHARACTER = "font-family='ui-monospace, monospace' font-size='11' fill='currentColor'", 6.8
+#: Of all squares, each of which is a dash. They are set once: plans of large models have thousands of lines.
+_DASHES = f"stroke-width='{_CELL}' stroke-dasharray='{_CELL - 1} 1'"
 
 #: Spec, name of the target, kind, and a mark for each step.
 Column = tuple[str, str, str, str]
@@ -37,7 +39,7 @@ def draw(branches: Sequence[int], columns: Sequence[Column]) -> str:
     size = f"{width:.0f} {len(lines) * _LINE + 2 * _EDGE}"
     box = "viewBox='0 0 {0} {1}' width='{0}' height='{1}'".format(*size.split())
     label = "role='img' aria-label='steps across, sites down'"
-    return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {box} {_FONT} {label}>", *drawn, "</svg>\n"])
+    return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {box} {_FONT} {_DASHES} {label}>", *drawn, "</svg>\n"])
 
 
 class _Line(NamedTuple):
@@ -77,8 +79,7 @@ def _squares(marks: str, top: float) -> Iterator[str]:
         meaning, colour = _MEANINGS[mark]
         where = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
         path = f"M{_EDGE + steps[0] * _CELL} {top + _CELL / 2}h{len(steps) * _CELL}"
-        dashes = f"stroke='{colour}' stroke-width='{_CELL}' stroke-dasharray='{_CELL - 1} 1'"
-        yield f"<path d='{path}' {dashes}><title>{where}: {meaning}</title></path>"
+        yield f"<path d='{path}' stroke='{colour}'><title>{where}: {meaning}</title></path>"
 
 
 def _text(x: float, top: float, text: str, title: str = "", style: str = "") -> str:

@@ -12,7 +12,7 @@ from cachekit.interface.moment import OPEN, Action, Time
 from cachekit.planning.assignments import Assignment
 from cachekit.planning.composer import Composer, still_needed, undecided
 from cachekit.planning.drawing import Column, draw
-from cachekit.planning.row import Row
+from cachekit.planning.row import Cell, Row
 
 _MARKS = {Action.COMPUTE: ".", Action.STORE: "S", Action.REUSE: "r", OPEN: "?"}
 _LEGEND = ". compute  S compute and keep  r reuse  ? decided during the run"
@@ -27,13 +27,13 @@ class Plan:
     has the steps' places in the scheduler's table, where there is one.
 
     >>> from cachekit import GUIDANCE, After, Choice, Drop, Guidance, Kind, Policy, Reuse, Site, Sites
-    >>> from cachekit.planning.assignments import assign
     >>> class Late(Policy):
     ...     name = "late"
     ...     start: int = 3
-    >>> attention = Choice(Sites(kinds="self_attention"), After(m=4), Reuse())
-    >>> chosen = [(Site("attn1", Kind.SELF_ATTENTION), attention), (GUIDANCE, Choice(Guidance(), After(m=4), Drop()))]
-    >>> print(make_plan(assign([(Late(start=4), "", chosen)]), 11, Layout()))
+    >>> late, site = Late(start=4), Site("attn1", Kind.SELF_ATTENTION)
+    >>> attention = Assignment(late, Choice(Sites(kinds="self_attention"), After(m=4), Reuse()), site)
+    >>> guidance = Assignment(late, Choice(Guidance(), After(m=4), Drop()), GUIDANCE)
+    >>> print(make_plan((attention, guidance), 11, Layout()))
     step                              0         1
                                       01234567890
     branches                          22221111111
@@ -51,15 +51,31 @@ class Plan:
         """Whether the target of assignment `inner` lies inside that of `outer`, another one: see `Assignment`."""
         return outer != inner and self.assignments[outer].covers(self.assignments[inner])
 
-    @property
+    @functools.cached_property
     def is_static(self) -> bool:
         """Whether every action is known before the run: no cell is open."""
         return all(OPEN not in row.actions for row in self.rows)
 
     @functools.cached_property
+    def guidance(self) -> list[int]:
+        """The assignments at the guidance site."""
+        return [index for index, bound in enumerate(self.assignments) if bound.is_guidance]
+
+    @functools.cached_property
     def wholes(self) -> dict[str, int]:
         """The assignments at denoisers as a whole, by name of the denoiser."""
         return {bound.denoiser: index for index, bound in enumerate(self.assignments) if bound.is_whole}
+
+    @functools.cached_property
+    def inner(self) -> list[int]:
+        """The assignments at modules: blocks, regions and sites."""
+        bounds = enumerate(self.assignments)
+        return [index for index, bound in bounds if not bound.is_guidance and not bound.is_whole]
+
+    @functools.cached_property
+    def blocks(self) -> list[int]:
+        """Those of them at blocks and regions."""
+        return [index for index in self.inner if self.assignments[index].is_block]
 
     @functools.cached_property
     def unread(self) -> tuple[frozenset[tuple[int, str]], ...]:
@@ -168,14 +184,26 @@ def make_plan(
 
 def _mark_narrowing_stores(rows: Sequence[Row], assignments: Sequence[Assignment]) -> None:
     """Set `Row.last_branches`: the branches that read each STORE, where they are fewer than those that make it."""
-    needed: defaultdict[tuple[int, str], float] = defaultdict(float)
-    for row in reversed(rows):
-        for index, action in enumerate(row.actions):
-            readers = tuple(branch for branch in row.branches if needed[index, branch])
-            if action is Action.STORE and 0 < len(readers) < len(row.branches):
-                row.last_branches[index] = readers
-            for branch in row.branches:
-                needed[index, branch] = still_needed(needed[index, branch], action, assignments[index])
+    # Most of the many targets of a choice have equal columns.
+    alike: defaultdict[tuple[int, tuple[Cell, ...]], list[int]] = defaultdict(list)
+    for index, column in enumerate(zip(*(row.actions for row in rows))):
+        alike[id(assignments[index].choice), column].append(index)
+    for (_, column), indices in alike.items():
+        for row, readers in _last_readers(rows, column, assignments[indices[0]]):
+            row.last_branches.update(dict.fromkeys(indices, readers))
+
+
+def _last_readers(
+    rows: Sequence[Row], column: Sequence[Cell], bound: Assignment
+) -> Iterator[tuple[Row, tuple[str, ...]]]:
+    """Yield each row whose STORE in a column is read by fewer branches than make it, and these."""
+    needed: defaultdict[str, float] = defaultdict(float)
+    for row, action in zip(reversed(rows), reversed(column)):
+        readers = tuple(branch for branch in row.branches if needed[branch])
+        if action is Action.STORE and 0 < len(readers) < len(row.branches):
+            yield row, readers
+        for branch in row.branches:
+            needed[branch] = still_needed(needed[branch], action, bound)
 
 
 def _ends(rows: Sequence[Row], index: int, branch: str, bound: Assignment) -> Iterable[int]:

@@ -53,6 +53,10 @@ class Catalog:
     for each name that several plugins have registered, as "policy 'calm'": it stands for none of theirs. `apply` takes
     the catalog of everything installed unless it is given another. A catalog is never changed, so copies of a model
     share it.
+
+    >>> catalog = installed()
+    >>> catalog.schedules["every"].summary, catalog.owners["schedule 'every'"]
+    ('full every n steps', 'parts')
     """
 
     policies: dict[str, type[Policy]]

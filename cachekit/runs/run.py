@@ -67,11 +67,6 @@ class Run:
         )
         self.keeper = Keeper(plan.assignments, store or Store(), vote or Vote(), self.record, is_replayed)
         self.calls = BranchCalls(layout, is_named)
-        assignments = list(enumerate(plan.assignments))
-        self.guidance = [index for index, bound in assignments if bound.is_guidance]
-        self._whole = plan.wholes
-        self._blocks = [index for index, bound in assignments if bound.is_block and not bound.is_whole]
-        self._sites = [index for index, bound in assignments if not bound.is_guidance and not bound.is_whole]
         self._composer = None if plan.is_static else self._new_composer(layout)
         self.guidance_state: tuple[Any, ...] = ()
         self._kinds: dict[str, tuple[Any, ...]] = {}
@@ -146,13 +141,14 @@ class Run:
         Two denoisers that take turns may have shapes of their own. `mode` distinguishes calls that write keys and
         values, which are for more tokens than those that read them.
         """
-        images = sample.shape[0] // self.calls.together
-        kind = (sample.shape[1:], sample.dtype, sample.device, mode)
-        if (images, kind) != (self.images, self._kinds.get(denoiser, kind)):
-            if self.calls.together > 1 and sample.shape[0] == self.images:
-                self._change_layout(self.layout.alone)
-                return
-            self.keeper.clear()
+        batch, *sizes = sample.shape
+        images, kind = batch // self.calls.together, (sizes, sample.dtype, sample.device, mode)
+        if images == self.images and kind == self._kinds.setdefault(denoiser, kind):
+            return
+        if self.calls.together > 1 and batch == self.images:
+            self._change_layout(self.layout.alone)
+            return
+        self.keeper.clear()
         self.images, self._kinds[denoiser] = images, kind
 
     def _change_layout(self, layout: Layout) -> Composer:
@@ -208,7 +204,7 @@ class Run:
 
     def _call(self, step: int, caller: Caller, batch: int, ordinal: int = 0, *, sample: Tensor) -> Call:
         row = self.row(step, (caller, sample))
-        return Call(self.keeper, self.calls, row, caller, batch, ordinal, self._whole.get(caller[0]))
+        return Call(self.keeper, self.calls, row, caller, batch, ordinal, self.plan.wholes.get(caller[0]))
 
     def _begin_step(self) -> None:
         """Begin a step where the clock is at its first call."""
@@ -224,7 +220,7 @@ class Run:
             self._store_if_lacking(call, call.whole, is_late)
         if call.is_left_out:
             return
-        for index in self._sites if is_late else self._blocks:
+        for index in self.plan.inner if is_late else self.plan.blocks:
             if self.plan.assignments[index].denoiser == call.denoiser:
                 self._store_if_lacking(call, index, is_late)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cachekit.bench.cells import Cell, Method, Setting
-from cachekit.bench.executors import executor
+from cachekit.bench.executors import outcomes
 from cachekit.bench.results import Result
 from cachekit.bench.subjects import Subject
 from cachekit.bench.suite import shared_fields
@@ -19,7 +19,7 @@ from cachekit.tuning.candidates import Candidate
 from cachekit.tuning.weights import Weights
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
-from cachekit.workers import FAILURES
+from cachekit.workers import FAILURES, Crew
 
 __all__ = ["Measurer", "figures_of"]
 
@@ -28,7 +28,7 @@ __all__ = ["Measurer", "figures_of"]
 class Measurer:
     """Measures candidates beside the uncached pipeline of `steps` steps.
 
-    `serial` runs share the subject's pipeline; other executors load the setting's model anew.
+    A serial crew shares the subject's pipeline; others load the setting's model anew, once in each worker.
     """
 
     setting: Setting
@@ -37,8 +37,7 @@ class Measurer:
     steps: int
     seed: int
     weights: Weights
-    executor: str = "serial"
-    workers: int = 1
+    crew: Crew
     _benches: dict[tuple[str, ...], Workbench] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -49,11 +48,11 @@ class Measurer:
     @property
     def batch(self) -> int:
         """How many candidates are measured together."""
-        return 4 if self.executor == "serial" else 4 * self.workers
+        return 4 if self.crew.name == "serial" else 4 * self.crew.workers
 
     def cell(self, candidate: Candidate, captions: Sequence[str], specs: Sequence[str] | None = None) -> Cell:
         """Make the cell of a candidate, with other `specs` in place of its own."""
-        around = {"executor": self.executor, "workers": self.workers}
+        around = {"executor": self.crew.name, "workers": self.crew.workers}
         setting = self.setting.model_copy(update={"captions": tuple(captions)})
         return Cell(
             method=Method.CACHEKIT if candidate.specs else Method.PLAIN,
@@ -78,7 +77,7 @@ class Measurer:
     def measure_cells(self, cells: Sequence[Cell | str], captions: Sequence[str]) -> list[Result | str]:
         """Measure cells, in which reasons stand for those that can't be."""
         there = [cell for cell in cells if isinstance(cell, Cell)]
-        measured = iter(self._here(there, captions) if self.executor == "serial" else self._elsewhere(there, captions))
+        measured = iter((self._here if self.crew.name == "serial" else self._elsewhere)(there, captions))
         return [cell if isinstance(cell, str) else next(measured) for cell in cells]
 
     def _resolved(self, candidate: Candidate) -> tuple[str, ...] | str:
@@ -112,7 +111,7 @@ class Measurer:
     def _elsewhere(self, cells: Sequence[Cell], captions: Sequence[str]) -> list[Result | str]:
         setting = self.setting.model_copy(update={"captions": tuple(captions)})
         try:
-            found = {cell.id: outcome for cell, outcome in executor(self.executor)(setting, cells, self.workers)}
+            found = {cell.id: outcome for cell, outcome in outcomes(self.crew, setting, cells)}
         except CachekitError as error:
             # A refusal ends the executor's run, and does not name its cell.
             if len(cells) == 1:

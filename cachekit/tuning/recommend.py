@@ -226,7 +226,7 @@ def _has_weights(spec: str, subject: Subject, price: _Prices) -> bool:
     """Whether a spec needs no weights, or those that it needs ship."""
     if not spec.startswith("calibrated"):
         return True
-    return ships(subject.weights, subject.scheduler, subject.steps, price.full_steps(spec))
+    return bool(subject.weights) and ships(subject.weights, subject.scheduler, subject.steps, price.full_steps(spec))
 
 
 def _line(rule: Rule, price: _Prices) -> Line:

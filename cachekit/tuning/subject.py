@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,11 +59,12 @@ class Subject:
         denoiser = named.build() if named else denoiser_of(source)
         own = None if named else scheduler_of(source)
         known = named or recognised(denoiser, type(own).__name__)
-        kind = class_of(source, known.pipeline if known else "")
         scheduler = known.published_scheduler if own is None and known else own
         adapter = installed().adapter_for(denoiser)
         guided = not takes_scale(denoiser) and (known is None or known.guided)
-        apart = bool(adapter.layout(denoiser).calls) or (kind is not None and names_branches(kind))
+        # Importing a pipeline's class takes seconds.
+        kind = functools.cache(lambda: class_of(source, known.pipeline if known else ""))
+        apart = guided and (bool(adapter.layout(denoiser).calls) or _names_branches(kind()))
         return cls(
             model=model,
             source=source,
@@ -79,10 +81,17 @@ class Subject:
         )
 
 
-def _steps(model: str, known: Architecture | None, kind: type[Any] | None) -> int:
+def _steps(model: str, known: Architecture | None, kind: Callable[[], type[Any] | None]) -> int:
     if canonical(model) in DEMOS:
         return demo_steps(canonical(model))
-    return (known.steps if known else None) or (default_steps(kind) if kind else None) or _STEPS
+    if known:
+        return known.steps
+    made = kind()
+    return (default_steps(made) if made else None) or _STEPS
+
+
+def _names_branches(kind: type[Any] | None) -> bool:
+    return kind is not None and names_branches(kind)
 
 
 def _guidance(denoiser: nn.Module, guided: bool, apart: bool) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from cachekit.bench.cells import Cell, Method, Setting, Spacing
-from cachekit.bench.executors import executor as executor_of
 from cachekit.bench.spacing import absent
 from cachekit.bench.subjects import load, set_scheduler, subject_of
 from cachekit.interface.presets import HERE, Evidence, Preset
@@ -28,6 +27,7 @@ from cachekit.tuning.weights import Weights
 from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
 from cachekit.upstream.scales import scale_of
 from cachekit.upstream.versions import versions
+from cachekit.workers import Crew, check_executor
 
 __all__ = ["Tuned", "tune"]
 
@@ -94,7 +94,7 @@ def tune(
     journal with a study of something else.
     """
     targets = Targets(at_least, caption_match, at_most, speedup)
-    executor_of(executor)
+    check_executor(executor)
     named = isinstance(model, str)
     model = canonical(model) if named else model
     if not named and executor != "serial":
@@ -121,9 +121,10 @@ def tune(
             f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"
             " a similarity"
         )
-    with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe):
+    crew = Crew(executor, workers)
+    with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe), crew:
         weights = Weights(subject, name, lots.weights, _beside(target_file))
-        measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, executor, workers)
+        measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, crew)
         work = _Tuning(measurer, targets, lots, policies)
         return work.run(Budget(trials, seconds), Path(journal) if journal is not None else None, target_file, progress)
 

@@ -70,6 +70,11 @@ def attends(module: nn.Module) -> bool:
     """Whether a module computes attention, alone or together with something else, such as a feed-forward.
 
     It does if it has a query projection and a processor, or is declared as attention by diffusers' mixin.
+
+    >>> from diffusers.models.attention_processor import Attention
+    >>> attention = Attention(query_dim=8, heads=2, dim_head=4)
+    >>> attends(attention), attends(attention.to_q)
+    (True, False)
     """
     from diffusers.models.attention import AttentionModuleMixin
 

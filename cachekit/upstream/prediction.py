@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cachekit.errors import GuidanceError
 from cachekit.interface.moment import Time
-from cachekit.upstream.schedulers import entry_of, shares_table
+from cachekit.upstream.schedulers import entry_of, iterations_of, planned_scheduler, shares_table
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
@@ -59,13 +60,23 @@ def times_of(scheduler: Any, timestep: Any, steps: int, negated: bool = False) -
         return ()
     place = entry_of(timestep) if isinstance(timestep, Tensor) and shares_table(timestep, scheduler) else None
     first = max(len(table) - steps, 0) if place is None else place[0]
-    stamps = table[first : first + steps].detach().double().cpu()
+    stamps = table[first : first + steps].to("cpu", torch.float64)
     kind, scales = _scales(scheduler, stamps, first)
     kind = "" if negated else kind
     return tuple(
         Time(step, stamp, sigma, alpha, kind)
         for step, (stamp, (alpha, sigma)) in enumerate(zip(stamps.tolist(), scales))
     )
+
+
+def planned_times(pipe: Any, steps: int) -> tuple[int, tuple[Time, ...]]:
+    """Ask a pipeline's scheduler how many iterations a call with `num_inference_steps=steps` has, and their times.
+
+    Without a scheduler, or with one that can't be asked, they are `steps` iterations of unknown times.
+    """
+    scheduler = planned_scheduler(pipe, steps)
+    iterations = iterations_of(scheduler) or steps
+    return iterations, times_of(scheduler, None, iterations)
 
 
 def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple[float | None, float | None]]]:
@@ -77,9 +88,9 @@ def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple
     if hasattr(scheduler, "precondition_outputs") or getattr(config, "invert_sigmas", False):
         return "", unknown
     if isinstance(table, Tensor) and kind != "flow_prediction":
-        ratio = _sigma(table.double().cpu(), stamps, scheduler)
-        alphas = (1 + ratio**2).rsqrt()
-        return kind, list(zip(alphas.tolist(), (ratio * alphas).tolist()))
+        ratios = _sigma(table.to("cpu", torch.float64), stamps, scheduler).tolist()
+        alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
+        return kind, [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
     if not isinstance(sigmas, Tensor) or len(sigmas) < first + len(stamps):
         return "", unknown
     shares = sigmas[first : first + len(stamps)].double().cpu().tolist()
@@ -90,7 +101,7 @@ def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
     """Interpolate noise over signal at timesteps, which may lie between two of those used in training."""
     if getattr(scheduler.config, "timestep_type", "") == "continuous":
         return (4 * time).exp()
-    sigmas = ((1 - table) / table).sqrt()
     time = time.clamp(0, len(table) - 1)
-    low, high = sigmas[time.floor().long()], sigmas[time.ceil().long()]
+    shares = table[torch.stack((time.floor(), time.ceil())).long()]
+    low, high = ((1 - shares) / shares).sqrt()
     return torch.lerp(low, high, time.to(low.dtype).frac())

@@ -7,6 +7,7 @@ its storage is the table's.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -62,16 +63,33 @@ def iterations_of(scheduler: Any) -> int | None:
 
 
 def planned_scheduler(pipe: Any, steps: int) -> Any:
-    """Make a copy of a pipeline's scheduler that is set to `steps`; None if `set_timesteps` needs more."""
+    """Make a copy of a pipeline's scheduler that is set to `steps`, as the pipeline's call sets it by default.
+
+    None if `set_timesteps` needs more, such as a shift that depends on the image's size.
+    """
     scheduler = scheduler_of(pipe)
     if scheduler is None:
         return None
     planned = copy.deepcopy(scheduler)
     try:
-        planned.set_timesteps(steps)
+        if _gives_sigmas(pipe, planned):
+            planned.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
+        else:
+            planned.set_timesteps(steps)
     except Exception:  # noqa: BLE001 - schedulers raise whatever they like where they miss an argument
         return None
     return planned
+
+
+def _gives_sigmas(pipe: Any, scheduler: Any) -> bool:
+    """Whether a pipeline gives its scheduler shares of noise, equally spaced from 1 down to 1 / steps.
+
+    Those that do, such as Flux and HunyuanVideo, all calculate them in their calls, by a function of one name.
+    """
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    takes_them = "sigmas" in inspect.signature(scheduler.set_timesteps).parameters
+    own = getattr(scheduler.config, "use_flow_sigmas", False)
+    return code is not None and "linspace" in code.co_names and takes_them and not own
 
 
 def adds_noise(scheduler: Any) -> bool:

@@ -14,6 +14,7 @@ pipe = cachekit.demo_pipeline()  # or any pipeline that you have loaded
 attachment = cachekit.apply(pipe, "forecast:interval=2")
 # Names, not specs: a spec may name a file of the server.
 SPECS = {"full": [], "fast": "forecast:interval=2", "draft": "calibrated:interval=4"}
+GUIDANCE = 4  # calibrations are for some guidance scales
 Quality, Steps = Literal["full", "fast", "draft"], Annotated[int, Query(ge=1, le=50)]
 app, local = FastAPI(), threading.local()
 
@@ -29,10 +30,10 @@ def own_pipeline() -> Any:
 @app.get("/image")
 def draw(prompt: str, quality: Quality = "fast", steps: Steps = 25, seed: int = 0) -> Response:
     """Draw an image as PNG; headers have what it cost."""
-    noise, png = torch.Generator().manual_seed(seed), io.BytesIO()
+    png, given = io.BytesIO(), {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
     try:
         with attachment.using(SPECS[quality]) as block:
-            own_pipeline()(prompt, num_inference_steps=steps, generator=noise).images[0].save(png, "PNG")
+            own_pipeline()(prompt, generator=torch.Generator().manual_seed(seed), **given).images[0].save(png, "PNG")
     except cachekit.CachekitError as error:
         raise HTTPException(422, str(error)) from None
     costs = {"X-Denoiser-Calls": str(block.report().calls), "X-Seconds": f"{block.report().seconds:.3f}"}

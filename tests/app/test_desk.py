@@ -9,6 +9,7 @@ import pytest
 from support import tiny
 
 import cachekit
+from cachekit.amounts import macs
 from cachekit.app import serving, texts
 from cachekit.app.desk import MOST, Desk
 from cachekit.app.drafts import Draft
@@ -57,7 +58,7 @@ def test_plan_and_estimate_are_those_of_the_library(desk, demo):
     plan_shown, costs_shown = desk.preview(" demo ", " + ".join(specs), 4, 3.5, True)
     assert plan.picture() in plan_shown
     assert f"{estimate.mac_reduction:.2f}x MAC reduction" in costs_shown
-    assert f"{estimate.baseline_macs / 1e9:.3f} G" in costs_shown
+    assert f"<td>{macs(estimate.baseline_macs)}</td><td>{macs(estimate.macs)}</td>" in costs_shown
 
 
 @pytest.mark.parametrize(("guidance", "guided"), [(1.0, True), (3.5, False)])

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from selenium.webdriver.common.action_chains import ActionChains
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
-from support.browser import chromium, empty_logs
+from support.browser import CSS, ActionChains, Keys, chromium, empty_logs, wait
 
 from cachekit.app.serving import serve
 from cachekit.errors import CachekitError
@@ -40,13 +36,13 @@ class Shown:
         self.driver = driver
 
     def one(self, selector):
-        return self.until(lambda: next(iter(self.driver.find_elements(By.CSS_SELECTOR, selector)), None), selector)
+        return self.until(lambda: next(iter(self.driver.find_elements(CSS, selector)), None), selector)
 
     def text(self, selector):
         return self.driver.execute_script(f"return document.querySelector({selector!r})?.innerText ?? ''")
 
     def until(self, condition, message=""):
-        return WebDriverWait(self.driver, 90, 0.05).until(lambda driver: condition(), message)
+        return wait(self.driver, condition, message)
 
     def typed(self, selector, text):
         box = self.one(selector)
@@ -58,7 +54,7 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
     browser.get(address)
     page = Shown(browser)
     page.typed("#steps input[type=number]:enabled", "4")
-    page.until(lambda: browser.find_elements(By.CSS_SELECTOR, "#plan title") and "16" not in page.text("#plan"))
+    page.until(lambda: browser.find_elements(CSS, "#plan title") and "16" not in page.text("#plan"))
     before, plan = page.text("#costs"), page.one("#plan svg").get_attribute("outerHTML")
     assert "MAC reduction" in before
 
@@ -83,7 +79,7 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
 
     page.typed("#spec textarea", HOSTILE)
     page.until(lambda: HOSTILE in page.text("#costs"))
-    assert not browser.find_elements(By.CSS_SELECTOR, "#costs img, #note img, #figures img")
+    assert not browser.find_elements(CSS, "#costs img, #note img, #figures img")
     assert browser.execute_script("return window.hit") is None
 
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -91,6 +87,28 @@ def test_a_spec_is_chosen_planned_drawn_and_compared(browser, address):
     assert any(url.startswith(address) for url in asked)
     assert all(url.startswith((address, "data:", "blob:")) for url in asked)
     assert browser.get_log("browser") == []
+
+
+def test_two_specs_are_compared_with_their_pictures(browser, address):
+    browser.get(address)
+    page = Shown(browser)
+    page.typed("#steps input[type=number]:enabled", "4")
+    page.one("#comparison button").click()
+    page.one("#add").click()
+    page.until(lambda: "deepcache:interval=2" in page.text("#compared"))
+    page.typed("#spec textarea", "tgate:m=2")
+    page.until(lambda: "tgate:m=2" in page.text("#plan"))
+    page.one("#add").click()
+    page.until(lambda: "tgate:m=2" in page.text("#compared"))
+    page.one("#compare").click()
+    page.until(lambda: "tgate:m=2" in page.text("#ranking"))
+    labels = "return [...document.querySelectorAll('#ranking tr')].map(row => row.cells[0].innerText)"
+    named = [label for label in browser.execute_script(labels) if "plain steps" not in label]
+    assert named == ["picture", "uncached", "deepcache:interval=2", "tgate:m=2"]
+    drawn = "return [...document.querySelectorAll('#gallery img')].filter(it => it.naturalWidth).map(it => it.src)"
+    page.until(lambda: len({*browser.execute_script(drawn)}) == 3)
+    shown = page.text("#gallery")
+    assert all(label in shown for label in named[1:])
 
 
 def test_a_port_that_is_taken_is_refused_in_a_line(address):

@@ -17,7 +17,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+)
 from support import tiny
 
 import cachekit
@@ -739,3 +744,21 @@ def test_a_bare_denoiser_is_attached_too() -> None:
             unet(torch.cat([start()] * 2), t, EMBEDDINGS)
     assert sorted(watch.seen["mid_block.resnets.0.conv1"]) == [0, 2]
     assert not any("forward" in vars(module) for module in unet.modules())
+
+
+@pytest.mark.parametrize("make", [tiny.small, tiny.sd3, tiny.flux, tiny.wan])
+def test_a_plan_has_the_timesteps_of_the_run(make: Callable[[], Any]) -> None:
+    pipe = make()
+    with cachekit.apply(pipe, "cache:where=block,when=every(2),what=reuse") as attachment:
+        planned = attachment.plan(4).times
+        tiny.latents(pipe, steps=4)
+        ran = attachment.report().record.times
+    assert [time.timestep for time in planned] == pytest.approx([time.timestep for time in ran])
+    assert len({time.timestep for time in ran}) == 4
+
+
+def test_timesteps_that_depend_on_the_size_are_open_in_a_plan() -> None:
+    pipe = tiny.flux()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with cachekit.apply(pipe, "pab") as attachment:
+        assert not attachment.plan(4).is_static

@@ -33,12 +33,13 @@ def server() -> Any:
     made.attachment.remove()
 
 
-def drawn(specs: Any) -> tuple[bytes, int]:
+def drawn(specs: Any, scale: float) -> tuple[bytes, int]:
     """Draw with a pipeline of its own and no server: the pixels, and the calls of the denoiser."""
     pipe = cachekit.demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     attachment = cachekit.apply(pipe, specs) if specs else None
-    image = pipe(PROMPT, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0)).images[0]
+    given = {"num_inference_steps": STEPS, "guidance_scale": scale, "generator": torch.Generator().manual_seed(0)}
+    image = pipe(PROMPT, **given).images[0]
     return image.tobytes(), attachment.report().calls if attachment else STEPS
 
 
@@ -53,9 +54,11 @@ def test_requests_at_once_are_as_if_each_was_alone(server: Any) -> None:
     for quality, answer in answers.items():
         assert answer.status_code == 200
         pixels = Image.open(io.BytesIO(answer.content)).tobytes()
-        assert (pixels, int(answer.headers["X-Denoiser-Calls"])) == drawn(server.SPECS[quality])
+        assert (pixels, int(answer.headers["X-Denoiser-Calls"])) == drawn(server.SPECS[quality], server.GUIDANCE)
         assert float(answer.headers["X-Seconds"]) > 0
     refused = ask("draft")
     assert refused.status_code == 422
     assert "no calibration ships" in refused.json()["detail"]
+    draft = client.get("/image", params={"prompt": PROMPT, "quality": "draft"})
+    assert (draft.status_code, int(draft.headers["X-Denoiser-Calls"])) == (200, 7)
     assert len(EXAMPLE.read_text().splitlines()) <= 40

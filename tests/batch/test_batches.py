@@ -133,7 +133,7 @@ def test_a_finished_batch_draws_nothing(tasks, tmp_path):
     assert [one.failure for one in running.Batch(JOB, tasks[:1], folder).run("serial", 1)] == [""]
     again = running.Batch(JOB, tasks[:1], Folder(tmp_path / "images"))
     assert list(again.run("serial", 1)) == []
-    assert (again.kept, again.drawn, again.seconds_left) == (1, 0, None)
+    assert (again.kept, again.drawn) == (1, 0)
 
 
 def test_rows_that_all_fail_alike_end_the_batch(tmp_path):

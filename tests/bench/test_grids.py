@@ -18,8 +18,8 @@ from support import commands, tiny
 
 import cachekit
 from cachekit import CachekitError, Choice, Mask, Policy, Reuse, WholeDenoiser
+from cachekit.bench import executors
 from cachekit.bench.cells import BenchError, Method, Setting, expand
-from cachekit.bench.executors import executor
 from cachekit.bench.figures import FIGURES
 from cachekit.bench.frechet import distance, gaussian_stats
 from cachekit.bench.results import Results, read
@@ -28,6 +28,7 @@ from cachekit.bench.summary import groups
 from cachekit.bench.tables import texts
 from cachekit.bench.workbench import measure
 from cachekit.registry.catalog import installed
+from cachekit.workers import Crew
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "results"
 GRID = ["--spec", "tgate:m=2|3+deepcache:interval=2"]
@@ -434,7 +435,7 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     setting = Setting(model=folder, captions=("a",), threads=1)
     good, bad = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
     bad = bad.model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})
-    outcomes = dict(executor("serial")(setting, [bad, good], 1))
+    outcomes = dict(executors.outcomes(Crew("serial", 1), setting, [bad, good]))
     assert "adaptive_guidance" in outcomes[bad]
     assert outcomes[good].cell == good
 
@@ -443,13 +444,16 @@ def test_two_workers_measure_what_one_does_and_one_that_dies_loses_nothing(folde
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
     wanted = Suite(setting, expand(["tgate:m=1|2|3|4"], installed()), steps=(4, 5, 6), peers=False).cells()
     outcomes = {}
-    for cell, outcome in executor("process")(setting, wanted, 2):
-        outcomes[cell] = outcome
-        if len(outcomes) == 2:
-            workers = [one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())]
-            assert len(workers) == 2
-            for worker in workers:
-                worker.kill()
+    with Crew("process", 2) as crew:
+        for cell, outcome in executors.outcomes(crew, setting, wanted[:3]):
+            outcomes[cell] = outcome
+        first = spawned()
+        for cell, outcome in executors.outcomes(crew, setting, wanted[3:]):
+            outcomes[cell] = outcome
+            if len(outcomes) == 5:
+                assert spawned() == first
+                for worker in first:
+                    worker.kill()
     assert set(outcomes) == set(wanted)
     for cell in list(outcomes)[:2]:
         alone = measure(setting, cell)
@@ -457,6 +461,10 @@ def test_two_workers_measure_what_one_does_and_one_that_dies_loses_nothing(folde
         assert outcomes[cell].samples[0].macs == alone.samples[0].macs
     last = next(cell for cell in reversed(wanted) if isinstance(outcomes[cell], str))
     assert outcomes[last].startswith(f"{last.label}: a worker died, perhaps for want of memory")
+
+
+def spawned():
+    return {one for one in psutil.Process().children() if "spawn_main" in " ".join(one.cmdline())}
 
 
 def is_worker(process):

@@ -7,10 +7,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
 from support import tiny
-from support.browser import chromium, empty_logs
+from support.browser import CSS, Keys, chromium, empty_logs
 
 from cachekit.bench.cells import Method, Setting, expand
 from cachekit.bench.page import write_page
@@ -158,7 +156,7 @@ def test_a_browser_asks_nobody_and_complains_of_nothing(shown, file):
 
 
 def test_a_hostile_caption_is_shown_as_text(shown):
-    captions = {caption.text for caption in shown.find_elements(By.CSS_SELECTOR, "details[open] figcaption")}
+    captions = {caption.text for caption in shown.find_elements(CSS, "details[open] figcaption")}
     assert captions == {HOSTILE}
     assert shown.execute_script("return document.scripts.length") == 1
 
@@ -166,37 +164,37 @@ def test_a_hostile_caption_is_shown_as_text(shown):
 @pytest.fixture
 def whole(shown):
     """Show all columns of the page."""
-    for box in shown.find_elements(By.CSS_SELECTOR, ".columns input:not(:checked)"):
+    for box in shown.find_elements(CSS, ".columns input:not(:checked)"):
         shown.execute_script("arguments[0].click()", box)
     return shown
 
 
 def test_a_click_on_a_head_sorts_and_a_second_one_turns_it_around(whole):
-    heads = [head.text for head in whole.find_elements(By.CSS_SELECTOR, ".figures th")]
+    heads = [head.text for head in whole.find_elements(CSS, ".figures th")]
     place = heads.index("GMACs")
     rows = "return [...document.querySelectorAll('.figures tbody tr')].map(row => row.cells[arguments[0]].innerText)"
     before = [float(text) for text in whole.execute_script(rows, place)]
     assert before != sorted(before)
-    button = whole.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    button = whole.find_elements(CSS, ".figures th button")[place]
     button.click()
     assert [float(text) for text in whole.execute_script(rows, place)] == sorted(before)
     button.click()
     assert [float(text) for text in whole.execute_script(rows, place)] == sorted(before, reverse=True)
-    assert whole.find_elements(By.CSS_SELECTOR, ".figures th")[place].get_attribute("aria-sort") == "descending"
+    assert whole.find_elements(CSS, ".figures th")[place].get_attribute("aria-sort") == "descending"
 
 
 def test_a_cell_without_a_value_comes_last_either_way(whole):
-    heads = [head.text for head in whole.find_elements(By.CSS_SELECTOR, ".figures th")]
+    heads = [head.text for head in whole.find_elements(CSS, ".figures th")]
     place = heads.index("reused")
-    button = whole.find_elements(By.CSS_SELECTOR, ".figures th button")[place]
+    button = whole.find_elements(CSS, ".figures th button")[place]
     for _ in range(2):
         button.click()
-        assert whole.find_elements(By.CSS_SELECTOR, ".figures tbody tr:first-child td")[place].text != "-"
-        assert whole.find_elements(By.CSS_SELECTOR, ".figures tbody tr:last-child td")[place].text == "-"
+        assert whole.find_elements(CSS, ".figures tbody tr:first-child td")[place].text != "-"
+        assert whole.find_elements(CSS, ".figures tbody tr:last-child td")[place].text == "-"
 
 
 def test_the_slider_moves_the_border_between_the_images(shown):
-    slider = shown.find_element(By.CSS_SELECTOR, "details[open] input[type=range]")
+    slider = shown.find_element(CSS, "details[open] input[type=range]")
     border = "return getComputedStyle(arguments[0].previousElementSibling.querySelector('img + img')).clipPath"
     assert shown.execute_script(border, slider) == "inset(0px 0px 0px 50%)"
     for key, wanted in ((Keys.ARROW_RIGHT, "51%"), (Keys.END, "100%"), (Keys.HOME, "0px")):
@@ -211,7 +209,7 @@ def visible_rows(shown):
 
 
 def test_the_filter_leaves_the_rows_that_have_its_words(shown):
-    box = shown.find_element(By.CSS_SELECTOR, ".filter")
+    box = shown.find_element(CSS, ".filter")
     assert all(visible_rows(shown))
     box.send_keys("TGATE m=2")
     assert sum(visible_rows(shown)) == 1
@@ -221,28 +219,28 @@ def test_the_filter_leaves_the_rows_that_have_its_words(shown):
 
 
 def test_columns_can_be_chosen(shown):
-    names = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.is_displayed()]
+    names = [head.text for head in shown.find_elements(CSS, ".figures th") if head.is_displayed()]
     assert "lead (dB)" in names
     assert "spread" not in names
-    assert re.fullmatch(r"\d+ columns not shown", shown.find_element(By.CSS_SELECTOR, ".hidden-columns").text)
-    shown.find_element(By.CSS_SELECTOR, ".columns summary").click()
-    boxes = shown.find_elements(By.CSS_SELECTOR, ".columns label")
+    assert re.fullmatch(r"\d+ columns not shown", shown.find_element(CSS, ".hidden-columns").text)
+    shown.find_element(CSS, ".columns summary").click()
+    boxes = shown.find_elements(CSS, ".columns label")
     next(box for box in boxes if box.text == "spread").click()
-    names = [head.text for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.is_displayed()]
+    names = [head.text for head in shown.find_elements(CSS, ".figures th") if head.is_displayed()]
     assert "spread" in names
 
 
 def test_a_picture_opens_at_full_size_with_its_slider(shown):
-    small = shown.find_element(By.CSS_SELECTOR, "details[open] button.pair")
+    small = shown.find_element(CSS, "details[open] button.pair")
     width = small.size["width"]
     small.click()
-    large = shown.find_element(By.CSS_SELECTOR, "dialog[open] .pair")
+    large = shown.find_element(CSS, "dialog[open] .pair")
     assert large.size["width"] > 2 * width
-    slider = shown.find_element(By.CSS_SELECTOR, "dialog input[type=range]")
+    slider = shown.find_element(CSS, "dialog input[type=range]")
     slider.send_keys(Keys.END)
     assert shown.execute_script("return arguments[0].style.getPropertyValue('--cut')", large) == "100%"
-    shown.find_element(By.CSS_SELECTOR, "dialog form button").click()
-    assert not shown.find_elements(By.CSS_SELECTOR, "dialog[open]")
+    shown.find_element(CSS, "dialog form button").click()
+    assert not shown.find_elements(CSS, "dialog[open]")
 
 
 @pytest.mark.parametrize("width", [1400, 400])
@@ -253,7 +251,7 @@ def test_no_column_is_clipped(shown, width):
     wide = "const box = document.querySelector('.figures').parentElement; return [box.scrollWidth, box.clientWidth]"
     needed, there = shown.execute_script(wide)
     assert needed <= there
-    assert [head for head in shown.find_elements(By.CSS_SELECTOR, ".figures th") if head.text == "lead (dB)"]
+    assert [head for head in shown.find_elements(CSS, ".figures th") if head.text == "lead (dB)"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -9,11 +9,11 @@ import pytest
 import ray
 from support import commands, tiny
 
+from cachekit.bench import executors
 from cachekit.bench.cells import Method, Setting, expand
-from cachekit.bench.executors import executor
 from cachekit.bench.suite import Suite
 from cachekit.registry.catalog import installed
-from cachekit.workers import WorkersError
+from cachekit.workers import Crew, WorkersError
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +45,11 @@ def kill_an_actor():
 
 def test_actors_measure_what_one_process_does_and_outlive_failures(setting, cells):
     outcomes = {}
-    for cell, outcome in executor("ray")(setting, cells, 2):
-        outcomes[cell] = outcome
-        if len(outcomes) == 1:
-            kill_an_actor()
+    with Crew("ray", 2) as crew:
+        for cell, outcome in executors.outcomes(crew, setting, cells):
+            outcomes[cell] = outcome
+            if len(outcomes) == 1:
+                kill_an_actor()
     assert not ray.is_initialized()
     assert set(outcomes) == set(cells)
     told = {cell: outcome for cell, outcome in outcomes.items() if isinstance(outcome, str)}
@@ -56,7 +57,7 @@ def test_actors_measure_what_one_process_does_and_outlive_failures(setting, cell
     assert sorted("worker process has died" in line for line in told.values()) == [False, True]
     assert told[cells[-1]].startswith("adaptive_guidance:m=2 (published): ")
     measured = [cell for cell in cells if cell not in told]
-    for cell, alone in executor("serial")(setting, measured, 1):
+    for cell, alone in executors.outcomes(Crew("serial", 1), setting, measured):
         result = outcomes[cell]
         assert result.model_dump().keys() == alone.model_dump().keys()
         assert [sample.psnr for sample in result.samples] == [sample.psnr for sample in alone.samples]
@@ -66,8 +67,11 @@ def test_actors_measure_what_one_process_does_and_outlive_failures(setting, cell
 def test_a_cluster_that_is_there_is_used_left_alone_and_never_waited_for(setting, cells):
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        with pytest.raises(WorkersError, match="has 1 processors, too few for 2 workers of 1 threads"):
-            next(executor("ray")(setting, cells, 2))
+        with (
+            Crew("ray", 2) as crew,
+            pytest.raises(WorkersError, match="has 1 processors, too few for 2 workers of 1 threads"),
+        ):
+            next(executors.outcomes(crew, setting, cells))
         assert ray.is_initialized()
     finally:
         ray.shutdown()

@@ -9,7 +9,7 @@ import pytest
 from support import commands, tiny
 
 import cachekit
-from cachekit.cli.estimate import macs, millions
+from cachekit.amounts import macs
 
 SPECS = ["tgate:m=3", "deepcache:interval=2"]
 
@@ -34,7 +34,7 @@ def test_the_tables_show_what_the_library_says(folder, tmp_path):
     data = json.loads(file.read_text())
     for name in ("macs", "baseline_macs", "attention_macs", "baseline_attention_macs", "params", "baseline_params"):
         assert data[name] == getattr(found, name) > 0
-        assert (millions if "params" in name else macs)(data[name]) in result.stdout
+        assert (f"{data[name]:,}" if "params" in name else macs(data[name])) in result.stdout
     assert data["mac_reduction"] == found.mac_reduction
     assert f"{found.mac_reduction:.2f}x" in result.stdout
     assert [step["macs"] for step in data["steps"]] == [step.macs for step in found.steps]

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -50,6 +51,16 @@ def test_they_install_and_pass_their_tests(projects: dict[str, Path], tmp_path: 
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
     assert int(passed[1]) >= 12
+
+
+def test_an_editable_install_needs_the_backend_alone(projects: dict[str, Path], tmp_path: Path) -> None:
+    folder = projects["calm_layers"]
+    code = "import sys; sys.modules['editables'] = None; from hatchling.build import build_editable as build;"
+    made = [sys.executable, "-c", f"{code} print(build(sys.argv[1]))", str(tmp_path)]
+    wheel = subprocess.run(made, cwd=folder, check=True, capture_output=True, text=True).stdout.split()[-1]
+    with zipfile.ZipFile(tmp_path / wheel) as archive:
+        (path,) = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert archive.read(path).decode().split() == [str(folder)]
 
 
 @pytest.mark.skipif(find_spec("ruff") is None, reason="ruff is not installed")

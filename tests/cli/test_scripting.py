@@ -155,8 +155,8 @@ def test_names_of_embedded_models_are_the_same_everywhere(name):
 
 
 def test_python_takes_the_names_of_the_command_line():
-    denoiser = cachekit.demo_pipeline("demo-dit").transformer
-    assert cachekit.estimate("dit", num_inference_steps=1) == cachekit.estimate(denoiser, num_inference_steps=1)
+    pipe = cachekit.demo_pipeline("demo-dit")
+    assert cachekit.estimate("dit", num_inference_steps=1) == cachekit.estimate(pipe, num_inference_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -246,11 +246,13 @@ def test_a_policy_that_never_acts_is_a_line():
     assert run("plan", "tgate", "--steps", 15).stderr == ""
 
 
-def test_an_argument_that_the_call_does_not_read_is_a_line(tmp_path):
-    words = ("generate", "demo", "a cat", "--steps", 1, "--output", tmp_path / "x.png")
+def test_an_argument_that_the_call_does_not_read_is_a_line_and_so_is_a_policy_that_never_fired(tmp_path, caplog):
+    words = ("generate", "demo", "a cat", "--spec", "tgate", "--steps", 1, "--output", tmp_path / "x.png")
     result = run(*words, "--set", "foo=3", "--set", "eta=0.5")
     assert (result.exit_code, result.stderr.count("warning: ")) == (0, 1)
     assert "warning: --set foo: StableDiffusionPipeline has no argument of that name" in result.stderr
+    assert result.stdout.count("tgate never fired") == 1
+    assert caplog.records == []
 
 
 # -- bench --best -------------------------------------------------------------------------------------------

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler
 from support import tiny
 
 import cachekit
 from cachekit.amounts import macs, size
 from cachekit.bench.paper import tables
-from cachekit.costs.counting import count_forward
+from cachekit.costs.counting import Known, count_forward
+from cachekit.costs.estimate import Estimator
 from cachekit.errors import CachekitError
-from cachekit.models.architectures import architecture, architectures
+from cachekit.models.architectures import architecture, architecture_of, architectures
+from cachekit.upstream.pipelines import denoiser_of
 
 TABLES = tables()
 # One row per model and per kind of composition; benchmarks/paper.py rebuilds them all.
@@ -89,6 +91,22 @@ def test_the_estimate_of_a_pipeline_agrees_with_the_report_of_its_run() -> None:
     assert (len(found.steps), found.cache_bytes > 0) == (6, True)
     ratio = found.macs / found.baseline_macs
     assert ratio == pytest.approx(report.macs / report.baseline_macs, rel=0.05)
+
+
+def test_the_scheduler_of_a_pipeline_gives_the_iterations_and_their_times() -> None:
+    pipe = tiny.small()
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    spec = "cache:where=cross_attention,when=window(low=500,high=1000)"
+    with cachekit.apply(pipe, spec) as attachment:
+        plan = attachment.plan(6)
+        tiny.latents(pipe, steps=6)
+        report = attachment.report()
+    found = cachekit.estimate(pipe, spec, num_inference_steps=6, height=32, width=32)
+    assert (found.plan.rows, len(found.steps)) == (plan.rows, 11)
+    assert found.plan.is_static
+    assert found.mac_reduction == pytest.approx(report.mac_reduction, rel=0.02)
+    assert report.mac_reduction > 1
+    assert len(cachekit.estimate(pipe.unet, spec, num_inference_steps=6).steps) == 6
 
 
 def test_an_estimate_is_a_line_and_a_table() -> None:
@@ -183,3 +201,21 @@ def test_attention_without_a_known_formula_counts_nothing() -> None:
     given = torch.empty(2, 4, device="meta")
     forward = count_forward(Then(torch.ops.cachekit_test.attention), (given,), {})
     assert (forward.macs, forward.attention_macs) == (2 * 4 * 4, 0)
+
+
+@pytest.mark.parametrize("name", ["small", "pixart", "flux"])
+def test_what_is_known_of_a_model_counts_the_same(name: str) -> None:
+    denoiser = denoiser_of(getattr(tiny, name)()).to("meta")
+    arguments, known = architecture_of(denoiser).inputs(2, dtype=torch.float32), Known()
+    expected = count_forward(denoiser, (), arguments)
+    assert expected.macs
+    assert [count_forward(denoiser, (), arguments, known) for _ in range(2)] == [expected] * 2
+    assert known.modules
+    assert not any("forward" in vars(module) for module in denoiser.modules())
+
+
+def test_an_estimator_gives_what_single_estimates_give() -> None:
+    pipe = tiny.pixart()
+    estimator = Estimator.of(pipe)
+    for specs in ("tgate:m=3", "fora:interval=2", [], ["forecast:interval=2"], "tgate:m=3"):
+        assert estimator(specs, 6) == cachekit.estimate(pipe, specs, num_inference_steps=6)

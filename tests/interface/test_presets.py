@@ -6,7 +6,7 @@ import json
 import warnings
 
 import pytest
-from support import tiny
+from support import commands, tiny
 
 import cachekit
 from cachekit import Preset, PresetError, PresetWarning
@@ -84,6 +84,10 @@ def test_a_run_that_differs_is_warned_of_with_both_values(tmp_path, pipe):
             '{"version": 1, "specs": ["warp:n=2"], "requires": {"warp": "cachekit-warp"}}',
             "needs the policy 'warp', not installed here; pip install cachekit-warp",
         ),
+        (
+            '{"version": 1, "specs": ["warp:n=2", "tgate", "weft"], "requires": {"tgate": "cachekit-diffusion"}}',
+            "needs the policies 'warp' and 'weft', not installed here; install the plugins that register them",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, pipe, text, reason):
@@ -94,6 +98,13 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, pipe, text, reason):
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert cachekit.attachment(pipe) is None
+
+
+def test_commands_refuse_a_preset_whose_policies_are_not_installed(tmp_path):
+    path = saved(tmp_path, ["warp:n=2"])
+    result = commands.run("plan", f"preset:{path}", "--steps", 5)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "needs the policy 'warp', not installed here; install the plugin that registers it" in result.stderr
 
 
 @pytest.mark.parametrize("spec", ["preset", "preset:", "preset:none-such", "preset:none/such.json"])

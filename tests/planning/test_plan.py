@@ -12,7 +12,7 @@ import pytest
 from support.scripted import TOY, Script, Scripted
 
 from cachekit import After, Chebyshev, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse
-from cachekit.driving.setup import _targets
+from cachekit.driving.setup import bind
 from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import OPEN, Action
@@ -34,7 +34,7 @@ class Refreshed(Scripted):
 
 def plan_of(*specs, steps=25, order=BOTH, sites=TOY):
     policies = parse_all(specs, installed())
-    return make_plan(assign((p, "", _targets(p, sites)) for p in policies), steps, Layout(order))
+    return make_plan(assign(bound for p in policies for bound in bind(p, "", sites)), steps, Layout(order))
 
 
 def columns(plan):
@@ -166,7 +166,7 @@ def test_a_store_inside_a_reused_block_forces_it_to_run():
 
 def test_assignments_are_shared_by_copies():
     policy = Scripted(script="S", at="guidance")
-    (bound,) = assign([(policy, "", _targets(policy, TOY))])
+    (bound,) = assign(bind(policy, "", TOY))
     assert copy.deepcopy([bound])[0] is bound
 
 

@@ -229,6 +229,7 @@ SPELLING = {
         "encoder_hidden_states",
         "guidance_embeds",
         "hidden_states",
+        "image_rotary_emb",
         "img_ids",
         "time_cond_proj_dim",
         "txt_ids",

@@ -1,4 +1,7 @@
-"""Debian's Chromium without a screen, which asks nobody for anything by itself; nothing is downloaded."""
+"""Debian's Chromium without a screen, which asks nobody for anything by itself; nothing is downloaded.
+
+Tests that import this are skipped where selenium is not installed.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium, which the extra `test` installs")
+WebDriverWait = pytest.importorskip("selenium.webdriver.support.ui").WebDriverWait
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
+#: How elements are found.
+CSS = "css selector"
 
 FLAGS = (
     "--headless",
@@ -32,7 +39,7 @@ def chromium(profile, *flags):
     for flag in (*FLAGS, *flags, f"--user-data-dir={profile}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, Service(programs[1]))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
     try:
         yield driver
     finally:
@@ -44,3 +51,8 @@ def empty_logs(driver):
     driver.get("about:blank")
     for log in ("browser", "performance"):
         driver.get_log(log)
+
+
+def wait(driver, condition, message=""):
+    """Wait until a condition holds, and get what it returned."""
+    return WebDriverWait(driver, 90, 0.05).until(lambda _: condition(), message)

@@ -24,34 +24,26 @@ def levels() -> str:
     return markdown(header, rows, left=2) if rows else ""
 
 
-def sentences() -> str:
-    """Write a sentence for each level: in how many rows weights and the line are ahead, by how much, and where not."""
-    return "\n".join(map(_sentence, RULES.calibrated)) if _cells() else ""
+def leads() -> str:
+    """Table of the rows in which weights and the line lead, beside plain steps and each other, at each level."""
+    if not _cells():
+        return ""
+    header = ["level", "of", "beside", "ahead", "lead in dB", "behind on"]
+    return markdown(header, [row for rule in RULES.calibrated for row in _leads(rule)], left=len(header))
 
 
-def _sentence(rule: Any) -> str:
+def _leads(rule: Any) -> Iterator[list[str]]:
     interval = int(rule.spec.rpartition("=")[2])
     rows = {key: row for key, row in _cells().items() if key[3] == interval}
-    plain = {key: max(row["plain"].values()) for key, row in rows.items()}
-    fitted = _lead({key: row["calibrated"] - plain[key] for key, row in rows.items()})
-    line = _lead({key: row["forecast"] - plain[key] for key, row in rows.items()})
-    weights = _lead({key: row["forecast"] - row["calibrated"] for key, row in rows.items()})
-    return (
-        f"- **{rule.level}**, a call in {interval}. `{rule.spec}` beside plain steps: {fitted}. `forecast` beside plain"
-        f" steps: {line}. `forecast` beside `{rule.spec}`: {weights}."
-    )
-
-
-def _lead(leads: dict[tuple[Any, ...], float]) -> str:
-    """Write the number of rows that are ahead, the range of the leads, and the rows that are behind."""
-    behind = [
-        f"{NAMES[model]} {NAMES[scheduler]} {scale:g}"
-        for (model, scheduler, scale, _), lead in leads.items()
-        if lead < 0
-    ]
-    low, high = min(leads.values()), max(leads.values())
-    found = f"ahead in {len(leads) - len(behind)} of {len(leads)} rows, {low:+.1f} to {high:+.1f} dB"
-    return f"{found}; behind on {', '.join(behind)}" if 0 < len(behind) < len(leads) else found
+    plain = "plain steps"
+    found = {plain: {key: max(row["plain"].values()) for key, row in rows.items()}}
+    found |= {name: {key: row[name] for key, row in rows.items()} for name in ("calibrated", "forecast")}
+    for name, other in (("calibrated", plain), ("forecast", plain), ("forecast", "calibrated")):
+        leads = {key: value - found[other][key] for key, value in found[name].items()}
+        behind = [f"{NAMES[key[0]]} {NAMES[key[1]]} {key[2]:g}" for key, lead in leads.items() if lead < 0]
+        ahead = f"{len(leads) - len(behind)} of {len(leads)}"
+        span = f"{min(leads.values()):+.1f} to {max(leads.values()):+.1f}"
+        yield [rule.level, f"`{name}:interval={interval}`", other, ahead, span, ", ".join(behind) or "-"]
 
 
 def _cells() -> dict[tuple[Any, ...], Any]:

@@ -95,7 +95,7 @@ def filled() -> dict[Path, str]:
         "gpu": gpu_tables.table(),
         "gates": gate_tables(),
         "levels": choosing.levels(),
-        "levels read": choosing.sentences(),
+        "levels read": choosing.leads(),
         "presets": choosing.presets(),
         "messages": messages.table(),
         "tuned": tuned.table(),

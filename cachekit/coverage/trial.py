@@ -113,7 +113,7 @@ def _attempt(subject: Subject, spec: str, file: Path) -> Result:
         except CalibrationError:
             if not any(map(_lacks_figures, policies)):
                 raise
-            policies = [_with_figures(subject, policy, file) for policy in policies]
+            policies = tuple(_with_figures(subject, policy, file) for policy in policies)
             cached, report = _cached(subject, policies)
     except CachekitError as error:
         if subject.is_uncached(subject.run()):

@@ -14,56 +14,69 @@ from pathlib import Path
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, groups
 from cachekit.bench.tables import markdown
-from cachekit.coverage.properties import example
+from cachekit.cli.samples import sample
 
 from . import frontier
 from .methods import methods
 from .ship import GRIDS, RESULTS
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-#: What the tests of a method compare its latents with, how exactly, and the file of the tests.
+#: What the tests of a method compare it with, how exactly, and the file of the tests.
 COMPARED = {
-    "adaptive_guidance": ("diffusers' callbacks that cut guidance off, on SD and SDXL", "to the bit", "oracles"),
-    "block_cache": ("a replay, on a UNet", "to the bit", "block_cache"),
-    "deepcache": ("the package DeepCache, on SD and SDXL", "to the bit", "oracles"),
-    "delta_dit": ("a replay, on PixArt, DiT, SD3 and Wan", "to the bit", "delta_dit"),
-    "dicache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "dicache"),
-    "easycache": ("a replay, on SD, PixArt, FLUX and Wan", "to the bit", "easycache"),
+    "adaptive_guidance": (
+        "diffusers' callbacks that cut guidance off, on SD and SDXL",
+        "to the bit",
+        "plugins/test_oracles.py",
+    ),
+    "block_cache": ("a replay, on a UNet", "to the bit", "plugins/test_block_cache.py"),
+    "calibrated": ("numpy: the weights of a step", "within rounding", "calibrating/test_calibrating.py"),
+    "deepcache": ("the package DeepCache, on SD and SDXL", "to the bit", "plugins/test_oracles.py"),
+    "delta_dit": ("a replay, on PixArt, DiT, SD3 and Wan", "to the bit", "plugins/test_delta_dit.py"),
+    "dicache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "plugins/test_dicache.py"),
+    "easycache": ("a replay, on SD, PixArt, FLUX and Wan", "to the bit", "plugins/test_easycache.py"),
     "fastercache": (
         "diffusers: attention on FLUX, guidance on PixArt; a replay of both, on PixArt and Wan",
         "within rounding",
-        "fastercache",
+        "plugins/test_fastercache.py",
     ),
-    "fbcache": ("diffusers, on FLUX, Wan and PixArt; a replay, on SD3", "to the bit", "fbcache"),
-    "fora": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "to the bit", "fora"),
-    "forecast": ("a replay, on SD, SDXL, PixArt, SD3, FLUX and Wan", "within rounding", "forecast"),
+    "fbcache": ("diffusers, on FLUX, Wan and PixArt; a replay, on SD3", "to the bit", "plugins/test_fbcache.py"),
+    "fora": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "to the bit", "plugins/test_fora.py"),
+    "forecast": ("a replay, on SD, SDXL, PixArt, SD3, FLUX and Wan", "within rounding", "plugins/test_forecast.py"),
     "guidance_interval": (
         "a callback that switches guidance, on SD; a replay, on SD, SDXL, PixArt, SD3 and Wan",
         "to the bit",
-        "guidance_interval",
+        "plugins/test_guidance_interval.py",
     ),
-    "hicache": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "within rounding", "hicache"),
-    "magcache": ("diffusers, on FLUX, Wan and PixArt", "to the bit", "magcache"),
-    "pab": ("diffusers, on FLUX, SD3, PixArt and Wan; a replay, on Wan, SD and SVD", "to the bit", "pab"),
+    "hicache": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "within rounding", "plugins/test_hicache.py"),
+    "magcache": ("diffusers, on FLUX, Wan and PixArt", "to the bit", "plugins/test_magcache.py"),
+    "pab": (
+        "diffusers, on FLUX, SD3, PixArt and Wan; a replay, on Wan, SD and SVD",
+        "to the bit",
+        "plugins/test_pab.py",
+    ),
     "seacache": (
         "diffusers: the decisions for the same samples; a replay, on Wan and SD3",
         "decisions equal; latents within rounding",
-        "seacache",
+        "plugins/test_seacache.py",
     ),
-    "smoothcache": ("a replay, on DiT, PixArt, FLUX and Wan", "to the bit", "smoothcache"),
+    "smoothcache": ("a replay, on DiT, PixArt, FLUX and Wan", "to the bit", "plugins/test_smoothcache.py"),
     "spectrum": (
         "the published code: the steps that are full; a replay, on PixArt, SD3, FLUX, Wan, SD and SDXL",
         "steps equal; latents within 0.001",
-        "spectrum",
+        "plugins/test_spectrum.py",
     ),
     "taylorseer": (
         "diffusers, on PixArt, SD3, FLUX and Wan; the calibrator of cache-dit, on a trace (`test_cache_dit.py`)",
         "within rounding; to the bit with diffusers' order of operations",
-        "taylorseer",
+        "plugins/test_taylorseer.py",
     ),
-    "teacache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "teacache"),
-    "text_kv": ("the uncached run, on SD, SDXL, PixArt, Wan, SVD and a ControlNet", "to the bit", "text_kv"),
-    "tgate": ("the package tgate, on SD, SDXL, PixArt and SVD", "to the bit", "oracles"),
+    "teacache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "plugins/test_teacache.py"),
+    "text_kv": (
+        "the uncached run, on SD, SDXL, PixArt, Wan, SVD and a ControlNet",
+        "to the bit",
+        "plugins/test_text_kv.py",
+    ),
+    "tgate": ("the package tgate, on SD, SDXL, PixArt and SVD", "to the bit", "plugins/test_oracles.py"),
 }
 #: Wall speedups in the middle of the columns, and the bounds of each.
 SPEEDUPS = {"about 2x": (1.75, 2.5), "about 3x": (2.5, 3.5), "about 4x": (3.5, 4.5)}
@@ -73,18 +86,15 @@ def table() -> str:
     """Table of the lines of each method's policy, and of what its tests compare it with."""
     rows = []
     for name in methods():
-        what, exactly, file = COMPARED.get(name, ("-", "-", ""))
-        test = TESTS / "plugins" / f"test_{file}.py"
-        assert not file or test.exists(), f"{test} is gone; mend COMPARED"
-        rows.append(
-            [f"`{name}`", f"{lines(name)}", what, exactly, f"`{test.relative_to(TESTS.parent)}`" if file else "-"]
-        )
+        what, exactly, file = COMPARED[name]
+        assert (TESTS / file).exists(), f"{file} is gone; mend COMPARED"
+        rows.append([f"`{name}`", f"{lines(name)}", what, exactly, f"`tests/{file}`"])
     return markdown(["method", "lines", "compared with", "how exactly", "tests"], rows, left=5)
 
 
 def lines(name: str) -> int:
     """Count the lines of the module of a policy, without docstrings, comments, blank lines and imports."""
-    source = inspect.getsource(inspect.getmodule(type(example(name))) or ast)
+    source = inspect.getsource(inspect.getmodule(type(sample(name))) or ast)
     skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     found: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from cachekit import Policy
 from cachekit.bench.tables import markdown
-from cachekit.coverage.properties import STRUCTURES, clashes, decides, example, kinds
+from cachekit.cli.samples import sample
+from cachekit.coverage.properties import STRUCTURES, clashes, decides, kinds
 from cachekit.registry.catalog import installed
 
 #: Policies that are no method of their own: another name, and tools.
@@ -24,10 +25,10 @@ def methods() -> list[str]:
 
 def row(name: str) -> list[str]:
     """Make the row of a method."""
-    made = example(name)
+    made = sample(name)
     where = dict.fromkeys(str(choice.where) for choice in made.chosen().values())
     uses = [", ".join(kinds(made, structure)) or "-" for structure in STRUCTURES]
-    beside = ", ".join(f"`{other}`" for other in methods() if clashes(made, example(other))) or "-"
+    beside = ", ".join(f"`{other}`" for other in methods() if clashes(made, sample(other))) or "-"
     link = f"[`{name}`](../plugins/{_folder(made)}/README.md)"
     return [link, ", ".join(f"`{one}`" for one in where), decides(made), *uses, beside, made.paper or "-"]
 

@@ -25,8 +25,8 @@ The guidance branches are found by changing the prompts and comparing what the d
 is one batch with the unconditional half first, and `c, u` are two calls. A `c` changes with the prompt, a `u` with the
 negative prompt, a `b` with both and a `-` with neither. A policy that confuses the branches fails.
 
-Thresholds are so high that a policy reuses what it can. One that needs figures of the model, as `smoothcache` and
-`block_cache` do, gets those that an uncached run of the same pipeline shows; the ratios of `magcache` are 1.
+Thresholds are so high that a policy reuses what it can. One that lacks figures of the model gets those that an uncached
+run of the same pipeline shows.
 """
 
 

@@ -5,20 +5,18 @@ All of it is read from the policy's parts and from its targets in two embedded m
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from cachekit.calibrating.measured import Measured
 from cachekit.calibrating.standins import Calibrated
 from cachekit.driving.setup import Setup
-from cachekit.errors import ConflictError, SiteError, SpecError
+from cachekit.errors import ConflictError, SiteError
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind
-from cachekit.interface.specs import parse
 from cachekit.models.demo.pipeline import demo_pipeline
 from cachekit.planning.assignments import Assignment, assign
 from cachekit.registry.catalog import installed
@@ -26,41 +24,20 @@ from cachekit.upstream.pipelines import denoisers_of
 
 #: The embedded model of each structure.
 STRUCTURES = {"UNet": "unet", "transformer": "dit"}
-#: Settings of the policies that have no choices without any.
-_NEEDED = {"calibrated": "interval=4", "null_text": "after=10"}
 
 
-def properties(name: str) -> dict[str, Any]:
-    """Collect the properties of an installed policy as plain data; nothing where they depend on keys without defaults.
+def properties(policy: Policy, others: Iterable[Policy]) -> dict[str, Any]:
+    """Collect the properties of a policy as plain data.
 
-    `acts_on` has the kinds of targets for each of `STRUCTURES`.
+    `acts_on` has the kinds of targets for each of `STRUCTURES`, and `not_beside` the names of those of the `others`
+    that it can't be combined with.
     """
-    found = examples()
-    if name not in found:
-        return {}
-    made = found.pop(name)
     return {
-        "acts_on": {structure: kinds(made, structure) for structure in STRUCTURES},
-        "needs": list(needs(made)),
-        "decides": decides(made),
-        "not_beside": [other for other, policy in found.items() if clashes(made, policy)],
+        "acts_on": {structure: kinds(policy, structure) for structure in STRUCTURES},
+        "needs": list(needs(policy)),
+        "decides": decides(policy),
+        "not_beside": [other.name for other in others if clashes(policy, other)],
     }
-
-
-def example(name: str) -> Policy:
-    """Make an installed policy with its defaults, and with the settings that it can't do without."""
-    return parse(f"{name}:{_NEEDED[name]}" if name in _NEEDED else name, installed())
-
-
-def examples() -> dict[str, Policy]:
-    """Make all installed policies, by name; those with other keys that they can't do without are left out."""
-    found = {}
-    for name in sorted(installed().policies):
-        with contextlib.suppress(SpecError):
-            made = example(name)
-            made.chosen()
-            found[name] = made
-    return found
 
 
 def decides(policy: Policy) -> str:

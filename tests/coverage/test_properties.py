@@ -10,21 +10,22 @@ from support import tiny
 from support.commands import printed
 
 import cachekit
-from cachekit.coverage.properties import clashes, examples
+from cachekit.cli.samples import samples
+from cachekit.coverage.properties import clashes
 from cachekit.driving.setup import Setup
 from cachekit.errors import ConflictError, SiteError
 from cachekit.registry.catalog import installed
 from cachekit.upstream.pipelines import denoisers_of
 
-EXAMPLES = examples()
+SAMPLES = samples()
 
 
 @pytest.mark.parametrize("make", [tiny.small, tiny.pixart], ids=["UNet", "transformer"])
 def test_all_pairs_combine_but_those_that_are_listed(make):
     bare = Setup.of(denoisers_of(make()), [], installed())
-    assert {*cachekit.policies()} - {*EXAMPLES} == {"cache"}
+    assert {*cachekit.policies()} - {*SAMPLES} == {"cache"}
     # Whether null_text combines depends on the steps of the other policy.
-    tried = (policy for name, policy in EXAMPLES.items() if name != "null_text")
+    tried = (policy for name, policy in SAMPLES.items() if name != "null_text")
     fitting = [policy for policy in tried if not refused(bare, policy)]
     assert len(fitting) >= 15
     for one, other in combinations(fitting, 2):

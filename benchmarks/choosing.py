@@ -15,14 +15,40 @@ from .calibrations import NAMES, RESULTS
 
 def levels() -> str:
     """Table of the levels' PSNR on each embedded model, beside the best plain steps of equal cost."""
-    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    cells = {(row["model"], row["scheduler"], row["guidance"], row["interval"]): row for row in stored}
+    cells = _cells()
     keys = dict.fromkeys(key[:3] for key in cells)
     header = ["model", "scheduler", "guidance"]
     for rule in RULES.calibrated:
         header += [f"{rule.level}: `{rule.spec}`", "`forecast`", "plain steps"]
     rows = [[NAMES[key[0]], NAMES[key[1]], f"{key[2]:g}", *_figures(cells, key)] for key in keys]
     return markdown(header, rows, left=2) if rows else ""
+
+
+def leads() -> str:
+    """Table of the rows in which weights and the line lead, beside plain steps and each other, at each level."""
+    if not _cells():
+        return ""
+    header = ["level", "of", "beside", "ahead", "lead in dB", "behind on"]
+    return markdown(header, [row for rule in RULES.calibrated for row in _leads(rule)], left=len(header))
+
+
+def _leads(rule: Any) -> Iterator[list[str]]:
+    interval = int(rule.spec.rpartition("=")[2])
+    rows = {key: row for key, row in _cells().items() if key[3] == interval}
+    plain = "plain steps"
+    found = {plain: {key: max(row["plain"].values()) for key, row in rows.items()}}
+    found |= {name: {key: row[name] for key, row in rows.items()} for name in ("calibrated", "forecast")}
+    for name, other in (("calibrated", plain), ("forecast", plain), ("forecast", "calibrated")):
+        leads = {key: value - found[other][key] for key, value in found[name].items()}
+        behind = [f"{NAMES[key[0]]} {NAMES[key[1]]} {key[2]:g}" for key, lead in leads.items() if lead < 0]
+        ahead = f"{len(leads) - len(behind)} of {len(leads)}"
+        span = f"{min(leads.values()):+.1f} to {max(leads.values()):+.1f}"
+        yield [rule.level, f"`{name}:interval={interval}`", other, ahead, span, ", ".join(behind) or "-"]
+
+
+def _cells() -> dict[tuple[Any, ...], Any]:
+    stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    return {(row["model"], row["scheduler"], row["guidance"], row["interval"]): row for row in stored}
 
 
 def _figures(cells: dict[Any, Any], key: tuple[Any, ...]) -> Iterator[str]:

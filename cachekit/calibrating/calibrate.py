@@ -103,27 +103,40 @@ def _measured(
     show: Callable[[int], None],
     catalog: Catalog | None,
 ) -> Calibration:
-    """Have the parts of a policy measure uncached runs."""
-    _refuse_several(pipe)
-    note, done = Note(), itertools.count(1)
-    choices = watched_choices(policy.chosen(), note)
-    name = measured_name(policy)
+    """Have the parts of a policy measure uncached runs of all batches."""
+    done = itertools.count(1)
 
     def step(call: StepCall) -> Any:
         show(next(done))
         return call.run()
 
-    with apply(pipe, Given.of(choices), catalog=catalog) as attachment:
+    def run(attachment: Attachment) -> None:
         for batch in batches:
             given, twin = call_of(batch, steps, arguments), watched(pipe, step)
             with attachment.run_of(twin, (), given):
                 twin(**given)
+
+    return measured_in(pipe, policy, run, sum(map(size_of, batches)), catalog)
+
+
+def measured_in(
+    pipe: Any, policy: Policy, run: Callable[[Attachment], Any], images: int = 1, catalog: Catalog | None = None
+) -> Calibration:
+    """Have the parts of a policy measure figures in uncached runs, which `run` makes of that many images.
+
+    Raises `CalibrationError` where several parts do, or the pipeline has several denoisers or no guidance scale.
+    """
+    _refuse_several(pipe)
+    note, name = Note(), measured_name(policy)
+    with apply(pipe, Given.of(watched_choices(policy.chosen(), note)), catalog=catalog) as attachment:
+        run(attachment)
     assert note.run is not None, "the pipeline has called its denoiser"
     figures: list[dict[str, Mean]] = [{} for _ in range(note.run.steps)]
     for (place, figure), (total, count) in note.totals.items():
         figures[place][figure] = Mean(total=total, count=int(count))
-    fit = Figures(guidance=guidance_of(note.run), prompts=sum(map(size_of, batches)), steps=figures)
-    return Calibration(key=measured_key(note.run, name), reference_steps=steps, versions=versions(), fits=[fit])
+    fit = Figures(guidance=guidance_of(note.run), prompts=images, steps=figures)
+    key, steps = measured_key(note.run, name), note.run.steps
+    return Calibration(key=key, reference_steps=steps, versions=versions(), fits=[fit])
 
 
 def measured_name(policy: Policy) -> str:

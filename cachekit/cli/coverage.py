@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekit.cli.output import check_writable, console, json_results, progress_bar, say, write
+from cachekit.coverage.results import LEFT_OUT
 from cachekit.errors import CachekitError, nearest
 from cachekit.interface.specs import split_specs
 
@@ -18,24 +19,26 @@ if TYPE_CHECKING:
 #: Options with which policies act within the few steps of a trial; those of other policies are their defaults.
 OPTIONS = {
     "adaptive_guidance": "m=3",
+    "block_cache": "threshold=9",
     "cache": "where=feed_forward,when=every(2)",
     "cair": "n=3",
     "deepcache": "interval=2",
+    "dicache": "threshold=9,retained=0",
     "easycache": "threshold=1,first=1",
     "fbcache": "threshold=1",
     "fora": "interval=2",
     "guidance_interval": "stop=2",
     "hicache": "interval=2,warm_up=1",
+    "magcache": "threshold=9,retained=0,ratios=1",
     "null_text": "after=3",
     "pab": "low=0,high=1000,spatial=2,temporal=2,cross=2",
     "seacache": "threshold=1",
+    "smoothcache": "threshold=9",
     "spectrum": "warm_up=1",
     "taylorseer": "interval=2,warm_up=1",
     "teacache": "threshold=1",
     "tgate": "m=3",
 }
-#: Policies that are left out, since each model needs a calibration of its own.
-CALIBRATED = ("block_cache", "calibrated", "magcache", "smoothcache")
 COMPOSITIONS = (
     "tgate:m=3+deepcache:interval=2",
     "tgate:m=3+delta_dit",
@@ -46,12 +49,12 @@ _NAMES = "Parts of pipeline names, such as Flux or SD3; default: all pipelines."
 
 
 def default_specs(policies: Iterable[str]) -> list[str]:
-    """List a spec of each of these policies that needs no calibration, and the compositions of them.
+    """List a spec of each of these policies but those of `LEFT_OUT`, and the compositions of them.
 
     >>> default_specs(["calibrated", "text_kv", "tgate"])
     ['text_kv', 'tgate:m=3']
     """
-    tried = [name for name in policies if name not in CALIBRATED]
+    tried = [name for name in policies if name not in LEFT_OUT]
     alone = [f"{name}:{OPTIONS[name]}" if name in OPTIONS else name for name in tried]
     parts = [{spec.partition(":")[0] for spec in split_specs(composition)} for composition in COMPOSITIONS]
     return alone + [composition for composition, names in zip(COMPOSITIONS, parts) if names <= {*tried}]
@@ -89,7 +92,8 @@ def coverage(
         found = Coverage(specs, _survey(_chosen(names or []), specs, workers, limit))
         _print(found)
         if not spec:
-            say(f"left out, since each model needs a calibration of its own: {', '.join(CALIBRATED)}")
+            for name, reason in LEFT_OUT.items():
+                say(f"left out: {name}, {reason}")
         found = found.updating(older)
         for path, text in ((json, found.to_json), (markdown, lambda: page(found))):
             if path is not None:

@@ -93,7 +93,7 @@ def show(
         raise SpecError(f"unknown policy or part {name!r}{nearest(name, known)}; known: {', '.join(known) or 'none'}")
     chosen = [(noun, found[name]) for noun, found in shelves if name in found]
     with json_results(json_file) as give:
-        give([{"kind": noun, **_described(catalog, noun, part)} for noun, part in chosen])
+        give([{"kind": noun, **_described(catalog, noun, part), **_used(noun, part)} for noun, part in chosen])
         for noun, part in chosen:
             _show(catalog, noun, part)
 
@@ -105,11 +105,31 @@ def _show(catalog: Catalog, noun: str, part: type[Part]) -> None:
     for key, field in _own_fields(part).items():
         say(f"  {key}={_default(field)}  {_type(field.annotation)}{_bounds(field.metadata)}")
     if noun == "policy":
+        _show_use(_used(noun, part))
         _show_choices(part)
     else:
         say(f"spec    {_KEYS[noun]}={part.name}, in cache: or in a policy with one choice")
     say(f"paper   {part.paper or 'none'}")
     say(f"from    {_origin(catalog, noun, part.name)}")
+
+
+def _used(noun: str, part: type[Part]) -> dict[str, Any]:
+    """Describe the use of a policy as plain data: what it acts on, needs, decides by and can't be combined with."""
+    from cachekit.cli.samples import samples
+    from cachekit.coverage.properties import properties
+
+    found = samples() if noun == "policy" else {}
+    return properties(found[part.name], found.values()) if part.name in found else {}
+
+
+def _show_use(used: dict[str, Any]) -> None:
+    for structure, kinds in used.get("acts_on", {}).items():
+        say(f"on a {structure}: {', '.join(kinds) or 'refused'}")
+    if used:
+        say(f"needs   {'; '.join(used['needs']) or 'nothing'}")
+        say(f"decides {used['decides']}")
+        but = f" but {', '.join(used['not_beside'])}" if used["not_beside"] else ""
+        say(f"beside  all other policies{but}")
 
 
 def _show_choices(policy: type[Any]) -> None:

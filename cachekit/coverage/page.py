@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
-from cachekit.coverage.results import JOIN, STATES, WORKS, Coverage, Result, Sites, Trial
+from cachekit.coverage.results import JOIN, LEFT_OUT, STATES, WORKS, Coverage, Result, Sites, Trial
 from cachekit.interface.specs import split_specs
 
 _INTRODUCTION = """\
@@ -24,6 +24,9 @@ Messages are those of the pipelines, without the spec that they begin with.
 The guidance branches are found by changing the prompts and comparing what the denoiser receives in the first step: `uc`
 is one batch with the unconditional half first, and `c, u` are two calls. A `c` changes with the prompt, a `u` with the
 negative prompt, a `b` with both and a `-` with neither. A policy that confuses the branches fails.
+
+Thresholds are so high that a policy reuses what it can. One that lacks figures of the model gets those that an uncached
+run of the same pipeline shows.
 """
 
 
@@ -37,6 +40,7 @@ def markdown(coverage: Coverage) -> str:
     """Write the page: counts, pipelines with their policies, denoisers with their sites, and what was not built."""
     sections = [
         _INTRODUCTION,
+        *(f"Left out: `{name}`, {reason}.\n" for name, reason in LEFT_OUT.items()),
         _versions(coverage),
         *_table(["policy", *STATES], [[f"`{spec}`", *map(str, _counts(coverage, spec))] for spec in coverage.specs]),
         "\n## Pipelines\n",

@@ -14,6 +14,8 @@ from cachekit.errors import CachekitError
 
 WORKS, REFUSED, IDLE, FAILS = "works", "refused", "idle", "fails"
 STATES = (WORKS, REFUSED, IDLE, FAILS)
+#: Policies that aren't tried, with the reason.
+LEFT_OUT = {"calibrated": "whose weights are fitted to many images of one model, scheduler and number of steps"}
 #: Joins the specs of a composition.
 JOIN = "+"
 

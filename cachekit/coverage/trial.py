@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from cachekit.applying import apply
+from cachekit.calibrating.calibrate import measured_in, measured_name
+from cachekit.calibrating.measured import Measured
 from cachekit.coverage.branches import agrees, branches_of, expected
 from cachekit.coverage.building import arguments, build
 from cachekit.coverage.components import NotBuiltError
 from cachekit.coverage.facts import facts_of
 from cachekit.coverage.results import FAILS, IDLE, REFUSED, WORKS, Result, Sites, Trial
-from cachekit.errors import CachekitError
+from cachekit.errors import CachekitError, CalibrationError
+from cachekit.interface.indicators import Indicator
+from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind
-from cachekit.interface.specs import split_specs
+from cachekit.interface.specs import parse_all, split_specs
 from cachekit.registry.catalog import installed
 from cachekit.runs.report import Report
 from cachekit.upstream.pipelines import denoisers_of
@@ -92,9 +98,23 @@ def _result(subject: Subject, spec: str) -> Result:
 
 
 def attempt(subject: Subject, spec: str) -> Result:
-    """Try one spec: apply, run, remove, run, and do it again."""
+    """Try one spec: apply, run, remove, run, and do it again; figures that it lacks are measured first."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "figures.json")
+        found = _attempt(subject, spec, file)
+    return Result(found.state, found.note.replace(f",file={file}", ""))
+
+
+def _attempt(subject: Subject, spec: str, file: Path) -> Result:
     try:
-        cached, report = _cached(subject, spec)
+        policies = parse_all(split_specs(spec), installed())
+        try:
+            cached, report = _cached(subject, policies)
+        except CalibrationError:
+            if not any(map(_lacks_figures, policies)):
+                raise
+            policies = tuple(_with_figures(subject, policy, file) for policy in policies)
+            cached, report = _cached(subject, policies)
     except CachekitError as error:
         if subject.is_uncached(subject.run()):
             return Result(REFUSED, str(error))
@@ -104,30 +124,57 @@ def attempt(subject: Subject, spec: str) -> Result:
     loops = (*report.earlier, report)
     acted = {count.policy for one in loops for count in one.counts if count.reused}
     if not acted:
-        return Result(IDLE, _why_idle(report)) if subject.is_uncached(cached) else Result(FAILS, "changes unasked")
+        if not subject.is_uncached(cached):
+            return Result(FAILS, "changes unasked")
+        return Result(IDLE, _why_idle(subject.pipe, policies, report))
     layout = loops[0].record.layout
     if not agrees(subject.branches, layout):
         return Result(FAILS, f"calls are for {subject.branches}, and are taken for {expected(layout)}")
-    again, _ = _cached(subject, spec)
+    again, _ = _cached(subject, policies)
     if not same(again, cached):
         return Result(FAILS, "applied again, the output is not what it was")
     alone = f"{' and '.join(sorted(acted))} alone" if len(acted) < len(report.policies) else ""
     return Result(WORKS, "the output is the same" if subject.is_uncached(cached) else alone)
 
 
-def _why_idle(report: Report) -> str:
+def _lacks_figures(policy: Policy) -> bool:
+    return getattr(policy, "file", "") is None and bool(measured_name(policy))
+
+
+def _with_figures(subject: Subject, policy: Policy, file: Path) -> Policy:
+    """Measure the figures that a policy lacks in an uncached run of the pipeline."""
+    if not _lacks_figures(policy):
+        return policy
+    measured_in(subject.pipe, policy, lambda _: subject.run()).save(file)
+    return policy.model_copy(update={"file": str(file)})
+
+
+def _why_idle(pipe: Any, policies: Sequence[Policy], report: Report) -> str:
     only_guidance = all(count.kind == Kind.GUIDANCE for count in report.counts)
     if only_guidance and not report.record.guided:
         return "one branch alone, without guidance or with an embedded one: nothing to drop"
+    if _decided(pipe, policies, report.steps):
+        return "no change stayed below the threshold"
     return f"the run ends after {report.steps} steps, before the policy begins"
 
 
-def _cached(subject: Subject, spec: str) -> tuple[Output, Report]:
-    """Run with a spec applied, and remove it.
+def _decided(pipe: Any, policies: Sequence[Policy], steps: int) -> bool:
+    """Whether changes between the steps of a run decided that all of them are full."""
+    schedules = [choice.when for policy in policies for choice in policy.chosen().values()]
+    if any(isinstance(schedule, Measured) for schedule in schedules):
+        return steps > 1
+    if not any(isinstance(schedule, Indicator) for schedule in schedules):
+        return False
+    with apply(pipe, policies) as attachment:
+        return any("?" in marks[1:] for *_, marks in attachment.plan(steps).columns())
+
+
+def _cached(subject: Subject, policies: Sequence[Policy]) -> tuple[Output, Report]:
+    """Run with policies applied, and remove them.
 
     Raises `ArithmeticError` for an output that is not finite.
     """
-    with apply(subject.pipe, split_specs(spec)) as attachment:
+    with apply(subject.pipe, policies) as attachment:
         output, report = subject.run(), attachment.report()
     if not all(np.isfinite(part).all() for part in output):
         raise ArithmeticError("the output is not finite")

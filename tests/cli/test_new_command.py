@@ -76,6 +76,14 @@ def test_they_are_clean(projects: dict[str, Path]) -> None:
         assert checked.returncode == 0
 
 
+def test_their_workflow_installs_cachekit_first_from_one_variable(projects: dict[str, Path]) -> None:
+    for folder in projects.values():
+        workflow = (folder / ".github" / "workflows" / "test.yml").read_text()
+        assert workflow.count("  CACHEKIT: ") == 1
+        installed = re.findall(r"- run: pip install (.*)", workflow)
+        assert installed == ['"${{ env.CACHEKIT }}"', '-e ".[test]"']
+
+
 def test_every_kind_of_project_has_a_scaffold() -> None:
     kinds = {path.name for path in _SCAFFOLDS.iterdir() if path.is_dir()}
     assert kinds == {"common", "policy", "schedule", "stand_in", "adapter"}

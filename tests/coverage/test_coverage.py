@@ -14,14 +14,14 @@ import torch
 from support.commands import run
 from torch import nn
 
-from cachekit.cli.coverage import CALIBRATED, COMPOSITIONS, OPTIONS, default_specs
+from cachekit.cli.coverage import COMPOSITIONS, OPTIONS, default_specs
 from cachekit.coverage import trial
 from cachekit.coverage.branches import agrees, expected
 from cachekit.coverage.building import pipeline_class, pipeline_names
 from cachekit.coverage.components import NotBuiltError, make, seed_weights, tokenizer
 from cachekit.coverage.facts import class_notes, entries
 from cachekit.coverage.page import markdown
-from cachekit.coverage.results import FAILS, JOIN, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
+from cachekit.coverage.results import FAILS, IDLE, JOIN, LEFT_OUT, REFUSED, WORKS, Coverage, Result, Sites, Trial, read
 from cachekit.coverage.survey import TrialProcess, survey
 from cachekit.coverage.trial import Subject, examine
 from cachekit.errors import CachekitError
@@ -35,6 +35,8 @@ DATA = ROOT / "docs" / "coverage.json"
 ALL = default_specs(sorted(installed().policies))
 SPECS = default_specs(["adaptive_guidance", "deepcache", "delta_dit", "null_text", "tgate"])
 
+#: Policies with figures of the model, of which transformers have the places.
+MEASURING = ("magcache", "smoothcache")
 # pipeline, branches of a step, states under SPECS where they do not depend on the policy alone
 FAMILIES = {
     "StableDiffusionPipeline": "uc",
@@ -83,9 +85,9 @@ def loaded(name):
         return None
 
 
-def test_every_installed_policy_is_tried_by_default_unless_it_needs_a_calibration():
+def test_every_installed_policy_is_tried_by_default_unless_the_page_gives_a_reason():
     alone = [spec.partition(":")[0] for spec in ALL if spec not in COMPOSITIONS]
-    assert sorted([*alone, *CALIBRATED]) == sorted(installed().policies)
+    assert sorted([*alone, *LEFT_OUT]) == sorted(installed().policies)
     assert {*OPTIONS} <= {*alone}
     assert {*COMPOSITIONS} < {*SPECS} < {*ALL}
 
@@ -98,6 +100,7 @@ def test_policies_work_or_are_refused(name):
     assert found.reason == ""
     assert found.branches == FAMILIES[name]
     assert {result.state for result in found.results.values()} <= {WORKS, REFUSED}, found.results
+    assert all(found.results[spec].state == WORKS for spec in specs if spec.partition(":")[0] in MEASURING)
     assert found.results["adaptive_guidance:m=3"].state == WORKS
     (sites,) = found.sites.values()
     assert sites.kinds["block"] > 0
@@ -184,8 +187,24 @@ def test_a_wrong_order_of_branches_fails(subject, monkeypatch):
     assert found == Result(FAILS, "calls are for cu, and are taken for uc")
 
 
-def test_a_policy_that_never_acts_is_idle(subject):
-    assert trial.attempt(subject, "tgate:m=40").state == "idle"
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("tgate:m=40", "the run ends after 6 steps, before the policy begins"),
+        ("easycache:threshold=0,first=1", "no change stayed below the threshold"),
+        ("block_cache:threshold=0", "no change stayed below the threshold"),
+        ("easycache:threshold=1,first=5", "the run ends after 6 steps, before the policy begins"),
+    ],
+)
+def test_a_policy_that_never_acts_is_idle(subject, spec, reason):
+    assert trial.attempt(subject, spec) == Result(IDLE, reason)
+
+
+def test_figures_that_a_policy_needs_are_measured_in_an_uncached_run(subject):
+    assert trial.attempt(subject, "block_cache:threshold=9") == Result(WORKS)
+    found = trial.attempt(subject, "calibrated:interval=2")
+    assert found.state == REFUSED
+    assert found.note.startswith("no calibration ships for ")
 
 
 def test_an_unknown_class_and_a_missing_package_are_reasons():

@@ -10,6 +10,7 @@ and adds the figures to results/calibrations.json, which keeps those that it has
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ INTERVALS = (2, 3, 4, 5, 6)
 GUIDANCE = (3.5, 5.0)
 SCHEDULERS = ("euler", "dpm++")
 PROMPTS = 16
+TIMES = Path(__file__).parent / "results" / "calibration-times.json"
 RESULTS = Path(__file__).parent / "results" / "calibrations.json"
 #: What tables call models and schedulers.
 NAMES = {"unet": "UNet", "dit": "transformer", "flow": "flow model", "lcm": "LCM", "euler": "Euler", "dpm++": "DPM++"}
@@ -91,6 +93,29 @@ def measure(count: int = 12) -> None:
                 print(row, flush=True)
 
 
+def time_each() -> None:
+    """Time the calibration of one interval at one guidance scale on each model."""
+    rows = []
+    for kind in MODELS:
+        pipe, prompts = _pipeline(kind, "euler"), captions()
+        begun = time.perf_counter()
+        cachekit.calibrate(
+            pipe, "calibrated:interval=4", prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE[0]
+        )
+        rows.append({"model": kind, "seconds": round(time.perf_counter() - begun, 1), "prompts": len(prompts)})
+        print(rows[-1], flush=True)
+    TIMES.write_text(json.dumps({"cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
+
+
+def times() -> str:
+    """Sentence on how long a calibration takes; empty where that was not timed."""
+    if not TIMES.exists():
+        return ""
+    found = json.loads(TIMES.read_text())
+    spans = ", ".join(f"{row['seconds']:.0f} s on the {NAMES[row['model']]}" for row in found["rows"])
+    return f"One calibration with {found['rows'][0]['prompts']} prompts took {spans}, on {found['cores']} cores."
+
+
 def _images(pipe: Any, prompts: list[str], scale: float, steps: int = STEPS, **table: Any) -> np.ndarray:
     return images(pipe, prompts, steps, scale, **table)
 
@@ -138,7 +163,9 @@ def _counted(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    if "--make" in sys.argv:
+    if "--time" in sys.argv:
+        time_each()
+    elif "--make" in sys.argv:
         one, other, number = sys.argv[-3:]
         make(one, other, int(number))
     else:

@@ -99,6 +99,7 @@ def filled() -> dict[Path, str]:
         "presets": choosing.presets(),
         "messages": messages.table(),
         "analysis": analysis(),
+        "calibration times": calibrations.times(),
         "tuned": tuned.table(),
         "using": using.table(),
         **recipes.parts(),

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Union
 
-from pydantic import PrivateAttr
+from pydantic import PrivateAttr, ValidationError
 from typing_extensions import Self
 
 from cachekit.applying import apply
@@ -124,19 +124,31 @@ def measured_in(
 ) -> Calibration:
     """Have the parts of a policy measure figures in uncached runs, which `run` makes of that many images.
 
-    Raises `CalibrationError` where several parts do, or the pipeline has several denoisers or no guidance scale.
+    Raises `CalibrationError` where several parts do, the pipeline has several denoisers or no guidance scale, or a
+    figure is not finite.
     """
     _refuse_several(pipe)
     note, name = Note(), measured_name(policy)
     with apply(pipe, Given.of(watched_choices(policy.chosen(), note)), catalog=catalog) as attachment:
         run(attachment)
     assert note.run is not None, "the pipeline has called its denoiser"
-    figures: list[dict[str, Mean]] = [{} for _ in range(note.run.steps)]
+    try:
+        return _of_note(note, note.run, name, images)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = "a figure is not finite" if first["type"] == "finite_number" else first["msg"]
+        raise CalibrationError(
+            f"{name}: this run can't be calibrated: {reason.removeprefix('Value error, ')}; measure it with other"
+            " prompts, steps or precision"
+        ) from None
+
+
+def _of_note(note: Note, run: Beginning, name: str, images: int) -> Calibration:
+    figures: list[dict[str, Mean]] = [{} for _ in range(run.steps)]
     for (place, figure), (total, count) in note.totals.items():
         figures[place][figure] = Mean(total=total, count=int(count))
-    fit = Figures(guidance=guidance_of(note.run), prompts=images, steps=figures)
-    key, steps = measured_key(note.run, name), note.run.steps
-    return Calibration(key=key, reference_steps=steps, versions=versions(), fits=[fit])
+    fit = Figures(guidance=guidance_of(run), prompts=images, steps=figures)
+    return Calibration(key=measured_key(run, name), reference_steps=run.steps, versions=versions(), fits=[fit])
 
 
 def measured_name(policy: Policy) -> str:

@@ -97,6 +97,14 @@ def test_a_file_has_the_means_over_layers_and_steps(made: Any) -> None:
     np.testing.assert_allclose([step["change"] for step in figures[1:]], changes, rtol=1e-5)
 
 
+def test_a_figure_that_is_not_finite_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Norms, "measure", lambda *_: {"norm": float("nan")})
+    with pytest.raises(
+        CalibrationError, match=r"^norms: this run can't be calibrated: a figure is not finite; [^\n]+$"
+    ):
+        replays.measured(tiny.pixart(), ByNorm(), STEPS)
+
+
 def test_merging_adds_the_figures_of_other_prompts(made: Any) -> None:
     pipe, calibration, _ = made
     other = replays.measured(pipe, ByNorm(), STEPS, prompt_embeds=tiny.text(1, seed=8))

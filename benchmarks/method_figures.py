@@ -39,7 +39,11 @@ COMPARED = {
         "within rounding",
         "plugins/test_fastercache.py",
     ),
-    "fbcache": ("diffusers, on FLUX, Wan and PixArt; a replay, on SD3", "to the bit", "plugins/test_fbcache.py"),
+    "fbcache": (
+        "diffusers, on FLUX, Wan and PixArt; DBCache of cache-dit, on these and SD3; a replay",
+        "to the bit",
+        "plugins/test_fbcache.py",
+    ),
     "fora": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "to the bit", "plugins/test_fora.py"),
     "forecast": ("a replay, on SD, SDXL, PixArt, SD3, FLUX and Wan", "within rounding", "plugins/test_forecast.py"),
     "guidance_interval": (
@@ -48,14 +52,14 @@ COMPARED = {
         "plugins/test_guidance_interval.py",
     ),
     "hicache": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "within rounding", "plugins/test_hicache.py"),
-    "magcache": ("diffusers, on FLUX, Wan and PixArt", "to the bit", "plugins/test_magcache.py"),
+    "magcache": ("diffusers, on FLUX, SD3, Wan and PixArt", "to the bit", "plugins/test_magcache.py"),
     "pab": (
         "diffusers, on FLUX, SD3, PixArt and Wan; a replay, on Wan, SD and SVD",
         "to the bit",
         "plugins/test_pab.py",
     ),
     "seacache": (
-        "diffusers: the decisions for the same samples; a replay, on Wan and SD3",
+        "diffusers: the decisions for the same samples, latents on Wan; a replay, on Wan, SD3",
         "decisions equal; latents within rounding",
         "plugins/test_seacache.py",
     ),

@@ -34,6 +34,8 @@ from .ship import RESULTS
 #: Share of captions whose loss is mentioned.
 LOST = 0.05
 NAMES = ("calibrated", "forecast")
+#: What schedulers are called in tables.
+SHORT = {"EulerDiscreteScheduler": "Euler", "DPMSolverMultistepScheduler": "DPM++"}
 MODELS = ("demo", "demo-dit", "demo-flow")
 SCHEDULERS = ("EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler",)
@@ -219,8 +221,7 @@ def _wall(rows: Sequence[Row]) -> str:
 
 
 def _place(group: Group, row: Row) -> str:
-    names = {"EulerDiscreteScheduler": "Euler", "DPMSolverMultistepScheduler": "DPM++"}
-    scheduler = names.get(group.cell.scheduler, "Euler")
+    scheduler = SHORT.get(group.cell.scheduler, "Euler")
     return f"{row.label} on {group.cell.model}, {scheduler}, guidance {group.cell.guidance:g}"
 
 

@@ -36,11 +36,10 @@ from . import (
     tuned,
     using,
 )
+from .frontier import SHORT
 from .ship import GRIDS, RESULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Schedulers of the leads, and what they are called.
-LEADS = {"EulerDiscreteScheduler": "Euler", "DPMSolverMultistepScheduler": "DPM++"}
 WEIGHTS = ROOT / "cachekit" / "models" / "demo" / "weights"
 
 
@@ -218,12 +217,12 @@ def leads() -> str:
     labels = dict.fromkeys(row.label for group in held for row in group.rows if row.label in found)
     return (
         markdown(
-            ["lead over plain steps in dB", "MAC reduction", *LEADS.values(), "captions"],
+            ["lead over plain steps in dB", "MAC reduction", *SHORT.values(), "captions"],
             [
                 [
                     label,
                     f"{mean(row.mac_reduction for row, _ in found[label].values()):.2f}x",
-                    *(f"{found[label][name][1]:+.1f}" if name in found[label] else "-" for name in LEADS),
+                    *(f"{found[label][name][1]:+.1f}" if name in found[label] else "-" for name in SHORT),
                     f"{max(row.checked_images for row, _ in found[label].values())}",
                 ]
                 for label in labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
@@ -105,6 +105,15 @@ def source_of(thing: object) -> str:
     package = type(thing).__module__.partition(".")[0]
     points = [point for point in entry_points(group=GROUP) if point.module.partition(".")[0] == package]
     return next((f" of {point.dist.name}" for point in points if point.dist is not None), "")
+
+
+def reason_of(detail: Mapping[str, Any]) -> str:
+    """Write the message of one detail of pydantic's errors, without what it puts before a message of ours.
+
+    >>> reason_of({"msg": "Value error, give steps in order"})
+    'give steps in order'
+    """
+    return str(detail["msg"]).removeprefix("Value error, ")
 
 
 def first_line(error: BaseException) -> str:

@@ -65,12 +65,7 @@ def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
     A sum is finite only if all its terms are, so a single number per tensor is gathered and all of them are read
     together. Finite terms may still add up to inf; only then is the tensor itself checked.
     """
-    floats = [
-        (place, tensor.detach())
-        for place, group in enumerate(kept)
-        for tensor in group
-        if tensor.is_floating_point() and not tensor.is_meta
-    ]
+    floats = [(place, tensor.detach()) for place, group in enumerate(kept) for tensor in group if _has_floats(tensor)]
     found = [True] * len(kept)
     for (place, tensor), total in zip(floats, read_together([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
         if not isfinite(total):
@@ -83,8 +78,12 @@ def sums(kept: Iterable[Tensor]) -> list[Tensor]:
 
     A sum is NaN or inf where a term is. That finite terms add up to inf takes values that no sample has.
     """
-    floats = (tensor.detach() for tensor in kept if tensor.is_floating_point() and not tensor.is_meta)
+    floats = (tensor.detach() for tensor in kept if _has_floats(tensor))
     return [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in floats]
+
+
+def _has_floats(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta
 
 
 def read_together(numbers: Sequence[Tensor]) -> list[float]:

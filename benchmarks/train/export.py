@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from cachekit.models.demo.pipeline import ADDED_FILE, write_manifest
@@ -43,10 +44,10 @@ def _clean(config: str) -> str:
     return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
 
-def _write(module: nn.Module, config: str, folder: Path, weights: str) -> None:
+def _write(weights: Mapping[str, Tensor], config: str, folder: Path, file: str) -> None:
     folder.mkdir(parents=True)
-    halves = {name: value.to(torch.float16).contiguous() for name, value in module.state_dict().items()}
-    save_file(halves, folder / weights, {"format": "pt"})
+    halves = {name: value.to(torch.float16).contiguous() for name, value in weights.items()}
+    save_file(halves, folder / file, {"format": "pt"})
     (folder / "config.json").write_text(_clean(config))
 
 
@@ -55,10 +56,10 @@ def export(work: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     denoiser, text_encoder = unet.averaged(work)
     autoencoder = AutoencoderTiny.from_pretrained(work / "autoencoder")
-    _write(denoiser, denoiser.to_json_string(), target / "unet", WEIGHTS_FILE)
-    _write(autoencoder, autoencoder.to_json_string(), target / "vae", WEIGHTS_FILE)
+    _write(denoiser.state_dict(), denoiser.to_json_string(), target / "unet", WEIGHTS_FILE)
+    _write(autoencoder.state_dict(), autoencoder.to_json_string(), target / "vae", WEIGHTS_FILE)
     _write(
-        text_encoder,
+        text_encoder.state_dict(),
         text_encoder.config.to_json_string(use_diff=False),
         target / "text_encoder",
         "model.safetensors",
@@ -75,7 +76,7 @@ def export_denoiser(denoiser: Any, target: Path) -> None:
         return
     folder = target / ("unet" if isinstance(denoiser, UNet2DConditionModel) else "transformer")
     shutil.rmtree(folder, ignore_errors=True)
-    _write(denoiser, denoiser.to_json_string(), folder, WEIGHTS_FILE)
+    _write(denoiser.state_dict(), denoiser.to_json_string(), folder, WEIGHTS_FILE)
     if isinstance(denoiser, SD3Transformer2DModel):
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(target / "scheduler")
     write_manifest(target)
@@ -84,9 +85,6 @@ def export_denoiser(denoiser: Any, target: Path) -> None:
 def _export_lcm(denoiser: Any, target: Path) -> None:
     """Replace a latent consistency model in `target`: what it adds to the UNet, and its scheduler."""
     shutil.rmtree(target, ignore_errors=True)
-    (target / "unet").mkdir(parents=True)
-    halves = {name: value.to(torch.float16) for name, value in lcm.learned(denoiser).items()}
-    save_file(halves, target / "unet" / ADDED_FILE, {"format": "pt"})
-    (target / "unet" / "config.json").write_text(_clean(denoiser.to_json_string()))
+    _write(lcm.learned(denoiser), denoiser.to_json_string(), target / "unet", ADDED_FILE)
     LCMScheduler(**lcm.SCHEDULER).save_pretrained(target / "scheduler")
     write_manifest(target)

@@ -62,7 +62,7 @@ def _layers(model: nn.Module) -> Iterator[Any]:
 def learned(model: nn.Module) -> dict[str, Tensor]:
     """Find what was learned, by the names of layers: `NAME.down`, `NAME.up`, and the input for the guidance scale."""
     found = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
-    return {name.replace("parametrizations.weight.0.", ""): one.contiguous() for name, one in found.items()}
+    return {name.replace("parametrizations.weight.0.", ""): one for name, one in found.items()}
 
 
 class Consistency:

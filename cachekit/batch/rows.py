@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from cachekit.errors import CachekitError, SpecError, nearest
+from cachekit.errors import CachekitError, SpecError, nearest, reason_of
 from cachekit.files import digest
 from cachekit.interface.specs import joined, parse_all
 from cachekit.registry.catalog import installed
@@ -163,7 +163,7 @@ def _reason(error: Exception) -> str:
     """Write one line for a row that can't be read, with what is allowed."""
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
+        message = reason_of(first)
         key = str(first["loc"][0])
         if first["type"] == "missing":
             return f"{key} is needed"

@@ -23,7 +23,7 @@ from cachekit.calibrating.lockstep import Exchange, Lockstep, alone
 from cachekit.calibrating.measured import Measured, Note, measured_key, watched_choices
 from cachekit.calibrating.standins import Recorder
 from cachekit.calibrating.trajectories import Cached, Reference
-from cachekit.errors import CalibrationError
+from cachekit.errors import CalibrationError, reason_of
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.parts import Choice
 from cachekit.interface.policy import Policy
@@ -136,10 +136,9 @@ def measured_in(
         return _of_note(note, note.run, name, images)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = "a figure is not finite" if first["type"] == "finite_number" else first["msg"]
+        reason = "a figure is not finite" if first["type"] == "finite_number" else reason_of(first)
         raise CalibrationError(
-            f"{name}: this run can't be calibrated: {reason.removeprefix('Value error, ')}; measure it with other"
-            " prompts, steps or precision"
+            f"{name}: this run can't be calibrated: {reason}; measure it with other prompts, steps or precision"
         ) from None
 
 

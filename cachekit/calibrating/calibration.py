@@ -16,7 +16,7 @@ from typing_extensions import Self
 from cachekit.calibrating.fits import Figures, Fit, Weights
 from cachekit.calibrating.key import Key, Numbers
 from cachekit.calibrating.terms import misfit, misfit_of_weights
-from cachekit.errors import CalibrationError
+from cachekit.errors import CalibrationError, reason_of
 from cachekit.files import write_whole
 from cachekit.upstream import versions as upstream
 
@@ -85,9 +85,7 @@ class Calibration(Numbers):
             first = error.errors()[0]
             # Which of the two kinds of fits was tried is left out.
             where = ".".join(part for part in map(str, first["loc"]) if "list" not in part) or "calibration"
-            raise CalibrationError(
-                f"{name!r}: {where}: {first['msg'].removeprefix('Value error, ')}; make it again"
-            ) from None
+            raise CalibrationError(f"{name!r}: {where}: {reason_of(first)}; make it again") from None
 
     @classmethod
     def merge(cls, first: Calibration, *others: Calibration) -> Calibration:

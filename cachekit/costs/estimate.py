@@ -19,7 +19,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
-from cachekit.models.loading import is_guided, pipeline_from_config
+from cachekit.models.loading import pipeline_from_config
 from cachekit.models.names import is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.planning.row import Row
@@ -155,15 +155,14 @@ class Estimator:
         catalog: Catalog | None = None,
     ) -> Estimator:
         """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
-        if isinstance(model, str) and not is_architecture(model):
-            model = pipeline_from_config(model)
-        if guided is None:
-            guided = is_guided(model) if isinstance(model, str) else not takes_scale(denoiser_of(model))
-        sample, catalog = (2 if guided else 1, *size), catalog or installed()
-        if isinstance(model, str):
+        catalog = catalog or installed()
+        if isinstance(model, str) and is_architecture(model):
             known = architecture(model)
-            return cls(known.build(), known.inputs(*sample), guided, catalog)
-        return cls(*_prepare(model, sample, inputs), guided, catalog, model)
+            guided = known.guided if guided is None else guided
+            return cls(known.build(), known.inputs(2 if guided else 1, *size), guided, catalog)
+        pipe = pipeline_from_config(model) if isinstance(model, str) else model
+        guided = not takes_scale(denoiser_of(pipe)) if guided is None else guided
+        return cls(*_prepare(pipe, (2 if guided else 1, *size), inputs), guided, catalog, pipe)
 
     def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
         """Estimate one run; raises a `CachekitError` as `estimate` does."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from cachekit.errors import SpecError
+from cachekit.errors import SpecError, reason_of
 from cachekit.interface.moment import Action, History, Moment, Open, Streams, Time
 from cachekit.interface.sites import SiteMap, Target
 from cachekit.interface.variables import refuse_fields, refuse_variables
@@ -312,7 +312,7 @@ def _reason(error: ValidationError) -> str:
     if isinstance(given, type):
         return f"{key} is the class {given.__name__}, not an instance; write {given.__name__}()"
     same = [other["msg"].removeprefix("Input should be ") for other in others if _key(other["loc"]) == key]
-    message = ", or ".join([first["msg"].removeprefix("Value error, "), *same])
+    message = ", or ".join([reason_of(first), *same])
     return f"{key}={repr(given)[1:-1] if isinstance(given, str) else given}: {message}" if key else message
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from cachekit.errors import PresetError, nearest
+from cachekit.errors import PresetError, nearest, reason_of
 from cachekit.files import write_whole
 
 #: The version of the file.
@@ -136,8 +136,7 @@ class Preset(_Part):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or WORD
-            reason = first["msg"].removeprefix("Value error, ")
-            raise PresetError(f"{name!r}: {where}: {reason}; correct it, or make it again") from None
+            raise PresetError(f"{name!r}: {where}: {reason_of(first)}; correct it, or make it again") from None
 
     def missing(self, policies: Iterable[str]) -> list[str]:
         """List the policies of the specs that are not among those installed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from cachekit.models.names import DEMOS
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = [
     "PIPELINES",
@@ -42,6 +42,8 @@ SHARED = WEIGHTS / "unet"
 _WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 #: Matrices of low rank that a model adds to the weights of the shared UNet.
 ADDED_FILE = "added.safetensors"
+#: Arguments of pipelines that would check images for their content otherwise.
+_UNCHECKED: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 class WeightsError(CachekitError):
@@ -86,11 +88,15 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _fill(module: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    """Load half-precision weights into `module`, converted to `dtype`, and prepare it for inference."""
+    """Load the weights of a file into `module`."""
     from safetensors.torch import load_file
 
-    weights = {name: value.to(dtype) for name, value in load_file(path).items()}
-    module.load_state_dict(weights, assign=True)
+    _give(module, load_file(path), dtype)
+
+
+def _give(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Give `module` its weights, converted to `dtype`, and prepare it for inference."""
+    module.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     module.eval().requires_grad_(False)
 
 
@@ -135,8 +141,7 @@ def _unet_pipeline(folder: Path, dtype: torch.dtype) -> Any:
 
     unet = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
     _fill(unet, folder / "unet" / _WEIGHTS_FILE, dtype)
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **checker)
+    return StableDiffusionPipeline(unet=unet, **_shared_components(folder, dtype), **_UNCHECKED)
 
 
 def _lcm(folder: Path, shared: Path, dtype: torch.dtype) -> nn.Module:
@@ -152,16 +157,15 @@ def _lcm(folder: Path, shared: Path, dtype: torch.dtype) -> nn.Module:
         product = added.pop(f"{name}.up") @ added.pop(f"{name}.down")
         weights[f"{name}.weight"] += product.view_as(weights[f"{name}.weight"])
     unet: nn.Module = UNet2DConditionModel.from_config(_config(folder, "unet/config.json"))
-    unet.load_state_dict({name: value.to(dtype) for name, value in {**weights, **added}.items()}, assign=True)
-    return unet.eval().requires_grad_(False)
+    _give(unet, {**weights, **added}, dtype)
+    return unet
 
 
 def _lcm_pipeline(unet: nn.Module, shared: dict[str, Any]) -> Any:
     with _without_hints():
-        from cachekit.models.demo import variants
+        import cachekit.models.demo.variants as variants
 
-    checker = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return variants.LatentConsistencyModelPipeline(unet=unet, **shared, **checker)
+    return variants.LatentConsistencyModelPipeline(unet=unet, **shared, **_UNCHECKED)
 
 
 def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -176,7 +180,7 @@ def _transformer(folder: Path, dtype: torch.dtype) -> nn.Module:
 def _transformer_pipeline(transformer: nn.Module, shared: dict[str, Any]) -> Any:
     """Make the pipeline of a transformer, of the class that takes it, from the components that all models share."""
     with _without_hints():
-        from cachekit.models.demo import variants
+        import cachekit.models.demo.variants as variants
 
     if type(transformer).__name__ == "PixArtTransformer2DModel":
         return variants.PixArtAlphaPipeline(transformer=transformer, **shared)

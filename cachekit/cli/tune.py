@@ -105,6 +105,7 @@ def _data(tuned: Tuned) -> dict[str, Any]:
         "front": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.front],
         "verdict": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.verdict.judged],
         "preset": tuned.preset.model_dump(mode="json") if tuned.preset else None,
+        "rival": tuned.verdict.rival.model_dump(mode="json") if tuned.verdict.rival else None,
         "nearest": tuned.verdict.nearest,
         "refused": tuned.refused,
     }

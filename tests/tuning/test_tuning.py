@@ -316,3 +316,8 @@ def test_captions_that_cannot_be_used_are_refused(captions, reason):
     with pytest.raises(TuningError) as error:
         lots_of(captions, None, False)
     assert reason in str(error.value)
+
+
+def test_captions_that_an_embedded_model_cannot_be_checked_by_are_refused():
+    with pytest.raises(TuningError, match="captions, line 2: no known background at the end of caption 'a cat'"):
+        lots_of(["a large red circle top left on white", "a cat"], None, True)

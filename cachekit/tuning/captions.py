@@ -36,7 +36,10 @@ def lots_of(captions: int | Sequence[str], fresh: int | None, is_embedded: bool)
     """
     if isinstance(captions, int):
         return _drawn(captions, fresh, is_embedded)
-    texts = [_checked(number, text, is_embedded) for number, text in enumerate(captions, 1)]
+    texts = [_checked(number, text) for number, text in enumerate(captions, 1)]
+    for number, text in enumerate(texts if is_embedded else (), 1):
+        if reason := not_a_scene(text):
+            raise TuningError(f"captions, line {number}: {reason}; or give a number of held-out captions")
     different = tuple(dict.fromkeys(texts))
     kept = fresh or -(-len(different) // 2)
     if not 0 < kept < len(different):
@@ -65,12 +68,10 @@ def check_lengths(captions: Sequence[str], pipe: Any) -> None:
             raise TuningError(f"captions, line {number}: {reason}; shorten it")
 
 
-def _checked(number: int, text: str, is_embedded: bool) -> str:
+def _checked(number: int, text: str) -> str:
     wrong = "empty" if not text.strip() else f"{len(text)} characters" if len(text) > _LONGEST else ""
     if wrong:
         raise TuningError(
             f"captions, line {number}: {wrong}; write one caption per line, of 1 to {_LONGEST} characters"
         )
-    if is_embedded and (reason := not_a_scene(text)):
-        raise TuningError(f"captions, line {number}: {reason}; or give a number of held-out captions")
     return text.strip()

@@ -40,7 +40,7 @@ class Memories:
 
     def measure(self) -> None:
         """Take note of the bytes of the tensors that policies hold now; those in traces are not counted."""
-        used = list(filter(None, (*self._of_policies.values(), *self._of_targets.values())))
+        used = [*filter(None, self._of_policies.values()), *filter(None, self._of_targets.values())]
         if used:
             held = {id(tensor): tensor for memory in used for tensor in _held(memory)}
             self.peak_bytes = max(self.peak_bytes, size_in_bytes(held))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from math import sqrt
 from typing import Any
 
@@ -31,7 +32,7 @@ def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) ->
         flow: Tensor = sample - _flow_sigma(scheduler).to(sample) * output
         return flow
     time = torch.as_tensor(timestep, device=sample.device).reshape(-1)[:1]
-    sigma = _sigma(table.to(sample.device), time, scheduler)[0].to(sample.dtype)
+    sigma = _sigma(table.to(sample.device), time, _is_continuous(scheduler))[0].to(sample.dtype)
     signal, noise = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
     if prediction == "v_prediction":
         clean: Tensor = signal * sample - noise * output
@@ -88,18 +89,29 @@ def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple
     if hasattr(scheduler, "precondition_outputs") or getattr(config, "invert_sigmas", False):
         return "", unknown
     if isinstance(table, Tensor) and kind != "flow_prediction":
-        ratios = _sigma(table.to("cpu", torch.float64), stamps, scheduler).tolist()
-        alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
-        return kind, [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
+        return kind, _pairs(table, tuple(stamps.tolist()), _is_continuous(scheduler))
     if not isinstance(sigmas, Tensor) or len(sigmas) < first + len(stamps):
         return "", unknown
     shares = sigmas[first : first + len(stamps)].double().cpu().tolist()
     return "flow", [(1 - share, share) for share in shares]
 
 
-def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _pairs(table: Tensor, stamps: tuple[float, ...], is_continuous: bool) -> list[tuple[float | None, float | None]]:
+    """Find the pairs (alpha, sigma) at these timesteps: the same in each run of a scheduler, which keeps its table."""
+    times = torch.tensor(stamps, dtype=torch.float64)
+    ratios = _sigma(table.to("cpu", torch.float64), times, is_continuous).tolist()
+    alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
+    return [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
+
+
+def _is_continuous(scheduler: Any) -> bool:
+    return getattr(scheduler.config, "timestep_type", "") == "continuous"
+
+
+def _sigma(table: Tensor, time: Tensor, is_continuous: bool) -> Tensor:
     """Interpolate noise over signal at timesteps, which may lie between two of those used in training."""
-    if getattr(scheduler.config, "timestep_type", "") == "continuous":
+    if is_continuous:
         return (4 * time).exp()
     time = time.clamp(0, len(table) - 1)
     shares = table[torch.stack((time.floor(), time.ceil())).long()]

@@ -44,7 +44,11 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of a run, per image, with and without the policies."""
+    """Cost of a run, per image, with and without the policies.
+
+        found = cachekit.estimate("flux", "forecast:interval=3", num_inference_steps=28)
+        print(found.mac_reduction, found.cache_bytes)
+    """
 
     #: MACs of Linear and convolution layers.
     macs: int

@@ -126,7 +126,12 @@ class Catalog:
 
 @functools.cache
 def installed() -> Catalog:
-    """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash."""
+    """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash.
+
+    It can be given to what takes a `catalog`, and knows each policy's class:
+
+        cachekit.installed().policies["tgate"].model_fields
+    """
     disabled = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
     points = entry_points(group=GROUP)
     catalog = build(points, disabled)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from cachekit.errors import CachekitError, PluginError
 from cachekit.interface.adapter import Adapter, Layout
 from cachekit.interface.sites import SiteMap
+
+_Answer = TypeVar("_Answer")
 
 
 class GuardedAdapter:
@@ -33,7 +35,7 @@ class GuardedAdapter:
         """Describe how guidance branches reach a denoiser."""
         return self._answer("layout", self._adapter.layout, denoiser, Layout)
 
-    def _answer(self, method: str, ask: Callable[[Any], Any], denoiser: Any, wanted: type) -> Any:
+    def _answer(self, method: str, ask: Callable[[Any], object], denoiser: Any, wanted: type[_Answer]) -> _Answer:
         named = f"{self._source} failed in {method} of its adapter {self.name!r} for {type(denoiser).__name__}"
         try:
             found = ask(denoiser)

@@ -70,6 +70,19 @@ def test_specs_are_checked_when_tests_are_collected():
         parametrize_with_checks("forecast")
 
 
+@pytest.mark.parametrize("spec", ["delta_dit", "forecast"])
+def test_what_a_model_refuses_is_skipped(spec):
+    (mark,) = [parametrize_with_checks([spec], models=["sd"], checks=["check_undo"])]
+    (param,) = mark.args[1]
+    assert param.id == f"check_undo-sd-{spec}"
+    (case,) = param.values
+    if spec == "delta_dit":
+        with pytest.raises(pytest.skip.Exception, match="refused: delta_dit: looked for a chain of blocks"):
+            case()
+    else:
+        case()
+
+
 def test_checks_have_an_invariant_and_a_cause():
     assert all(name.startswith("check_") and check.invariant.endswith(".") for name, check in CHECKS.items())
     assert all(check.cause for check in CHECKS.values())

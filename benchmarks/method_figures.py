@@ -10,6 +10,7 @@ import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
 
+from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, groups
 from cachekit.bench.tables import markdown
@@ -80,6 +81,25 @@ def _leads(group: Group) -> Iterator[tuple[str, str]]:
         for column, (low, high) in SPEEDUPS.items():
             if low <= row.speedup < high:
                 yield column, f"`{row.label}` ({row.psnr - plain.psnr:+.1f} dB)"
+
+
+def settings() -> str:
+    """Table of other settings of methods that are far behind by default, beside plain steps of as many MACs."""
+    psnr, match = FIGURES["psnr"], FIGURES["caption_match"]
+    rows = []
+    for group in groups(read(RESULTS / "settings.jsonl")[0]):
+        for row in sorted((row for row in group.rows if row.cell.specs), key=lambda row: row.mac_reduction):
+            plain = group.best_plain(row.plain_steps()["MACs"])
+            beside = "-" if plain is None else f"{plain.cell.steps}: {psnr.text(plain)} dB"
+            figures = [FIGURES["mac_reduction"].text(row), psnr.text(row), match.text(row), beside]
+            rows.append([f"{group.cell.model}, {group.cell.uncached_steps}", f"`{_short(row.label)}`", *figures])
+    names = [FIGURES["mac_reduction"].name, psnr.name, match.name, "plain steps of as many MACs"]
+    return markdown(["model, steps", "spec", *names], rows, left=2)
+
+
+def _short(label: str) -> str:
+    """Leave out where the file of a spec is."""
+    return re.sub(r",?file=[^,+]*", "", label)
 
 
 def caught() -> str:

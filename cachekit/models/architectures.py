@@ -16,6 +16,7 @@ from cachekit.models.inputs import INPUTS, Sample
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoisers_of
 from cachekit.upstream.schedulers import scheduler_of
+from cachekit.upstream.weights import kept_in_float32
 
 #: Default number of pixels per latent along each side, as in the autoencoders of Stable Diffusion.
 PIXELS_PER_LATENT = 8
@@ -92,7 +93,7 @@ class Architecture:
 
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls).from_config(self.config)
-        precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        precise = kept_in_float32(model)
         saved = model.state_dict(keep_vars=True)
         for name, tensor in saved.items():
             if tensor.is_floating_point() and precise.isdisjoint(name.split(".")):

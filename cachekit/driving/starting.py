@@ -38,6 +38,7 @@ from cachekit.upstream.guidance import (
     is_guided,
     perturbs_attention,
     put_processors_back,
+    replaces_processors,
     will_perturb_attention,
 )
 from cachekit.upstream.guiders import has_momentum
@@ -94,13 +95,11 @@ class RunStarter:
         if has_momentum(pipe):
             refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
-    def perturbed(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
+    def replaced(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
         """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
-        return {
-            name: attention_processors(denoiser.module)
-            for name, denoiser in self._setup.denoisers.items()
-            if will_perturb_attention(call.pipe, call.arguments, denoiser.module)
-        }
+        if not replaces_processors(call.pipe, call.arguments):
+            return {}
+        return {name: attention_processors(denoiser.module) for name, denoiser in self._setup.denoisers.items()}
 
     def put_back(self, processors: Mapping[str, Mapping[str, Any]]) -> None:
         """Undo what a pipeline did to its denoisers before a policy refused the run within the loop."""

@@ -22,9 +22,12 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/installed
 	$(BIN)/cachekit demo
 
-# Run the tests against the installed wheel, never against the source tree.
-test: $(VENV)/installed-test
+# Run the tests against the installed wheel, never against the source tree. torchao is for one of them alone: every
+# process that imports diffusers loads it where it is installed, for a second or two and with lines on stderr.
+test: $(VENV)/installed-test $(VENV)/torchao
 	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 CACHEKIT_TEST_INSTALLED=1 PYTHONPATH=$(VENV)/torchao \
+		$(BIN)/pytest tests/attaching/test_environments.py -k torchao
 
 # Run the tests in LOWEST_TESTS with the lowest versions that pyproject.toml allows.
 test-lowest: $(LOWEST)/installed
@@ -79,6 +82,10 @@ $(VENV)/installed-docs: $(VENV)/wheel
 
 $(VENV)/installed-test: $(VENV)/wheel
 	$(call install-wheel,$(VENV),constraints.txt,[test])
+
+$(VENV)/torchao: $(VENV)/created constraints.txt
+	rm -rf $@
+	$(BIN)/$(INSTALL) constraints.txt --quiet --no-deps --target $@ torchao
 
 # Each bound of pyproject.toml becomes a pin. Torch stays at the version of constraints.txt: every other is gigabytes.
 # Of the extra `test`, cache-dit is left out, which needs newer diffusers, and what these tests do not use.

@@ -31,6 +31,7 @@ from . import (
     messages,
     method_figures,
     methods,
+    new_projects,
     pictures,
     recipes,
     tuned,
@@ -86,6 +87,7 @@ def filled() -> dict[Path, str]:
         "method figures": method_figures.table(),
         "ahead": method_figures.ahead(),
         "caught": method_figures.caught(),
+        "settings": method_figures.settings(),
         "leads": leads(),
         "calibrations": calibrations.table(),
         "carried": carry_tables.uses(),
@@ -101,6 +103,7 @@ def filled() -> dict[Path, str]:
         "calibration times": calibrations.times(),
         "tuned": tuned.table(),
         "using": using.table(),
+        "new projects": new_projects.table(),
         **recipes.parts(),
     }
     documents = {

@@ -11,13 +11,12 @@ from typing import Any
 from cachekit.costs.estimate import Estimate, Estimator
 from cachekit.driving.setup import Setup
 from cachekit.interface.specs import Spec, parse_all
-from cachekit.models.architectures import architecture, architecture_of
+from cachekit.models.architectures import architecture, guided_by_default
 from cachekit.models.demo import DEMO_GUIDANCE, demo_steps, heldout_captions
 from cachekit.models.loading import class_of, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
-from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoisers_of
 from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.scales import SCALE
@@ -75,25 +74,14 @@ class Outline:
     @functools.cached_property
     def defaults(self) -> Defaults:
         """How the model is run unless something else is chosen."""
+        guided = guided_by_default(self._pipe if self.has_weights else self.model)
         if self.model in DEMOS:
-            return Defaults(
-                demo_steps(self.model), DEMO_GUIDANCE, guided=self._is_guided, prompt=heldout_captions(1)[0]
-            )
+            return Defaults(demo_steps(self.model), DEMO_GUIDANCE, guided, prompt=heldout_captions(1)[0])
         if not self.has_weights:
-            known = architecture(self.model)
-            return Defaults(known.steps, None, known.guided, prompt="")
+            return Defaults(architecture(self.model).steps, None, guided, prompt="")
         kind = class_of(self._pipe)
         steps = default_steps(kind) if kind else None
-        return Defaults(steps or _STEPS, _scale_of(kind), self._is_guided, prompt="a photograph of a lighthouse")
-
-    @property
-    def _is_guided(self) -> bool:
-        """Whether a published model of this architecture has guidance branches; others are taken to."""
-        denoiser = next(iter(self._denoisers.values()))
-        if takes_scale(denoiser):
-            return False
-        known = architecture_of(denoiser) if hasattr(denoiser, "config") else None
-        return known.guided if known else True
+        return Defaults(steps or _STEPS, _scale_of(kind), guided, prompt="a photograph of a lighthouse")
 
     def preview(self, specs: Spec | Sequence[Spec], steps: int, guided: bool) -> Preview:
         """Plan and estimate a run; raises a `CachekitError` as `apply` and `estimate` do."""

@@ -20,10 +20,10 @@ from cachekit.driving.starting import Fitting
 from cachekit.errors import AttachmentError
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import Spec, read_all
+from cachekit.models.architectures import guided_by_default
 from cachekit.planning.plan import Plan
 from cachekit.runs.limit import NO_LIMIT, Limit
 from cachekit.runs.report import Report
-from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import controlnets_of, with_inner
 from cachekit.upstream.prediction import planned_times
 
@@ -180,13 +180,14 @@ class Attachment:
 
         The pipeline's scheduler gives the number of iterations: with Heun, 6 steps are 11. Within a `using` block the
         plan is of its specs. `guided` is whether the run has guidance branches; by default it has, unless the guidance
-        scale is an input of the denoiser.
+        scale is an input of the denoiser, or the model was published without guidance.
         """
         known = list(self.driver.pipelines)
         iterations, times = planned_times(known[0] if len(known) == 1 else None, num_inference_steps)
         setup = self.driver.scopes.entered.regime.setup
         if guided is None:
-            guided = not any(takes_scale(denoiser.module) for denoiser in setup.denoisers.values())
+            models = known if len(known) == 1 else [denoiser.module for denoiser in setup.denoisers.values()]
+            guided = all(map(guided_by_default, models))
         return setup.plan_of(iterations, guided, times)
 
     def report(self) -> Report:

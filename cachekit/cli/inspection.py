@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from cachekit.interface.parts import Part
     from cachekit.interface.sites import SiteMap
-    from cachekit.planning.plan import Plan
     from cachekit.registry.catalog import Catalog
 
 
@@ -178,7 +177,7 @@ def _sites_data(found: SiteMap) -> dict[str, Any]:
 
 def plan(
     specs: Annotated[list[str], typer.Argument(help="Specs such as tgate:m=10.")],
-    steps: Annotated[int, typer.Option(min=1, help="Number of steps: iterations of the pipeline's loop.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the pipeline's call (num_inference_steps).")],
     model: Annotated[str, typer.Option(help=ANY_MODEL, parser=any_model, autocompletion=complete_any)] = "demo",
     unguided: Annotated[bool, typer.Option("--unguided", help="Plan a run without classifier-free guidance.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Also write the plan to this SVG file.")] = None,
@@ -187,29 +186,28 @@ def plan(
     """Print what each policy does in each step of a run; no weights are loaded."""
     from cachekit.applying import apply
     from cachekit.interface.specs import parse_all
-    from cachekit.models.loading import denoiser_from_config, is_guided
+    from cachekit.models.architectures import architecture, guided_by_default
+    from cachekit.models.loading import pipeline_from_config
+    from cachekit.models.names import is_architecture
     from cachekit.registry.catalog import installed
 
     check_writable(svg)
     with json_results(json_file) as give:
         policies = parse_all(specs, installed())
-        with apply(denoiser_from_config(model), policies) as attachment:
-            made = attachment.plan(steps, guided=False if unguided or not is_guided(model) else None)
-        say(made)
-        for spec in _idle(made):
-            warn(f"{spec} never acts in {steps} steps: nothing is reused")
+        named = is_architecture(model)
+        pipe = architecture(model).build() if named else pipeline_from_config(model)
+        guided = not unguided and guided_by_default(model if named else pipe)
+        with apply(pipe, policies) as attachment:
+            made = attachment.plan(steps, guided=guided)
+        if len(made.rows) != steps:
+            say(f"{model}: {steps} steps, {len(made.rows)} iterations")
+        say(made.table)
+        for warning in made.warnings:
+            warn(warning)
         if svg is not None:
             write(svg, made.picture())
         columns = [dict(zip(("spec", "target", "kind", "marks"), column)) for column in made.columns()]
         give({"model": model, "steps": steps, "branches": [list(row.branches) for row in made.rows], "plan": columns})
-
-
-def _idle(made: Plan) -> list[str]:
-    """List the specs whose cells are all known before the run, and none of which reuses anything."""
-    marks: dict[str, str] = defaultdict(str)
-    for spec, _, _, row in made.columns():
-        marks[spec] += row
-    return [spec for spec, found in marks.items() if not set(found) & {"r", "?"}]
 
 
 def _origin(catalog: Catalog, what: str, name: str) -> str:

@@ -18,7 +18,7 @@ from cachekit.driving.setup import Setup
 from cachekit.interface.adapter import Layout
 from cachekit.interface.moment import Action
 from cachekit.interface.specs import Spec, parse_all
-from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of
+from cachekit.models.architectures import PIXELS_PER_LATENT, architecture, architecture_of, guided_by_default
 from cachekit.models.loading import pipeline_from_config
 from cachekit.models.names import is_architecture
 from cachekit.planning.plan import Plan
@@ -26,7 +26,6 @@ from cachekit.planning.row import Row
 from cachekit.registry.catalog import Catalog, installed
 from cachekit.runs.record import CallRecord, Record
 from cachekit.tensors import tree_map
-from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.weights import dtype_of
@@ -44,9 +43,12 @@ class StepCost:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Cost of a run, per image, with and without the policies."""
+    """Cost of a run, per image, with and without the policies.
 
-    #: MACs of Linear and convolution layers.
+    found = cachekit.estimate("flux", "forecast:interval=3", num_inference_steps=28)
+    print(found.mac_reduction, found.cache_bytes)
+    """
+
     macs: int
     baseline_macs: int
     #: MACs of attention's products QK and AV, which `macs` leaves out.
@@ -113,7 +115,7 @@ def estimate(
     the number of iterations: with Heun, 6 steps are 11. Without a scheduler, it is the number of iterations.
     `height` and `width` are in pixels and default to the model's own size; a bare denoiser is taken to have an
     autoencoder with 8 pixels per latent. For denoisers of other classes, give the arguments of one forward over all
-    branches as `inputs`, in place of a size. `guided` is whether the run has two branches; by default a named model
+    branches as `inputs`, in place of a size. `guided` is whether the run has two branches; by default a published model
     runs as published, and all else is guided unless the guidance scale is an input of the denoiser.
 
     Actions that only a real run could decide are counted as computed. Raises a `CachekitError` for an unknown name, a
@@ -156,13 +158,14 @@ class Estimator:
     ) -> Estimator:
         """Prepare estimates of a model; the arguments are those of `estimate`, `size` is height and width."""
         catalog = catalog or installed()
-        if isinstance(model, str) and is_architecture(model):
+        is_named = isinstance(model, str) and is_architecture(model)
+        pipe = pipeline_from_config(model) if isinstance(model, str) and not is_named else model
+        guided = guided_by_default(pipe) if guided is None else guided
+        branches = 2 if guided else 1
+        if is_named:
             known = architecture(model)
-            guided = known.guided if guided is None else guided
-            return cls(known.build(), known.inputs(2 if guided else 1, *size), guided, catalog)
-        pipe = pipeline_from_config(model) if isinstance(model, str) else model
-        guided = not takes_scale(denoiser_of(pipe)) if guided is None else guided
-        return cls(*_prepare(pipe, (2 if guided else 1, *size), inputs), guided, catalog, pipe)
+            return cls(known.build(), known.inputs(branches, *size), guided, catalog)
+        return cls(*_prepare(pipe, (branches, *size), inputs), guided, catalog, pipe)
 
     def __call__(self, specs: Spec | Iterable[Spec], num_inference_steps: int) -> Estimate:
         """Estimate one run; raises a `CachekitError` as `estimate` does."""

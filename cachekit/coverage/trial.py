@@ -99,26 +99,38 @@ def _result(subject: Subject, spec: str) -> Result:
 
 def attempt(subject: Subject, spec: str) -> Result:
     """Try one spec: apply, run, remove, run, and do it again; figures that it lacks are measured first."""
+    try:
+        policies = parse_all(split_specs(spec), installed())
+    except CachekitError as error:
+        return _refused(subject, error)
+    try:
+        return _tried(subject, policies)
+    except CalibrationError as error:
+        return _measured(subject, policies) if any(map(_lacks_figures, policies)) else _refused(subject, error)
+    except CachekitError as error:
+        return _refused(subject, error)
+
+
+def _refused(subject: Subject, error: CachekitError) -> Result:
+    if subject.is_uncached(subject.run()):
+        return Result(REFUSED, str(error))
+    return Result(FAILS, f"refused, and the image changed: {error}")
+
+
+def _measured(subject: Subject, policies: Sequence[Policy]) -> Result:
+    """Try policies with figures that are measured on the pipeline, and left out of the result."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "figures.json")
-        found = _attempt(subject, spec, file)
+        try:
+            found = _tried(subject, [_with_figures(subject, policy, file) for policy in policies])
+        except CachekitError as error:
+            found = _refused(subject, error)
     return Result(found.state, found.note.replace(f",file={file}", ""))
 
 
-def _attempt(subject: Subject, spec: str, file: Path) -> Result:
-    try:
-        policies = parse_all(split_specs(spec), installed())
-        try:
-            cached, report = _cached(subject, policies)
-        except CalibrationError:
-            if not any(map(_lacks_figures, policies)):
-                raise
-            policies = tuple(_with_figures(subject, policy, file) for policy in policies)
-            cached, report = _cached(subject, policies)
-    except CachekitError as error:
-        if subject.is_uncached(subject.run()):
-            return Result(REFUSED, str(error))
-        return Result(FAILS, f"refused, and the image changed: {error}")
+def _tried(subject: Subject, policies: Sequence[Policy]) -> Result:
+    """Try policies; raises a `CachekitError` where they are refused."""
+    cached, report = _cached(subject, policies)
     if not subject.is_uncached(subject.run()):
         return Result(FAILS, "undone, the output is not what it was")
     loops = (*report.earlier, report)

@@ -178,7 +178,7 @@ class Driver:
             state.reports = ()
         outer = (state.run, state.call, state.pipeline, state.scope)
         state.run, state.call, state.pipeline, state.scope = None, None, pipeline, scope
-        processors = starter.perturbed(pipeline)
+        processors = starter.replaced(pipeline)
         try:
             yield
         except BaseException as error:

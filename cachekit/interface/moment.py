@@ -7,7 +7,7 @@ from math import inf, log
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from cachekit.interface.sites import Branches, Target
+from cachekit.interface.sites import Branches, Kind, Target
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,14 @@ class Moment(NamedTuple):
     branches: Branches = ()
     memory: dict[str, Any] = _EMPTY
     shared: dict[str, Any] = _EMPTY
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of the target; None without one.
+
+        A schedule that looks at this alone is asked once for all targets of a kind, when a plan is made.
+        """
+        return self.target.kind if self.target is not None else None
 
     @property
     def branch(self) -> str:

@@ -13,6 +13,10 @@ from torch import nn
 
 from cachekit.errors import CachekitError, nearest
 from cachekit.models.inputs import INPUTS, Sample
+from cachekit.upstream.guidance import takes_scale
+from cachekit.upstream.pipelines import denoisers_of
+from cachekit.upstream.schedulers import scheduler_of
+from cachekit.upstream.weights import kept_in_float32
 
 #: Default number of pixels per latent along each side, as in the autoencoders of Stable Diffusion.
 PIXELS_PER_LATENT = 8
@@ -89,7 +93,7 @@ class Architecture:
 
         with torch.device(device):
             model: nn.Module = getattr(diffusers, self.cls).from_config(self.config)
-        precise = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        precise = kept_in_float32(model)
         saved = model.state_dict(keep_vars=True)
         for name, tensor in saved.items():
             if tensor.is_floating_point() and precise.isdisjoint(name.split(".")):
@@ -152,6 +156,20 @@ def recognised(denoiser: nn.Module, scheduler: str = "") -> Architecture | None:
     return max(fitting, key=lambda one: (len(one.config), one.scheduler == scheduler, one.guided), default=None)
 
 
+def guided_by_default(model: Any) -> bool:
+    """Whether runs of a model have two guidance branches unless another scale is asked for.
+
+    `model` is the name of an architecture, or a pipeline, or a denoiser. An architecture runs as it was published, and
+    so does what is recognised as one. All else has branches, unless the guidance scale is an input of a denoiser.
+    """
+    if isinstance(model, str):
+        return architecture(model).guided
+    scheduler = type(scheduler_of(model)).__name__
+    denoisers = denoisers_of(model).values()
+    found = [recognised(denoiser, scheduler) for denoiser in denoisers]
+    return not any(map(takes_scale, denoisers)) and all(one is None or one.guided for one in found)
+
+
 def _plain(config: Any) -> dict[str, Any]:
     """Write tuples of a config as lists, as they are read from a file."""
     found: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
@@ -159,7 +177,7 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LATENT) -> Architecture:
-    """Describe a loaded denoiser by the published one of its class and by its own config.
+    """Describe a loaded denoiser by the published one that it is, else that of its class, and by its own config.
 
     Raises `CachekitError` for a class whose inputs aren't known.
     """
@@ -167,7 +185,7 @@ def architecture_of(denoiser: nn.Module, pixels_per_latent: int = PIXELS_PER_LAT
     if name not in _PUBLISHED:
         raise CachekitError(f"the inputs of {name} are not known: give inputs= with the arguments of one forward")
     published, width = _PUBLISHED[name]
-    known = architecture(published)
+    known = recognised(denoiser) or architecture(published)
     return replace(
         known,
         name=name,

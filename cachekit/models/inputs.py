@@ -56,7 +56,8 @@ def _unet(sample: Sample) -> dict[str, Any]:
 
 def _pixart(sample: Sample) -> dict[str, Any]:
     sizes = {"resolution": 2, "aspect_ratio": 1}
-    micro = sample.config.get("use_additional_conditions", sample.config["sample_size"] == 128)
+    own = sample.config.get("use_additional_conditions")
+    micro = sample.config["sample_size"] == 128 if own is None else own
     conditions = {name: torch.ones_like(sample.tensor(size)) if micro else None for name, size in sizes.items()}
     return {**_image(sample), "timestep": sample.filled(500).long(), "added_cond_kwargs": conditions}
 

@@ -38,13 +38,6 @@ def denoiser_from_config(model: str) -> nn.Module:
     return denoiser_of(pipeline_from_config(model))
 
 
-def is_guided(model: str) -> bool:
-    """Whether runs of a model by its name have two guidance branches; all but some architectures do by default."""
-    from cachekit.models.architectures import architecture
-
-    return architecture(model).guided if is_architecture(model) else True
-
-
 def pipeline_from_config(model: str) -> Any:
     """Make a stand-in for a pipeline whose components are built on the meta device when they are accessed.
 

@@ -11,7 +11,7 @@ from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import OPEN, Action, Moment, Time
 from cachekit.interface.parts import BranchChange
-from cachekit.interface.sites import Branches, Target
+from cachekit.interface.sites import Branches, Kind, Target
 from cachekit.planning.assignments import Assignment, origin
 from cachekit.planning.row import Cell, Row
 
@@ -54,8 +54,8 @@ class Composer:
         self.narrowed_by: int | None = None
         self._origin = [0] * len(assignments)
         self._schedules: dict[tuple[int, int], list[Cell]] = {}
-        #: Those of schedules that decide alike for all targets, by the choice that they belong to and the origin.
-        self._alike: dict[tuple[int, int], list[Cell]] = {}
+        #: Those of schedules that decide alike for all targets, or for all of a kind: by choice, origin, and the kind.
+        self._alike: dict[tuple[int, int, Kind | None], list[Cell]] = {}
         self._blocks = [index for index, bound in enumerate(assignments) if bound.is_block]
         self._guidance = [index for index, bound in enumerate(assignments) if bound.is_guidance]
         #: Decided again where the branches change, by the sample and the memory of those that run.
@@ -113,17 +113,18 @@ class Composer:
         return found
 
     def _scheduled(self, bound: Assignment, origin: int) -> list[Cell]:
-        """Ask a schedule for its cells, once for all targets where it looks at none."""
-        alike, looks = (id(bound.choice), origin), list[bool]()
-        if alike in self._alike:
-            return self._alike[alike]
+        """Ask a schedule for its cells, once for all targets that are the same to what it looks at."""
+        choice, kind, looks = id(bound.choice), bound.target.kind, set[str]()
+        for key in ((choice, origin, None), (choice, origin, kind)):
+            if key in self._alike:
+                return self._alike[key]
         moments = (
             Watched.of(looks, step, self.steps, origin, time_of(self.times, step), bound.target)
             for step in range(origin, self.steps)
         )
         cells = without_idle_stores([scheduled(bound, at) for at in moments], bound)
-        if not looks:
-            self._alike[alike] = cells
+        if "target" not in looks:
+            self._alike[choice, origin, kind if "kind" in looks else None] = cells
         return cells
 
     def _restart(self, index: int, step: int) -> None:
@@ -231,12 +232,12 @@ class Composer:
 
 
 class Watched(Moment):
-    """A moment that notes in `looks` whether its target is looked at."""
+    """A moment that notes in `looks` whether its target is looked at, or the target's kind alone."""
 
-    looks: list[bool]
+    looks: set[str]
 
     @classmethod
-    def of(cls, looks: list[bool], *values: Any) -> Watched:
+    def of(cls, looks: set[str], *values: Any) -> Watched:
         """Make a moment of these values."""
         made = cls(*values)
         made.looks = looks
@@ -248,8 +249,15 @@ class Watched(Moment):
     @property
     def target(self) -> Target | None:
         """The target, after it was noted that it matters."""
-        self.looks.append(True)
+        self.looks.add("target")
         return super().target
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind of the target, after it was noted that it matters."""
+        self.looks.add("kind")
+        target = super().target
+        return target.kind if target is not None else None
 
 
 def _is_indicator(bound: Assignment) -> bool:

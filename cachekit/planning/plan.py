@@ -139,7 +139,12 @@ class Plan:
         return f"<Plan: {len(self.rows)} steps, {specs}, {len(self.assignments)} targets>"
 
     def __str__(self) -> str:
-        """Print the table: a line for each distinct column, with a mark for each step; then the warnings."""
+        """Print the table, then the warnings."""
+        return "\n".join([self.table, *(f"warning: {warning}" for warning in self.warnings)])
+
+    @property
+    def table(self) -> str:
+        """The table as text: a line for each distinct column, with a mark for each step, and a legend."""
         steps = range(len(self.rows))
         lines = [
             ("step", "".join(str(step // 10 % 10) if step % 10 == 0 else " " for step in steps)),
@@ -148,8 +153,7 @@ class Plan:
         ]
         lines += self._labelled()
         width = max(len(label) for label, _ in lines)
-        warnings = (f"warning: {warning}" for warning in self.warnings)
-        return "\n".join([*(f"{label:{width}}  {marks}" for label, marks in lines), _LEGEND, *warnings])
+        return "\n".join([*(f"{label:{width}}  {marks}" for label, marks in lines), _LEGEND])
 
     def _labelled(self) -> Iterator[tuple[str, str]]:
         """Yield the label and the marks of each distinct column; targets are named where their number doesn't do."""

@@ -73,15 +73,16 @@ def duties_of(assignments: Sequence[Assignment], denoiser: Denoiser) -> Duties:
 
 def _modules_of(denoiser: Denoiser, bound: Assignment) -> dict[str, nn.Module]:
     """Find the modules of a target by name; raises `PolicyError` for one that its place alone has named."""
-    found = {name: find_module(denoiser.module, name) for name in _names_of(bound.target)}
-    missing = [name for name, module in found.items() if module is None]
-    if missing and missing[0] not in _named_by_adapter(denoiser.sites):
-        where = bound.choice.where
-        raise PolicyError(
-            f"{bound.policy}{source_of(bound.policy)}: find of {where} chose {missing[0]!r}, a module that"
-            f" {type(denoiser.module).__name__} doesn't have; choose among the sites that it is given"
-        )
-    return {name: module_of(denoiser, name) for name in found}
+    found = {}
+    for name in _names_of(bound.target):
+        module = find_module(denoiser.module, name)
+        if module is None and name not in _named_by_adapter(denoiser.sites):
+            raise PolicyError(
+                f"{bound.policy}{source_of(bound.policy)}: find of {bound.choice.where} chose {name!r}, a module that"
+                f" {type(denoiser.module).__name__} doesn't have; choose among the sites that it is given"
+            )
+        found[name] = module_of(denoiser, name) if module is None else module
+    return found
 
 
 def _names_of(target: Target) -> list[str]:

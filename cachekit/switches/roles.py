@@ -197,7 +197,7 @@ class Member(AssignedRole):
         return tree_map(Placeholder(len(call.branches), recorded.branches), recorded.tree)
 
     def _recorded(self, call: Call) -> Recorded:
-        found = call.keeper.shapes[call.slot(self.index), self.name]
+        found: dict[str, Recorded] = call.keeper.shapes[call.slot(self.index), self.name]
         return found.get(call.branch) or next(iter(found.values()))
 
     def needs(self, call: Call) -> Order:

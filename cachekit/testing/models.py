@@ -115,14 +115,15 @@ def forget() -> None:
 
 
 @functools.cache
-def _never_attached(name: str) -> Any:
+def never_attached(name: str) -> Any:
+    """Build a model's pipeline again, once, for what nothing may be applied to."""
     return MODELS[name].make()
 
 
 @functools.cache
 def uncached(name: str, call: Call) -> torch.Tensor:
     """Draw with a pipeline of the same weights that nothing was ever applied to."""
-    pipe = _never_attached(name)
+    pipe = never_attached(name)
     return drawn(pipe, call.arguments(MODELS[name], pipe))
 
 

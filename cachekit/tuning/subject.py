@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.presets import Evidence, Preset, shipped
-from cachekit.models.architectures import Architecture, architecture, recognised
+from cachekit.models.architectures import Architecture, architecture, guided_by_default, recognised
 from cachekit.models.demo import demo_steps
 from cachekit.models.loading import class_of, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, canonical, is_architecture
@@ -61,7 +61,7 @@ class Subject:
         known = named or recognised(denoiser, type(own).__name__)
         scheduler = known.published_scheduler if own is None and known else own
         adapter = installed().adapter_for(denoiser)
-        guided = not takes_scale(denoiser) and (known is None or known.guided)
+        guided = guided_by_default(source)
         # Importing a pipeline's class takes seconds.
         kind = functools.cache(lambda: class_of(source, known.pipeline if known else ""))
         apart = guided and (bool(adapter.layout(denoiser).calls) or _names_branches(kind()))

@@ -24,9 +24,20 @@ def width_of(layer: nn.Linear) -> int:
     return layer.in_features
 
 
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """List the parts of weights' names by which a class of diffusers keeps them in float32, whatever the others are."""
+    return set(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """Find the dtype of a model's samples: that of its first weight which isn't stored as integers."""
-    return next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    """Find the dtype of a model's samples: that of its first weight.
+
+    Weights that are stored as integers, or that the class keeps in float32 whatever the others are, don't count.
+    """
+    precise = kept_in_float32(model)
+    named = [(name, weight) for name, weight in model.named_parameters() if weight.is_floating_point()]
+    usual = (weight.dtype for name, weight in named if precise.isdisjoint(name.split(".")))
+    return next(usual, named[0][1].dtype)
 
 
 def without_values(weight: Tensor, dtype: torch.dtype | None) -> Tensor:

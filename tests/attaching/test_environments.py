@@ -65,7 +65,7 @@ def check_digests(denoiser: Any, other: Any) -> None:
 
 
 def test_int8_weights_of_torchao(tmp_path: Path) -> None:
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="`make test` runs this by itself, with torchao")
     pipe, other = tiny.pixart(), tiny.pixart()
     pipe.transformer.save_pretrained(tmp_path)
     config = TorchAoConfig(quantization.Int8WeightOnlyConfig())
@@ -95,7 +95,7 @@ def written(model: Any, path: Path) -> None:
 
 
 def test_weights_of_a_gguf_file(tmp_path: Path) -> None:
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="no gguf, which the extra `test` installs")
     pipe, other = tiny.flux(), tiny.flux()
     pipe.transformer.save_config(tmp_path)
     written(pipe.transformer, tmp_path / "flux.gguf")

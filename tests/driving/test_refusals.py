@@ -133,15 +133,16 @@ def test_a_run_that_was_refused_leaves_the_last_report() -> None:
         assert attachment.report() is not report
 
 
+@pytest.mark.parametrize("given", [{}, {"guidance": 1.0}])
 @pytest.mark.parametrize("make", [perturbed, perturbed_transformer])
-def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any) -> None:
+def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any, given: dict[str, Any]) -> None:
     """Whether a calibration serves a run is known once the loop has begun, with the pipeline's processors in place."""
     pipe = make()
     denoiser = denoiser_of(pipe)
     processors = {name: id(one) for name, one in denoiser.attn_processors.items()}
     with cachekit.apply(pipe, "calibrated:interval=2"):
-        with pytest.raises(CalibrationError, match="no calibration ships") as refused:
-            tiny.latents(pipe, pag_scale=3.0)
+        with pytest.raises(CalibrationError, match="no calibration ships|no guidance") as refused:
+            tiny.latents(pipe, pag_scale=3.0, **given)
         assert len(str(refused.value).splitlines()) == 1
         assert {name: id(one) for name, one in denoiser.attn_processors.items()} == processors
 

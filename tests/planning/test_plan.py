@@ -11,7 +11,20 @@ from typing import ClassVar
 import pytest
 from support.scripted import TOY, Script, Scripted
 
-from cachekit import After, Chebyshev, Choice, Drop, Every, Guidance, Linear, Moment, Policy, Reuse
+from cachekit import (
+    After,
+    Chebyshev,
+    Choice,
+    Drop,
+    Every,
+    Guidance,
+    Linear,
+    Moment,
+    Policy,
+    Reuse,
+    Schedule,
+    Sites,
+)
 from cachekit.driving.setup import bind
 from cachekit.errors import ConflictError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
@@ -19,7 +32,7 @@ from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.parts import BranchChange
 from cachekit.interface.sites import Kind, Region, Site, SiteMap
 from cachekit.interface.specs import parse_all
-from cachekit.planning.assignments import assign
+from cachekit.planning.assignments import Assignment, assign
 from cachekit.planning.plan import make_plan
 from cachekit.registry.catalog import installed
 
@@ -346,6 +359,31 @@ def test_a_policy_without_a_target_is_refused(spec, sites, message):
 
 
 # -- what a plan shows -----------------------------------------------------------------------------------------
+
+
+class Asked(Schedule):
+    """Full in even steps, at feed-forward layers in odd ones if `reads` is how it looks at them."""
+
+    name: ClassVar[str] = "asked"
+    reads: str
+    asked: ClassVar[list[int]] = []
+
+    def full(self, at: Moment) -> bool:
+        self.asked.append(at.step)
+        seen = getattr(at, self.reads) if self.reads else None
+        return at.step % 2 == (getattr(seen, "kind", seen) is Kind.FEED_FORWARD)
+
+
+@pytest.mark.parametrize(("reads", "times"), [("", 1), ("kind", 2), ("target", 4)])
+def test_a_schedule_is_asked_once_for_all_targets_that_it_cannot_tell_apart(reads, times, monkeypatch):
+    monkeypatch.setattr(Asked, "asked", [])
+    choice = Choice(Sites(kinds=("self_attention", "feed_forward")), Asked(reads=reads), Reuse())
+    kinds = [Kind.SELF_ATTENTION, Kind.FEED_FORWARD] * 2
+    targets = [Site(f"layer {place}", kind) for place, kind in enumerate(kinds)]
+    plan = make_plan(tuple(Assignment(Scripted(script="."), choice, target) for target in targets), 6, Layout())
+    assert sorted(Asked.asked) == sorted([*range(6)] * times)
+    marks = [column[-1] for column in plan.columns()]
+    assert marks == ["SrSrSr", "rSrSr." if reads else "SrSrSr"] * 2
 
 
 def test_a_plan_prints_one_character_a_step():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.polynomial.chebyshev import chebvander
 from support import replays, tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Moment
@@ -32,6 +33,7 @@ def series(degree: int, ridge: float, mix: float) -> replays.Series:
     return value
 
 
+@compared("spectrum", "a replay", "name", "within 0.001")
 @pytest.mark.parametrize(
     ("name", "spec", "full", "degree", "ridge", "mix"),
     [
@@ -61,6 +63,7 @@ def published(steps: int, window: float, growth: float, warm_up: int) -> list[in
     return full
 
 
+@compared("spectrum", "the counters of the published code: full steps", [], "the same steps")
 @pytest.mark.parametrize("warm_up", [1, 5])
 @pytest.mark.parametrize(("window", "growth"), [(2, 0.75), (2, 3), (1, 0.1), (3.5, 0), (1.7, 0.3), (2, 0.7)])
 def test_the_schedule_has_the_steps_of_the_published_code(window: float, growth: float, warm_up: int) -> None:

@@ -18,11 +18,12 @@ from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, simi
 from cachekit.bench.peers import Peer
 from cachekit.bench.quality import Metric, load_metrics
 from cachekit.bench.results import Result, Sample
-from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, table_of
+from cachekit.bench.spacing import computed_steps, scheduler_with, table_of
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
 from cachekit.registry.notices import silent_log
+from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.versions import versions
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Workbench:
         runner = ImageRunner(pipe, lambda prompt: {**arguments(prompt), **table})
 
         def run(caption: str, seed: int) -> RunResult:
-            with call_with(pipe, scheduler):
+            with with_scheduler(pipe, scheduler):
                 return runner.run(Configuration(cell.steps), caption, seed)
 
         counted = self._counted(run)

@@ -53,6 +53,7 @@ SETTINGS = (
     " --spec spectrum:mix=0|0.5|1 --spec spectrum:growth=0,mix=0.5|1"
     " --spec cache:where=denoiser,when=growing(growth=0),what=spectral"
 )
+FITS = " --spec spectrum:ridge=0.001|1,mix=1 --spec spectrum:degree=1|2,mix=1"
 MAGNITUDES = "".join(
     f" --spec magcache:threshold={threshold},file=benchmarks/results/magcache-demo-dit.json"
     for threshold in (0.24, 0.4)
@@ -60,7 +61,7 @@ MAGNITUDES = "".join(
 GRIDS = {
     "settings": [
         f"demo {SETTINGS} --steps 25 --scheduler EulerDiscreteScheduler",
-        f"demo-dit {SETTINGS} --steps 25 --scheduler EulerDiscreteScheduler{MAGNITUDES}",
+        f"demo-dit {SETTINGS} --steps 25 --scheduler EulerDiscreteScheduler{FITS}{MAGNITUDES}",
         f"demo-flow {SETTINGS} --steps 25 --scheduler FlowMatchEulerDiscreteScheduler",
         f"demo-dit {SETTINGS} --steps 50 --scheduler EulerDiscreteScheduler",
     ],

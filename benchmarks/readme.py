@@ -88,6 +88,7 @@ def filled() -> dict[Path, str]:
         "ahead": method_figures.ahead(),
         "caught": method_figures.caught(),
         "settings": method_figures.settings(),
+        "magnitudes": method_figures.magnitudes(),
         "leads": leads(),
         "calibrations": calibrations.table(),
         "carried": carry_tables.uses(),

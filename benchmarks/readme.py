@@ -35,6 +35,7 @@ from . import (
     recipes,
     tuned,
     using,
+    waiting,
 )
 from .frontier import SHORT
 from .ship import GRIDS, RESULTS
@@ -93,6 +94,7 @@ def filled() -> dict[Path, str]:
         "batches": carry_tables.batches(),
         "gpu": gpu_tables.table(),
         "gates": gate_tables(),
+        "rules": choosing.rules(),
         "levels": choosing.levels(),
         "levels read": choosing.leads(),
         "presets": choosing.presets(),
@@ -101,6 +103,8 @@ def filled() -> dict[Path, str]:
         "calibration times": calibrations.times(),
         "tuned": tuned.table(),
         "using": using.table(),
+        "first image": waiting.first_image(),
+        "batch speed": waiting.batches(),
         **recipes.parts(),
     }
     documents = {

@@ -86,14 +86,14 @@ def app(rounds: int, fresh: bool) -> dict[str, Any]:
 
 def _installed(folder: Path) -> tuple[str, dict[str, float]]:
     """Clone and install the repository; the interpreter, and the seconds that both took."""
-    clone, python = folder / "cachekit", folder / "venv" / "bin" / "python"
+    clone, python = folder / "cachekit", str(folder / "venv" / "bin" / "python")
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
     begun = time.perf_counter()
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     cloned = time.perf_counter()
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    subprocess.run([*pip, "-c", clone / "constraints.txt", f"{clone}[app]"], check=True)
-    return str(python), {"clone": cloned - begun, "install": time.perf_counter() - cloned}
+    subprocess.run([*pip, "-c", str(clone / "constraints.txt"), f"{clone}[app]"], check=True)
+    return python, {"clone": cloned - begun, "install": time.perf_counter() - cloned}
 
 
 def _first_image(python: str, folder: Path) -> dict[str, float]:

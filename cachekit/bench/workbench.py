@@ -29,17 +29,24 @@ from cachekit.upstream.versions import versions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Contender", "Workbench", "environment", "measure"]
+__all__ = ["Contender", "Ran", "Workbench", "environment", "measure", "no_news"]
 
 #: Generates the image of a caption with a seed.
 Run = Callable[[str, int], RunResult]
+#: Called after each image that a workbench generates.
+Ran = Callable[[], None]
 
 _PICTURE_SIDE = 256
 
 
-def measure(setting: Setting, cell: Cell) -> Result:
-    """Measure a cell in this process, which keeps the pipeline for the next one."""
+def no_news() -> None:
+    """Do nothing after an image."""
+
+
+def measure(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result:
+    """Measure a cell in this process, which keeps the pipeline for the next one; `ran` is called after each image."""
     bench = _workbench(setting)
+    bench.ran = ran
     (result,) = bench.measure([bench.prepare(cell)])
     return result
 
@@ -67,9 +74,7 @@ class Contender:
 class Workbench:
     """Measures cells on one loaded pipeline."""
 
-    def __init__(
-        self, setting: Setting, subject: Subject | None = None, ran: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, setting: Setting, subject: Subject | None = None, ran: Ran = no_news) -> None:
         """Load what the setting names, where no `subject` is given; `ran` is called after each run."""
         import torch
 
@@ -77,7 +82,7 @@ class Workbench:
             torch.set_num_threads(setting.threads)
         self._setting = setting
         self._subject = subject or load(setting)
-        self._ran = ran
+        self.ran = ran
         self._runners: dict[str, ImageRunner] = {}
 
     @cached_property
@@ -180,7 +185,7 @@ class Workbench:
 
         def counted(caption: str, seed: int) -> RunResult:
             result = run(caption, seed)
-            self._ran()
+            self.ran()
             return result
 
         return counted

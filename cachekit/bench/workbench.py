@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import apply
 from cachekit.bench.caches import Cache
+from cachekit.bench.captions import check_scenes
 from cachekit.bench.cells import FULL_STEPS, Cell, Method, Setting
 from cachekit.bench.frechet import rendered
 from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, similarity
@@ -75,13 +76,18 @@ class Workbench:
     """Measures cells on one loaded pipeline."""
 
     def __init__(self, setting: Setting, subject: Subject | None = None, ran: Ran = no_news) -> None:
-        """Load what the setting names, where no `subject` is given; `ran` is called after each run."""
+        """Load what the setting names, where no `subject` is given; `ran` is called after each run.
+
+        Raises `BenchError` for a caption that images of an embedded model can't be checked against.
+        """
         import torch
 
         if setting.threads:
             torch.set_num_threads(setting.threads)
         self._setting = setting
         self._subject = subject or load(setting)
+        if self._subject.draws_scenes:
+            check_scenes(setting.captions)
         self.ran = ran
         self._runners: dict[str, ImageRunner] = {}
 

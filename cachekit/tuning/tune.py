@@ -17,7 +17,7 @@ from cachekit.interface.specs import parse
 from cachekit.models.names import DEMOS, canonical
 from cachekit.registry.catalog import installed
 from cachekit.tuning.candidates import Candidate, Space
-from cachekit.tuning.captions import Lots, lots_of
+from cachekit.tuning.captions import Lots, check_lengths, lots_of
 from cachekit.tuning.measuring import Measurer
 from cachekit.tuning.search import Budget, Progress, Search
 from cachekit.tuning.study import Journal, Measured
@@ -117,6 +117,8 @@ def tune(
         )
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
+    if not isinstance(captions, int):
+        check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:
         raise TuningError(
             f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"

@@ -9,20 +9,27 @@ import re
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
+from cachekit import Calibration, Moment, Policy
 from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, groups
 from cachekit.bench.tables import markdown
 from cachekit.cli.samples import sample
+from cachekit.registry.catalog import installed
 
 from . import compared, frontier
 from .compared import TESTS
 from .methods import methods
-from .ship import GRIDS, RESULTS
+from .ship import GRIDS, MEASURED, RESULTS
 
 #: Wall speedups in the middle of the columns, and the bounds of each.
 SPEEDUPS = {"about 2x": (1.75, 2.5), "about 3x": (2.5, 3.5), "about 4x": (3.5, 4.5)}
+
+
+#: Thresholds of magcache: its default, and greater ones.
+THRESHOLDS = (0.06, 0.12, 0.24, 0.4)
 
 
 def table() -> str:
@@ -95,6 +102,25 @@ def settings() -> str:
             rows.append([f"{group.cell.model}, {group.cell.uncached_steps}", f"`{_short(row.label)}`", *figures])
     names = [FIGURES["mac_reduction"].name, psnr.name, match.name, "plain steps of as many MACs"]
     return markdown(["model, steps", "spec", *names], rows, left=2)
+
+
+def magnitudes() -> str:
+    """Table of how far magcache's measured ratios are from 1, and of the steps that are full at its thresholds."""
+    made: Any = installed().policies["magcache"]
+    rows = []
+    for model in (name for name, specs in MEASURED.items() if "magcache" in specs):
+        file = RESULTS / f"magcache-{model}.json"
+        figures = Calibration.load(file).figures
+        steps, default = len(figures), made(file=str(file))
+        changes = [abs(1 - step["ratio"]) for step in figures[int(default.retained * steps + 0.5) :]]
+        full = [f"{sum(_full(made(file=str(file), threshold=most), steps))} of {steps}" for most in THRESHOLDS]
+        rows.append([model, f"{min(changes):.3f} to {max(changes):.3f}", *full])
+    return markdown(["model", "change per step", *(f"full at {most:g}" for most in THRESHOLDS)], rows)
+
+
+def _full(policy: Policy, steps: int) -> Iterator[bool]:
+    (choice,) = policy.chosen().values()
+    return (choice.when.full(Moment(step, steps)) for step in range(steps))
 
 
 def _short(label: str) -> str:

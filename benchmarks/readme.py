@@ -36,6 +36,7 @@ from . import (
     recipes,
     tuned,
     using,
+    waiting,
 )
 from .frontier import SHORT
 from .ship import GRIDS, RESULTS
@@ -88,6 +89,7 @@ def filled() -> dict[Path, str]:
         "ahead": method_figures.ahead(),
         "caught": method_figures.caught(),
         "settings": method_figures.settings(),
+        "magnitudes": method_figures.magnitudes(),
         "leads": leads(),
         "calibrations": calibrations.table(),
         "carried": carry_tables.uses(),
@@ -95,6 +97,7 @@ def filled() -> dict[Path, str]:
         "batches": carry_tables.batches(),
         "gpu": gpu_tables.table(),
         "gates": gate_tables(),
+        "rules": choosing.rules(),
         "levels": choosing.levels(),
         "levels read": choosing.leads(),
         "presets": choosing.presets(),
@@ -105,6 +108,8 @@ def filled() -> dict[Path, str]:
         "tuned": tuned.table(),
         "using": using.table(),
         "new projects": new_projects.table(),
+        "first image": waiting.first_image(),
+        "batch speed": waiting.batches(),
         **recipes.parts(),
     }
     documents = {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 
 import cachekit

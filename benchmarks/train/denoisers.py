@@ -273,7 +273,7 @@ class Training:
         """Make a copy of the model with the averaged weights, on the CPU."""
         import copy
 
-        made = copy.deepcopy(self.model).cpu().eval()
+        made: nn.Module = copy.deepcopy(self.model).cpu().eval()
         self._copy(self.average, [one for one in made.parameters() if one.requires_grad])
         return made
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from cachekit.bench.cells import Cell, Setting
 from cachekit.bench.results import Result
-from cachekit.bench.workbench import measure
+from cachekit.bench.workbench import Ran, measure, no_news
 from cachekit.workers import FAILURES, Crew, Lost
 
 __all__ = ["Outcome", "outcomes"]
@@ -16,16 +16,20 @@ __all__ = ["Outcome", "outcomes"]
 Outcome = tuple[Cell, "Result | str"]
 
 
-def outcomes(crew: Crew, setting: Setting, cells: Sequence[Cell]) -> Iterator[Outcome]:
-    """Measure cells with a crew; yield each as soon as it is done."""
-    for cell, found in crew.share_out(_Measuring(setting), cells):
+def outcomes(crew: Crew, setting: Setting, cells: Sequence[Cell], ran: Ran = no_news) -> Iterator[Outcome]:
+    """Measure cells with a crew; yield each as soon as it is done.
+
+    `ran` is called after each image, where cells are measured in this process.
+    """
+    work = _Measuring(setting, ran if crew.name == "serial" else no_news)
+    for cell, found in crew.share_out(work, cells):
         yield cell, f"{cell.label}: {found.reason}" if isinstance(found, Lost) else found
 
 
-def attempt(setting: Setting, cell: Cell) -> Result | str:
+def attempt(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result | str:
     """Measure a cell; return its result, or one line with the reason of its failure."""
     try:
-        return measure(setting, cell)
+        return measure(setting, cell, ran)
     except FAILURES as error:
         lines = str(error).strip().splitlines() or [""]
         return f"{cell.label}: {type(error).__name__}: {lines[0]}"
@@ -36,6 +40,7 @@ class _Measuring:
     """The measuring of cells with one setting; the pipeline is loaded with the first cell of a worker."""
 
     setting: Setting
+    ran: Ran
 
     @property
     def threads(self) -> int | None:
@@ -46,4 +51,4 @@ class _Measuring:
         return self.setting.device
 
     def do(self, cell: Cell) -> Result | str:
-        return attempt(self.setting, cell)
+        return attempt(self.setting, cell, self.ran)

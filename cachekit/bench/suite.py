@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Suite", "fitting", "measure_suite", "shared_fields"]
 
-#: Called after each cell with the number of cells done, of all cells known by then, and the reason of a failure.
+#: Called with the number of images drawn, of all that are known by then, and the reason of a failure.
 Progress = Callable[[int, int, "str | None"], None]
 
 
@@ -130,29 +130,51 @@ def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[st
     chosen = {cell.id for cell in cells}
     with Crew(suite.executor, suite.workers) as crew:
         run = partial(_run, crew, suite.setting, results)
-        failures = [*run(cells, progress, 0)]
+        failures = [*run(cells, _Images(progress, suite.setting, len(cells)))]
         measured = [result for result in results.all if result.id in chosen]
         pipeline = class_of_pipeline(suite.setting.model)
         baselines = [cell for group in groups(measured) for cell in group.baselines()]
         reasons = {cell: absent(cell, pipeline) for cell in baselines}
+        present = [cell for cell in baselines if not reasons[cell]]
+        images = _Images(progress, suite.setting, len(cells) + len(present), len(cells))
         for reason in dict.fromkeys(reasons[cell] for cell in baselines if not absent(cell)):
-            progress(len(cells), len(cells), reason and f"plain steps: {reason}")
-        return [*failures, *run([cell for cell in baselines if not reasons[cell]], progress, len(cells))]
+            images.show(reason and f"plain steps: {reason}")
+        return [*failures, *run(present, images)]
 
 
-def _run(
-    crew: Crew, setting: Setting, results: Results, cells: Sequence[Cell], progress: Progress, before: int
-) -> Iterator[str]:
+class _Images:
+    """Progress in images: a cell's are its own, and as many uncached ones beside them."""
+
+    def __init__(self, progress: Progress, setting: Setting, cells: int, done: int = 0) -> None:
+        """Begin where `done` of all `cells` are done."""
+        self._progress = progress
+        self._each = 2 * len(setting.captions)
+        self._cells, self._done, self._drawn = cells, done, 0
+
+    def show(self, warning: str | None = None) -> None:
+        """Show how many of all images are drawn."""
+        self._progress(self._done * self._each + self._drawn, self._cells * self._each, warning)
+
+    def ran(self) -> None:
+        """Count an image of a cell under way; those that only warm up are more than it has."""
+        self._drawn = min(self._drawn + 1, self._each)
+        self.show()
+
+    def did(self, cells: int = 1, warning: str | None = None) -> None:
+        """Count cells that are done."""
+        self._done, self._drawn = self._done + cells, 0
+        self.show(warning)
+
+
+def _run(crew: Crew, setting: Setting, results: Results, cells: Sequence[Cell], images: _Images) -> Iterator[str]:
     missing = [cell for cell in cells if cell not in results]
-    done, total = before + len(cells) - len(missing), before + len(cells)
-    progress(done, total, None)
+    images.did(len(cells) - len(missing))
     if not missing:
         return
-    for _, outcome in outcomes(crew, setting, missing):
-        done += 1
+    for _, outcome in outcomes(crew, setting, missing, images.ran):
         failure = None if isinstance(outcome, Result) else outcome
         if isinstance(outcome, Result):
             results.add([outcome])
-        progress(done, total, failure)
+        images.did(warning=failure)
         if failure:
             yield failure

@@ -19,27 +19,35 @@ from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, simi
 from cachekit.bench.peers import Peer
 from cachekit.bench.quality import Metric, load_metrics
 from cachekit.bench.results import Result, Sample
-from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, table_of
+from cachekit.bench.spacing import computed_steps, scheduler_with, table_of
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
 from cachekit.registry.notices import silent_log
+from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.versions import versions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Contender", "Workbench", "environment", "measure"]
+__all__ = ["Contender", "Ran", "Workbench", "environment", "measure", "no_news"]
 
 #: Generates the image of a caption with a seed.
 Run = Callable[[str, int], RunResult]
+#: Called after each image that a workbench generates.
+Ran = Callable[[], None]
 
 _PICTURE_SIDE = 256
 
 
-def measure(setting: Setting, cell: Cell) -> Result:
-    """Measure a cell in this process, which keeps the pipeline for the next one."""
+def no_news() -> None:
+    """Do nothing after an image."""
+
+
+def measure(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result:
+    """Measure a cell in this process, which keeps the pipeline for the next one; `ran` is called after each image."""
     bench = _workbench(setting)
+    bench.ran = ran
     (result,) = bench.measure([bench.prepare(cell)])
     return result
 
@@ -67,9 +75,7 @@ class Contender:
 class Workbench:
     """Measures cells on one loaded pipeline."""
 
-    def __init__(
-        self, setting: Setting, subject: Subject | None = None, ran: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, setting: Setting, subject: Subject | None = None, ran: Ran = no_news) -> None:
         """Load what the setting names, where no `subject` is given; `ran` is called after each run.
 
         Raises `BenchError` for a caption that images of an embedded model can't be checked against.
@@ -82,7 +88,7 @@ class Workbench:
         self._subject = subject or load(setting)
         if self._subject.draws_scenes:
             check_scenes(setting.captions)
-        self._ran = ran
+        self.ran = ran
         self._runners: dict[str, ImageRunner] = {}
 
     @cached_property
@@ -167,7 +173,7 @@ class Workbench:
         runner = ImageRunner(pipe, lambda prompt: {**arguments(prompt), **table})
 
         def run(caption: str, seed: int) -> RunResult:
-            with call_with(pipe, scheduler):
+            with with_scheduler(pipe, scheduler):
                 return runner.run(Configuration(cell.steps), caption, seed)
 
         counted = self._counted(run)
@@ -185,7 +191,7 @@ class Workbench:
 
         def counted(caption: str, seed: int) -> RunResult:
             result = run(caption, seed)
-            self._ran()
+            self.ran()
             return result
 
         return counted

@@ -154,7 +154,7 @@ def _suite(model: str, settings: GridSettings) -> Suite:
 def _measure(suite: Suite, results: Results) -> list[str]:
     from cachekit.bench.suite import measure_suite
 
-    with progress_bar(suite.setting.model) as show:
+    with progress_bar(f"{suite.setting.model}, images") as show:
         return measure_suite(
             suite, results, lambda done, total, failure: show(done, total, failure and f"not measured: {failure}")
         )

@@ -32,6 +32,7 @@ from cachekit.runs.state import PipelineCall
 from cachekit.runs.voting import vote_of
 from cachekit.tensors import tensors
 from cachekit.upstream.arguments import PAIR
+from cachekit.upstream.calling import OUTPUT
 from cachekit.upstream.guidance import (
     attention_processors,
     has_true_guidance,
@@ -243,5 +244,5 @@ def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | N
 
 
 def _outside(pipeline: PipelineCall | None) -> tuple[Any, ...]:
-    """Say what the time of a run depends on outside of its denoiser: the pipeline, and what it makes of the latents."""
-    return (type(pipeline.pipe), pipeline.arguments.get("output_type")) if pipeline else ()
+    """Find what the time of a run depends on beside its denoiser: the pipeline, and what it makes of latents."""
+    return (type(pipeline.pipe), pipeline.arguments.get(OUTPUT)) if pipeline else ()

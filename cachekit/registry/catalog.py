@@ -29,6 +29,7 @@ DISABLE = "CACHEKIT_DISABLE"
 BUILT_IN = "parts"
 #: The distributions whose names no plugin can take.
 _OWN = ("cachekit", "cachekit-diffusion")
+_UNKNOWN = "an unknown distribution"
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,11 @@ class Catalog:
 
     def _guarded(self, adapter: Adapter) -> GuardedAdapter:
         plugin = self.owners.get(f"adapter {adapter.name!r}", adapter.name)
-        return GuardedAdapter(adapter, self._named(plugin), _remedy(plugin))
-
-    def _named(self, plugin: str) -> str:
-        return f"plugin {plugin!r} of {self.plugins.get(plugin, 'an unknown distribution')}"
+        return GuardedAdapter(adapter, plugin, self.plugins.get(plugin, _UNKNOWN), _remedy(plugin))
 
     def _failed(self, plugin: str, hook: str, error: Exception) -> str:
-        return f"{self._named(plugin)} failed in {hook}: {_one_line(error)} {_remedy(plugin)}"
+        source = self.plugins.get(plugin, _UNKNOWN)
+        return f"plugin {plugin!r} of {source} failed in {hook}: {_one_line(error)} {_remedy(plugin)}"
 
     def _calls(self, hook: str) -> Iterator[tuple[str, Callable[..., list[Any]]]]:
         """Yield each plugin with this hook, sorted by name, and a caller of it alone: an error then has one origin."""
@@ -322,4 +321,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unknown distribution"
+    return point.dist.name if point.dist is not None else _UNKNOWN

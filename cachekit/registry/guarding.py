@@ -15,13 +15,13 @@ _Answer = TypeVar("_Answer")
 class GuardedAdapter:
     """An adapter whose methods raise `PluginError` for what the plugin's own code raises, or returns wrongly.
 
-    `source` names the plugin and its distribution, `remedy` is what a user can do about it.
+    `remedy` is what a user can do about it.
     """
 
-    def __init__(self, adapter: Adapter, source: str, remedy: str) -> None:
-        """Guard `adapter`."""
+    def __init__(self, adapter: Adapter, plugin: str, distribution: str, remedy: str) -> None:
+        """Guard an adapter that `plugin` has registered."""
         self.name, self.summary = adapter.name, adapter.summary
-        self._adapter, self._source, self._remedy = adapter, source, remedy
+        self._adapter, self._plugin, self._distribution, self._remedy = adapter, plugin, distribution, remedy
 
     def matches(self, denoiser: Any) -> bool:
         """Whether the adapter serves a denoiser."""
@@ -36,14 +36,19 @@ class GuardedAdapter:
         return self._answer("layout", self._adapter.layout, denoiser, Layout)
 
     def _answer(self, method: str, ask: Callable[[Any], object], denoiser: Any, wanted: type[_Answer]) -> _Answer:
-        named = f"{self._source} failed in {method} of its adapter {self.name!r} for {type(denoiser).__name__}"
+        where = f"{method} of its adapter {self.name!r} for {type(denoiser).__name__}"
         try:
             found = ask(denoiser)
         except CachekitError:
             raise
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise PluginError(f"{named}: {reason} {self._remedy}") from error
+            raise PluginError(
+                f"plugin {self._plugin!r} of {self._distribution} failed in {where}: {reason} {self._remedy}"
+            ) from error
         if not isinstance(found, wanted):
-            raise PluginError(f"{named}: it returned {found!r}, which is no {wanted.__name__} {self._remedy}")
+            raise PluginError(
+                f"plugin {self._plugin!r} of {self._distribution} failed in {where}: it returned {found!r}, which is no"
+                f" {wanted.__name__} {self._remedy}"
+            )
         return found

@@ -15,6 +15,7 @@ from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
+from cachekit.upstream.calling import results_of
 from cachekit.upstream.pipelines import hide_progress
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
@@ -100,7 +101,7 @@ def _is_float(value: Any) -> bool:
 def drawn(pipe: Any, given: dict[str, Any]) -> torch.Tensor:
     """Call a pipeline; its latents `(batch, ...)`."""
     output = pipe(**given)
-    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+    return torch.as_tensor(results_of(output))
 
 
 @functools.cache

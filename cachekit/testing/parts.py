@@ -114,7 +114,7 @@ def check_linear_ramp(subject: Subject) -> None:
 
     A stand-in that reads several entries is a forecast, unless its class variable `order` is 0.
     """
-    found = [one for one in _foretelling(subject) if not isinstance(one.part, _SHRINKING)]
+    found = [one for one in _predicting(subject) if not isinstance(one.part, _SHRINKING)]
     if not found:
         raise NotApplicableError("no stand-in of it has to give a line")
     for one in found:
@@ -138,7 +138,7 @@ def _where(one: Prediction, times: Sequence[Time]) -> str:
     return f"{one.part} for {one.target!r} in step {_HERE} from {steps}:"
 
 
-def _foretelling(subject: Subject) -> list[Prediction]:
+def _predicting(subject: Subject) -> list[Prediction]:
     """List a prediction of each stand-in whose numbers are not prepared for a run."""
     return [found for found in subject.stand_ins if found.history and not found.is_prepared]
 
@@ -200,7 +200,7 @@ class _WatchedHistory(tuple):  # type: ignore[type-arg]
 
 def check_history_length(subject: Subject) -> None:
     """A stand-in works with every number of entries from one to its length, and reads none beyond."""
-    found = _foretelling(subject)
+    found = _predicting(subject)
     if not found:
         raise NotApplicableError("no stand-in of it reads a history")
     for one in found:

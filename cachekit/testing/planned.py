@@ -85,8 +85,8 @@ def _refuse_misses(subject: Subject, index: int) -> None:
     record, plan = subject.first.report.record, subject.plan
     if record.missed[index]:
         steps = [call.row.step for call in record.calls if _is_miss(plan, index, call)]
-        reuses = f"{record.missed[index]} of the reuses of {plan.assignments[index].target.name!r}"
-        raise CheckFailedError(f"{reuses} found nothing kept{f', first in step {steps[0]}' if steps else ''}")
+        name, where = plan.assignments[index].target.name, f", first in step {steps[0]}" if steps else ""
+        raise CheckFailedError(f"{record.missed[index]} of the reuses of {name!r} found nothing kept{where}")
 
 
 def _compare_narrowing(subject: Subject, index: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from dataclasses import replace
 from typing import Any
@@ -17,6 +16,7 @@ from cachekit.testing.places import first_not_finite, reused
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.steering import steered
 from cachekit.testing.subject import Drawn, Subject, distance, far, require_same
+from cachekit.upstream.calling import on_step_end
 from cachekit.upstream.pipelines import denoiser_of
 
 #: Compiled code may fuse operations that are rounded apart otherwise.
@@ -91,14 +91,11 @@ def check_interrupt(subject: Subject) -> None:
 def _stopping(pipe: Any, at: int) -> dict[str, Any]:
     """Make the argument by which a pipeline raises `_StopError` at the end of step `at`."""
 
-    def stop(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def stop(step: int) -> None:
         if step == at:
             raise _StopError
-        return given
 
-    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        return {"callback_on_step_end": stop}
-    return {"callback": lambda step, time, latents: stop(pipe, step, time, {})}
+    return on_step_end(pipe, stop)
 
 
 def check_shape_change(subject: Subject) -> None:

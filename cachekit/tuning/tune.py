@@ -24,6 +24,7 @@ from cachekit.tuning.study import Journal, Measured
 from cachekit.tuning.targets import Targets, TuningError
 from cachekit.tuning.verdict import Judged, Verdict, judge
 from cachekit.tuning.weights import Weights
+from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
 from cachekit.upstream.scales import scale_of
 from cachekit.upstream.versions import versions
@@ -199,12 +200,9 @@ class _Tuning:
 @contextmanager
 def _scheduler_of(pipe: Any, name: str | None) -> Iterator[str]:
     """Give a pipeline the scheduler that is tuned for, and its own back at the end."""
-    own = pipe.scheduler
-    try:
-        set_scheduler(pipe, name or type(own).__name__)
+    with with_scheduler(pipe, pipe.scheduler):
+        set_scheduler(pipe, name or type(pipe.scheduler).__name__)
         yield type(pipe.scheduler).__name__
-    finally:
-        pipe.scheduler = own
 
 
 def _plain(cell: Cell, spacing: str) -> Cell:

@@ -40,9 +40,14 @@ def file(tmp_path_factory):
     tiny.small(layers_per_block=1).save_pretrained(folder / "model")
     setting = Setting(model=str(folder / "model"), captions=(HOSTILE,), device="cpu", threads=1)
     suite = Suite(setting, expand(["tgate:m=2"], installed()), steps=(4,), peers=False)
-    results = Results(folder / "r.jsonl")
-    assert measure_suite(suite, results, lambda *news: None) == []
+    results, news = Results(folder / "r.jsonl"), []
+    assert measure_suite(suite, results, lambda *shown: news.append(shown)) == []
     write_page(groups(results.all), folder / "r.html")
+    # Each of the cells has its image and the uncached one beside it, which are counted one by one.
+    counts = [done for done, _, _ in news]
+    assert set(counts) == set(range(2 * len(results.all) + 1))
+    assert counts == sorted(counts)
+    assert news[-1][:2] == (2 * len(results.all),) * 2
     return folder / "r.html"
 
 

@@ -141,7 +141,7 @@ def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any, gi
     denoiser = denoiser_of(pipe)
     processors = {name: id(one) for name, one in denoiser.attn_processors.items()}
     with cachekit.apply(pipe, "calibrated:interval=2"):
-        with pytest.raises(CalibrationError, match="no calibration ships|no guidance") as refused:
+        with pytest.raises(CalibrationError, match=r"no calibration ships|no guidance") as refused:
             tiny.latents(pipe, pag_scale=3.0, **given)
         assert len(str(refused.value).splitlines()) == 1
         assert {name: id(one) for name, one in denoiser.attn_processors.items()} == processors

@@ -121,10 +121,18 @@ def deepcache_latents(name: str, interval: int, branch: int, **changes: Any) -> 
     return tiny.latents(pipe, **{"steps": STEPS, **changes})
 
 
-@compared("deepcache", "the package DeepCache", ["sd", "sdxl"])
-@pytest.mark.parametrize("interval", [2, 3, 5])
+#: How many branches there are.
+BRANCHES = {"sd": 12, "sdxl": 9}
+
+
+@compared("deepcache", "the package DeepCache", BRANCHES)
 @pytest.mark.parametrize(
-    ("name", "branch"), [*(("sd", branch) for branch in range(12)), *(("sdxl", branch) for branch in range(9))]
+    ("name", "branch", "interval"),
+    [
+        *((name, branch, 3) for name, count in BRANCHES.items() for branch in range(count)),
+        *((name, branch, interval) for name, branch in (("sd", 6), ("sdxl", 4)) for interval in (2, 5)),
+        *((name, 0, interval) for name in BRANCHES for interval in (2, 5)),
+    ],
 )
 def test_deepcache(name: str, branch: int, interval: int) -> None:
     ours = cached(name, f"deepcache:interval={interval},branch={branch}")

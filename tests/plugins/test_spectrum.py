@@ -37,11 +37,11 @@ def series(degree: int, ridge: float, mix: float) -> replays.Series:
 @pytest.mark.parametrize(
     ("name", "spec", "full", "degree", "ridge", "mix"),
     [
-        ("pixart", "spectrum", [0, 1, 2, 3, 4, 6, 8, 11], 4, 0.1, 1),
-        ("sd3", "spectrum:mix=0.5,warm_up=3", [0, 1, 2, 4, 6, 9], 4, 0.1, 0.5),
-        ("flux", "spectrum:growth=1.5,warm_up=2,degree=3", [0, 1, 3, 6, 11], 3, 0.1, 1),
+        ("pixart", "spectrum", [0, 1, 2, 3, 4, 6, 8, 11], 4, 0.1, 0.5),
+        ("sd3", "spectrum:mix=1,warm_up=3", [0, 1, 2, 4, 6, 9], 4, 0.1, 1),
+        ("flux", "spectrum:growth=1.5,warm_up=2,degree=3", [0, 1, 3, 6, 11], 3, 0.1, 0.5),
         ("wan", "spectrum:growth=0,mix=0.8,ridge=0.01,warm_up=2,window=3", [0, 1, 4, 7, 10], 4, 0.01, 0.8),
-        ("small", "spectrum:warm_up=3,degree=2", [0, 1, 2, 4, 6, 9], 2, 0.1, 1),
+        ("small", "spectrum:mix=1,warm_up=3,degree=2", [0, 1, 2, 4, 6, 9], 2, 0.1, 1),
         ("sdxl", "spectrum:mix=0.7,warm_up=2", [0, 1, 3, 5, 8], 4, 0.1, 0.7),
     ],
 )

@@ -170,7 +170,7 @@ def test_captions_of_a_file_are_refused_with_the_line(folder, text, wrong):
 def test_a_file_that_is_no_journal_is_refused(folder):
     path = folder / "notes.txt"
     path.write_text("not a journal\n")
-    with pytest.raises(TuningError, match="is no study of cachekit tune"):
+    with pytest.raises(TuningError, match="is not a study of cachekit tune"):
         cachekit.tune("demo", 1, at_least=10, journal=path, **SMALL)
 
 

@@ -23,7 +23,7 @@ from .frontier import NOISE, fresh_captions, slim, stored
 
 MODELS = ("demo", "demo-dit")
 STEPS = 25
-FIXED = tuple(f"tgate:m={m}" for m in (3, 5, 8, 10, 15))
+FIXED = tuple(f"tgate:m={m}" for m in (3, 5, 8, 10, 15, 20))
 FOUND = ("tgate:m=auto", *(f"tgate:m=auto,settled={share}" for share in (0.2, 0.3, 0.5)))
 OWN = tuple(f"{spec},keep=cond,mean=false" for spec in ("tgate:m=10", "tgate:m=auto"))
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,91 +9,36 @@ import re
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+from cachekit import Calibration, Moment, Policy
+from cachekit.bench.figures import FIGURES
 from cachekit.bench.results import read
 from cachekit.bench.summary import Group, groups
 from cachekit.bench.tables import markdown
 from cachekit.cli.samples import sample
+from cachekit.registry.catalog import installed
 
-from . import frontier
+from . import compared, frontier
+from .compared import TESTS
 from .methods import methods
-from .ship import GRIDS, RESULTS
+from .ship import GRIDS, MEASURED, RESULTS
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
-#: What the tests of a method compare it with, how exactly, and the file of the tests.
-COMPARED = {
-    "adaptive_guidance": (
-        "diffusers' callbacks that cut guidance off, on SD and SDXL",
-        "to the bit",
-        "plugins/test_oracles.py",
-    ),
-    "block_cache": ("a replay, on a UNet", "to the bit", "plugins/test_block_cache.py"),
-    "calibrated": ("numpy: the weights of a step", "within rounding", "calibrating/test_calibrating.py"),
-    "deepcache": ("the package DeepCache, on SD and SDXL", "to the bit", "plugins/test_oracles.py"),
-    "delta_dit": ("a replay, on PixArt, DiT, SD3 and Wan", "to the bit", "plugins/test_delta_dit.py"),
-    "dicache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "plugins/test_dicache.py"),
-    "easycache": ("a replay, on SD, PixArt, FLUX and Wan", "to the bit", "plugins/test_easycache.py"),
-    "fastercache": (
-        "diffusers: attention on FLUX, guidance on PixArt; a replay of both, on PixArt and Wan",
-        "within rounding",
-        "plugins/test_fastercache.py",
-    ),
-    "fbcache": (
-        "diffusers, on FLUX, Wan and PixArt; DBCache of cache-dit, on these and SD3; a replay",
-        "to the bit",
-        "plugins/test_fbcache.py",
-    ),
-    "fora": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "to the bit", "plugins/test_fora.py"),
-    "forecast": ("a replay, on SD, SDXL, PixArt, SD3, FLUX and Wan", "within rounding", "plugins/test_forecast.py"),
-    "guidance_interval": (
-        "a callback that switches guidance, on SD; a replay, on SD, SDXL, PixArt, SD3 and Wan",
-        "to the bit",
-        "plugins/test_guidance_interval.py",
-    ),
-    "hicache": ("a replay, on PixArt, SD3, FLUX, Wan and SD", "within rounding", "plugins/test_hicache.py"),
-    "magcache": ("diffusers, on FLUX, SD3, Wan and PixArt", "to the bit", "plugins/test_magcache.py"),
-    "pab": (
-        "diffusers, on FLUX, SD3, PixArt and Wan; a replay, on Wan, SD and SVD",
-        "to the bit",
-        "plugins/test_pab.py",
-    ),
-    "seacache": (
-        "diffusers: the decisions for the same samples, latents on Wan; a replay, on Wan, SD3",
-        "decisions equal; latents within rounding",
-        "plugins/test_seacache.py",
-    ),
-    "smoothcache": ("a replay, on DiT, PixArt, FLUX and Wan", "to the bit", "plugins/test_smoothcache.py"),
-    "spectrum": (
-        "the published code: the steps that are full; a replay, on PixArt, SD3, FLUX, Wan, SD and SDXL",
-        "steps equal; latents within 0.001",
-        "plugins/test_spectrum.py",
-    ),
-    "taylorseer": (
-        "diffusers, on PixArt, SD3, FLUX and Wan; the calibrator of cache-dit, on a trace (`test_cache_dit.py`)",
-        "within rounding; to the bit with diffusers' order of operations",
-        "plugins/test_taylorseer.py",
-    ),
-    "teacache": ("a replay, on FLUX, SD3, PixArt and Wan", "to the bit", "plugins/test_teacache.py"),
-    "text_kv": (
-        "the uncached run, on SD, SDXL, PixArt, Wan, SVD and a ControlNet",
-        "to the bit",
-        "plugins/test_text_kv.py",
-    ),
-    "tgate": ("the package tgate, on SD, SDXL, PixArt and SVD", "to the bit", "plugins/test_oracles.py"),
-}
 #: Wall speedups in the middle of the columns, and the bounds of each.
 SPEEDUPS = {"about 2x": (1.75, 2.5), "about 3x": (2.5, 3.5), "about 4x": (3.5, 4.5)}
 
 
+#: Thresholds of magcache: its default, and greater ones.
+THRESHOLDS = (0.06, 0.12, 0.24, 0.4)
+
+
 def table() -> str:
     """Table of the lines of each method's policy, and of what its tests compare it with."""
-    rows = []
+    found, cells = compared.rows(), []
     for name in methods():
-        what, exactly, file = COMPARED[name]
-        assert (TESTS / file).exists(), f"{file} is gone; mend COMPARED"
-        rows.append([f"`{name}`", f"{lines(name)}", what, exactly, f"`tests/{file}`"])
-    return markdown(["method", "lines", "compared with", "how exactly", "tests"], rows, left=5)
+        first, *others = found[name]
+        cells += [[f"`{name}`", f"{lines(name)}", *first], *(["", "", *other] for other in others)]
+    return markdown(["method", "lines", "compared with", "on", "how exactly", "tests"], cells, left=6)
 
 
 def lines(name: str) -> int:
@@ -145,10 +90,48 @@ def _leads(group: Group) -> Iterator[tuple[str, str]]:
                 yield column, f"`{row.label}` ({row.psnr - plain.psnr:+.1f} dB)"
 
 
+def settings() -> str:
+    """Table of other settings of methods that are far behind by default, beside plain steps of as many MACs."""
+    psnr, match = FIGURES["psnr"], FIGURES["caption_match"]
+    rows = []
+    for group in groups(read(RESULTS / "settings.jsonl")[0]):
+        for row in sorted((row for row in group.rows if row.cell.specs), key=lambda row: row.mac_reduction):
+            plain = group.best_plain(row.plain_steps()["MACs"])
+            beside = "-" if plain is None else f"{plain.cell.steps}: {psnr.text(plain)} dB"
+            figures = [FIGURES["mac_reduction"].text(row), psnr.text(row), match.text(row), beside]
+            rows.append([f"{group.cell.model}, {group.cell.uncached_steps}", f"`{_short(row.label)}`", *figures])
+    names = [FIGURES["mac_reduction"].name, psnr.name, match.name, "plain steps of as many MACs"]
+    return markdown(["model, steps", "spec", *names], rows, left=2)
+
+
+def magnitudes() -> str:
+    """Table of how far magcache's measured ratios are from 1, and of the steps that are full at its thresholds."""
+    made: Any = installed().policies["magcache"]
+    rows = []
+    for model in (name for name, specs in MEASURED.items() if "magcache" in specs):
+        file = RESULTS / f"magcache-{model}.json"
+        figures = Calibration.load(file).figures
+        steps, default = len(figures), made(file=str(file))
+        changes = [abs(1 - step["ratio"]) for step in figures[int(default.retained * steps + 0.5) :]]
+        full = [f"{sum(_full(made(file=str(file), threshold=most), steps))} of {steps}" for most in THRESHOLDS]
+        rows.append([model, f"{min(changes):.3f} to {max(changes):.3f}", *full])
+    return markdown(["model", "change per step", *(f"full at {most:g}" for most in THRESHOLDS)], rows)
+
+
+def _full(policy: Policy, steps: int) -> Iterator[bool]:
+    (choice,) = policy.chosen().values()
+    return (choice.when.full(Moment(step, steps)) for step in range(steps))
+
+
+def _short(label: str) -> str:
+    """Leave out where the file of a spec is."""
+    return re.sub(r",?file=[^,+]*", "", label)
+
+
 def caught() -> str:
     """Sentence on the wrong policies that the tests of the kit have."""
     source = (TESTS / "support" / "wrong.py").read_text()
-    count = len(re.findall(r"^@caught_by\(|^MISTAKES\[", source, re.MULTILINE))
+    count = len(re.findall(r"^@?caught_by\(", source, re.MULTILINE))
     return (
         f"The kit is tested with {count} policies that have one mistake each, of the kinds that published code has"
         f" had:\nthe check that is named for the mistake catches it in {count} of {count}."

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from cachekit.bench.cells import Spacing
-from cachekit.bench.spacing import call_with, scheduler_with, table_of
+from cachekit.bench.spacing import scheduler_with, table_of
 from cachekit.calibrating.verifying import psnr
+from cachekit.upstream.calling import with_scheduler
 
 #: Seed of the first image's noise, far from those of calibrations; the next one's follows.
 NOISE = 9000
@@ -43,7 +44,7 @@ def plain_steps(
     for spacing in Spacing:
         other = scheduler_with(pipe, name, spacing.value)
         if dict(other.config) != dict(own.config):  # a setting that the scheduler lacks changes nothing
-            with call_with(pipe, other):
+            with with_scheduler(pipe, other):
                 found[spacing.value] = psnr(draw(len(full)), uncached)
     table = table_of(pipe, own, steps, full)
     found[FULL] = psnr(draw(len(full), **table), uncached)

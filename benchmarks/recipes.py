@@ -15,7 +15,6 @@ from cachekit.bench.figures import size
 from cachekit.bench.tables import markdown
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
-from cachekit.interface.presets import Preset, shipped
 from cachekit.interface.specs import parse
 from cachekit.models.architectures import architecture, architectures
 from cachekit.registry.catalog import installed
@@ -33,15 +32,16 @@ _FAMILIES = {
     "sdxl": ("Stable Diffusion XL", "sdxl.md"),
     "pixart-alpha": ("PixArt-alpha", "pixart.md"),
     "pixart-sigma": ("PixArt-sigma", "pixart.md"),
+    "dit-xl": ("DiT-XL", "pixart.md"),
     "sd3": ("Stable Diffusion 3.5", "sd3.md"),
     "flux": ("FLUX.1", "flux.md"),
     "qwen-image": ("Qwen-Image", "qwen-image.md"),
     "wan": ("Wan 2.1", "wan.md"),
+    "hunyuan-video": ("HunyuanVideo", "video.md"),
+    "cogvideox": ("CogVideoX", "video.md"),
     "lcm-sdxl": ("LCM of SDXL", "few-steps.md"),
     "lcm-pixart": ("LCM of PixArt-alpha", "few-steps.md"),
 }
-#: Video models with one table for all, by the beginnings of their presets' names.
-_VIDEO = ("hunyuan-video", "cogvideox")
 
 
 def main() -> None:
@@ -69,7 +69,7 @@ def parts() -> dict[str, str]:
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     found = {f"recipe {name}": _recipe(data) for name, data in stored.items()}
     found |= {f"refused {name}": _refused(data) for name, data in stored.items()}
-    return {**found, "presets video": _video(), "families": _families(stored)}
+    return {**found, "families": _families(stored)}
 
 
 def _families(stored: dict[str, Any]) -> str:
@@ -125,16 +125,6 @@ def _refused(data: dict[str, Any]) -> str:
         groups[error.partition(": ")[2]].append(f"`{name}`")
     rows = [[", ".join(names), reason.replace("|", "\\|")] for reason, names in groups.items()]
     return markdown(["refused", "with"], rows, left=2) if rows else "Every policy that ships finds its sites here.\n"
-
-
-def _video() -> str:
-    """Presets for video models that share a page."""
-    rows = [
-        [f"`preset:{name}`", preset.summary, f"{preset.evidence.steps or '-'}", preset.evidence.source or ""]
-        for name, preset in ((name, Preset.load(path)) for name, path in shipped().items())
-        if name.startswith(_VIDEO)
-    ]
-    return markdown(["published setting", "what", "steps", "source"], rows, left=4)
 
 
 if __name__ == "__main__":

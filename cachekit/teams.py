@@ -206,7 +206,7 @@ class Actors:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Let go of all actors, which ends them."""
+        """End all actors."""
         self.idle.clear()
 
     def start(self) -> Any:

@@ -65,7 +65,7 @@ def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
     A sum is finite only if all its terms are, so a single number per tensor is gathered and all of them are read
     together. Finite terms may still add up to inf; only then is the tensor itself checked.
     """
-    floats = [(place, tensor.detach()) for place, group in enumerate(kept) for tensor in group if _has_floats(tensor)]
+    floats = [(place, tensor) for place, group in enumerate(kept) for tensor in _detached(group)]
     found = [True] * len(kept)
     for (place, tensor), total in zip(floats, read_together([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
         if not isfinite(total):
@@ -78,17 +78,19 @@ def sums(kept: Iterable[Tensor]) -> list[Tensor]:
 
     A sum is NaN or inf where a term is. That finite terms add up to inf takes values that no sample has.
     """
-    floats = (tensor.detach() for tensor in kept if _has_floats(tensor))
-    return [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in floats]
+    return [tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32)) for tensor in _detached(kept)]
 
 
-def _has_floats(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_meta
+def _detached(kept: Iterable[Tensor]) -> list[Tensor]:
+    """List those of these tensors that hold floats, outside of any gradient's graph."""
+    floats = [tensor for tensor in kept if tensor.is_floating_point() and not tensor.is_meta]
+    return [tensor.detach() if tensor.requires_grad else tensor for tensor in floats]
 
 
 def read_together(numbers: Sequence[Tensor]) -> list[float]:
     """Read single numbers together."""
     if len(numbers) < 2:  # the usual case, where stacking would take longer than reading
         return [float(number) for number in numbers]
-    read: list[float] = torch.stack([number.to(numbers[0].device) for number in numbers]).tolist()
+    device = numbers[0].device
+    read: list[float] = torch.stack([it if it.device == device else it.to(device) for it in numbers]).tolist()
     return read

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,17 +37,23 @@ def takes_skips(block: nn.Module) -> bool:
 
 def _returned(block: nn.Module) -> Iterator[tuple[str, ...]]:
     """Yield the parameters that each return statement continues, leaving out statements that don't show it."""
-    forward = inspect.unwrap(type(block).forward)
-    parameters = list(inspect.signature(forward).parameters)
+    parameters, values = _read(inspect.unwrap(type(block).forward))
+    for value in values:
+        found = _continued(block, value, parameters)
+        if found is not None:
+            yield found
+
+
+@functools.lru_cache(maxsize=256)
+def _read(forward: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[ast.expr, ...]]:
+    """Read the parameters of a function and the values that it returns; none of these where it has no source."""
+    parameters = tuple(inspect.signature(forward).parameters)
     try:
         source = textwrap.dedent(inspect.getsource(forward))
     except OSError:
-        return
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Return) and node.value is not None:
-            found = _continued(block, node.value, parameters)
-            if found is not None:
-                yield found
+        return parameters, ()
+    returns = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Return))
+    return parameters, tuple(node.value for node in returns if node.value is not None)
 
 
 def _continued(block: nn.Module, value: ast.expr, parameters: Sequence[str]) -> tuple[str, ...] | None:

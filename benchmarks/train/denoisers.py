@@ -149,10 +149,8 @@ class Velocity:
         return functional.mse_loss(velocity.float(), data * noise - share * latents)
 
 
-def loss_of(kind: str, corpus: Corpus, device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
-    """Choose the loss of a kind of model."""
-    if kind == "lcm":
-        return lcm.Consistency(load_pipeline(WEIGHTS / "unet").unet, corpus.captions.hidden[-1:], device)
+def loss_of(kind: str, device: torch.device) -> Callable[[nn.Module, Batch], Tensor]:
+    """Choose the loss of a kind of model that has no teacher."""
     if kind == "flow":
 
         def rectified(model: nn.Module, batch: Batch) -> Tensor:
@@ -174,9 +172,6 @@ def build(kind: str) -> nn.Module:
     if kind == "flow" and not (WEIGHTS / "flow" / "transformer").is_dir():
         made: nn.Module = flow.build()
         return made
-    if kind == "lcm":
-        added: nn.Module = lcm.build(load_pipeline(WEIGHTS / "unet").unet)
-        return added
     pipe = load_pipeline(WEIGHTS / kind)
     found: nn.Module = pipe.unet if kind == "unet" else pipe.transformer
     return found.requires_grad_(True)
@@ -193,8 +188,13 @@ class Training:
     def __init__(self, kind: str, corpus: Corpus, batch: int, device: torch.device) -> None:
         """Make the optimisers: Muon for the matrices of a transformer's blocks, AdamW for the rest."""
         self.kind, self.corpus, self.size, self.device = kind, corpus, batch, device
-        self.model = build(kind).to(device).train()
-        self.loss = loss_of(kind, corpus, device)
+        self.loss: Callable[[nn.Module, Batch], Tensor]
+        if kind == "lcm":
+            teacher = load_pipeline(WEIGHTS / "unet").unet
+            self.model = lcm.build(teacher).to(device).train()
+            self.loss = lcm.Consistency(teacher, corpus.captions.hidden[-1:], device)
+        else:
+            self.model, self.loss = build(kind).to(device).train(), loss_of(kind, device)
         named = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
         matrices = {name for name, one in named.items() if kind in MUON_RATE and is_block_matrix(name, one)}
         self.rates = [torch.zeros((), device=device), torch.zeros((), device=device)]
@@ -272,7 +272,7 @@ class Training:
         """Make a copy of the model with the averaged weights, on the CPU."""
         import copy
 
-        made = copy.deepcopy(self.model).cpu().eval()
+        made: nn.Module = copy.deepcopy(self.model).cpu().eval()
         self._copy(self.average, [one for one in made.parameters() if one.requires_grad])
         return made
 

@@ -6,7 +6,6 @@ scale, are all that is stored.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -69,8 +68,8 @@ class Consistency:
     """Distance of what the model predicts from two neighbouring points of one trajectory of its teacher."""
 
     def __init__(self, teacher: UNet2DConditionModel, empty: Tensor, device: torch.device) -> None:
-        """Take the teacher and the state `(1, tokens, channels)` of the empty caption."""
-        self.teacher = copy.deepcopy(teacher).to(device).eval().requires_grad_(False)
+        """Freeze the teacher; take the state `(1, tokens, channels)` of the empty caption."""
+        self.teacher = teacher.to(device).eval().requires_grad_(False)
         self.empty = empty.float()
         products = DDPMScheduler(**NOISE_SCHEDULE).alphas_cumprod.to(device)
         # The first is that of the data, one step before timestep 0.

@@ -6,28 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cachekit.bench.captions import read_captions
+from cachekit.bench.captions import cut_off, read_captions
 from cachekit.bench.cells import BenchError
-
-#: Tokenizers without a limit have a huge number as theirs.
-_NO_LIMIT = 10**6
 
 
 def usable_captions(source: str, limit: int | None, pipe: Any) -> tuple[str, ...]:
     """Read captions as the bench does; raises `BenchError` for the first line that is empty or too long for `pipe`."""
     texts = read_captions(source, limit).texts
     lines = list(_lines(source)) or list(enumerate(texts, 1))
-    tokenizer = getattr(pipe, "tokenizer", None)
-    most = getattr(tokenizer, "model_max_length", _NO_LIMIT)
     for number, line in lines[: None if limit is None else limit]:
         if not line.strip():
             raise BenchError(f"captions {source!r}: line {number} is empty; write a caption in each line")
-        tokens = len(tokenizer(line).input_ids) if tokenizer is not None and most < _NO_LIMIT else 0
-        if tokens > most:
-            raise BenchError(
-                f"captions {source!r}: line {number} has {tokens} tokens; {type(pipe).__name__} takes at most {most},"
-                " begin and end included: shorten it"
-            )
+        if reason := cut_off(line, pipe):
+            raise BenchError(f"captions {source!r}: line {number} {reason}: shorten it")
     return texts
 
 

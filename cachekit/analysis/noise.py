@@ -8,6 +8,7 @@ from typing import Any
 
 from cachekit.applying import attach
 from cachekit.bench.measuring import Arguments, timed_call
+from cachekit.upstream.calling import STEPS
 from cachekit.upstream.prediction import times_of
 from cachekit.upstream.stepping import StepCall, predicted_noise, watched
 
@@ -32,7 +33,7 @@ def mean_noise(
         watch = _Watch()
         twin = watched(pipe, watch)
         with attach(twin, specs):
-            timed_call(twin, {"num_inference_steps": steps, **arguments(prompt)}, seed)
+            timed_call(twin, {STEPS: steps, **arguments(prompt)}, seed)
         found.append(watch.means())
         ran()
     columns = list(zip(*found))

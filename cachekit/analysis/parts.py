@@ -33,6 +33,7 @@ from cachekit.bench.workbench import Workbench
 from cachekit.models.loading import scheduler_for
 from cachekit.models.names import ModelError
 from cachekit.registry.notices import silent_log
+from cachekit.upstream.calling import STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,7 +101,7 @@ class Analysis:
         policy = Changes.noting(sites(self._pipe).values(), notes)
         with silent_log(), apply(self._pipe, policy):
             for prompt, seed in self._prompts():
-                timed_call(self._pipe, {"num_inference_steps": self._steps, **self._arguments(prompt)}, seed)
+                timed_call(self._pipe, {STEPS: self._steps, **self._arguments(prompt)}, seed)
                 notes.read()
                 self._count()
         found = curves(notes)

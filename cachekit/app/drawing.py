@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -14,6 +13,7 @@ from cachekit.bench.measuring import similarity, steps_at, timed_call
 from cachekit.bench.subjects import load, subject_of
 from cachekit.errors import CachekitError, CostError
 from cachekit.models.names import is_architecture
+from cachekit.upstream.calling import STEPS, on_step_end
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -144,27 +144,12 @@ class Studio:
 
     def _called(self, pipe: Any, request: Request, name: str, progress: Progress) -> tuple[Image, float]:
         arguments = subject_of(pipe, self._setting(request)).arguments(request.prompt)
-        shown = _callback(pipe, lambda done: progress(name, done, request.steps))
+        shown = on_step_end(pipe, lambda step: progress(name, step + 1, request.steps))
         try:
-            call = {**arguments, **shown, "num_inference_steps": request.steps}
+            call = {**arguments, **shown, STEPS: request.steps}
             image, watch = timed_call(pipe, call, request.seed)
         except (TypeError, ValueError) as error:
             raise CachekitError(f"{type(pipe).__name__} refuses its arguments: {error}; change them") from error
         if image is None:
             raise CachekitError(f"{type(pipe).__name__} gave no images; call it from Python")
         return image, watch.seconds
-
-
-def _callback(pipe: Any, show: Callable[[int], None]) -> dict[str, Any]:
-    """Make the argument of a pipeline's call by which it reports its steps; none where it has no such argument."""
-
-    def ended(_: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        show(step + 1)
-        return tensors
-
-    known = inspect.signature(type(pipe).__call__).parameters
-    if "callback_on_step_end" in known:
-        return {"callback_on_step_end": ended}
-    if "callback" in known:
-        return {"callback": lambda step, time, latents: show(step + 1)}
-    return {}

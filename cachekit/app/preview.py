@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from cachekit.models.loading import class_of, default_steps, pipeline_from_confi
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
+from cachekit.upstream.calling import call_parameters
 from cachekit.upstream.pipelines import denoisers_of
 from cachekit.upstream.prediction import planned_times
 from cachekit.upstream.scales import SCALE
@@ -99,5 +99,5 @@ class Outline:
 
 def _scale_of(kind: type[Any] | None) -> float | None:
     """Read the guidance scale that pipelines of a class have by default."""
-    parameter = inspect.signature(kind.__call__).parameters.get(SCALE) if kind else None
+    parameter = call_parameters(kind).get(SCALE) if kind else None
     return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else None

@@ -21,6 +21,7 @@ from cachekit.errors import CachekitError, first_line, nearest
 from cachekit.models import loading
 from cachekit.models.names import Sort, named
 from cachekit.registry.notices import silent_log
+from cachekit.upstream.calling import STEPS, call_parameters, results_of
 from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.scales import SCALE
 from cachekit.upstream.versions import versions
@@ -160,7 +161,7 @@ class _Studio:
 
     def _arguments(self, task: Task) -> dict[str, Any]:
         width, height = task.size or (None, None)
-        given = {"num_inference_steps": task.steps, SCALE: task.guidance, "width": width, "height": height}
+        given = {STEPS: task.steps, SCALE: task.guidance, "width": width, "height": height}
         own = {name: value for name, value in given.items() if value is not None}
         arguments = {"prompt": task.prompt, **own, **json.loads(self._job.arguments)}
         check_arguments(self._pipe, arguments)
@@ -190,7 +191,7 @@ def call(pipe: Any, seed: int, arguments: Mapping[str, Any]) -> list[Image]:
 
 def pictures_of(result: Any, name: str) -> Iterator[Image]:
     """Yield the images, or the frames of the videos, of a pipeline's result."""
-    found = getattr(result, "images", getattr(result, "frames", None))
+    found = results_of(result)
     if not isinstance(found, list):
         raise BatchError(f"{name} gave no images that can be written; call it from Python")
     for item in found:
@@ -199,7 +200,7 @@ def pictures_of(result: Any, name: str) -> Iterator[Image]:
 
 def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that the call lacks; where it takes **kwargs, only names that look mistyped."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(pipe)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in arguments:
         meant = nearest(name, parameters)
@@ -209,4 +210,4 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
 
 def unread_arguments(pipe: Any, arguments: Mapping[str, Any]) -> list[str]:
     """List the arguments that only the **kwargs of the call take, which pipelines seldom read."""
-    return [name for name in arguments if name not in inspect.signature(type(pipe).__call__).parameters]
+    return [name for name in arguments if name not in call_parameters(pipe)]

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from cachekit.bench.cells import Method
 from cachekit.bench.measuring import Arguments, RunResult, timed_call
 from cachekit.bench.peers import counting, twin
+from cachekit.upstream.calling import STEPS
+from cachekit.upstream.modules import has_up_blocks
 from cachekit.upstream.pipelines import denoiser_of
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def _fits_diffusers(denoiser: nn.Module, pipeline: str, name: str) -> bool:
 
 def _fits_cache_dit(denoiser: nn.Module, pipeline: str, name: str) -> bool:
     # cache-dit supports no UNet, and takes seconds to import.
-    if hasattr(denoiser, "up_blocks") or not find_spec("cache_dit"):
+    if has_up_blocks(denoiser) or not find_spec("cache_dit"):
         return False
     with _quiet():
         import cache_dit
@@ -69,7 +71,7 @@ class Cache:
 
     def run(self, steps: int, prompt: str, seed: int) -> RunResult:
         """Generate the image of `prompt`, after an untimed run that counts its MACs: they depend on the image."""
-        arguments = {"num_inference_steps": steps, **self._arguments(prompt)}
+        arguments = {STEPS: steps, **self._arguments(prompt)}
         cached = (self._twin, self._method, self._text, steps)
         with enabled(*cached), counting(denoiser_of(self._twin)) as count:
             timed_call(self._twin, arguments, seed)
@@ -104,7 +106,7 @@ def _diffusers(pipe: Any, name: str, values: dict[str, Any], steps: int) -> Iter
     if name == "MagCache":
         from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
-        more |= {"mag_ratios": FLUX_MAG_RATIOS, "num_inference_steps": steps}
+        more |= {"mag_ratios": FLUX_MAG_RATIOS, STEPS: steps}
     with _quiet():
         denoiser.enable_cache(getattr(diffusers, f"{name}Config")(**values, **more))
     try:

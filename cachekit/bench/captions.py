@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cachekit.bench.cells import BenchError
 
-__all__ = ["Captions", "images_in", "read_captions"]
+__all__ = ["Captions", "check_scenes", "cut_off", "images_in", "not_a_scene", "read_captions"]
+
+#: Attributes of pipelines that hold tokenizers. Those without a limit have a huge number as theirs.
+_TOKENIZERS, _NO_LIMIT = ("tokenizer", "tokenizer_2", "tokenizer_3"), 10**6
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,39 @@ def _annotated(source: str, text: str) -> list[tuple[str, str]]:
             f"captions {source!r}: not annotations of MS-COCO; give its captions_*.json, or a text file with a caption"
             " on each line"
         ) from error
+
+
+def cut_off(text: str, pipe: Any) -> str:
+    """Describe why no text encoder of `pipe` reads a caption to its end; "" where one does."""
+    tokenizers = [found for name in _TOKENIZERS if (found := getattr(pipe, name, None)) is not None]
+    limits = {tokenizer: getattr(tokenizer, "model_max_length", _NO_LIMIT) for tokenizer in tokenizers}
+    if not limits or max(limits.values()) >= _NO_LIMIT:
+        return ""
+    tokens = {tokenizer: len(tokenizer(text).input_ids) for tokenizer in tokenizers}
+    if any(tokens[tokenizer] <= most for tokenizer, most in limits.items()):
+        return ""
+    longest = max(tokenizers, key=lambda tokenizer: limits[tokenizer])
+    return (
+        f"has {tokens[longest]} tokens; {type(pipe).__name__} takes at most {limits[longest]}, begin and end included"
+    )
+
+
+def not_a_scene(text: str) -> str:
+    """Describe why images of embedded models can't be checked against a caption; "" where they can."""
+    from cachekit.models.demo import scenes
+
+    try:
+        scenes.parse(text)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def check_scenes(captions: Sequence[str]) -> None:
+    """Raise `BenchError` for the first caption that images of embedded models can't be checked against."""
+    for number, text in enumerate(captions, 1):
+        if reason := not_a_scene(text):
+            raise BenchError(f"caption {number}: {reason}; or give a number of held-out captions")
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -38,7 +38,7 @@ def _reading(metric: str, path: str, wanted: str) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BenchError(f"metric {metric}={path}: cannot read it as {wanted}: {reason}") from error
+        raise BenchError(f"metric {metric}={path}: cannot read it as {wanted}: {reason}; give another path") from error
 
 
 # -- LPIPS ------------------------------------------------------------------------------------------------

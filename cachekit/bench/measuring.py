@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.errors import SpecError
 from cachekit.interface.specs import joined
+from cachekit.upstream.calling import STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -149,7 +150,7 @@ class ImageRunner:
         )
 
     def _call(self, configuration: Configuration, prompt: str) -> dict[str, Any]:
-        return {"num_inference_steps": configuration.steps, **self._arguments(prompt)}
+        return {STEPS: configuration.steps, **self._arguments(prompt)}
 
 
 def timed_call(call: Any, arguments: dict[str, Any], seed: int) -> tuple[Image | None, Stopwatch]:

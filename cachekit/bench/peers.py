@@ -14,6 +14,7 @@ from torch import nn
 from cachekit.bench.measuring import Arguments, RunResult, timed_call
 from cachekit.costs.counting import macs_of_layer
 from cachekit.interface.policy import Policy
+from cachekit.upstream.calling import STEPS
 from cachekit.upstream.pipelines import denoiser_of
 
 __all__ = ["Peer", "counting", "peer_exists", "published", "twin"]
@@ -55,7 +56,7 @@ class Peer:
 
     def run(self, steps: int, prompt: str, seed: int) -> RunResult:
         """Generate the image of `prompt`; the first run counts the MACs, which are the same for every later one."""
-        arguments = {"num_inference_steps": steps, **self._arguments(prompt), **self._extra}
+        arguments = {STEPS: steps, **self._arguments(prompt), **self._extra}
         if self._macs is None:
             with counting(denoiser_of(self._twin)) as count:
                 image, watch = timed_call(self._call, arguments, seed)

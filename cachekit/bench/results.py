@@ -134,7 +134,9 @@ def read(path: Path) -> tuple[list[Result], list[str]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise BenchError(f"cannot read results {str(path)!r}: {error.strerror}") from error
+        raise BenchError(
+            f"cannot read results {str(path)!r}: {error.strerror}; name a file that cachekit bench has written"
+        ) from error
     whole, _, rest = data.rpartition(b"\n")
     lines = [*whole.split(b"\n")] if whole else []
     problems = []

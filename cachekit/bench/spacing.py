@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cachekit.bench.cells import FULL_STEPS, BenchError, Cell, Spacing
@@ -14,7 +13,7 @@ from cachekit.models.loading import scheduler_for
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Rivalry", "absent", "call_with", "computed_steps", "rivals", "scheduler_with", "table_of"]
+__all__ = ["Rivalry", "absent", "computed_steps", "rivals", "scheduler_with", "table_of"]
 
 #: The settings of schedulers, by the spacings that they make.
 _SETTINGS = {Spacing.LU_LAMBDAS.value: "use_lu_lambdas", Spacing.KARRAS.value: "use_karras_sigmas"}
@@ -111,13 +110,3 @@ def _leads_to(scheduler: Any, table: dict[str, list[float]], wanted: torch.Tenso
     trial.set_timesteps(**table)
     found = trial.timesteps
     return found.shape == wanted.shape and bool((found.double() - wanted.double()).abs().max() < 1e-2)
-
-
-@contextmanager
-def call_with(pipe: Any, scheduler: Any) -> Iterator[None]:
-    """Give a pipeline another scheduler for one call."""
-    before, pipe.scheduler = pipe.scheduler, scheduler
-    try:
-        yield
-    finally:
-        pipe.scheduler = before

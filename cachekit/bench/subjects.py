@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from cachekit.models.demo.pipeline import FIGURES, PIPELINES, folders
 from cachekit.models.hub import hub_arguments
 from cachekit.models.loading import move, pipeline, precision, scheduler_for
 from cachekit.models.names import DEMOS, canonical
+from cachekit.upstream.calling import OUTPUT, call_parameters
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
 from cachekit.upstream.scales import SCALE
 from cachekit.upstream.weights import dtype_of
@@ -166,7 +166,7 @@ def _folders(model: str) -> tuple[Path, ...]:
 def _arguments(pipe: Any, setting: Setting) -> Arguments:
     from cachekit.models.demo import DEMO_GUIDANCE
 
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = call_parameters(pipe)
     if "prompt" not in known:
         raise BenchError(f"{type(pipe).__name__} takes no prompt; only pipelines that read text can be measured")
     scale = setting.guidance
@@ -176,7 +176,7 @@ def _arguments(pipe: Any, setting: Setting) -> Arguments:
         scale = 5.0 if architecture(setting.model).guided else 1.0
     fixed = {"height": setting.height, "width": setting.width, SCALE: scale}
     given: dict[str, Any] = {name: value for name, value in fixed.items() if value is not None}
-    given["output_type"] = "latent" if setting.model in architectures() else "pil"
+    given[OUTPUT] = "latent" if setting.model in architectures() else "pil"
     if getattr(pipe, "tokenizer", None) is not None:
         return lambda prompt: {"prompt": prompt, **given}
     dtype = dtype_of(denoiser_of(pipe))

@@ -1,4 +1,4 @@
-"""Say in two sentences which contenders are worth their place: those that beat plain steps of equal cost."""
+"""Two sentences on which contenders are worth their place: those that beat plain steps of equal cost."""
 
 from __future__ import annotations
 

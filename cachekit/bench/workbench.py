@@ -12,17 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import apply
 from cachekit.bench.caches import Cache
+from cachekit.bench.captions import check_scenes
 from cachekit.bench.cells import FULL_STEPS, Cell, Method, Setting
 from cachekit.bench.frechet import rendered
 from cachekit.bench.measuring import Configuration, ImageRunner, RunResult, similarity
 from cachekit.bench.peers import Peer
 from cachekit.bench.quality import Metric, load_metrics
 from cachekit.bench.results import Result, Sample
-from cachekit.bench.spacing import call_with, computed_steps, scheduler_with, table_of
+from cachekit.bench.spacing import computed_steps, scheduler_with, table_of
 from cachekit.bench.subjects import Subject, load, set_scheduler
 from cachekit.interface.specs import parse_all
 from cachekit.registry.catalog import installed
 from cachekit.registry.notices import silent_log
+from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.versions import versions
 
 if TYPE_CHECKING:
@@ -74,13 +76,18 @@ class Workbench:
     """Measures cells on one loaded pipeline."""
 
     def __init__(self, setting: Setting, subject: Subject | None = None, ran: Ran = no_news) -> None:
-        """Load what the setting names, where no `subject` is given; `ran` is called after each run."""
+        """Load what the setting names, where no `subject` is given; `ran` is called after each run.
+
+        Raises `BenchError` for a caption that images of an embedded model can't be checked against.
+        """
         import torch
 
         if setting.threads:
             torch.set_num_threads(setting.threads)
         self._setting = setting
         self._subject = subject or load(setting)
+        if self._subject.draws_scenes:
+            check_scenes(setting.captions)
         self.ran = ran
         self._runners: dict[str, ImageRunner] = {}
 
@@ -166,7 +173,7 @@ class Workbench:
         runner = ImageRunner(pipe, lambda prompt: {**arguments(prompt), **table})
 
         def run(caption: str, seed: int) -> RunResult:
-            with call_with(pipe, scheduler):
+            with with_scheduler(pipe, scheduler):
                 return runner.run(Configuration(cell.steps), caption, seed)
 
         counted = self._counted(run)

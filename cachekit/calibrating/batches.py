@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, Union
 
+from cachekit.upstream.calling import NEGATIVE_PROMPT, OUTPUT, STEPS, call_parameters
 from cachekit.upstream.scales import scale_argument
 
 #: The arguments of a call for one image; a text is its prompt.
@@ -43,7 +43,7 @@ def _joined(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _for_each(name: str, value: Any, count: int) -> Any:
     """Repeat a negative prompt for each prompt, since some pipelines want one for each."""
-    return [value] * count if name.startswith("negative_prompt") and isinstance(value, str) else value
+    return [value] * count if name.startswith(NEGATIVE_PROMPT) and isinstance(value, str) else value
 
 
 def size_of(batch: Batch) -> int:
@@ -56,8 +56,8 @@ def shared_arguments(pipe: Any, scale: float | None, given: Mapping[str, Any], b
 
     Whether guidance is true guidance is seen from those of a batch too.
     """
-    taken = inspect.signature(type(pipe).__call__).parameters
-    arguments = {**({"output_type": "latent"} if "output_type" in taken else {}), **given}
+    taken = call_parameters(pipe)
+    arguments = {**({OUTPUT: "latent"} if OUTPUT in taken else {}), **given}
     if scale is not None:
         arguments[scale_argument({**dict.fromkeys(taken), **arguments, **batch})] = scale
     return arguments
@@ -71,4 +71,4 @@ def call_of(batch: Batch, steps: int, shared: Mapping[str, Any]) -> dict[str, An
     seeds = given.pop(SEEDS)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     each = {name: _for_each(name, value, len(seeds)) for name, value in shared.items()}
-    return {**each, **given, "num_inference_steps": steps, "generator": generators}
+    return {**each, **given, STEPS: steps, "generator": generators}

@@ -17,6 +17,7 @@ from cachekit.errors import CalibrationError
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
+from cachekit.upstream.calling import OUTPUT, STEPS, results_of
 from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.scales import scale_argument
 
@@ -65,7 +66,7 @@ def _images(request: Request, pipe: Any, prompts: Sequence[str], steps: int, sca
     made = []
     for place, prompt in enumerate(prompts):
         noise = torch.Generator().manual_seed(request.seed + _OTHER_NOISE + place)
-        given = {"prompt": prompt, "num_inference_steps": steps, "generator": noise, "output_type": "np"}
+        given = {"prompt": prompt, STEPS: steps, "generator": noise, OUTPUT: "np"}
         result = pipe(**given, **{scale_argument({}): scale})
-        made.append(np.asarray(getattr(result, "images", getattr(result, "frames", None)))[0])
+        made.append(np.asarray(results_of(result))[0])
     return made

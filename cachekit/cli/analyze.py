@@ -43,6 +43,7 @@ def analyze(
     """
     from cachekit.analysis.captions import usable_captions
     from cachekit.analysis.parts import PARTS, Analysis
+    from cachekit.bench.captions import check_scenes
     from cachekit.bench.cells import Setting
     from cachekit.bench.subjects import load
     from cachekit.models.loading import scheduler_for
@@ -53,6 +54,8 @@ def analyze(
         for name in scheduler or ():
             scheduler_for(subject.pipe, name)
         texts = usable_captions(captions, limit, subject.pipe)
+        if subject.draws_scenes:
+            check_scenes(texts)
         check_folder(output)
         setting = setting.model_copy(update={"captions": texts, "pictures": len(texts)})
         found: dict[str, Found] = {}

@@ -149,7 +149,7 @@ def _scales(text: str | None, model: str) -> list[float | None]:
     try:
         return [float(item) for item in text.split(";") if item.strip()] or [None]
     except ValueError:
-        raise CachekitError(f"guidance {text!r} is no list of numbers; write '3;5;7'") from None
+        raise CachekitError(f"guidance {text!r} is not a list of numbers; write '3;5;7'") from None
 
 
 def _print_fits(made: Calibration) -> None:

@@ -123,12 +123,13 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
     from cachekit.registry.notices import silent_log
+    from cachekit.upstream.calling import STEPS
     from cachekit.upstream.scales import SCALE
 
     # Refused here before the model is loaded; `apply` is given the specs, whose presets it compares with the pipeline.
     parse_all(defaults.specs, installed())
     width, height = defaults.size or (None, None)
-    given = {"prompt": prompt, "num_inference_steps": defaults.steps, SCALE: defaults.guidance}
+    given = {"prompt": prompt, STEPS: defaults.steps, SCALE: defaults.guidance}
     given |= {"width": width, "height": height}
     own = json.loads(job.arguments)
     arguments = {**{name: value for name, value in given.items() if value is not None}, **own}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import keyword
 import re
 from collections.abc import Container, Iterator
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from string import Template
 from typing import Annotated
@@ -18,6 +20,11 @@ from cachekit.errors import CachekitError
 _SCAFFOLDS = Path(__file__).with_name("scaffolds")
 _SUFFIX = ".in"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+#: How pip calls cachekit.
+DISTRIBUTION = "cachekit-diffusion"
+#: Sentences for the README on where the workflow gets cachekit from, unless the author sets a variable.
+_BY_DEFAULT = "By default that is\n`{}`."
+_WITHOUT = "This project was made with one that came\nfrom a folder, so that the address is for you to set."
 
 Name = Annotated[str, typer.Argument(help="Name in specs: lower case, digits, underscores.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; default: cachekit-NAME, here.")]
@@ -74,15 +81,25 @@ def _refuse_name(kind: str, name: str) -> None:
         raise CachekitError(f"{kind} name {name!r} is taken by an installed plugin; choose another")
 
 
+def _address(installed: Distribution) -> str:
+    """Find what pip can install this cachekit from on any machine; "" where it came from a folder or a file."""
+    record = json.loads(installed.read_text("direct_url.json") or "{}")
+    url, commit = record.get("url", ""), record.get("vcs_info", {}).get("commit_id", "")
+    is_public = url.startswith("https://") and "@" not in url
+    return f"{DISTRIBUTION} @ git+{url}@{commit}" if commit and is_public else ""
+
+
 def _files(kind: str, name: str) -> Iterator[tuple[Path, str]]:
     """Yield the path and the text of each file of a project."""
-    package = f"cachekit_{name}"
+    package, address = f"cachekit_{name}", _address(distribution(DISTRIBUTION))
     words = {
         "name": name,
         "package": package,
         "distribution": package.replace("_", "-"),
         "Class": "".join(part.capitalize() for part in name.split("_")),
         "kind": kind.replace("_", "-"),
+        "address": address,
+        "source": _BY_DEFAULT.format(address) if address else _WITHOUT,
     }
     for folder in ("common", kind):
         root = _SCAFFOLDS / folder

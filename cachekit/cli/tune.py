@@ -62,7 +62,7 @@ def tune(settings: TuneSettings) -> None:
     All targets given must hold. The search measures policies, their numbers and parts, numbers of steps, and plain
     steps in one study; the verdict is on captions that it never used. Exit code 1 where nothing reaches the target.
     """
-    from cachekit.tuning.targets import Targets
+    from cachekit.tuning.targets import LEAST, Targets
     from cachekit.tuning.tune import tune as search
 
     asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
@@ -95,7 +95,8 @@ def tune(settings: TuneSettings) -> None:
         print_report(tuned, settings.output)
         give(_data(tuned))
         if tuned.verdict.nearest:
-            typer.echo(f"error: no candidate reaches the target: {tuned.verdict.nearest}", err=True)
+            reason = f"no candidate that saves {LEAST}x or more reaches the target"
+            typer.echo(f"error: {reason}: {tuned.verdict.nearest}", err=True)
             raise typer.Exit(1)
 
 
@@ -105,6 +106,7 @@ def _data(tuned: Tuned) -> dict[str, Any]:
         "front": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.front],
         "verdict": [{**asdict(one.candidate), **one.figures.model_dump(mode="json")} for one in tuned.verdict.judged],
         "preset": tuned.preset.model_dump(mode="json") if tuned.preset else None,
+        "rival": tuned.verdict.rival.model_dump(mode="json") if tuned.verdict.rival else None,
         "nearest": tuned.verdict.nearest,
         "refused": tuned.refused,
     }

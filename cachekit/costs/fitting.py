@@ -79,5 +79,5 @@ def _nothing_fits(plan: Plan, usage: Usage, max_bytes: int) -> BudgetError:
     specs = ", ".join(dict.fromkeys(repr(str(bound.policy)) for bound in plan.assignments))
     return BudgetError(
         f"max_cache_bytes={max_bytes:,}: nothing of {specs} fits; the smallest place needs {smallest:,} bytes,"
-        f" all of them {usage.peak:,}"
+        f" all of them {usage.peak:,}; raise it, or leave it out"
     )

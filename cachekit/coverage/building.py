@@ -13,6 +13,7 @@ from torch import nn
 
 from cachekit.coverage.components import NotBuiltError, make, make_one, seed_weights
 from cachekit.coverage.facts import Facts, facts_of
+from cachekit.upstream.calling import call_parameters
 from cachekit.upstream.pipelines import DENOISERS, STAGES, hide_progress
 
 #: Components that are left out unless facts ask for them.
@@ -74,7 +75,7 @@ def build(name: str) -> Any:
 
 def arguments(pipe: Any, name: str) -> dict[str, Any]:
     """Make the arguments of a short call: those of the facts that the pipeline takes."""
-    taken = inspect.signature(type(pipe).__call__).parameters
+    taken = call_parameters(pipe)
     given = _values({key: value for key, value in facts_of(name).call.items() if key in taken})
     if "generator" in taken and "generator" not in given:
         given["generator"] = torch.Generator().manual_seed(0)

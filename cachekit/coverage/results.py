@@ -138,7 +138,9 @@ def read(path: Path) -> Coverage:
         data: dict[str, Any] = json.loads(path.read_text())
         return Coverage(data["specs"], [Trial.from_dict(trial) for trial in data["trials"]], data["versions"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CachekitError(f"cannot read coverage {str(path)!r}: {error}") from error
+        raise CachekitError(
+            f"cannot read coverage {str(path)!r}: {error}; write it with cachekit coverage --json"
+        ) from error
 
 
 def _release(name: str) -> str:

@@ -60,10 +60,10 @@ class Driver:
         self.state = RunState()
         self.pipelines = Pipelines()
         self.scopes = Scopes(setup, limit, fitting, self.state, self.pipelines)
-        self.installation = Installation(setup, self.state, self)
         self.last_report: Report | None = None
         self._uncached = UncachedTimes()
         self._cost = cost
+        self.installation = Installation(setup, self.state, self)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last report out of copies: they have not run yet."""
@@ -99,13 +99,13 @@ class Driver:
             return (yield from self._pass(denoiser, args, kwargs, enclosed))
         regime = self.scope.regime
         if call.is_dropped or call.is_left_out:
-            _record(call, inputs, time.perf_counter() - start)
+            _record(call, inputs, start, runs=False)
             made = regime.finisher.replaced(call) if call.is_dropped else regime.finisher.predicted(call, inputs)
             call.note_output(made)
             self._note_call()
             return made
         given = regime.finisher.narrowed(call, inputs)
-        _record(call, inputs, time.perf_counter() - start)
+        _record(call, inputs, start, runs=True)
         call.duties = regime.duties[denoiser.name]
         self.state.call = call
         try:
@@ -178,7 +178,7 @@ class Driver:
             state.reports = ()
         outer = (state.run, state.call, state.pipeline, state.scope)
         state.run, state.call, state.pipeline, state.scope = None, None, pipeline, scope
-        processors = starter.perturbed(pipeline)
+        processors = starter.replaced(pipeline)
         try:
             yield
         except BaseException as error:
@@ -269,10 +269,10 @@ class Driver:
         return run.clock.goes_through(scheduler) and not shares_table(mark.source, scheduler)
 
 
-def _record(call: Call, inputs: CallInputs, seconds: float) -> None:
-    """Add a call to its run's record, with the shapes of its arguments."""
-    record, made = call.keeper.record, call.record()
+def _record(call: Call, inputs: CallInputs, start: float, runs: bool) -> None:
+    """Add a call that was decided since `start` to its run's record, with the shapes of its arguments."""
+    record, made = call.keeper.record, call.record(runs)
     record.calls.append(made)
-    record.deciding_seconds += seconds
     if made.inputs not in record.inputs:
         record.inputs[made.inputs] = tree_map(shape_of, (inputs.args, inputs.kwargs))
+    record.deciding_seconds += time.perf_counter() - start

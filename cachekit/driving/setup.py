@@ -14,7 +14,7 @@ from cachekit.errors import CachekitError, PolicyError, SiteError, answered
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
-from cachekit.interface.parts import Where
+from cachekit.interface.parts import Schedule, StandIn, Where
 from cachekit.interface.policy import Policy
 from cachekit.interface.presets import Preset
 from cachekit.interface.sites import Region, Site, SiteMap, Target
@@ -78,6 +78,17 @@ class Setup:
     def narrowing(self) -> list[Assignment]:
         """The assignments that may drop a guidance branch."""
         return [bound for bound in self.assignments if bound.is_guidance]
+
+    @functools.cached_property
+    def beginning(self) -> list[tuple[int, list[Schedule | StandIn]]]:
+        """The parts that do something at the beginning of a run, by index of the assignment."""
+        parts = [[it for it in (bound.choice.when, bound.choice.what) if _begins(it)] for bound in self.assignments]
+        return [(index, found) for index, found in enumerate(parts) if found]
+
+    @functools.cached_property
+    def reading(self) -> list[Assignment]:
+        """The assignments whose stand-ins read values of the scheduler."""
+        return [bound for bound in self.assignments if bound.choice.what.reads]
 
     @functools.cached_property
     def observing(self) -> list[Policy]:
@@ -167,6 +178,11 @@ def _refusal(bound: Assignment) -> str:
         )
         return f"{target.name!r} has no residual, {where}; use of=output or another policy"
     return ""
+
+
+def _begins(part: Schedule | StandIn) -> bool:
+    """Whether a part does anything at the beginning of a run."""
+    return type(part).begin not in (Schedule.begin, StandIn.begin)
 
 
 def _shows(target: Target) -> bool:

@@ -43,34 +43,38 @@ class _Cutter:
     def __init__(self, layout: Layout, place: int, batch: int) -> None:
         self._layout, self._place, self._batch = layout, place, batch
         self._count = len(layout.order)
+        self._part = self._part_of(batch)
+
+    def _part_of(self, size: int) -> slice:
+        return slice(self._place * size // self._count, (self._place + 1) * size // self._count)
 
     def cut(self, name: str, value: Any) -> Any:
         """Cut an argument, or what a nested dict has under this name."""
         if value is None or isinstance(value, bool) or name in UNBATCHED or name in self._layout.unbatched:
             return value
+        if isinstance(value, Tensor):
+            return self._cut_tensor(name, value)
         if isinstance(value, dict):
             named = ((key, key if isinstance(key, str) else name, item) for key, item in value.items())
             return {key: self.cut(own, item) for key, own, item in named}
-        if isinstance(value, Tensor):
-            return self._cut_tensor(name, value)
         return tree_map(lambda tensor: self._cut_tensor(name, tensor), value)
 
     def _cut_tensor(self, name: str, tensor: Tensor) -> Tensor:
-        dim = int(name in LAYERED or name in self._layout.layered)
-        size = tensor.size(dim) if tensor.dim() > dim else 0
-        if size != self._batch and not (size and size % self._batch == 0 and not dim and _may_count_frames(name)):
-            return tensor
-        part = slice(self._place * size // self._count, (self._place + 1) * size // self._count)
-        return tensor[:, part] if dim else tensor[part]
+        if name in LAYERED or name in self._layout.layered:
+            return tensor[:, self._part] if tensor.dim() > 1 and tensor.shape[1] == self._batch else tensor
+        size = tensor.shape[0] if tensor.dim() else 0
+        if size == self._batch:
+            return tensor[self._part]
+        return tensor[self._part_of(size)] if self._counts_frames(name, size) else tensor
+
+    def _counts_frames(self, name: str, size: int) -> bool:
+        """Whether dimension 0 of an argument counts the frames of all images."""
+        return size > 0 and size % self._batch == 0 and any(part in name for part in PER_FRAME)
 
     def cut_list(self, value: list[Any]) -> list[Any]:
         """Cut a list with an entry for each image."""
         first, stop = (place * self._batch // self._count for place in (self._place, self._place + 1))
         return value[first:stop] if len(value) == self._batch else value
-
-
-def _may_count_frames(name: str) -> bool:
-    return any(part in name for part in PER_FRAME)
 
 
 def as_batches(output: Any) -> Any:

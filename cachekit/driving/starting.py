@@ -21,7 +21,6 @@ from cachekit.errors import GuidanceError, PolicyError, SiteError
 from cachekit.interface.adapter import Layout
 from cachekit.interface.beginning import Beginning
 from cachekit.interface.moment import Moment, Time
-from cachekit.interface.parts import Schedule, StandIn
 from cachekit.planning.lengths import refuse_unknown_length
 from cachekit.runs.border import begun
 from cachekit.runs.clock import Clock
@@ -33,12 +32,14 @@ from cachekit.runs.state import PipelineCall
 from cachekit.runs.voting import vote_of
 from cachekit.tensors import tensors
 from cachekit.upstream.arguments import PAIR
+from cachekit.upstream.calling import OUTPUT
 from cachekit.upstream.guidance import (
     attention_processors,
     has_true_guidance,
     is_guided,
     perturbs_attention,
     put_processors_back,
+    replaces_processors,
     will_perturb_attention,
 )
 from cachekit.upstream.guiders import has_momentum
@@ -95,13 +96,11 @@ class RunStarter:
         if has_momentum(pipe):
             refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
-    def perturbed(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
+    def replaced(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
         """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
-        return {
-            name: attention_processors(denoiser.module)
-            for name, denoiser in self._setup.denoisers.items()
-            if will_perturb_attention(call.pipe, call.arguments, denoiser.module)
-        }
+        if not replaces_processors(call.pipe, call.arguments):
+            return {}
+        return {name: attention_processors(denoiser.module) for name, denoiser in self._setup.denoisers.items()}
 
     def put_back(self, processors: Mapping[str, Mapping[str, Any]]) -> None:
         """Undo what a pipeline did to its denoisers before a policy refused the run within the loop."""
@@ -160,10 +159,10 @@ class RunStarter:
         guided: bool,
     ) -> None:
         """Call `begin` of schedules and stand-ins, which may refuse the run; guidance belongs to the first denoiser."""
-        for index, bound in enumerate(self._setup.assignments):
-            parts = [part for part in (bound.choice.when, bound.choice.what) if _begins(part)]
-            if not parts or index in run.plan.dropped:
+        for index, parts in self._setup.beginning:
+            if index in run.plan.dropped:
                 continue
+            bound = self._setup.assignments[index]
             beginning = Beginning(
                 (denoiser if bound.is_guidance else self._setup.denoisers[bound.denoiser]).module,
                 scheduler,
@@ -193,7 +192,7 @@ class RunStarter:
         guided = known = is_guided(pipe, arguments, denoiser.module, context) if pipeline else None
         if guided is None and pipeline and denoiser.layout.calls:
             guided = True  # assumed until a second call confirms it, or fails to come
-        first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipe))
+        first = FirstCall(inputs.sample, guided, context, _obstacle(denoiser, inputs, pipeline))
         if inputs.writes_cache or inputs.cache_mode is not None:
             self._refuse_left_out(denoiser)
         layout, reason = layout_of_run(first, denoiser.layout)
@@ -224,7 +223,7 @@ class RunStarter:
 
     def _refuse_unknown(self, times: Sequence[Time], scheduler: Any) -> None:
         """Raise `PolicyError` where a stand-in needs what the scheduler doesn't give."""
-        for bound in self._setup.assignments:
+        for bound in self._setup.reading:
             missing = bound.choice.what.missing(times)
             if missing:
                 name = "a loop without a scheduler" if scheduler is None else type(scheduler).__name__
@@ -234,20 +233,16 @@ class RunStarter:
                 )
 
 
-def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipe: Any) -> Obstacle | None:
+def _obstacle(denoiser: Denoiser, inputs: CallInputs, pipeline: PipelineCall | None) -> Obstacle | None:
     """Find what keeps all branches of a run from being dropped, whatever its layout."""
-    if has_momentum(pipe):
+    if pipeline and pipeline.has_guider and has_momentum(pipeline.pipe):
         return Obstacle.MOMENTUM
     if inputs.writes_cache:
         return Obstacle.WRITTEN_CACHE
-    return Obstacle.PERTURBED_ATTENTION if perturbs_attention(pipe, denoiser.module) else None
+    perturbs = perturbs_attention(pipeline and pipeline.pipe, denoiser.module)
+    return Obstacle.PERTURBED_ATTENTION if perturbs else None
 
 
 def _outside(pipeline: PipelineCall | None) -> tuple[Any, ...]:
-    """Say what the time of a run depends on outside of its denoiser: the pipeline, and what it makes of the latents."""
-    return (type(pipeline.pipe), pipeline.arguments.get("output_type")) if pipeline else ()
-
-
-def _begins(part: Schedule | StandIn) -> bool:
-    """Whether a part does anything at the beginning of a run."""
-    return type(part).begin not in (Schedule.begin, StandIn.begin)
+    """Find what the time of a run depends on beside its denoiser: the pipeline, and what it makes of latents."""
+    return (type(pipeline.pipe), pipeline.arguments.get(OUTPUT)) if pipeline else ()

@@ -237,6 +237,9 @@ def combine(history: History, weights: Sequence[float]) -> Streams:
 
     Entries with a weight of 0 are left out, and a single entry with a weight of 1 is returned as it is. Raises
     `ValueError` where there are not as many weights as entries.
+
+        newer, older = history
+        combine(history, [2.0, -1.0])  # a straight line through both, one step further
     """
     if len(weights) != len(history):
         raise ValueError(f"{len(weights)} weights for {len(history)} kept entries; give one for each")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 from cachekit.errors import first_line, nearest
 from cachekit.models.hub import hub_arguments
 from cachekit.models.names import EMBEDDED, ModelError, Sort, is_architecture, named, unreadable
+from cachekit.upstream.calling import STEPS, call_parameters
 
 if TYPE_CHECKING:
     from torch import nn
@@ -109,7 +109,7 @@ def class_of(pipe: Any, name: str = "") -> type[Any] | None:
 
 def default_steps(kind: type[Any]) -> int | None:
     """Read how many steps pipelines of a class take by default; None where the class has no default."""
-    parameter = inspect.signature(kind.__call__).parameters.get("num_inference_steps")
+    parameter = call_parameters(kind).get(STEPS)
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
 
 

@@ -21,6 +21,7 @@ from cachekit.interface.specs import is_name
 from cachekit.parts import registration
 from cachekit.planning.plan import Plan
 from cachekit.registry import hookspecs, notices
+from cachekit.registry.guarding import GuardedAdapter
 
 #: The environment variable with the names of plugins that are not loaded, separated by commas.
 DISABLE = "CACHEKIT_DISABLE"
@@ -28,6 +29,7 @@ DISABLE = "CACHEKIT_DISABLE"
 BUILT_IN = "parts"
 #: The distributions whose names no plugin can take.
 _OWN = ("cachekit", "cachekit-diffusion")
+_UNKNOWN = "an unknown distribution"
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,10 @@ class Catalog:
     def adapter_for(self, denoiser: Any) -> Adapter:
         """Find the one adapter that matches `denoiser`, a `torch.nn.Module`.
 
-        Raises `AdapterError` where none does, or more than one, and `PluginError` where an adapter raises.
+        Raises `AdapterError` where none does, or more than one, and `PluginError` where an adapter raises, as do the
+        methods of what is returned.
         """
-        found = [adapter for adapter in self.adapters.values() if self._matches(adapter, denoiser)]
+        found = [adapter for adapter in map(self._guarded, self.adapters.values()) if adapter.matches(denoiser)]
         name = type(denoiser).__name__
         if not found:
             known = ", ".join(sorted(self.adapters)) or "none"
@@ -94,7 +97,7 @@ class Catalog:
             try:
                 answers = call(plan=plan)
             except Exception as error:
-                raise PluginError(_failed(plugin, "cachekit_check_plan", error)) from error
+                raise PluginError(self._failed(plugin, "cachekit_check_plan", error)) from error
             for reason in (reason for reasons in answers for reason in reasons):
                 raise ConflictError(reason)
 
@@ -104,18 +107,19 @@ class Catalog:
             try:
                 call(report=report)
             except Exception as error:  # noqa: BLE001 - a plugin must not cost the user an image
-                warnings.warn(_failed(plugin, "cachekit_run_finished", error), PluginWarning, stacklevel=2)
+                warnings.warn(self._failed(plugin, "cachekit_run_finished", error), PluginWarning, stacklevel=2)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Catalog:
         """Share the catalog: it is never changed."""
         return self
 
-    def _matches(self, adapter: Adapter, denoiser: Any) -> bool:
-        try:
-            return adapter.matches(denoiser)
-        except Exception as error:
-            plugin = self.owners.get(f"adapter {adapter.name!r}", adapter.name)
-            raise PluginError(_failed(plugin, f"its adapter {adapter.name!r}", error)) from error
+    def _guarded(self, adapter: Adapter) -> GuardedAdapter:
+        plugin = self.owners.get(f"adapter {adapter.name!r}", adapter.name)
+        return GuardedAdapter(adapter, plugin, self.plugins.get(plugin, _UNKNOWN), _remedy(plugin))
+
+    def _failed(self, plugin: str, hook: str, error: Exception) -> str:
+        source = self.plugins.get(plugin, _UNKNOWN)
+        return f"plugin {plugin!r} of {source} failed in {hook}: {_one_line(error)} {_remedy(plugin)}"
 
     def _calls(self, hook: str) -> Iterator[tuple[str, Callable[..., list[Any]]]]:
         """Yield each plugin with this hook, sorted by name, and a caller of it alone: an error then has one origin."""
@@ -126,7 +130,12 @@ class Catalog:
 
 @functools.cache
 def installed() -> Catalog:
-    """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash."""
+    """Build the catalog of everything installed, once; warn of each plugin that failed to load and of each clash.
+
+    It can be given to what takes a `catalog`, and knows each policy's class:
+
+        cachekit.installed().policies["tgate"].model_fields
+    """
     disabled = [name for name in map(str.strip, os.environ.get(DISABLE, "").split(",")) if name]
     points = entry_points(group=GROUP)
     catalog = build(points, disabled)
@@ -303,10 +312,6 @@ def _alone(manager: pluggy.PluginManager, hook: str, plugin: Any) -> Callable[..
     return manager.subset_hook_caller(hook, others)
 
 
-def _failed(plugin: str, hook: str, error: Exception) -> str:
-    return f"plugin {plugin!r} failed in {hook}: {_one_line(error)} {_remedy(plugin)}"
-
-
 def _remedy(plugin: str) -> str:
     return f"(fix or uninstall it, or set {DISABLE}={plugin})"
 
@@ -316,4 +321,4 @@ def _one_line(error: Exception) -> str:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unknown distribution"
+    return point.dist.name if point.dist is not None else _UNKNOWN

@@ -102,8 +102,10 @@ class Call:
         self.row = replace(self.row, narrowed_by=None, branches=self.calls.layout.order)
         self.branches = (self.branch,) if self.branch else self.row.branches
 
-    def record(self) -> CallRecord:
-        """Describe what this call's cost depends on."""
+    def record(self, runs: bool) -> CallRecord:
+        """Describe what this call's cost depends on; `runs` is whether the denoiser runs."""
+        if runs:
+            return CallRecord(self.denoiser, self.branch, self.batch, self.row)
         return CallRecord(self.denoiser, self.branch, self.batch, self.row, self.is_dropped, self.is_left_out)
 
     def moment(self, index: int, branches: Branches | None = None) -> Moment:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from math import isfinite
 from typing import Any
 
@@ -25,9 +25,9 @@ Voting = Callable[[Action], Action]
 class Keeper:
     """The kept tensors of one run, the shapes and structures they come in, and the memories of policies.
 
-    `shapes` are those of skipped modules' outputs, with the number of branches they hold; `templates` are outputs
-    without elements, which kept tensors are put back into. `is_replayed` is whether the run only repeats what another
-    has decided, without values.
+    `shapes` are those of skipped modules' outputs by branch, one for all outputs that are alike, which `kinds` has by
+    what they share; `templates` are outputs without elements, which kept tensors are put back into. `is_replayed` is
+    whether the run only repeats what another has decided, without values.
     """
 
     def __init__(
@@ -40,7 +40,8 @@ class Keeper:
         self.record = record
         self.is_replayed = is_replayed
         self.memories = Memories()
-        self.shapes: dict[tuple[Slot, str], dict[str, tuple[Any, int]]] = {}
+        self.shapes: dict[tuple[Slot, str], dict[str, Any]] = {}
+        self.kinds: dict[Hashable, Any] = {}
         self.templates: dict[Slot, Any] = {}
         #: Rows, denoisers and sums of outputs since the last report; whether one before them was not finite.
         self._outputs: list[tuple[Row, str, Tensor]] = []
@@ -117,6 +118,7 @@ class Keeper:
         """Drop all tensors and shapes: the batch has changed."""
         self.store.clear()
         self.shapes.clear()
+        self.kinds.clear()
 
     def forget(self) -> None:
         """Drop all tensors and memories, even where the frames of an exception hold the run."""

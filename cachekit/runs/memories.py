@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from cachekit.interface.sites import Branches
-from cachekit.tensors import size_in_bytes, tensors
+from cachekit.tensors import tensors
 
 Memory = dict[str, Any]
 
@@ -40,10 +40,10 @@ class Memories:
 
     def measure(self) -> None:
         """Take note of the bytes of the tensors that policies hold now; those in traces are not counted."""
-        used = list(filter(None, (*self._of_policies.values(), *self._of_targets.values())))
+        used = [*filter(None, self._of_policies.values()), *filter(None, self._of_targets.values())]
         if used:
-            held = {id(tensor): tensor for memory in used for tensor in _held(memory)}
-            self.peak_bytes = max(self.peak_bytes, size_in_bytes(held))
+            sizes = {id(tensor): tensor.nbytes for memory in used for tensor in _held(memory)}
+            self.peak_bytes = max(self.peak_bytes, sum(sizes.values()))
 
     def clear(self) -> None:
         """Forget everything."""
@@ -53,5 +53,7 @@ class Memories:
 
 def _held(memory: Memory) -> Iterator[Tensor]:
     for key, value in memory.items():
-        if key != "trace":
+        if isinstance(value, Tensor):
+            yield value
+        elif key != "trace" and not isinstance(value, (int, float)):
             yield from tensors(value)

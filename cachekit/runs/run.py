@@ -26,6 +26,7 @@ from cachekit.runs.voting import Vote
 
 #: A call for which a row is composed: its caller, and the sample that indicators of the denoiser decide by.
 Shown = tuple[Caller, Tensor]
+_NO_ACTIONS = dict.fromkeys(Action, 0)
 
 
 class Run:
@@ -59,7 +60,7 @@ class Run:
             steps,
             layout,
             self.clock.exact,
-            counts=[dict.fromkeys(Action, 0) for _ in plan.assignments],
+            counts=[_NO_ACTIONS.copy() for _ in plan.assignments],
             missed=[0] * len(plan.assignments),
             fit=fit,
             arguments=arguments or {},

@@ -12,14 +12,15 @@ from cachekit.runs.report import Report
 from cachekit.runs.run import Run
 from cachekit.upstream.guidance import guidance_properties
 from cachekit.upstream.guiders import has_guider
-from cachekit.upstream.pipelines import call_arguments
+from cachekit.upstream.pipelines import call_arguments, controlnets_of
 
 
 @dataclass(frozen=True)
 class PipelineCall:
     """A call of a pipeline that is under way.
 
-    `arguments` are by name, defaults included; `guidance_properties` are those that show the pipeline's guidance.
+    `arguments` are by name, defaults included; `guidance_properties` are those that show the pipeline's guidance, where
+    a ControlNet makes it matter, which is called before the denoiser.
     """
 
     pipe: Any
@@ -30,7 +31,8 @@ class PipelineCall:
     @classmethod
     def of(cls, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineCall:
         """Read the arguments of a pipeline's call."""
-        return cls(pipe, call_arguments(pipe, args, kwargs), has_guider(pipe), guidance_properties(pipe))
+        shown = guidance_properties(pipe) if any(True for _ in controlnets_of(pipe)) else ()
+        return cls(pipe, call_arguments(pipe, args, kwargs), has_guider(pipe), shown)
 
     @property
     def guidance_state(self) -> tuple[Any, ...]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from cachekit.tensors import tree_map
 
 #: Makes a tensor of a shape, with the dtype and device of another one.
 Memory = Callable[[tuple[int, ...], Tensor], Tensor]
@@ -22,15 +26,43 @@ def zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
 
-class Scratch:
-    """Memory that the placeholders of one call share: no value in it is ever read.
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a module returned, with `zeros_like` of each tensor in place of it, and the number of branches it held."""
 
-    Allocating it for each skipped module would take as long as a small layer.
+    tree: Any
+    branches: int
+
+
+def alike(output: Any) -> Hashable:
+    """Describe what a placeholder for an output depends on: outputs with equal descriptions may share one.
+
+    Those that hold more than tensors in tuples are alike to no other.
+    """
+    if isinstance(output, Tensor):
+        return output.shape, output.dtype, output.device
+    if type(output) is tuple:
+        return tuple(map(alike, output))
+    return None if output is None else object()
+
+
+class Scratch:
+    """The placeholders of one call, and the memory that they share: no value in it is ever read.
+
+    Making either for each skipped module would take as long as a small layer.
     """
 
     def __init__(self) -> None:
         """Start without memory."""
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._made: dict[Recorded, Any] = {}
+
+    def placeholder(self, recorded: Recorded, branches: int) -> Any:
+        """Get the placeholder for an output, one for all modules of which it was recorded."""
+        made = self._made.get(recorded)
+        if made is None:
+            made = self._made[recorded] = tree_map(Placeholder(branches, recorded.branches, self), recorded.tree)
+        return made
 
     def __call__(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """Get memory of a shape, with the dtype and device of a tensor."""

@@ -15,7 +15,7 @@ from cachekit.interface.sites import Kind, Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.quantities import matching
 from cachekit.switches.orders import Order
-from cachekit.switches.placeholders import Memory, Placeholder, Scratch, zeros, zeros_like
+from cachekit.switches.placeholders import Placeholder, Recorded, Scratch, alike, zeros_like
 from cachekit.tensors import no_elements, tensors, tree_map, with_tensors
 from cachekit.upstream.arguments import parameters_of
 from cachekit.upstream.attention import image_first, streams_of_site
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Returned in place of a stand-in for the module's output: the module has to run.
 RUN_IT = object()
+
+_REUSE = Action.REUSE  # looking it up on the enum in each call is slow
 
 
 class Role:
@@ -180,21 +182,23 @@ class Member(AssignedRole):
 
     def before(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a placeholder where the region is reused."""
-        self.refuse_open(call)
-        if call.actions[self.index] is not Action.REUSE:
+        if call.actions[self.index] is not _REUSE:
+            self.refuse_open(call)
             return RUN_IT
         if call.scratch is None:
             call.scratch = Scratch()
-        return self._placeholder(call, call.scratch)
+        return call.scratch.placeholder(self._recorded(call), len(call.branches))
 
     def before_compiled(self, call: Call) -> Any:
         """Make a placeholder with memory of its own: compiled code assumes that its inputs do not overlap."""
-        return self._placeholder(call, zeros) if call.actions[self.index] is Action.REUSE else RUN_IT
+        if call.actions[self.index] is not _REUSE:
+            return RUN_IT
+        recorded = self._recorded(call)
+        return tree_map(Placeholder(len(call.branches), recorded.branches), recorded.tree)
 
-    def _placeholder(self, call: Call, memory: Memory) -> Any:
-        found = call.keeper.shapes[call.slot(self.index), self.name]
-        shapes, branches = found.get(call.branch) or next(iter(found.values()))
-        return tree_map(Placeholder(len(call.branches), branches, memory), shapes)
+    def _recorded(self, call: Call) -> Recorded:
+        found: dict[str, Recorded] = call.keeper.shapes[call.slot(self.index), self.name]
+        return found.get(call.branch) or next(iter(found.values()))
 
     def needs(self, call: Call) -> Order:
         """Choose MEASURE where a placeholder may be needed later."""
@@ -204,9 +208,13 @@ class Member(AssignedRole):
         """Record, once in a run, the shapes that a placeholder must have: texts of branches may differ in length."""
         if computes(call, self.index):
             return
-        found = call.keeper.shapes.setdefault((call.slot(self.index), self.name), {})
+        keeper, branches = call.keeper, len(call.branches)
+        found = keeper.shapes.setdefault((call.slot(self.index), self.name), {})
         if call.branch not in found:
-            found[call.branch] = (tree_map(zeros_like, output), len(call.branches))
+            kind = (alike(output), branches)
+            if kind not in keeper.kinds:
+                keeper.kinds[kind] = Recorded(tree_map(zeros_like, output), branches)
+            found[call.branch] = keeper.kinds[kind]
 
 
 class Entry(AssignedRole):

@@ -103,7 +103,19 @@ def check_batch_items_independent(subject: Subject) -> None:
         if far > _GROWN + 10 * plain:
             raise CheckFailedError(
                 f"image {image} of a batch of 2 differs from the image alone by {far:.2g} of its norm"
+                f"{_first_leak(together, alone, image, _GROWN + 10 * plain)}"
             )
+
+
+def _first_leak(together: Drawn, alone: Drawn, image: int, bound: float) -> str:
+    """Name the first prediction for an image of a batch that isn't what is predicted for the image alone."""
+    others = dict(_by_place(alone))
+    for key, one in _by_place(together):
+        for batch, single in zip(one.made, others[key].made if key in others else ()):
+            halves = batch.chunk(len(one.at.branches))
+            if distance(torch.cat([half[image : image + 1] for half in halves]), single) > bound:
+                return f"; what is predicted differs first for {one.place}"
+    return ""
 
 
 def _actions(drawn: Drawn) -> list[list[Action | Open]]:

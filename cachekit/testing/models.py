@@ -15,6 +15,7 @@ from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
+from cachekit.upstream.calling import results_of
 from cachekit.upstream.pipelines import hide_progress
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
@@ -100,7 +101,7 @@ def _is_float(value: Any) -> bool:
 def drawn(pipe: Any, given: dict[str, Any]) -> torch.Tensor:
     """Call a pipeline; its latents `(batch, ...)`."""
     output = pipe(**given)
-    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+    return torch.as_tensor(results_of(output))
 
 
 @functools.cache
@@ -115,14 +116,15 @@ def forget() -> None:
 
 
 @functools.cache
-def _never_attached(name: str) -> Any:
+def never_attached(name: str) -> Any:
+    """Build a model's pipeline again, once, for what nothing may be applied to."""
     return MODELS[name].make()
 
 
 @functools.cache
 def uncached(name: str, call: Call) -> torch.Tensor:
     """Draw with a pipeline of the same weights that nothing was ever applied to."""
-    pipe = _never_attached(name)
+    pipe = never_attached(name)
     return drawn(pipe, call.arguments(MODELS[name], pipe))
 
 

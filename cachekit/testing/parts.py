@@ -20,6 +20,7 @@ from cachekit.interface.specs import parse
 from cachekit.parts.standins import Chebyshev, Hermite
 from cachekit.registry.catalog import Catalog
 from cachekit.testing.models import drawn
+from cachekit.testing.places import first_not_finite
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.spies import Prediction
 from cachekit.testing.subject import Subject, distance
@@ -113,7 +114,7 @@ def check_linear_ramp(subject: Subject) -> None:
 
     A stand-in that reads several entries is a forecast, unless its class variable `order` is 0.
     """
-    found = [one for one in _foretelling(subject) if not isinstance(one.part, _SHRINKING)]
+    found = [one for one in _predicting(subject) if not isinstance(one.part, _SHRINKING)]
     if not found:
         raise NotApplicableError("no stand-in of it has to give a line")
     for one in found:
@@ -121,17 +122,23 @@ def check_linear_ramp(subject: Subject) -> None:
         level, slope = one.made[0].double(), torch.ones_like(one.made[0], dtype=torch.float64)
         far = distance(_made(one, times, [level] * len(times)), level)
         if far > _EXACT:
-            raise CheckFailedError(f"{one.part}: of equal values it makes one that differs by {far:.2g} of their norm")
+            raise CheckFailedError(f"{_where(one, times)} of equal values it makes another (by {far:.2g} of its norm)")
         if not _reads_several(one, times, level) or _order(one.part) == 0:
             continue
         misses = [_miss(one, times, axis, level, slope) for axis in _AXES]
         if min(misses) > _EXACT:
             raise CheckFailedError(
-                f"{one.part}: of values on a line it makes one that misses it by {min(misses):.2g} of the norm"
+                f"{_where(one, times)} of values on a line it makes one that misses it by {min(misses):.2g} of the norm"
             )
 
 
-def _foretelling(subject: Subject) -> list[Prediction]:
+def _where(one: Prediction, times: Sequence[Time]) -> str:
+    """Name the stand-in, its target, the step that is predicted and those of the entries."""
+    steps = f"{'steps' if len(times) > 1 else 'step'} {', '.join(str(time.step) for time in times)}"
+    return f"{one.part} for {one.target!r} in step {_HERE} from {steps}:"
+
+
+def _predicting(subject: Subject) -> list[Prediction]:
     """List a prediction of each stand-in whose numbers are not prepared for a run."""
     return [found for found in subject.stand_ins if found.history and not found.is_prepared]
 
@@ -193,7 +200,7 @@ class _WatchedHistory(tuple):  # type: ignore[type-arg]
 
 def check_history_length(subject: Subject) -> None:
     """A stand-in works with every number of entries from one to its length, and reads none beyond."""
-    found = _foretelling(subject)
+    found = _predicting(subject)
     if not found:
         raise NotApplicableError("no stand-in of it reads a history")
     for one in found:
@@ -203,11 +210,10 @@ def check_history_length(subject: Subject) -> None:
             try:
                 made = _made(one, _times(count), [value] * count)
             except Exception as error:
-                raise CheckFailedError(
-                    f"{one.part}: predict raised {type(error).__name__} with {count} of {length} entries: {error}"
-                ) from error
+                where, raised = _where(one, _times(count)), f"predict raised {type(error).__name__}: {error}"
+                raise CheckFailedError(f"{where} {raised}; its length is {length}") from error
             if made.shape != value.shape:
-                raise CheckFailedError(f"{one.part}: of {count} entries it makes the shape {tuple(made.shape)}")
+                raise CheckFailedError(f"{_where(one, _times(count))} it makes the shape {tuple(made.shape)}")
         if one.part.entries is not None:
             _refuse_reading_beyond(one, length, value)
 
@@ -219,7 +225,8 @@ def _refuse_reading_beyond(one: Prediction, length: int, value: torch.Tensor) ->
         _predict(one, history)
     if history.greatest >= length:
         raise CheckFailedError(
-            f"{one.part}: it reads history[{history.greatest}], but its length is {length}: that entry is never there"
+            f"{_where(one, _times(length))} it reads history[{history.greatest}], but its length is {length}: that"
+            " entry is never there"
         )
 
 
@@ -236,15 +243,13 @@ def check_dtype(subject: Subject) -> None:
     """In bfloat16 what is predicted and the image are bfloat16, and finite."""
     pipe = subject.model.make()
     denoiser_of(pipe).to(torch.bfloat16)
-    given = subject.call.arguments
     try:
-        plain = drawn(pipe, given(subject.model, pipe, torch.bfloat16))
+        plain = drawn(pipe, subject.call.arguments(subject.model, pipe, torch.bfloat16))
     except (RuntimeError, TypeError) as error:
         raise NotApplicableError(f"the model doesn't run in bfloat16: {error}") from None
     with subject.applied(pipe) as attachment:
-        image = drawn(pipe, given(subject.model, pipe, torch.bfloat16))
-        attachment.report()
-    if image.dtype is not plain.dtype:
-        raise CheckFailedError(f"the image is {image.dtype}, uncached it is {plain.dtype}")
-    if not bool(image.isfinite().all()):
-        raise CheckFailedError("the image holds NaN or inf")
+        found = subject.draw(attachment, subject.call, pipe, torch.bfloat16)
+    if found.image.dtype is not plain.dtype:
+        raise CheckFailedError(f"the image is {found.image.dtype}, uncached it is {plain.dtype}")
+    if not bool(found.image.isfinite().all()):
+        raise CheckFailedError(f"the image holds NaN or inf{first_not_finite(found.predictions)}")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-
-import torch
+from collections.abc import Iterator, Sequence
 
 from cachekit.applying import apply
 from cachekit.errors import CachekitError, GuidanceError, PolicyError, SiteError
@@ -14,10 +12,11 @@ from cachekit.interface.parts import BranchChange
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.planning.assignments import Assignment
+from cachekit.planning.plan import Plan
 from cachekit.runs.record import CallRecord
-from cachekit.testing.models import drawn
+from cachekit.testing.places import first_not_finite
 from cachekit.testing.results import CheckFailedError, NotApplicableError
-from cachekit.testing.subject import Subject, require_same_image
+from cachekit.testing.subject import Drawn, Subject, require_same
 
 #: Policies to combine with, each with a schedule that acts within a few steps.
 PARTNERS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3")
@@ -77,22 +76,42 @@ def check_counts_match_plan(subject: Subject) -> None:
     """Each target is computed, stored and reused as often as the plan shows, and no reuse finds nothing kept."""
     if not subject.plan.is_static:
         raise NotApplicableError("decides in the run")
+    for index, bound in enumerate(subject.plan.assignments):
+        _refuse_misses(subject, index)
+        (_compare_narrowing if bound.is_guidance else _compare_counts)(subject, index)
+
+
+def _refuse_misses(subject: Subject, index: int) -> None:
     record, plan = subject.first.report.record, subject.plan
-    for index, bound in enumerate(plan.assignments):
-        if record.missed[index]:
-            raise CheckFailedError(f"{record.missed[index]} reuses of {bound.target.name!r} found nothing kept")
-        if bound.is_guidance:
-            is_planned = any(row.narrowed_by == index for row in plan.rows)
-            if is_planned != bool(record.counts[index][Action.REUSE]):
-                raise CheckFailedError(f"the plan drops {'a' if is_planned else 'no'} branch, the run does otherwise")
-            continue
-        planned = Counter(action for call in record.calls for action in _planned(subject, index, call))
-        done = record.counts[index]
-        for action in Action:
-            if done[action] != planned[action]:
-                raise CheckFailedError(
-                    f"{bound.target.name!r}: {action.value} {done[action]} times, planned {planned[action]} times"
-                )
+    if record.missed[index]:
+        steps = [call.row.step for call in record.calls if _is_miss(plan, index, call)]
+        name, where = plan.assignments[index].target.name, f", first in step {steps[0]}" if steps else ""
+        raise CheckFailedError(f"{record.missed[index]} of the reuses of {name!r} found nothing kept{where}")
+
+
+def _compare_narrowing(subject: Subject, index: int) -> None:
+    """Raise `CheckFailedError` where a branch is dropped that wasn't planned to be, or the reverse."""
+    steps = [row.step for row in subject.plan.rows if row.narrowed_by == index]
+    if bool(steps) != bool(subject.first.report.record.counts[index][Action.REUSE]):
+        planned = f"a branch in step {steps[0]}" if steps else "no branch"
+        raise CheckFailedError(f"the plan drops {planned}, the run does otherwise")
+
+
+def _compare_counts(subject: Subject, index: int) -> None:
+    record, plan = subject.first.report.record, subject.plan
+    planned = Counter(action for call in record.calls for action in _planned(subject, index, call))
+    for action, done in record.counts[index].items():
+        if done != planned[action]:
+            steps = [row.step for row in plan.rows if row.actions[index] is action]
+            raise CheckFailedError(
+                f"{plan.assignments[index].target.name!r}: {action.value} {done} times, planned {planned[action]} times"
+                f" {f'from step {steps[0]}' if steps else 'in no step'}"
+            )
+
+
+def _is_miss(plan: Plan, index: int, call: CallRecord) -> bool:
+    """Whether a call computed and kept a target where a reuse was planned."""
+    return plan.rows[call.row.step].actions[index] is Action.REUSE and call.row.actions[index] is Action.STORE
 
 
 def _planned(subject: Subject, index: int, call: CallRecord) -> Iterator[Action | Open]:
@@ -113,21 +132,20 @@ def check_composes(subject: Subject) -> None:
         raise NotApplicableError("no other policy acts on this model")
     for partner in partners:
         try:
-            images = [_drawn_with(subject, order) for order in ([*subject.policies, partner],
-                                                                [partner, *subject.policies])]  # fmt: skip
+            found = [_drawn_with(subject, after=[partner]), _drawn_with(subject, before=[partner])]
         except PolicyError:
             raise
         except CachekitError as error:
-            images = []
+            found = []
             if not str(error):
                 raise CheckFailedError(f"refused beside {partner} without a reason") from None
-        if images:
-            require_same_image(images[1], images[0], f"beside {partner}, the image depends on the order of the specs")
-            if not bool(images[0].isfinite().all()):
-                raise CheckFailedError(f"beside {partner}, the image holds NaN or inf")
-        undone = subject.draw_removed(subject.call)
-        expected = subject.uncached(subject.call)
-        require_same_image(undone, expected, f"removed with {partner}, the image differs from the uncached one")
+        if found:
+            require_same(found[1], found[0], f"beside {partner}, the image depends on the order of the specs")
+            if not bool(found[0].image.isfinite().all()):
+                where = first_not_finite(found[0].predictions)
+                raise CheckFailedError(f"beside {partner}, the image holds NaN or inf{where}")
+        undone, what = subject.draw_removed(subject.call), f"removed with {partner}"
+        subject.require_uncached(undone, subject.call, f"{what}, the image differs from the uncached one")
 
 
 def _partners(subject: Subject) -> Iterator[Policy]:
@@ -144,6 +162,6 @@ def _partners(subject: Subject) -> Iterator[Policy]:
             yield partner
 
 
-def _drawn_with(subject: Subject, policies: list[Policy]) -> torch.Tensor:
-    with apply(subject.pipe, policies, catalog=subject.catalog):
-        return drawn(subject.pipe, subject.call.arguments(subject.model, subject.pipe))
+def _drawn_with(subject: Subject, before: Sequence[Policy] = (), after: Sequence[Policy] = ()) -> Drawn:
+    with subject.applied(before=before, after=after) as attachment:
+        return subject.draw(attachment, subject.call)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from dataclasses import replace
 from typing import Any
@@ -11,10 +10,13 @@ from typing import Any
 import torch
 
 from cachekit.attaching.removal import remove
-from cachekit.errors import SiteError
+from cachekit.errors import CachekitError
 from cachekit.testing.models import Call, drawn, twin
+from cachekit.testing.places import first_not_finite, reused
 from cachekit.testing.results import CheckFailedError, NotApplicableError
-from cachekit.testing.subject import Subject, distance, require_same, require_same_image
+from cachekit.testing.steering import steered
+from cachekit.testing.subject import Drawn, Subject, distance, far, require_same
+from cachekit.upstream.calling import on_step_end
 from cachekit.upstream.pipelines import denoiser_of
 
 #: Compiled code may fuse operations that are rounded apart otherwise.
@@ -24,7 +26,7 @@ _ROUNDING = 1e-4
 def check_runs(subject: Subject) -> None:
     """A run ends without an error, and its image has no NaN or inf."""
     if not bool(subject.first.image.isfinite().all()):
-        raise CheckFailedError("the image holds NaN or inf")
+        raise CheckFailedError(f"the image holds NaN or inf{first_not_finite(subject.first.predictions)}")
 
 
 def check_differs(subject: Subject) -> None:
@@ -32,7 +34,9 @@ def check_differs(subject: Subject) -> None:
     if not subject.reuses:
         raise NotApplicableError(f"nothing is reused in {subject.steps} steps")
     if torch.equal(subject.first.image, subject.uncached(subject.call)):
-        raise CheckFailedError("the image equals the uncached one, though outputs were reused")
+        record = subject.first.report.record
+        place = reused(subject.plan.assignments, record, range(subject.steps))
+        raise CheckFailedError(f"the image equals the uncached one, though outputs were reused, first {place}")
 
 
 def check_noop_is_exact(subject: Subject) -> None:
@@ -41,14 +45,14 @@ def check_noop_is_exact(subject: Subject) -> None:
         subject.draw(attachment, subject.call)
         with attachment.paused():
             found = subject.draw_removed(subject.call)
-    require_same_image(found, subject.uncached(subject.call), "paused, the image differs from the uncached one")
+            subject.require_uncached(found, subject.call, "paused, the image differs from the uncached one")
 
 
 def check_undo(subject: Subject) -> None:
     """Removed, the image equals the uncached one to the bit."""
     subject.draw_fresh(subject.call)
     found = subject.draw_removed(subject.call)
-    require_same_image(found, subject.uncached(subject.call), "removed, the image differs from the uncached one")
+    subject.require_uncached(found, subject.call, "removed, the image differs from the uncached one")
 
 
 def check_again(subject: Subject) -> None:
@@ -87,14 +91,11 @@ def check_interrupt(subject: Subject) -> None:
 def _stopping(pipe: Any, at: int) -> dict[str, Any]:
     """Make the argument by which a pipeline raises `_StopError` at the end of step `at`."""
 
-    def stop(_: Any, step: int, time: Any, given: dict[str, Any]) -> dict[str, Any]:
+    def stop(step: int) -> None:
         if step == at:
             raise _StopError
-        return given
 
-    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
-        return {"callback_on_step_end": stop}
-    return {"callback": lambda step, time, latents: stop(pipe, step, time, {})}
+    return on_step_end(pipe, stop)
 
 
 def check_shape_change(subject: Subject) -> None:
@@ -109,26 +110,26 @@ def check_shape_change(subject: Subject) -> None:
 def check_threads(subject: Subject) -> None:
     """Runs in several threads, of pipelines that share a denoiser, don't disturb each other."""
     calls = [replace(subject.call, seed=seed) for seed in (0, 5)]
-    found: dict[int, torch.Tensor | Exception] = {}
+    found: dict[int, Drawn | Exception] = {}
 
     def draw(call: Call, pipe: Any) -> None:
         try:
-            found[call.seed] = drawn(pipe, call.arguments(subject.model, pipe))
+            found[call.seed] = subject.draw(attachment, call, pipe)
         except Exception as error:  # noqa: BLE001 - raised again below
             found[call.seed] = error
 
-    with subject.applied(plain=True):
+    with subject.applied() as attachment:
         threads = [threading.Thread(target=draw, args=(call, twin(subject.pipe))) for call in calls]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     for call in calls:
-        image = found[call.seed]
-        if isinstance(image, Exception):
-            raise image
+        one = found[call.seed]
+        if isinstance(one, Exception):
+            raise one
         expected = subject.first if call == subject.call else subject.draw_fresh(call)
-        require_same_image(image, expected.image, "in a thread beside another, the image differs")
+        require_same(one, expected, "in a thread beside another, the image differs")
 
 
 def check_deepcopy(subject: Subject) -> None:
@@ -137,10 +138,13 @@ def check_deepcopy(subject: Subject) -> None:
         subject.draw(attachment, subject.call)
         copied = copy.deepcopy(subject.pipe)
         given = subject.call.arguments
-        require_same_image(drawn(copied, given(subject.model, copied)), subject.first.image, "a deep copy's differs")
+        image = drawn(copied, given(subject.model, copied))
+        if not torch.equal(image, subject.first.image):
+            where = subject.parting(copied, subject.pipe, subject.call)
+            raise CheckFailedError(f"a deep copy's image differs (by {far(image, subject.first.image)}){where}")
         remove(copied)
         undone = drawn(copied, given(subject.model, copied))
-        require_same_image(undone, subject.uncached(subject.call), "undone, a deep copy's differs from the uncached")
+        subject.require_uncached(undone, subject.call, "undone, a deep copy's differs from the uncached", copied)
         found = subject.draw(attachment, subject.call)
     require_same(found, subject.first, "after a deep copy was made, the image differs")
 
@@ -149,19 +153,33 @@ def check_compiled(subject: Subject) -> None:
     """With its denoiser compiled, a run gives what it gives uncompiled."""
     if subject.model.small is None:
         raise NotApplicableError("compiled on sd and pixart alone, to save time")
-    pipe = subject.model.small()
-    given = subject.call.arguments
-    try:
-        with subject.applied(pipe, plain=True):
-            expected = drawn(pipe, given(subject.model, pipe))
-    except SiteError as error:
-        raise NotApplicableError(f"the smaller model has no such target: {error}") from None
+    pipe, expected = _uncompiled(subject, subject.model.small())
     torch._dynamo.reset()
     denoiser_of(pipe).compile(backend="eager")
     try:
-        with subject.applied(pipe, plain=True):
-            found = drawn(pipe, given(subject.model, pipe))
+        found, taken = _outputs(subject, pipe)
     finally:
         torch._dynamo.reset()
-    if distance(found, expected) > _ROUNDING:
-        raise CheckFailedError(f"compiled, the image differs by {distance(found, expected):.2g} of its norm")
+    for step, (one, other) in enumerate(zip(found, expected)):
+        if distance(one, other) > _ROUNDING:
+            raise CheckFailedError(
+                f"compiled, what the denoiser gives in step {step} differs by {far(one, other)};"
+                f" reused is {taken[step] or 'nothing'}"
+            )
+
+
+def _uncompiled(subject: Subject, pipe: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Draw with a smaller pipeline, or with the model's own where that has what the policy acts on or was made for."""
+    try:
+        return pipe, _outputs(subject, pipe)[0]
+    except CachekitError:
+        pipe = subject.model.make()
+        return pipe, _outputs(subject, pipe)[0]
+
+
+def _outputs(subject: Subject, pipe: Any) -> tuple[list[torch.Tensor], list[str]]:
+    """Draw, with nothing watched; the guided output of each step, and what is reused in it."""
+    with subject.applied(pipe, plain=True) as attachment, steered(pipe) as outputs:
+        drawn(pipe, subject.call.arguments(subject.model, pipe))
+        record = attachment.report().record
+        return outputs, [reused(attachment.setup.assignments, record, [step]) for step in range(len(outputs))]

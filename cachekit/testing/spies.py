@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,9 +28,14 @@ class Prediction(NamedTuple):
     made: Streams
 
     @property
+    def target(self) -> str:
+        """The name of the target."""
+        return _name(self.at)
+
+    @property
     def place(self) -> str:
         """The target and the step, for messages."""
-        return f"{_name(self.at)!r} in step {self.at.step}"
+        return f"{self.target!r} in step {self.at.step}"
 
     @property
     def is_prepared(self) -> bool:
@@ -38,13 +43,18 @@ class Prediction(NamedTuple):
         return type(self.part).begin is not StandIn.begin and bool(self.at.shared)
 
 
-@dataclass
-class Recorder:
-    """What the parts of policies were given and returned since the last run began."""
+class Recorder(threading.local):
+    """What the parts of policies were given and returned in this thread since its last run began."""
 
-    predictions: list[Prediction] = field(default_factory=list)
-    #: Part, method, target and step of each call that changed a tensor which it was given.
-    writes: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        """Begin with nothing, in each thread."""
+        self.predictions: list[Prediction] = []
+        #: Part, method, target and step of each call that changed a tensor which it was given.
+        self.writes: list[str] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
+        """Share the recorder with copies of a pipeline."""
+        return self
 
     def call(self, part: Part, name: str, method: Callable[..., Any], *given: Any, **named: Any) -> Any:
         """Call a method of a part, and record it."""
@@ -52,7 +62,7 @@ class Recorder:
         held = [(tensor, tensor._version) for tensor in _tensors(given, named)]
         made = method(part, *given, **named)
         if any(tensor._version != version for tensor, version in held):
-            where = f" for {_name(at)!r} at step {at.step}" if at else ""
+            where = f" for {_name(at)!r} in step {at.step}" if at else ""
             self.writes.append(f"{name} of {part}{where}")
         if name == "predict" and isinstance(part, StandIn):
             self.predictions.append(Prediction(part, given[0], given[1], given[2] if len(given) > 2 else (), made))

@@ -14,16 +14,21 @@ from cachekit.upstream.pipelines import denoiser_of
 
 
 @contextmanager
-def steered(pipe: Any, sample_after: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Take the next sample from `sample_after(step, sample)`; yields the guided outputs that the scheduler gets."""
+def steered(
+    pipe: Any, sample_after: Callable[[int, torch.Tensor], torch.Tensor] | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Take the next sample from `sample_after(step, sample)`, by default the scheduler's.
+
+    Yields the guided outputs that the scheduler gets, one for each step.
+    """
     scheduler, outputs = pipe.scheduler, []
     original = scheduler.step
 
     @functools.wraps(original)
     def step(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        original(output, timestep, sample, *args, **kwargs)
+        found = original(output, timestep, sample, *args, **kwargs)
         outputs.append(output.clone())
-        return (sample_after(len(outputs) - 1, sample),)
+        return (sample_after(len(outputs) - 1, sample),) if sample_after else found
 
     vars(scheduler)["step"] = step
     try:

@@ -17,7 +17,8 @@ from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
 from cachekit.runs.report import Report
-from cachekit.testing.models import MODELS, Call, drawn, pipeline, uncached
+from cachekit.testing.models import MODELS, Call, drawn, never_attached, pipeline, uncached
+from cachekit.testing.places import first_module, traced
 from cachekit.testing.results import CheckFailedError
 from cachekit.testing.spies import Prediction, Recorder, watched
 
@@ -58,17 +59,21 @@ class Subject:
     # -- applying -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def applied(self, pipe: Any = None, *, plain: bool = False) -> Iterator[Attachment]:
-        """Apply the policies during the block, watched unless `plain`."""
-        policies = self.policies if plain else self._watched
+    def applied(
+        self, pipe: Any = None, *, plain: bool = False, before: Sequence[Policy] = (), after: Sequence[Policy] = ()
+    ) -> Iterator[Attachment]:
+        """Apply the policies during the block, watched unless `plain`; others come `before` and `after` them."""
+        policies = [*before, *(self.policies if plain else self._watched), *after]
         with apply(self.pipe if pipe is None else pipe, policies, catalog=self.catalog) as attachment:
             yield attachment
 
-    def draw(self, attachment: Attachment, call: Call, pipe: Any = None, **changes: Any) -> Drawn:
+    def draw(
+        self, attachment: Attachment, call: Call, pipe: Any = None, dtype: torch.dtype | None = None, **changes: Any
+    ) -> Drawn:
         """Run the pipeline that the policies are applied to."""
         self._recorder.predictions, self._recorder.writes = [], []
         used = self.pipe if pipe is None else pipe
-        image = drawn(used, {**call.arguments(self.model, used), **changes})
+        image = drawn(used, {**call.arguments(self.model, used, dtype), **changes})
         return Drawn(image, self._recorder.predictions, self._recorder.writes, attachment.report())
 
     def draw_fresh(self, call: Call) -> Drawn:
@@ -83,6 +88,21 @@ class Subject:
     def uncached(self, call: Call) -> torch.Tensor:
         """Run a pipeline that nothing was ever applied to."""
         return uncached(self.model.name, call)
+
+    def require_uncached(self, found: torch.Tensor, call: Call, what: str, pipe: Any = None) -> None:
+        """Raise `CheckFailedError` unless latents equal those of a pipeline that nothing was ever applied to."""
+        if not torch.equal(found, self.uncached(call)):
+            where = self.parting(self.pipe if pipe is None else pipe, never_attached(self.model.name), call)
+            raise CheckFailedError(f"{what} (by {far(found, self.uncached(call))}){where}")
+
+    def parting(self, pipe: Any, other: Any, call: Call) -> str:
+        """Draw with two pipelines as they are now, and name the first module that gives something else."""
+        outputs = []
+        for one in (pipe, other):
+            with traced(one) as found:
+                drawn(one, call.arguments(self.model, one))
+            outputs.append(found)
+        return first_module(*outputs)
 
     # -- the first run ------------------------------------------------------------------------------------
 
@@ -161,13 +181,7 @@ def _may_reuse(plan: Plan) -> bool:
 def require_same(found: Drawn, expected: Drawn, what: str) -> None:
     """Raise `CheckFailedError` unless two runs gave the same latents to the bit."""
     if not torch.equal(found.image, expected.image):
-        raise CheckFailedError(f"{what} (by {_far(found.image, expected.image)}){_first_difference(found, expected)}")
-
-
-def require_same_image(found: torch.Tensor, expected: torch.Tensor, what: str) -> None:
-    """Raise `CheckFailedError` unless two images are equal to the bit."""
-    if not torch.equal(found, expected):
-        raise CheckFailedError(f"{what} (by {_far(found, expected)})")
+        raise CheckFailedError(f"{what} (by {far(found.image, expected.image)}){_first_difference(found, expected)}")
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -178,7 +192,8 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return far if far == far else float("inf")
 
 
-def _far(found: torch.Tensor, expected: torch.Tensor) -> str:
+def far(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """Write by how much latents differ, as a share of the norm, or their shapes."""
     if found.shape != expected.shape:
         return f"the shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
     return f"{distance(found, expected):.2g} of its norm"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from cachekit.bench.captions import cut_off, not_a_scene
 from cachekit.tuning.targets import TuningError
 
-__all__ = ["Lots", "lots_of"]
+__all__ = ["Lots", "check_lengths", "lots_of"]
 
-#: The most characters of a caption: text encoders read some 77 words, and cut off the rest.
+#: The most characters of a caption, whatever the text encoder.
 _LONGEST = 1000
 #: Fresh captions that an embedded model draws, at least; prompts that weights are made with.
 _FRESH, _WEIGHTS = 16, 16
@@ -29,11 +31,15 @@ def lots_of(captions: int | Sequence[str], fresh: int | None, is_embedded: bool)
 
     Of texts, the last `fresh` are kept for the verdict, by default half.
 
-    Raises `TuningError` where there are too few, or one is empty or too long, with its line.
+    Raises `TuningError` where there are too few, or one is empty or too long, with its line; for an embedded model also
+    where images can't be checked against one.
     """
     if isinstance(captions, int):
         return _drawn(captions, fresh, is_embedded)
     texts = [_checked(number, text) for number, text in enumerate(captions, 1)]
+    for number, text in enumerate(texts if is_embedded else (), 1):
+        if reason := not_a_scene(text):
+            raise TuningError(f"captions, line {number}: {reason}; or give a number of held-out captions")
     different = tuple(dict.fromkeys(texts))
     kept = fresh or -(-len(different) // 2)
     if not 0 < kept < len(different):
@@ -53,6 +59,13 @@ def _drawn(count: int, fresh: int | None, is_embedded: bool) -> Lots:
         raise TuningError(f"captions {count}: give a number above 0")
     drawn = heldout_captions(count + _WEIGHTS + (fresh or max(count, _FRESH)), 0)
     return Lots(tuple(drawn[:count]), tuple(drawn[count : count + _WEIGHTS]), tuple(drawn[count + _WEIGHTS :]))
+
+
+def check_lengths(captions: Sequence[str], pipe: Any) -> None:
+    """Raise `TuningError` for the first caption that every text encoder of a pipeline would cut off."""
+    for number, text in enumerate(captions, 1):
+        if reason := cut_off(text, pipe):
+            raise TuningError(f"captions, line {number}: {reason}; shorten it")
 
 
 def _checked(number: int, text: str) -> str:

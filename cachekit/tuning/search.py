@@ -13,7 +13,7 @@ from cachekit.errors import CachekitError
 from cachekit.tuning.candidates import Candidate, Space
 from cachekit.tuning.measuring import Measurer, figures_of
 from cachekit.tuning.study import Journal
-from cachekit.tuning.targets import Targets
+from cachekit.tuning.targets import LEAST, Targets
 
 __all__ = ["Budget", "Progress", "Search"]
 
@@ -23,8 +23,8 @@ Progress = Callable[[int, int, str], None]
 _FEW = 2
 #: How far a candidate may lie behind on a few images, in dB, to be measured on more.
 _MARGIN = 1.5
-#: The least ratio of MACs worth measuring, and the share of an asked speedup that the MACs must promise.
-_LEAST, _PROMISE = 1.05, 0.8
+#: The share of an asked speedup that the MACs must promise.
+_PROMISE = 0.8
 #: Trials that may be refused for each that is measured.
 _REFUSALS = 20
 
@@ -92,7 +92,7 @@ class Search:
         if candidate in beside or any(one.candidate == candidate for one in self.journal.measured):
             return f"{candidate.label}: measured already"
         saving, certain = self._promised(candidate)
-        least = max(_LEAST, _PROMISE * self.targets.speedup if self.targets.speedup else 0.0)
+        least = max(LEAST, _PROMISE * self.targets.speedup if self.targets.speedup else 0.0)
         if certain and saving < least:
             return f"{candidate.label}: saves {saving:.2f}x MACs by the estimate, less than {least:.2f}x"
         return ""

@@ -48,7 +48,9 @@ class Journal:
                 storage=storage, study_name=_STUDY, directions=directions, sampler=sampler, load_if_exists=True
             )
         except (ValueError, KeyError, OSError) as error:
-            raise TuningError(f"journal {str(path)!r} is no study of cachekit tune: {error}; name another") from error
+            raise TuningError(
+                f"journal {str(path)!r} is not a study of cachekit tune: {error}; name another"
+            ) from error
         self.is_new = _KEY not in self.study.user_attrs
         self._refuse_others(path, dict(key))
 
@@ -154,7 +156,7 @@ def _storage(optuna: Any, path: Path | None) -> Any:
             journal.JournalFileBackend(str(path), lock_obj=journal.JournalFileOpenLock(str(path)))
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TuningError(f"journal {str(path)!r} is no study of cachekit tune: {error}; name another") from error
+        raise TuningError(f"journal {str(path)!r} is not a study of cachekit tune: {error}; name another") from error
 
 
 def _written(candidate: Candidate) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from cachekit.errors import CachekitError
 from cachekit.interface.presets import Figures
 
-__all__ = ["Target", "Targets", "TuningError", "similarity_of"]
+__all__ = ["LEAST", "Target", "Targets", "TuningError", "similarity_of"]
 
+#: The least saving of a candidate, as a ratio of costs: below it a cache isn't worth having.
+LEAST = 1.05
 _UNITS = {"s": 1.0, "ms": 1e-3}
 
 
@@ -100,6 +102,10 @@ class Targets:
     def reached(self, figures: Figures) -> bool:
         """Whether all bounds hold."""
         return all(target.reached(figures) for target in self.listed)
+
+    def serves(self, figures: Figures) -> bool:
+        """Whether all bounds hold, and something is saved."""
+        return self.reached(figures) and self.saving(figures) >= LEAST
 
     def merit(self, figures: Figures) -> tuple[float, float]:
         """Rank figures that reach the targets, by what is to be as great as possible, and then what else."""

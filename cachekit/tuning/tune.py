@@ -17,13 +17,14 @@ from cachekit.interface.specs import parse
 from cachekit.models.names import DEMOS, canonical
 from cachekit.registry.catalog import installed
 from cachekit.tuning.candidates import Candidate, Space
-from cachekit.tuning.captions import Lots, lots_of
+from cachekit.tuning.captions import Lots, check_lengths, lots_of
 from cachekit.tuning.measuring import Measurer
 from cachekit.tuning.search import Budget, Progress, Search
 from cachekit.tuning.study import Journal, Measured
 from cachekit.tuning.targets import Targets, TuningError
 from cachekit.tuning.verdict import Judged, Verdict, judge
 from cachekit.tuning.weights import Weights
+from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
 from cachekit.upstream.scales import scale_of
 from cachekit.upstream.versions import versions
@@ -116,6 +117,8 @@ def tune(
         )
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
+    if not isinstance(captions, int):
+        check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:
         raise TuningError(
             f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"
@@ -197,12 +200,9 @@ class _Tuning:
 @contextmanager
 def _scheduler_of(pipe: Any, name: str | None) -> Iterator[str]:
     """Give a pipeline the scheduler that is tuned for, and its own back at the end."""
-    own = pipe.scheduler
-    try:
-        set_scheduler(pipe, name or type(own).__name__)
+    with with_scheduler(pipe, pipe.scheduler):
+        set_scheduler(pipe, name or type(pipe.scheduler).__name__)
         yield type(pipe.scheduler).__name__
-    finally:
-        pipe.scheduler = own
 
 
 def _plain(cell: Cell, spacing: str) -> Cell:

@@ -32,7 +32,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was judged on fresh captions, and the best of it: None where no candidate reaches the targets.
+    """What was judged on fresh captions, and the best of it: None where no candidate serves the targets.
 
     `rival` are plain steps that reach the targets and are better than the best. `nearest` is a line about the
     candidates on each side of the targets where none reaches them.
@@ -52,7 +52,7 @@ def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequ
         lot, left = left[:_TOGETHER], left[_TOGETHER:]
         if lot:
             judged += _on_fresh(lot, measurer, targets, captions, pipeline)
-        reaching = [one for one in judged if targets.reached(one.figures)]
+        reaching = [one for one in judged if targets.serves(one.figures)]
         cached = [one for one in reaching if one.candidate.specs]
         if cached or not left:
             break
@@ -67,7 +67,7 @@ def _rival(reaching: Sequence[Judged], best: Judged | None, targets: Targets) ->
         for one in reaching
         if not one.candidate.specs
     ]
-    plain += [one.plain for one in reaching if one.plain and targets.reached(one.plain.figures)]
+    plain += [one.plain for one in reaching if one.plain and targets.serves(one.plain.figures)]
     rival = max(plain, key=lambda one: targets.merit(one.figures), default=None)
     if rival and best and targets.merit(rival.figures) <= targets.merit(best.figures):
         return None
@@ -79,8 +79,8 @@ def _missed(journal: Journal, judged: Sequence[Judged], reaching: Sequence[Judge
 
 
 def _promising(journal: Journal, targets: Targets) -> list[Candidate]:
-    """List the candidates that reach the targets in the search, the best first, of plain ones the best alone."""
-    reaching = [one for one in journal.measured if targets.reached(one.figures)]
+    """List the candidates that serve the targets in the search, the best first, of plain ones the best alone."""
+    reaching = [one for one in journal.measured if targets.serves(one.figures)]
     most = max((one.figures.images for one in reaching), default=0)
     # Those that survived the first few images come first.
     ranked = sorted(reaching, key=lambda one: (one.figures.images == most, targets.merit(one.figures)), reverse=True)

@@ -18,6 +18,7 @@ from cachekit.interface.specs import parse
 from cachekit.registry.catalog import installed
 from cachekit.registry.notices import silent_log
 from cachekit.tuning.candidates import Candidate
+from cachekit.upstream.calling import OUTPUT, STEPS
 from cachekit.upstream.scales import SCALE
 
 __all__ = ["Weights"]
@@ -70,7 +71,7 @@ class Weights:
         scale = given.get(SCALE)
         set_scheduler(self.subject.pipe, self.scheduler)
         prompts = [
-            {name: value for name, value in self.subject.arguments(text).items() if name not in (SCALE, "output_type")}
+            {name: value for name, value in self.subject.arguments(text).items() if name not in (SCALE, OUTPUT)}
             for text in self.prompts
         ]
         made = calibrate(self.subject.pipe, policy, prompts, num_inference_steps=steps, guidance_scale=scale)
@@ -78,4 +79,4 @@ class Weights:
 
     def _arguments(self, steps: int) -> dict[str, Any]:
         set_scheduler(self.subject.pipe, self.scheduler)
-        return {**self.subject.arguments(self.prompts[0]), "num_inference_steps": steps}
+        return {**self.subject.arguments(self.prompts[0]), STEPS: steps}

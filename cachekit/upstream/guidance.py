@@ -68,10 +68,15 @@ def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
     return any(type(processor).__name__.startswith("PAG") for processor in processors)
 
 
+def replaces_processors(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call of `pipe` puts attention processors of its own on the denoiser, judging by its arguments."""
+    return _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
+
+
 def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module) -> bool:
     """Whether a call of `pipe` will add a perturbed branch to two others, judging by its arguments."""
     guided = _above(1, arguments, "guidance_scale") and not _embeds_scale(denoiser)
-    return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
+    return guided and replaces_processors(pipe, arguments)
 
 
 def takes_scale(denoiser: nn.Module) -> bool:

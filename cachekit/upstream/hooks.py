@@ -25,6 +25,8 @@ def run_group_offloading(module: nn.Module) -> None:
     The first module of a group loads the weights of all. A module that shares its group with no other stays where it
     is, which saves the transfer; but with streams each module also fetches the weights of the next, so none is skipped.
     """
+    if _REGISTRY not in vars(module):  # the usual case, in each skipped module
+        return
     hook = _hook(module, _GROUP)
     if hook and (len(hook.group.modules) > 1 or hook.group.stream is not None):
         hook.pre_forward(module)

@@ -44,3 +44,8 @@ def resizes(module: nn.Module) -> bool:
     """Whether a module is a linear layer whose output has another width than its input."""
     widths = [getattr(module, name, None) for name in _WIDTHS]
     return None not in widths and len(set(widths)) > 1
+
+
+def has_up_blocks(denoiser: nn.Module) -> bool:
+    """Whether a denoiser is a UNet, of down and up blocks."""
+    return hasattr(denoiser, "up_blocks")

@@ -48,6 +48,11 @@ def with_inner(pipe: Any) -> Iterator[Any]:
             yield value
 
 
+def pixels_per_latent(pipe: Any, default: int) -> int:
+    """Read how many pixels a latent stands for along each side, where the pipeline shows it."""
+    return int(getattr(pipe, "vae_scale_factor", default))
+
+
 def controlnets_of(pipe: Any) -> Iterator[nn.Module]:
     """Yield each ControlNet of a pipeline, whose residuals its denoiser adds; a multi-ControlNet is unpacked."""
     found = getattr(pipe, "controlnet", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from math import sqrt
 from typing import Any
 
@@ -11,6 +12,13 @@ from torch import Tensor
 from cachekit.errors import GuidanceError
 from cachekit.interface.moment import Time
 from cachekit.upstream.schedulers import entry_of, iterations_of, planned_scheduler, shares_table
+
+#: Pairs (alpha, sigma), one for each timestep.
+Pairs = list[tuple[float | None, float | None]]
+#: By scheduler, its table of alphas, and pairs by timesteps.
+_known: weakref.WeakKeyDictionary[Any, tuple[Tensor, dict[tuple[float, ...], Pairs]]] = weakref.WeakKeyDictionary()
+#: Most series of timesteps that are held of a table.
+_MOST_KNOWN = 16
 
 
 def predict_x0(sample: Tensor, output: Tensor, timestep: Any, scheduler: Any) -> Tensor:
@@ -79,22 +87,37 @@ def planned_times(pipe: Any, steps: int) -> tuple[int, tuple[Time, ...]]:
     return iterations, times_of(scheduler, None, iterations)
 
 
-def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, list[tuple[float | None, float | None]]]:
+def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, Pairs]:
     """Find what the denoiser predicts at these timesteps, and pairs (alpha, sigma) of its sample there."""
     table, sigmas = getattr(scheduler, "alphas_cumprod", None), getattr(scheduler, "sigmas", None)
     config = getattr(scheduler, "config", {})
     kind = getattr(config, "prediction_type", "epsilon")
-    unknown: list[tuple[float | None, float | None]] = [(None, None)] * len(stamps)
+    unknown: Pairs = [(None, None)] * len(stamps)
     if hasattr(scheduler, "precondition_outputs") or getattr(config, "invert_sigmas", False):
         return "", unknown
     if isinstance(table, Tensor) and kind != "flow_prediction":
-        ratios = _sigma(table.to("cpu", torch.float64), stamps, scheduler).tolist()
-        alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
-        return kind, [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
+        return kind, _pairs(scheduler, table, tuple(stamps.tolist()))
     if not isinstance(sigmas, Tensor) or len(sigmas) < first + len(stamps):
         return "", unknown
     shares = sigmas[first : first + len(stamps)].double().cpu().tolist()
     return "flow", [(1 - share, share) for share in shares]
+
+
+def _pairs(scheduler: Any, table: Tensor, stamps: tuple[float, ...]) -> Pairs:
+    """Find the pairs (alpha, sigma) at these timesteps: the same in each run of a scheduler, which keeps its table."""
+    held, known = _known.get(scheduler, (None, {}))
+    if held is not table or len(known) >= _MOST_KNOWN:
+        known = {}
+        _known[scheduler] = (table, known)
+    if stamps not in known:
+        known[stamps] = _computed_pairs(table.to("cpu", torch.float64), stamps, scheduler)
+    return known[stamps]
+
+
+def _computed_pairs(table: Tensor, stamps: tuple[float, ...], scheduler: Any) -> Pairs:
+    ratios = _sigma(table, torch.tensor(stamps, dtype=torch.float64), scheduler).tolist()
+    alphas = [1 / sqrt(1 + ratio * ratio) for ratio in ratios]
+    return [(alpha, ratio * alpha) for alpha, ratio in zip(alphas, ratios)]
 
 
 def _sigma(table: Tensor, time: Tensor, scheduler: Any) -> Tensor:

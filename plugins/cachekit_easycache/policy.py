@@ -1,4 +1,4 @@
-"""Leave out calls of the denoiser while the sample's change foretells little of the output's (arXiv 2507.02860)."""
+"""Leave out calls of the denoiser while the sample's change predicts little of the output's (arXiv 2507.02860)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class EasyCache(Policy):
 
 
 class SampleChange(Accumulating):
-    """Full where the error that the sample's change foretells reaches `threshold`."""
+    """Full where the error that the sample's change predicts reaches `threshold`."""
 
     name: ClassVar[str] = "sample_change"
 
@@ -48,7 +48,7 @@ class SampleChange(Accumulating):
         return signal.entered[0].clone()
 
     def change(self, new: Tensor, old: Tensor, at: Moment) -> float:
-        """Compute the error that the sample's change foretells; infinite before the rate is known."""
+        """Compute the error that the sample's change predicts; infinite before the rate is known."""
         if _RATE not in at.memory:
             return inf
         return float(at.memory[_RATE] * size(new - old) / size(at.memory[_FULL][1]))

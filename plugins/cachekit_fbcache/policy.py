@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from cachekit import Choice, Indicator, Moment, Policy, Reuse, Signal, Tail, relative_change
+from cachekit import Choice, Indicator, Moment, Policy, Reuse, Signal, Tail
 
-#: The first block's residual in the last full step.
-_RESIDUAL = "residual"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The first block's residual in the last full step, and the mean of its absolute values.
+_RESIDUAL, _MAGNITUDE = "residual", "magnitude"
 
 
 class FBCache(Policy):
@@ -40,9 +43,17 @@ class FirstBlockChange(Indicator):
     def needs(self, signal: Signal, at: Moment) -> bool:
         """Whether the residual has changed by more than the threshold, or isn't a number."""
         last = at.memory.get(_RESIDUAL)
-        return last is None or not relative_change(signal.left[0] - signal.entered[0], last) <= self.threshold
+        if last is None:
+            return True
+        change = (_residual(signal) - last).abs().mean() / at.memory[_MAGNITUDE]
+        return not float(change) <= self.threshold
 
     def took(self, signal: Signal, at: Moment, full: bool) -> None:
-        """Hold the residual of full steps."""
+        """Hold the residual of full steps, and its magnitude: one reduction less in each step that is skipped."""
         if full:
-            at.memory[_RESIDUAL] = signal.left[0] - signal.entered[0]
+            residual = _residual(signal)
+            at.memory.update({_RESIDUAL: residual, _MAGNITUDE: residual.abs().mean()})
+
+
+def _residual(signal: Signal) -> Tensor:
+    return signal.left[0] - signal.entered[0]

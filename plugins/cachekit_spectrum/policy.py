@@ -52,7 +52,7 @@ class Spectral(Chebyshev):
     summary: ClassVar[str] = "ridge regression on Chebyshev polynomials, mixed with a line"
     paper: ClassVar[str] = "arXiv 2603.01623"
 
-    mix: float = Field(default=1, ge=0, le=1)
+    mix: float = Field(default=0.5, ge=0, le=1)
 
     def weights(self, times: Sequence[Time], at: Moment) -> Sequence[float]:
         """Mix the weights of the regression and of the line."""
@@ -66,7 +66,7 @@ class Spectrum(Policy):
     """Spectrum: the blocks run at gaps that grow; between them their features follow a fit to all full steps so far.
 
     The features are what leaves the last block. They are fitted by Chebyshev polynomials up to `degree` in the step, by
-    ridge regression with penalty `ridge`; with a `mix` below 1 the forecast is partly the line through the last two.
+    ridge regression with penalty `ridge`, which counts `mix`; the rest is the line through the last two full steps.
     The first `warm_up` steps are full, the first gap is `window`, and each gap adds `growth`.
     """
 
@@ -79,7 +79,7 @@ class Spectrum(Policy):
     warm_up: int = Field(5, ge=1)
     degree: int = Field(4, ge=1, le=16)
     ridge: float = Field(0.1, ge=0)
-    mix: float = Field(1, ge=0, le=1)
+    mix: float = Field(0.5, ge=0, le=1)
 
     def choices(self) -> Mapping[str, Choice]:
         """Choose the features, at gaps that grow, and their spectral fit."""

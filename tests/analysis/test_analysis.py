@@ -159,6 +159,18 @@ def test_captions_that_are_empty_or_cut_off_are_refused(tmp_path, text, reason):
     assert usable_captions(str(path), 1, Worded()) == (text.split("\n")[0],)
 
 
+def test_a_caption_that_one_of_several_encoders_reads_to_its_end_is_taken(tmp_path):
+    class Longer(Words):
+        model_max_length = 8
+
+    class Twice(Worded):
+        tokenizer_2 = Longer()
+
+    path = tmp_path / "captions.txt"
+    path.write_text("a star on a large square\n")
+    assert usable_captions(str(path), None, Twice()) == ("a star on a large square",)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """What the command printed for the embedded model, and its folder."""

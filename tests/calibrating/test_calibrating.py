@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 from support import tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Calibrated, Calibration, CalibrationError, Moment
@@ -143,6 +144,7 @@ def calibration_sigma(pipe: Any) -> float:
     return float(scheduler.sigmas[-2] - scheduler.sigmas[-1])
 
 
+@compared("calibrated", "least squares by numpy: the weights of a step", ["small"], ROUNDING)
 def test_weights_are_those_of_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights of a step equal what numpy finds for the terms of all elements, one row for each."""
     seen = []

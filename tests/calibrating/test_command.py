@@ -63,7 +63,7 @@ def test_files_are_merged(made, tmp_path):
     ("arguments", "said"),
     [
         ((), "no model and nothing to merge"),
-        ((*ARGUMENTS, "--guidance", "3;x"), "guidance '3;x' is no list of numbers"),
+        ((*ARGUMENTS, "--guidance", "3;x"), "guidance '3;x' is not a list of numbers"),
         ((*ARGUMENTS, "--executor", "rey"), "unknown executor 'rey' (did you mean 'ray'?)"),
         ((*ARGUMENTS, "--spec", "tgate:m=2"), "skips more or other than whole calls"),
         ((*ARGUMENTS, "--scheduler", "eular"), "unknown scheduler 'eular'"),

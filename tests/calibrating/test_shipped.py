@@ -40,9 +40,15 @@ def images(pipe, steps):
 def test_each_is_whole_and_named_for_what_it_serves(path):
     found = Calibration.load(path)
     assert path_of(found.key) == path
-    assert found.scales == [3.5, 5.0]
+    assert found.scales == [3.5, 5.0, 7.5]
     assert repr(found).startswith(f"Calibration(model='{found.key.model}', scheduler='{found.key.scheduler}', steps=")
     assert len(repr(found)) < 200
+
+
+def test_the_pipeline_runs_with_its_own_guidance(pipe):
+    with cachekit.apply(pipe, "calibrated:interval=4") as attachment:
+        pipe(heldout_captions(1, seed=8)[0], num_inference_steps=25, output_type="latent")
+        assert attachment.report().mac_reduction > 3
 
 
 def test_a_file_serves_its_own_full_steps_and_no_others_of_the_same_number():

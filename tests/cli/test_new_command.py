@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import Distribution
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from support import commands
 
 from cachekit.cli.new import _SCAFFOLDS
@@ -76,12 +80,48 @@ def test_they_are_clean(projects: dict[str, Path]) -> None:
         assert checked.returncode == 0
 
 
-def test_their_workflow_installs_cachekit_first_from_one_variable(projects: dict[str, Path]) -> None:
-    for folder in projects.values():
-        workflow = (folder / ".github" / "workflows" / "test.yml").read_text()
-        assert workflow.count("  CACHEKIT: ") == 1
-        installed = re.findall(r"- run: pip install (.*)", workflow)
-        assert installed == ['"${{ env.CACHEKIT }}"', '-e ".[test]"']
+def installed_from(folder: Path, record: Any) -> Distribution:
+    """A distribution with pip's record of where it came from; none for what came from an index."""
+    folder.mkdir(exist_ok=True)
+    if record is not None:
+        (folder / "direct_url.json").write_text(json.dumps(record))
+    return Distribution.at(folder)
+
+
+GIT = {"vcs": "git", "commit_id": "0123abc"}
+FOUND = "cachekit-diffusion @ git+https://host.example/cachekit@0123abc"
+
+
+@pytest.mark.parametrize(
+    ("record", "address"),
+    [
+        ({"url": "https://host.example/cachekit", "vcs_info": GIT}, FOUND),
+        ({"url": "https://name:word@host.example/cachekit", "vcs_info": GIT}, ""),
+        ({"url": "ssh://host.example/cachekit", "vcs_info": GIT}, ""),
+        ({"url": "file:///home/me/cachekit", "dir_info": {"editable": True}}, ""),
+        (None, ""),
+    ],
+)
+def test_their_workflow_installs_cachekit_first_from_where_this_one_came(
+    record: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = installed_from(tmp_path / "cachekit_diffusion-1.dist-info", record)
+    monkeypatch.setattr("cachekit.cli.new.distribution", lambda name: origin)
+    commands.printed("new-policy", "calm_layers", "--output", tmp_path / "new")
+    workflow = yaml.safe_load((tmp_path / "new" / ".github" / "workflows" / "test.yml").read_text())
+    assert workflow["env"] == {"CACHEKIT": f"${{{{ vars.CACHEKIT || '{address}' }}}}"}
+    guard, *installs = [step for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    assert guard["if"] == "env.CACHEKIT == ''"
+    shown = subprocess.run(["bash", "-c", guard["run"]], capture_output=True, text=True)
+    assert (shown.returncode, "variable CACHEKIT" in shown.stdout) == (1, True)
+    assert [step["run"] for step in installs] == [
+        'pip install "${{ env.CACHEKIT }}"',
+        'pip install -e ".[test]"',
+        "pytest",
+    ]
+    readme = (tmp_path / "new" / "README.md").read_text()
+    assert (address or "the address is for you to set") in readme
+    assert "gh variable set CACHEKIT" in readme
 
 
 def test_every_kind_of_project_has_a_scaffold() -> None:

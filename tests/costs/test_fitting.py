@@ -158,7 +158,7 @@ def test_a_run_is_refused_before_it_begins_if_nothing_fits(name: str) -> None:
     line = str(caught.value)
     assert calls == []
     assert line.startswith("max_cache_bytes=100: nothing of 'tgate:m=3")
-    assert line.endswith(f" bytes, all of them {report.cache_bytes:,}")
+    assert line.endswith(f" bytes, all of them {report.cache_bytes:,}; raise it, or leave it out")
     assert len(line.splitlines()) == 1
     smallest = int(line.partition("the smallest place needs ")[2].partition(" ")[0].replace(",", ""))
     assert cached(name, SPECS[name], max_cache_bytes=smallest)[1].cache_bytes == smallest

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import SiteError
@@ -83,6 +84,7 @@ def test_the_measured_changes_are_those_by_hand(made: Any) -> None:
         )
 
 
+@compared("block_cache", "a replay", ["small"])
 def test_equal_to_the_naive_replay(made: Any) -> None:
     pipe, path, _, changes = made
     threshold = round(1.7 * float(np.median(list(changes.values()))), 4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Entry, Every, Moment, Taylor, Time
@@ -26,6 +27,7 @@ def cache_dit() -> Iterator[Any]:
     logging.disable(before)
 
 
+@compared("taylorseer", "the calibrator of cache-dit, on a trace of values", [], ROUNDING)
 @pytest.mark.parametrize("interval", [1, 2, 5])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_the_series_equals_its_calibrator(cache_dit: Any, order: int, interval: int) -> None:
@@ -84,6 +86,7 @@ def test_residuals_of_the_later_blocks_equal_its_dbcache(cache_dit: Any, name: s
     assert not torch.allclose(ours, plain, atol=1e-3)
 
 
+@compared("fbcache", "DBCache of cache-dit", "name")
 @pytest.mark.parametrize(("name", "threshold"), [("flux", 0.7), ("sd3", 0.7), ("wan", 0.5), ("pixart", 0.8)])
 def test_first_block_cache_equals_its_dbcache_to_the_bit(cache_dit: Any, name: str, threshold: float) -> None:
     """Without a warm-up its threshold alone decides, by the change of the first block's residual."""

@@ -17,6 +17,7 @@ from diffusers.hooks._helpers import TransformerBlockRegistry
 from diffusers.models.transformers.transformer_cogview3plus import CogView3PlusTransformerBlock
 from diffusers.models.transformers.transformer_hidream_image import HiDreamBlock
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Action, Kind
@@ -116,6 +117,7 @@ def planned(attachment: Any, calls: int) -> tuple[int, int, int]:
     return calls * cells.count(Action.STORE), calls * cells.count(Action.REUSE), 0
 
 
+@compared("delta_dit", "a replay", ["pixart", "dit", "sd3"])
 @pytest.mark.parametrize(("spec", "case"), CASES.items(), ids=CASES)
 def test_equal_to_the_naive_replay(spec: str, case: tuple[Any, ...]) -> None:
     make, *replay = case
@@ -162,6 +164,7 @@ def test_together_with_a_policy_that_drops_a_branch(others: tuple[str, ...], hal
         assert cell_counts(attachment.report())[2] == 0
 
 
+@compared("delta_dit", "a replay", ["wan"])
 @pytest.mark.parametrize(("m", "full"), [(3, [0, 2, 3, 5]), (4, [0, 2, 4, 6])])
 def test_a_branch_with_calls_of_its_own_is_dropped(m: int, full: list[int]) -> None:
     pipe = tiny.wan()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Entry, Moment, Signal, Time
@@ -47,6 +48,7 @@ class ByHand(replays.Replay):
 CASES = [("flux", 1, 0.6), ("flux", 2, 0.6), ("sd3", 1, 0.6), ("pixart", 1, 1.5), ("wan", 1, 0.6)]
 
 
+@compared("dicache", "a replay", "name")
 @pytest.mark.parametrize(("name", "m", "threshold"), CASES)
 def test_equal_to_the_naive_replay(name: str, m: int, threshold: float) -> None:
     pipe = PIPES[name]()

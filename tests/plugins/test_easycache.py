@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 
@@ -62,6 +63,7 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.abs().mean()
 
 
+@compared("easycache", "a replay", "name")
 @pytest.mark.parametrize("name", PIPES)
 def test_equal_to_the_loop_by_hand(name: str) -> None:
     make, threshold = PIPES[name]

@@ -12,6 +12,7 @@ import torch
 from diffusers import FasterCacheConfig
 from diffusers.hooks import apply_faster_cache
 from support import block_replays, tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Entry, Moment, PolicyError, Time
@@ -48,6 +49,7 @@ def published(name: str, **changes: Any) -> torch.Tensor:
 # -- diffusers' own --------------------------------------------------------------------------------------------
 
 
+@compared("fastercache", "diffusers: attention", ["flux"], ROUNDING)
 @pytest.mark.parametrize("weight", [0.5, 0.3])
 def test_attention_is_that_of_diffusers_until_it_extrapolates_from_what_it_extrapolated(weight: float) -> None:
     """The window holds one skipped step."""
@@ -81,6 +83,7 @@ def published_guidance(name: str, interval: int, gain: float) -> torch.Tensor:
     )
 
 
+@compared("fastercache", "diffusers: guidance", ["pixart"], ROUNDING)
 @pytest.mark.parametrize(("interval", "gain"), [(5, 1.0), (2, 1.3), (3, 1.0)])
 def test_guidance_is_that_of_diffusers_up_to_rounding(interval: int, gain: float) -> None:
     """Where gains do not compound: they are 1, or no two steps in a row are skipped."""
@@ -174,6 +177,7 @@ class ByHand:
         return torch.fft.ifft2(torch.fft.ifftshift(scaled, dim=(-2, -1))).real
 
 
+@compared("fastercache", "a replay", "name", ROUNDING)
 @pytest.mark.parametrize("name", ["pixart", "wan"])
 def test_latents_are_those_of_a_replay(name: str) -> None:
     twin = MAKERS[name]()

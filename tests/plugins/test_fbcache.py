@@ -9,6 +9,7 @@ import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 
@@ -33,6 +34,7 @@ class ByHand(replays.Replay):
         return full
 
 
+@compared("fbcache", "diffusers", "case")
 @pytest.mark.parametrize("case", CASES)
 def test_equal_to_diffusers_to_the_bit(case: str) -> None:
     make, changes, threshold = CASES[case]
@@ -43,6 +45,7 @@ def test_equal_to_diffusers_to_the_bit(case: str) -> None:
     assert 0 < replays.reused(report) < calls - calls // STEPS
 
 
+@compared("fbcache", "a replay", ["sd3"])
 def test_equal_to_the_replay_where_diffusers_fails() -> None:
     pipe = tiny.sd3()
     with pytest.raises(TypeError, match="NoneType"):  # it subtracts the text that SD3's last block doesn't return

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Action
@@ -44,6 +45,7 @@ class ByHand:
         return kept[branch]
 
 
+@compared("fora", "a replay", "name")
 @pytest.mark.parametrize("interval", [2, 3])
 @pytest.mark.parametrize("name", LAYERS)
 def test_latents_are_those_of_a_replay(name: str, interval: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 
@@ -66,6 +67,7 @@ class ByHand:
         return (newest + (here - last) / (last - before) * (newest - older),)
 
 
+@compared("forecast", "a replay", PIPES, ROUNDING)
 @pytest.mark.parametrize(("name", "interval"), CASES)
 def test_a_forecast_equals_a_loop_by_hand(name: str, interval: int) -> None:
     pipe, twin, steps = built(name), built(name), EMBEDDED_STEPS.get((name, interval), STEPS)

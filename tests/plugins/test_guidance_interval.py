@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import EDMEulerScheduler, EulerDiscreteScheduler
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import OPEN, Action, Guidance, PolicyError, SpecError
@@ -71,6 +72,7 @@ SPECS = [
 ]
 
 
+@compared("guidance_interval", "a replay", MAKERS)
 @pytest.mark.parametrize(
     ("name", "spec"), [*(("sd", spec) for spec in SPECS), *((name, SPECS[0]) for name in MAKERS if name != "sd")]
 )
@@ -90,6 +92,7 @@ def test_latents_are_those_of_a_replay(name: str, spec: str) -> None:
     assert report.macs < report.baseline_macs
 
 
+@compared("guidance_interval", "a callback that switches guidance", ["small"])
 @pytest.mark.parametrize(("first", "stop"), [(0, 3), (0, 1), (1, 5)])
 def test_latents_are_those_of_a_callback_that_switches_guidance(first: int, stop: int) -> None:
     """The pipeline's own guidance, ended and begun again between its steps."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.polynomial.hermite import hermval
 from support import replays
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 
@@ -32,6 +33,7 @@ def series(order: int, sigma: float) -> replays.Series:
     return value
 
 
+@compared("hicache", "a replay", "name", ROUNDING)
 @pytest.mark.parametrize(
     ("name", "spec", "full", "order", "sigma"),
     [

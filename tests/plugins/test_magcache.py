@@ -10,6 +10,7 @@ import pytest
 from diffusers.hooks import MagCacheConfig, apply_mag_cache
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Action, CalibrationError, SpecError
@@ -26,6 +27,7 @@ def config(**changes: Any) -> MagCacheConfig:
     return MagCacheConfig(num_inference_steps=STEPS, **given)
 
 
+@compared("magcache", "diffusers", "name")
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -44,6 +46,7 @@ def test_equal_to_diffusers_to_the_bit(name: str, options: dict[str, Any]) -> No
     assert 0 < replays.reused(report) < len(report.record.calls)
 
 
+@compared("magcache", "diffusers: the measured ratios", "name", ROUNDING)
 @pytest.mark.parametrize("name", PIPES)
 def test_the_measured_ratios_are_those_of_diffusers(
     name: str, tmp_path: Any, capsys: pytest.CaptureFixture[str]

@@ -12,6 +12,7 @@ import torch
 from DeepCache import DeepCacheSDHelper
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 
@@ -68,6 +69,7 @@ def tgate_spec(m: int, intervals: tuple[int, int, int]) -> str:
 FIRST = (1, 1, 0)
 
 
+@compared("tgate", "the package tgate", "name")
 @pytest.mark.parametrize("m", [1, 2, 4, STEPS, STEPS + 3])
 @pytest.mark.parametrize("name", MAKERS)
 def test_first_version_of_tgate(name: str, m: int) -> None:
@@ -80,6 +82,7 @@ def test_first_version_of_tgate_with_a_batch(name: str, batch: int) -> None:
     assert torch.equal(cached(name, "tgate:m=3", batch=batch), tgate_latents(name, 3, FIRST, batch=batch))
 
 
+@compared("tgate", "the package tgate", "name")
 @pytest.mark.parametrize(
     ("m", "intervals"),
     [(5, (3, 1, 1)), (4, (2, 2, 1)), (3, (5, 2, 0)), (2, (3, 2, 5)), (1, (5, 3, 2))],
@@ -118,9 +121,18 @@ def deepcache_latents(name: str, interval: int, branch: int, **changes: Any) -> 
     return tiny.latents(pipe, **{"steps": STEPS, **changes})
 
 
-@pytest.mark.parametrize("interval", [2, 3, 5])
+#: How many branches there are.
+BRANCHES = {"sd": 12, "sdxl": 9}
+
+
+@compared("deepcache", "the package DeepCache", BRANCHES)
 @pytest.mark.parametrize(
-    ("name", "branch"), [*(("sd", branch) for branch in range(12)), *(("sdxl", branch) for branch in range(9))]
+    ("name", "branch", "interval"),
+    [
+        *((name, branch, 3) for name, count in BRANCHES.items() for branch in range(count)),
+        *((name, branch, interval) for name, branch in (("sd", 6), ("sdxl", 4)) for interval in (2, 5)),
+        *((name, 0, interval) for name in BRANCHES for interval in (2, 5)),
+    ],
 )
 def test_deepcache(name: str, branch: int, interval: int) -> None:
     ours = cached(name, f"deepcache:interval={interval},branch={branch}")
@@ -143,6 +155,7 @@ def test_every_branch_of_deepcache_changes_the_latents(name: str, last: int) -> 
 # -- guidance cut off -------------------------------------------------------------------------------------
 
 
+@compared("adaptive_guidance", "diffusers' callbacks that cut guidance off", "name")
 @pytest.mark.parametrize("m", [1, 3, 5])
 @pytest.mark.parametrize(("name", "callback"), [("sd", SDCFGCutoffCallback), ("sdxl", SDXLCFGCutoffCallback)])
 def test_guidance_cut_off_by_the_callback(name: str, callback: Any, m: int) -> None:
@@ -155,6 +168,7 @@ def test_guidance_cut_off_by_the_callback(name: str, callback: Any, m: int) -> N
 BOTH = {"sd": published.TgateSDDeepCacheLoader, "sdxl": published.TgateSDXLDeepCacheLoader}
 
 
+@compared("tgate", "the package tgate, beside DeepCache", "name")
 @pytest.mark.parametrize(("m", "interval", "branch"), [(4, 3, 0), (3, 2, 4), (7, 3, 1)])
 @pytest.mark.parametrize("name", BOTH)
 def test_tgate_with_deepcache(name: str, m: int, interval: int, branch: int) -> None:

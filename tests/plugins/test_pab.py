@@ -12,6 +12,7 @@ import torch
 from diffusers import PyramidAttentionBroadcastConfig, UNet2DModel
 from diffusers.hooks import apply_pyramid_attention_broadcast
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import SiteError, SpecError
@@ -61,6 +62,7 @@ CASES = {
 }
 
 
+@compared("pab", "diffusers", ["flux", "sd3", "pixart", "wan"])
 @pytest.mark.parametrize(("spec", "case"), CASES.items(), ids=CASES)
 def test_latents_are_those_of_diffusers(spec: str, case: tuple[Any, ...]) -> None:
     name, guidance, low, high, intervals = case
@@ -113,6 +115,7 @@ REPLAYED = {
 }
 
 
+@compared("pab", "a replay", "name")
 @pytest.mark.parametrize("name", REPLAYED)
 def test_latents_are_those_of_a_replay(name: str) -> None:
     spec, intervals, calls = REPLAYED[name]

@@ -9,6 +9,7 @@ import torch
 from diffusers import SeaCacheConfig
 from diffusers.hooks import sea_cache
 from support import tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import DENOISER, Linear, Moment, PolicyError, Reuse, Signal, SiteError, Time
@@ -54,6 +55,7 @@ class Ours:
         return full
 
 
+@compared("seacache", "diffusers: the decisions, on a trace of samples", [], "the same decisions")
 @pytest.mark.parametrize(
     "options",
     [
@@ -107,6 +109,7 @@ class ByHand:
         return (residual + sample,)
 
 
+@compared("seacache", "a replay", "name", ROUNDING)
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("name", ["wan", "sd3"])
 def test_equal_to_the_loop_by_hand(name: str, order: int) -> None:
@@ -126,6 +129,7 @@ def test_equal_to_the_loop_by_hand(name: str, order: int) -> None:
         assert torch.equal(tiny.latents(pipe, steps=STEPS), cached)
 
 
+@compared("seacache", "diffusers, in the steps that it computes", ["wan"], ROUNDING)
 def test_equal_to_the_hook_of_diffusers_in_the_steps_that_it_computes() -> None:
     """Its gate is shown other latents than the sample, so its steps are taken over, and its residuals compared."""
     pipe, twin = tiny.wan(), tiny.wan()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Action, CalibrationError, Kind
@@ -103,6 +104,7 @@ def test_the_measured_errors_are_those_by_hand(made: Any) -> None:
         np.testing.assert_allclose([figures[name] for name in wanted], list(wanted.values()), rtol=1e-4)
 
 
+@compared("smoothcache", "a replay", PIPES)
 def test_equal_to_the_naive_replay(made: Any) -> None:
     pipe, path, _, curves = made
     longest = 2

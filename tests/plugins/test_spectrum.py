@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.polynomial.chebyshev import chebvander
 from support import replays, tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import Moment
@@ -32,14 +33,15 @@ def series(degree: int, ridge: float, mix: float) -> replays.Series:
     return value
 
 
+@compared("spectrum", "a replay", "name", "within 0.001")
 @pytest.mark.parametrize(
     ("name", "spec", "full", "degree", "ridge", "mix"),
     [
-        ("pixart", "spectrum", [0, 1, 2, 3, 4, 6, 8, 11], 4, 0.1, 1),
-        ("sd3", "spectrum:mix=0.5,warm_up=3", [0, 1, 2, 4, 6, 9], 4, 0.1, 0.5),
-        ("flux", "spectrum:growth=1.5,warm_up=2,degree=3", [0, 1, 3, 6, 11], 3, 0.1, 1),
+        ("pixart", "spectrum", [0, 1, 2, 3, 4, 6, 8, 11], 4, 0.1, 0.5),
+        ("sd3", "spectrum:mix=1,warm_up=3", [0, 1, 2, 4, 6, 9], 4, 0.1, 1),
+        ("flux", "spectrum:growth=1.5,warm_up=2,degree=3", [0, 1, 3, 6, 11], 3, 0.1, 0.5),
         ("wan", "spectrum:growth=0,mix=0.8,ridge=0.01,warm_up=2,window=3", [0, 1, 4, 7, 10], 4, 0.01, 0.8),
-        ("small", "spectrum:warm_up=3,degree=2", [0, 1, 2, 4, 6, 9], 2, 0.1, 1),
+        ("small", "spectrum:mix=1,warm_up=3,degree=2", [0, 1, 2, 4, 6, 9], 2, 0.1, 1),
         ("sdxl", "spectrum:mix=0.7,warm_up=2", [0, 1, 3, 5, 8], 4, 0.1, 0.7),
     ],
 )
@@ -61,6 +63,7 @@ def published(steps: int, window: float, growth: float, warm_up: int) -> list[in
     return full
 
 
+@compared("spectrum", "the counters of the published code: full steps", [], "the same steps")
 @pytest.mark.parametrize("warm_up", [1, 5])
 @pytest.mark.parametrize(("window", "growth"), [(2, 0.75), (2, 3), (1, 0.1), (3.5, 0), (1.7, 0.3), (2, 0.7)])
 def test_the_schedule_has_the_steps_of_the_published_code(window: float, growth: float, warm_up: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers.hooks import TaylorSeerCacheConfig, apply_taylorseer_cache
 from support import replays, tiny
+from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Entry, Kind, Mask, Moment, Taylor
@@ -84,6 +85,7 @@ def differences(values: Sequence[torch.Tensor], steps: Sequence[int]) -> list[to
     return found
 
 
+@compared("taylorseer", "diffusers", "name", ROUNDING)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", PIPES)
 def test_equal_to_diffusers_within_rounding(name: str, case: tuple[int, int, int]) -> None:
@@ -97,6 +99,7 @@ def test_equal_to_diffusers_within_rounding(name: str, case: tuple[int, int, int
     assert torch.equal(cached(name, f"taylorseer:order={order},when=mask({mask})"), found)
 
 
+@compared("taylorseer", "diffusers, with its order of operations", "name")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("name", PIPES)
 def test_equal_to_diffusers_to_the_bit_in_the_same_order_of_operations(name: str, case: tuple[int, int, int]) -> None:
@@ -122,6 +125,7 @@ def series(order: int) -> replays.Series:
     return value
 
 
+@compared("taylorseer", "a replay of the last block", "name", ROUNDING)
 @pytest.mark.parametrize(
     ("name", "spec", "full", "order"),
     [

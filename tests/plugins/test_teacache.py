@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import block_replays as replays
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit import SpecError
@@ -32,6 +33,7 @@ class ByHand(replays.Replay):
         return full
 
 
+@compared("teacache", "a replay", PIPES)
 @pytest.mark.parametrize(
     ("name", "threshold", "coefficients"),
     [*((name, 1.5 if name == "pixart" else 1.0, ByHand.coefficients) for name in PIPES), ("flux", 1.0, POLYNOMIAL)],

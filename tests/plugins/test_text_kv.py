@@ -9,6 +9,7 @@ import torch
 from diffusers import NucleusMoEImagePipeline, TextKVCacheConfig
 from diffusers.hooks import apply_text_kv_cache
 from support import tiny
+from support.comparisons import compared
 
 import cachekit
 from cachekit.coverage.building import arguments, build
@@ -31,6 +32,7 @@ def missed_and_stored(report: Any) -> tuple[int, int]:
     return count.missed, count.stored
 
 
+@compared("text_kv", "the uncached run", "name")
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_latents_are_the_uncached_ones_for_fewer_macs(name: str) -> None:
     pipe = shared(name)
@@ -95,6 +97,7 @@ def test_cross_attention_without_a_text_has_no_projections_of_one() -> None:
         cachekit.apply(unet, "text_kv")
 
 
+@compared("text_kv", "the uncached run, as diffusers' own", ["NucleusMoEImagePipeline"])
 def test_the_model_that_diffusers_serves() -> None:
     """Its text has keys and values within the attention of the image, and no queries."""
     name = NucleusMoEImagePipeline.__name__

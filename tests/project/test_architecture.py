@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import re
 import sys
 
 import diffusers
 import pytest
+from support import tiny
 from support.sources import ADAPTERS, CORE, EXAMPLES, PLUGINS, ROOT, SHIPPED, each, short, tree_of
 
 import cachekit
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
+from cachekit.upstream.pipelines import denoiser_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -220,32 +223,8 @@ def test_an_adapter_knows_no_policy(path):
     assert not {name for name in names(path) if name.lower() in policies_of_plugins()}
 
 
-#: Files that build models of diffusers or call pipelines, whose configurations and arguments they write down.
-SPELLING = {
-    "bench/untrained.py": {"negative_prompt", "negative_prompt_embeds"},
-    "calibrating/batches.py": {"negative_prompt"},
-    "models/architectures.py": {"cross_attention_dim"},
-    "models/inputs.py": {
-        "encoder_hidden_states",
-        "guidance_embeds",
-        "hidden_states",
-        "image_rotary_emb",
-        "img_ids",
-        "time_cond_proj_dim",
-        "txt_ids",
-    },
-    "models/loading.py": {"block_out_channels"},
-    "testing/models.py": {"negative_prompt_embeds"},
-    "testing/tiny/calls.py": {
-        "guidance_scale",
-        "max_guidance_scale",
-        "min_guidance_scale",
-        "negative_prompt",
-        "negative_prompt_embeds",
-    },
-    "testing/tiny/unet.py": {"block_out_channels", "cross_attention_dim"},
-    "testing/tiny/weights.py": {"block_out_channels"},
-}
+#: Rooms that build models and pipelines of diffusers, whose configurations and arguments they write down, and a file.
+BUILDING = ("models", "coverage", "testing", "bench/untrained.py")
 #: Rooms that load or build models of diffusers by the names of its classes.
 MODELS = ("upstream", "models", "coverage", "bench", "testing")
 #: Python's words, and our own that diffusers uses too; "v_prediction" is a value of `Time.kind`.
@@ -260,15 +239,32 @@ def upstream_names():
     return {name for name in spelled if telling.fullmatch(name)} - OURS
 
 
+@functools.cache
+def diffusers_names():
+    """Collect what pipelines and denoisers of diffusers call arguments, components and modules, of several words."""
+    found = set()
+    for pipe in (tiny.small(), tiny.pixart(), tiny.sd3(), tiny.flux(), tiny.wan()):
+        denoiser = denoiser_of(pipe)
+        for function in (type(pipe).__call__, type(pipe).__init__, type(denoiser).forward, type(denoiser).__init__):
+            found |= set(inspect.signature(function).parameters)
+        found |= {*vars(pipe), *(word for name, _ in denoiser.named_modules() for word in name.split("."))}
+    return {name for name in found if re.fullmatch(r"\w*[a-z]_[a-z]\w*", name)}
+
+
 def test_there_are_names_of_upstream():
     assert {"_call_impl", "encoder_hidden_states", "do_classifier_free_guidance"} <= upstream_names()
+    assert {"num_inference_steps", "encoder_attention_mask", "up_blocks", "vae_scale_factor"} <= diffusers_names()
 
 
-@each([path for path in CORE if path.parent.name != "upstream"])
+def builds(path):
+    own = path.relative_to(ROOT / "cachekit").as_posix()
+    return own.startswith(BUILDING)
+
+
+@each([path for path in CORE if path.parent.name != "upstream" and not builds(path)])
 def test_only_one_room_spells_names_of_torch_and_diffusers(path):
     attributes = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
-    spelled = upstream_names() & (attributes | set(strings(path)))
-    assert spelled == SPELLING.get(path.relative_to(ROOT / "cachekit").as_posix(), set())
+    assert (upstream_names() | diffusers_names()) & {*attributes, *strings(path)} == set()
 
 
 @each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] not in MODELS])

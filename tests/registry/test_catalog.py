@@ -363,7 +363,7 @@ def test_a_plugin_that_fails_to_check_a_plan_changes_nothing(pipe, failing):
     with tiny.leaves_no_trace(pipe), pytest.raises(PluginError) as caught:
         cachekit.apply(pipe, SPEC, catalog=catalog)
     assert str(caught.value) == (
-        "plugin 'failing' failed in cachekit_check_plan: OSError: no file"
+        "plugin 'failing' of an unknown distribution failed in cachekit_check_plan: OSError: no file"
         f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
     assert torch.equal(tiny.latents(pipe, steps=4), plain)
@@ -378,7 +378,7 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
         assert torch.equal(tiny.latents(pipe, steps=4), expected)
     (warning,) = caught
     assert str(warning.message) == (
-        "plugin 'failing' failed in cachekit_run_finished: OSError: no file"
+        "plugin 'failing' of an unknown distribution failed in cachekit_run_finished: OSError: no file"
         f" (fix or uninstall it, or set {DISABLE}=failing)"
     )
     # The other plugins get the report all the same.
@@ -387,10 +387,56 @@ def test_a_plugin_that_fails_at_the_end_of_a_run_costs_no_image(pipe, failing, c
     assert f"{never_fires} never fired" in caplog.text
 
 
-BROKEN_ADAPTER = ADAPTER.replace("return denoiser == 'toy'", "raise OSError('no\\nfile')")
+class EveryOther(cachekit.Policy):
+    name = "every_other"
+
+    def choices(self):
+        return {"it": cachekit.Choice(cachekit.WholeDenoiser(), cachekit.Every(n=2), cachekit.Reuse())}
 
 
-def test_an_adapter_that_raises_is_named(point):
-    catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(name="odd_ones"))])
-    with pytest.raises(PluginError, match=rf"plugin 'odd' failed .* 'odd_ones': OSError: no file .*{DISABLE}=odd"):
-        catalog.adapter_for("toy")
+#: An adapter of its own class of transformers, of which one method is broken in some way.
+BROKEN_ADAPTER = """
+from cachekit import Layout, SiteMap, module_sites
+class Broken:
+    name, summary = "odd_ones", "broken"
+    def matches(self, denoiser):
+        {matches}
+        return type(denoiser).__name__ == "PixArtTransformer2DModel"
+    def sites(self, denoiser):
+        {sites}
+        return SiteMap("PixArt", module_sites(denoiser))
+    def layout(self, denoiser):
+        {layout}
+        return Layout()
+@hookimpl
+def cachekit_register_adapters(register):
+    register(Broken())
+"""
+RAISED = ("raise ValueError('no\\nlist of blocks')", "ValueError: no list of blocks")
+ADAPTER_FAULTS = [
+    *((method, *RAISED) for method in ("matches", "sites", "layout")),
+    ("sites", "return ['blocks.0']", "it returned ['blocks.0'], which is no SiteMap"),
+    ("layout", "return ('uncond', 'cond')", "it returned ('uncond', 'cond'), which is no Layout"),
+]
+
+
+@pytest.mark.parametrize(("method", "code", "reason"), ADAPTER_FAULTS)
+def test_an_adapter_that_fails_is_named_and_the_pipeline_unharmed(pipe, monkeypatch, point, method, code, reason):
+    source = HEAD + BROKEN_ADAPTER.format(**{"matches": "", "sites": "", "layout": "", method: code})
+    monkeypatch.setattr("cachekit.registry.catalog._distribution", lambda _: "cachekit-odd")
+    catalog = build([point("odd", source)])
+    plain = tiny.latents(pipe, steps=2)
+    with tiny.leaves_no_trace(pipe), pytest.raises(PluginError) as caught:
+        cachekit.apply(pipe, EveryOther(), catalog=catalog)
+    assert str(caught.value) == (
+        f"plugin 'odd' of cachekit-odd failed in {method} of its adapter 'odd_ones' for PixArtTransformer2DModel:"
+        f" {reason} (fix or uninstall it, or set {DISABLE}=odd)"
+    )
+    assert torch.equal(tiny.latents(pipe, steps=2), plain)
+
+
+def test_an_error_of_cachekit_in_an_adapter_stays_what_it_is(pipe, point):
+    code = "from cachekit import AdapterError; raise AdapterError('write an adapter for two of them')"
+    catalog = build([point("odd", HEAD + BROKEN_ADAPTER.format(matches="", sites=code, layout=""))])
+    with pytest.raises(AdapterError, match=r"^write an adapter for two of them$"):
+        cachekit.sites(pipe, catalog=catalog)

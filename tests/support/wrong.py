@@ -43,19 +43,32 @@ class Wrong(Policy):
 
 
 class Mistake(NamedTuple):
+    """A wrong policy: the check that finds it, and the site and the step that the failure has to name.
+
+    `nowhere` is the reason why a failure has neither.
+    """
+
     check: str
     policy: Policy
     model: str = "pixart"
+    site: str = "denoiser"
+    step: int | str = 1
+    nowhere: str = ""
 
 
 MISTAKES: dict[str, Mistake] = {}
+#: The step for which `check_linear_ramp` and `check_history_length` have a stand-in predict.
+AHEAD = 21
+#: Threads differ in the step in which one disturbs the other.
+ANY = r"\d+"
+NO_RUN = "what is wrong is a name or a text, which no run is needed to see"
 
 
-def caught_by(check, model="pixart"):
-    """Register a class of policies under its name."""
+def caught_by(check, model="pixart", given=None, **place):
+    """Register a class of policies under its name, with fields `given`."""
 
     def register(policy):
-        MISTAKES[policy.__name__] = Mistake(check, policy(), model)
+        MISTAKES[policy.__name__] = Mistake(check, policy(**given or {}), model, **place)
         return policy
 
     return register
@@ -86,7 +99,7 @@ class PerBlock(StandIn):
         return tuple(tensor * self.blocks for tensor in history[0].tensors)
 
 
-@caught_by("check_standing_still")
+@caught_by("check_standing_still", site="transformer_blocks.0")
 class ResidualOfEachBlock(Wrong):
     place = Sites(kinds="block")
     stand_in = PerBlock(of="residual")
@@ -102,7 +115,7 @@ class HalvesSwapped(Wrong):
     stand_in = Swapping()
 
 
-@caught_by("check_branches_do_not_mix", "sd3")
+@caught_by("check_branches_do_not_mix", "sd3", site="transformer_blocks.0.attn")
 class HalvesSwappedInsideABlock(Wrong):
     place = Sites(kinds="joint_attention")
     stand_in = Swapping()
@@ -125,7 +138,7 @@ class Mean(Newest):
         return (0 * tensor) + tensor.mean(0, keepdim=True)
 
 
-@caught_by("check_branches_do_not_mix")
+@caught_by("check_branches_do_not_mix", site="transformer_blocks.1.attn1")
 class MeanOfBranches(Wrong):
     place = Sites(kinds="self_attention")
     stand_in = Mean()
@@ -173,7 +186,7 @@ class Halving(Newest):
         return tensor
 
 
-@caught_by("check_no_writes", "flux")
+@caught_by("check_no_writes", "flux", site="single_transformer_blocks.1..single_transformer_blocks.2")
 class ChangedASlice(Wrong):
     place = Span(first=1)
     stand_in = Halving(of="residual")
@@ -219,6 +232,16 @@ class OneRow(Newest):
 @caught_by("check_runs")
 class BatchOfOne(Wrong):
     stand_in = OneRow()
+
+
+class Divided(Newest):
+    def changed(self, tensor, history, at):
+        return tensor / tensor.abs().clamp(max=0)
+
+
+@caught_by("check_runs")
+class DividedByZero(Wrong):
+    stand_in = Divided()
 
 
 # -- state --------------------------------------------------------------------------------------------------------
@@ -307,7 +330,7 @@ class Accumulating(Newest):
         return tensor * (1 + 0.01 * self._count)
 
 
-@caught_by("check_threads")
+@caught_by("check_threads", step=ANY)
 class SharedByThreads(Wrong):
     stand_in = Accumulating()
 
@@ -324,7 +347,7 @@ class Peeking(Newest):
         return tensor * at.shared["seen"]
 
 
-@caught_by("check_compiled")
+@caught_by("check_compiled", site="transformer_blocks.0.ff")
 class ReadInTheSameCall(Wrong):
     def choices(self):
         seen = Choice(Sites(kinds="self_attention"), Every(n=1), Peeking())
@@ -341,7 +364,7 @@ class Hooking(Reuse):
         )
 
 
-@caught_by("check_noop_is_exact")
+@caught_by("check_noop_is_exact", step=0)
 class HookLeftOnTheModel(Wrong):
     stand_in = Hooking()
 
@@ -357,7 +380,7 @@ class HookingAgain(Hooking):
         self._last = super().begin(run, shared)
 
 
-@caught_by("check_deepcopy")
+@caught_by("check_deepcopy", step=0)
 class HookForgottenOnACopy(Wrong):
     stand_in = HookingAgain()
 
@@ -367,12 +390,12 @@ class Tuning(Reuse):
         run.denoiser.proj_out.bias.data += 0.01
 
 
-@caught_by("check_undo")
+@caught_by("check_undo", site="proj_out", step=0)
 class WeightsChanged(Wrong):
     stand_in = Tuning()
 
 
-@caught_by("check_differs")
+@caught_by("check_differs", site="transformer_blocks.0.attn2.to_k")
 class NothingToSave(Wrong):
     """Approximates what is equal in all steps."""
 
@@ -387,7 +410,7 @@ class Halves(Newest):
         return torch.cat([first, second])
 
 
-@caught_by("check_composes")
+@caught_by("check_composes", step=3)
 class BothBranchesNeeded(Wrong):
     stand_in = Halves()
 
@@ -404,7 +427,7 @@ class Counting(Schedule):
         return next(_COUNTER) % 3 == 0
 
 
-@caught_by("check_schedule_is_pure")
+@caught_by("check_schedule_is_pure", step=5)
 class GlobalCounter(Wrong):
     schedule = Counting()
 
@@ -420,7 +443,7 @@ class PerCall(Schedule):
         return self._calls // 2 % 2 == 0
 
 
-@caught_by("check_schedule_is_pure", "wan")
+@caught_by("check_schedule_is_pure", "wan", step=5)
 class CounterPerCall(Wrong):
     def choices(self):
         return {"it": Choice(WholeDenoiser(), PerCall(), Reuse())}
@@ -444,7 +467,7 @@ class ByPrompt(Schedule):
         return Action.STORE
 
 
-@caught_by("check_ranks", "flux")
+@caught_by("check_ranks", "flux", step=2)
 class DecidedByEachRank(Wrong):
     def choices(self):
         return {"it": Choice(WholeDenoiser(), ByPrompt(), Reuse())}
@@ -457,7 +480,7 @@ class Early(Schedule):
         return Action.STORE if at.step % 2 else Action.REUSE
 
 
-@caught_by("check_counts_match_plan")
+@caught_by("check_counts_match_plan", step=0)
 class ReuseBeforeStore(Wrong):
     schedule = Early()
 
@@ -469,7 +492,7 @@ class ByStep(Schedule):
         return at.step % 3 == 0
 
 
-@caught_by("check_origin", "sd")
+@caught_by("check_origin", "sd", site="region 0")
 class OriginIgnored(Wrong):
     place = NestedRegion(branch=0)
     schedule = ByStep()
@@ -487,7 +510,7 @@ class Backwards(Linear):
         return [2 - newest, -rest[0]] if rest else [newest]
 
 
-@caught_by("check_linear_ramp")
+@caught_by("check_linear_ramp", step=AHEAD)
 class WrongSign(Wrong):
     stand_in = Backwards()
 
@@ -505,7 +528,7 @@ class FromTheOlder(StandIn):
         return [1 + share, -share]
 
 
-@caught_by("check_linear_ramp", "flux")
+@caught_by("check_linear_ramp", "flux", step=AHEAD)
 class OffByOne(Wrong):
     stand_in = FromTheOlder()
 
@@ -518,7 +541,7 @@ class NotOne(StandIn):
         return [0.7, 0.2][: len(times)]
 
 
-@caught_by("check_linear_ramp")
+@caught_by("check_linear_ramp", step=AHEAD)
 class WeightsThatDoNotAddUp(Wrong):
     stand_in = NotOne()
 
@@ -532,7 +555,7 @@ class Deep(Newest):
         return 2 * tensor - history[1].tensors[0]
 
 
-@caught_by("check_history_length")
+@caught_by("check_history_length", step=AHEAD)
 class LengthTooShort(Wrong):
     stand_in = Deep()
 
@@ -548,7 +571,7 @@ class Impatient(StandIn):
         return tuple(1.5 * a - 0.5 * b for a, b in zip(newer.tensors, older.tensors))
 
 
-@caught_by("check_history_length")
+@caught_by("check_history_length", step=AHEAD)
 class HistoryStillShort(Wrong):
     schedule = Mask(steps=(0, 1, 4))
     stand_in = Impatient()
@@ -566,10 +589,10 @@ class Listing(Wrong):
         return f"wrong:depth={self.level}"
 
 
-caught_by("check_spec_round_trip")(Listing)
+caught_by("check_spec_round_trip", nowhere=NO_RUN)(Listing)
 
 
-@caught_by("check_spec_round_trip")
+@caught_by("check_spec_round_trip", given={"level": 2}, nowhere=NO_RUN)
 class KeyLeftOut(Wrong):
     level: int = 1
 
@@ -577,15 +600,12 @@ class KeyLeftOut(Wrong):
         return "wrong"
 
 
-MISTAKES["KeyLeftOut"] = Mistake("check_spec_round_trip", KeyLeftOut(level=2))
-
-
 class Misspelt(Reuse):
     def pedict(self, history, at, given=()):
         return tuple(tensor * 0.5 for tensor in history[0].tensors)
 
 
-@caught_by("check_names")
+@caught_by("check_names", nowhere=NO_RUN)
 class MisspeltMethod(Wrong):
     stand_in = Misspelt()
 
@@ -594,6 +614,6 @@ class MisspeltVariable(Linear):
     lenght: ClassVar[int] = 2
 
 
-@caught_by("check_names")
+@caught_by("check_names", nowhere=NO_RUN)
 class MisspeltLength(Wrong):
     stand_in = MisspeltVariable()

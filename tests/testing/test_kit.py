@@ -13,6 +13,7 @@ from support.wrong import MISTAKES
 from cachekit import CachekitError, SpecError
 from cachekit.testing import CHECKS, MODELS, Outcome, check_policy, parametrize_with_checks
 from cachekit.testing.models import Call, drawn
+from cachekit.testing.places import Output, first_module, traced
 from cachekit.testing.running import SOMEWHERE
 
 SIGN = MISTAKES["WrongSign"].policy
@@ -70,6 +71,19 @@ def test_specs_are_checked_when_tests_are_collected():
         parametrize_with_checks("forecast")
 
 
+@pytest.mark.parametrize("spec", ["delta_dit", "forecast"])
+def test_what_a_model_refuses_is_skipped(spec):
+    (mark,) = [parametrize_with_checks([spec], models=["sd"], checks=["check_undo"])]
+    (param,) = mark.args[1]
+    assert param.id == f"check_undo-sd-{spec}"
+    (case,) = param.values
+    if spec == "delta_dit":
+        with pytest.raises(pytest.skip.Exception, match="refused: delta_dit: looked for a chain of blocks"):
+            case()
+    else:
+        case()
+
+
 def test_checks_have_an_invariant_and_a_cause():
     assert all(name.startswith("check_") and check.invariant.endswith(".") for name, check in CHECKS.items())
     assert all(check.cause for check in CHECKS.values())
@@ -82,6 +96,32 @@ def test_an_image_of_a_batch_has_noise_and_prompt_of_its_own(name):
     batch, alone = (Call(2, images=images).arguments(model, pipe) for images in ((0, 1), (1,)))
     assert torch.equal(batch["prompt_embeds"][1:], alone["prompt_embeds"])
     assert torch.allclose(drawn(pipe, batch)[1:], drawn(pipe, alone), atol=1e-4)
+
+
+def test_the_first_module_that_differs_is_named():
+    ones, twos = torch.ones(2), torch.full((2,), 2.0)
+    run = [Output("norm", 0, (ones,)), Output("attn", 0, (ones, ones)), Output("attn", 1, (ones,))]
+    assert first_module(run, run) == ""
+    changed = [*run[:2], Output("attn", 1, (twos,))]
+    assert first_module(changed, run) == "; the first output that differs is that of 'attn' in step 1"
+    assert first_module(run[1:], run) == "; first, 'attn' is called in step 0 in place of 'norm'"
+    fewer = [run[0], Output("attn", 0, (ones,)), run[2]]
+    assert first_module(fewer, run) == "; the first output that differs is that of 'attn' in step 0"
+
+
+def test_each_call_of_a_module_is_traced_and_the_pipeline_left_as_it_was():
+    model, pipe = MODELS["flux"], MODELS["flux"].make()
+
+    def draw():
+        return drawn(pipe, Call(2).arguments(model, pipe))
+
+    plain = draw()
+    with traced(pipe) as found:
+        assert torch.equal(draw(), plain)
+    assert [one.step for one in found if one.site == "denoiser"] == [0, 1]
+    count = len(found)
+    assert torch.equal(draw(), plain)
+    assert len(found) == count
 
 
 def test_checks_change_no_settings():

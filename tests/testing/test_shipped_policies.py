@@ -1,7 +1,9 @@
-"""Every shipped policy and the example pass all checks, each on models with its targets; the command has all models."""
+"""Every shipped policy and the example pass all checks, each on two models or more; the command has all models."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 
 import pytest
@@ -10,83 +12,55 @@ from support.sources import ROOT
 
 import cachekit
 from cachekit.testing import CHECKS, MODELS, Outcome, check_policy, parametrize_with_checks
+from cachekit.testing.models import pipeline
 from cachekit.testing.running import SOMEWHERE
 
 sys.path.append(str(ROOT / "examples" / "cachekit-pyramid-lite"))
 from cachekit_pyramid_lite.policy import PyramidLite
 
-#: A spec of each policy that acts within a few steps, and the model for it.
+#: For each policy a spec that acts within a few steps, and the models for it.
 SHIPPED = {
-    "sd": ["deepcache:interval=3", "tgate:m=3,sp_interval=2,keep=cond"],
-    "pixart": ["tgate:m=3", "cache:where=feed_forward,when=every(3),what=linear", PyramidLite(interval=3)],
-    "sd3": ["delta_dit", "null_text:after=3"],
-    "wan": ["adaptive_guidance:m=3,linear=true", "adaptive_guidance:threshold=0.5"],
-    "flux": ["forecast:interval=3"],
+    "deepcache:interval=3": ["sd"],
+    "tgate:m=3": ["pixart", "wan"],
+    "tgate:m=3,sp_interval=2,keep=cond": ["sd", "pixart"],
+    "cache:where=feed_forward,when=every(3),what=linear": ["pixart", "sd3"],
+    "delta_dit": ["sd3", "wan"],
+    "null_text:after=3": ["pixart", "sd3"],
+    "adaptive_guidance:m=3,linear=true": ["sd3", "wan"],
+    "adaptive_guidance:threshold=0.5": ["sd3", "wan"],
+    "forecast:interval=3": ["flux", "wan"],
+    "pab": ["sd3", "wan"],
+    "fora:interval=2": ["flux", "wan"],
+    "text_kv": ["pixart", "wan"],
+    "guidance_interval:first=1,stop=4": ["sd3", "wan"],
+    "fastercache": ["sd3", "wan"],
+    "taylorseer:interval=2,warm_up=1": ["pixart", "sd3"],
+    "hicache:interval=2,warm_up=1": ["flux", "wan"],
+    "spectrum:warm_up=2": ["sd3", "wan"],
+    "easycache:threshold=99,first=1": ["pixart", "sd3"],
+    "seacache:threshold=99": ["sd3", "wan"],
+    "fbcache:threshold=9": ["flux", "wan"],
+    "teacache:threshold=9": ["pixart", "sd3"],
+    "dicache:threshold=9": ["sd3", "wan"],
+    "magcache:ratios=1,threshold=9": ["pixart", "flux"],
 }
+#: Those with figures or weights that are measured on a model.
+MEASURED = {
+    "smoothcache:threshold=9": ["pixart", "sd3"],
+    "block_cache:threshold=9": ["sd"],
+    "calibrated:interval=2": ["flux", "wan"],
+}
+EXAMPLE = PyramidLite(interval=3)
+CASES = [(spec, model) for spec, models in (SHIPPED | MEASURED).items() for model in models]
+#: Policies of UNets' blocks, which one model has.
+OF_UNETS = {"deepcache", "block_cache"}
+JOINT = {"sd3", "flux"}
 #: Compilations take longest.
 OTHERS = [name for name in CHECKS if name != "check_compiled"]
-
-
-def on(model):
-    return parametrize_with_checks(SHIPPED[model], models=[model], checks=[*OTHERS, SOMEWHERE])
-
-
-@on("sd")
-def test_on_sd(check):
-    check()
-
-
-@on("pixart")
-def test_on_pixart(check):
-    check()
-
-
-@on("sd3")
-def test_on_sd3(check):
-    check()
-
-
-@on("wan")
-def test_on_wan(check):
-    check()
-
-
-@on("flux")
-def test_on_flux(check):
-    check()
-
-
-@parametrize_with_checks(["deepcache:interval=3"], models=["sd"], checks=["check_compiled"])
-def test_compiled_on_sd(check):
-    check()
-
-
-@parametrize_with_checks(["forecast:interval=3"], models=["pixart"], checks=["check_compiled"])
-def test_compiled_on_pixart(check):
-    check()
-
-
-#: Settings with which published methods act within a few steps of a tiny model.
-PUBLISHED = [
-    "pab",
-    "fora:interval=2",
-    "text_kv",
-    "guidance_interval:first=1,stop=4",
-    "fastercache",
-    "taylorseer:interval=2,warm_up=1",
-    "hicache:interval=2,warm_up=1",
-    "spectrum:warm_up=2",
-    "easycache:threshold=99,first=1",
-    "seacache:threshold=99",
-    "fbcache:threshold=9",
-    "teacache:threshold=9",
-    "dicache:threshold=9",
-    "magcache:ratios=1,threshold=9",
-]
 #: Why a check doesn't hold for a method, which the others pass.
 PECULIAR = {
     "text_kv": {"check_differs": "it is exact"},
-    "guidance_interval:first=1,stop=4": {"check_standing_still": "it drops guidance"},
+    "guidance_interval": {"check_standing_still": "it drops guidance"},
     "fastercache": {
         "check_standing_still": "it changes guidance with the timestep",
         "check_linear_ramp": "it extrapolates by a share of the difference",
@@ -94,52 +68,69 @@ PECULIAR = {
 }
 
 
-@parametrize_with_checks(
-    [spec for spec in PUBLISHED if spec not in PECULIAR], models=["pixart"], checks=[*OTHERS, SOMEWHERE]
-)
-def test_published_methods(check):
+def name_of(spec):
+    return spec.partition(":")[0]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A function that adds a file of what is measured on a model to a spec that needs one."""
+    folder = tmp_path_factory.mktemp("measured")
+
+    @functools.cache
+    def with_file(spec, model):
+        if spec not in MEASURED:
+            return spec
+        path = folder / f"{name_of(spec)}-{model}.json"
+        replays.measured(MODELS[model].make(), spec, 6).save(path)
+        return f"{spec},file={path}"
+
+    return with_file
+
+
+@pytest.mark.parametrize(("spec", "model"), CASES)
+def test_every_check_passes(spec, model, measured):
+    expected = PECULIAR.get(name_of(spec), {})
+    given = {"models": [model], "checks": [*OTHERS, SOMEWHERE], "expected": expected}
+    results = check_policy(measured(spec, model), **given)
+    assert [str(result) for result in results if result.outcome is Outcome.FAILED] == []
+    assert {one.check for one in results if one.outcome is Outcome.EXPECTED} == set(expected)
+    assert Outcome.REFUSED not in {result.outcome for result in results}
+
+
+@parametrize_with_checks([EXAMPLE], models=["pixart", "flux"], checks=[*OTHERS, SOMEWHERE])
+def test_the_example(check):
     check()
 
 
-@pytest.mark.parametrize("spec", PECULIAR)
-def test_peculiar_methods(spec):
-    results = check_policy(spec, models=["pixart"], checks=[*OTHERS, SOMEWHERE], expected=PECULIAR[spec])
-    assert [str(result) for result in results if result.outcome is Outcome.FAILED] == []
-    assert {one.check for one in results if one.outcome is Outcome.EXPECTED} == set(PECULIAR[spec])
+#: One policy of each way to be compiled: regions of a UNet, the whole denoiser, and what is measured on the model.
+COMPILED = [("deepcache:interval=3", "sd"), ("forecast:interval=3", "pixart"), ("smoothcache:threshold=9", "pixart")]
 
 
-#: Policies with figures or weights that are measured on a model, and the model.
-MEASURED = {"smoothcache:threshold=9": "pixart", "block_cache:threshold=9": "sd", "calibrated:interval=2": "flux"}
-
-
-@pytest.mark.parametrize("spec", MEASURED)
-def test_measured_methods(spec, tmp_path):
-    model = MODELS[MEASURED[spec]]
-    path = tmp_path / "measured.json"
-    replays.measured(model.make(), spec, 6).save(path)
-    results = check_policy(f"{spec},file={path}", models=[model.name], checks=[*OTHERS, SOMEWHERE])
-    assert [str(result) for result in results if result.outcome is Outcome.FAILED] == []
-    assert {result.outcome for result in results} == {Outcome.PASSED, Outcome.SKIPPED}
+@pytest.mark.parametrize(("spec", "model"), COMPILED)
+def test_compiled(spec, model, measured):
+    (result,) = check_policy(measured(spec, model), models=[model], checks=["check_compiled"])
+    assert result.outcome is Outcome.PASSED, str(result)
 
 
 def test_every_shipped_policy_is_checked():
-    named = {str(spec).partition(":")[0] for specs in (*SHIPPED.values(), PUBLISHED, MEASURED) for spec in specs}
+    named = {name_of(spec) for spec in SHIPPED | MEASURED}
     # CAIR makes the choices of TGATE, so that what is checked of one holds for the other.
     cair, tgate = (cachekit.policies()[name] for name in ("cair", "tgate"))
     assert cair(n=3, keep="cond").choices() == tgate(m=3, keep="cond").choices()
     shipped = {name for name, made in cachekit.policies().items() if made.__module__.startswith("cachekit_")}
     assert shipped - {"cair"} <= named
-    assert set(SHIPPED) == set(MODELS)
 
 
-@pytest.mark.parametrize("spec", ["delta_dit", "forecast"])
-def test_what_a_model_refuses_is_skipped(spec):
-    (mark,) = [parametrize_with_checks([spec], models=["sd"], checks=["check_undo"])]
-    (param,) = mark.args[1]
-    assert param.id == f"check_undo-sd-{spec}"
-    (case,) = param.values
-    if spec == "delta_dit":
-        with pytest.raises(pytest.skip.Exception, match="refused: delta_dit: looked for a chain of blocks"):
-            case()
-    else:
-        case()
+def takes_joint_attention(spec):
+    with contextlib.suppress(cachekit.SiteError):
+        cachekit.apply(pipeline("sd3"), spec).remove()
+        return True
+    return False
+
+
+def test_each_is_checked_on_joint_attention_where_it_can_and_on_every_way_that_branches_come():
+    assert {model for _, model in CASES} == set(MODELS)
+    for spec, models in (SHIPPED | MEASURED).items():
+        assert len(models) >= 2 or name_of(spec) in OF_UNETS
+        assert bool(JOINT.intersection(models)) == takes_joint_attention(spec), spec

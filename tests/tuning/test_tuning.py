@@ -134,7 +134,7 @@ def test_a_target_that_nothing_reaches_names_what_is_nearest(tuned, folder):
     result = commands.run("tune", "demo", "--at-least", "90dB", *given, *journal, "--output", output)
     assert result.exit_code == 1, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert "no candidate reaches the target: at least 90 dB: nearest short of it" in line
+    assert "no candidate that saves 1.05x or more reaches the target: at least 90 dB: nearest short of it" in line
     assert "nothing reaches it" in line
     assert not output.exists()
     assert output.with_suffix(".png").exists()
@@ -167,7 +167,7 @@ def test_captions_of_a_file_are_refused_with_the_line(folder, text, wrong):
 def test_a_file_that_is_no_journal_is_refused(folder):
     path = folder / "notes.txt"
     path.write_text("not a journal\n")
-    with pytest.raises(TuningError, match="is no study of cachekit tune"):
+    with pytest.raises(TuningError, match="is not a study of cachekit tune"):
         cachekit.tune("demo", 1, at_least=10, journal=path, **SMALL)
 
 
@@ -289,6 +289,8 @@ def test_all_targets_must_hold():
     assert Targets(at_least=29, speedup=2).reached(fast)
     assert not Targets(at_least=31, speedup=2).reached(fast)
     assert Targets(at_least=90).reached(same)
+    assert Targets(at_least=29).serves(fast)
+    assert not Targets(at_least=90).serves(same)
     drop = fast.model_copy(update={"uncached_caption_match": 0.91})
     assert Targets(caption_match=-0.01).reached(drop)
     assert not Targets(caption_match=-0.005).reached(drop)
@@ -316,3 +318,8 @@ def test_captions_that_cannot_be_used_are_refused(captions, reason):
     with pytest.raises(TuningError) as error:
         lots_of(captions, None, False)
     assert reason in str(error.value)
+
+
+def test_captions_that_an_embedded_model_cannot_be_checked_by_are_refused():
+    with pytest.raises(TuningError, match="captions, line 2: no known background at the end of caption 'a cat'"):
+        lots_of(["a large red circle top left on white", "a cat"], None, True)

@@ -104,7 +104,7 @@ def parse(text: str) -> Scene:
         raise ValueError(f"no known background at the end of caption {text!r}: {', '.join(BACKGROUNDS)}")
     things = tuple(_parse_thing(part, text) for part in body.split(" and "))
     if len({thing.place for thing in things}) < len(things):
-        raise ValueError(f"two things in one place in caption {text!r}")
+        raise ValueError(f"two things in one place in caption {text!r}; give each a place of its own")
     return Scene(things, background)
 
 
@@ -113,7 +113,7 @@ def _parse_thing(part: str, text: str) -> Thing:
     if len(words) == 6:
         words.insert(2, "solid")
     if len(words) != 7 or words[0] != "a":
-        raise ValueError(f"cannot read {part!r} in caption {text!r}")
+        raise ValueError(f"cannot read {part!r} in caption {text!r}; write 'a large red circle top left on white'")
     thing = Thing(words[1], words[2], words[3], words[4], " ".join(words[5:]))
     allowed = (tuple(SIZES), FILLS, tuple(COLOURS), SHAPES, PLACES)
     for word, options in zip((thing.size, thing.fill, thing.colour, thing.shape, thing.place), allowed, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cachekit.testing.tiny.weights import TOKENS, WIDTH
+from cachekit.upstream.calling import results_of
 
 
 @functools.cache
@@ -74,4 +75,4 @@ def latents(pipe: Any, **changes: Any) -> torch.Tensor:
     known = {key: changes.pop(key) for key in ("steps", "batch", "guidance", "seed") if key in changes}
     output = pipe(**{**arguments(pipe, **known), **changes})
     # The DiTPipeline of older releases of diffusers returns an array, whatever the output type.
-    return torch.as_tensor(output.frames if hasattr(output, "frames") else output.images)
+    return torch.as_tensor(results_of(output))

@@ -102,7 +102,8 @@ def filled() -> dict[Path, str]:
         "levels read": choosing.leads(),
         "presets": choosing.presets(),
         "messages": messages.table(),
-        "analysis": analysis(),
+        "analysis demo": analysis("demo"),
+        "analysis demo-dit": analysis("demo-dit"),
         "calibration times": calibrations.times(),
         "tuned": tuned.table(),
         "using": using.table(),
@@ -241,9 +242,9 @@ def leads() -> str:
     )
 
 
-def analysis() -> str:
-    """Tables that `cachekit analyze` wrote for the embedded UNet."""
-    source = RESULTS / "analysis-demo.md"
+def analysis(model: str) -> str:
+    """Tables that `cachekit analyze` wrote for an embedded model."""
+    source = RESULTS / f"analysis-{model}.md"
     return source.read_text() if source.exists() else ""
 
 

@@ -188,6 +188,7 @@ class Training:
     def __init__(self, kind: str, corpus: Corpus, batch: int, device: torch.device) -> None:
         """Make the optimisers: Muon for the matrices of a transformer's blocks, AdamW for the rest."""
         self.kind, self.corpus, self.size, self.device = kind, corpus, batch, device
+        self.model: nn.Module
         self.loss: Callable[[nn.Module, Batch], Tensor]
         if kind == "lcm":
             teacher = load_pipeline(WEIGHTS / "unet").unet

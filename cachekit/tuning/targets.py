@@ -107,6 +107,11 @@ class Targets:
         """Whether all bounds hold, and something is saved."""
         return self.reached(figures) and self.saving(figures) >= LEAST
 
+    def nearly_serves(self, figures: Figures) -> bool:
+        """Whether they would serve if one more image showed its caption: a few images can't show a single point."""
+        more = min((figures.caption_match or 0.0) + 1 / max(figures.images, 1), 1.0)
+        return self.caption_match is not None and self.serves(figures.model_copy(update={"caption_match": more}))
+
     def merit(self, figures: Figures) -> tuple[float, float]:
         """Rank figures that reach the targets, by what is to be as great as possible, and then what else."""
         saved, similar = self.saving(figures), similarity_of(figures)

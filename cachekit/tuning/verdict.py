@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from cachekit.bench.results import Result
 from cachekit.bench.spacing import absent
@@ -79,14 +80,25 @@ def _missed(journal: Journal, judged: Sequence[Judged], reaching: Sequence[Judge
 
 
 def _promising(journal: Journal, targets: Targets) -> list[Candidate]:
-    """List the candidates that serve the targets in the search, the best first, of plain ones the best alone."""
-    reaching = [one for one in journal.measured if targets.serves(one.figures)]
-    most = max((one.figures.images for one in reaching), default=0)
-    # Those that survived the first few images come first.
-    ranked = sorted(reaching, key=lambda one: (one.figures.images == most, targets.merit(one.figures)), reverse=True)
-    plain = [one.candidate for one in ranked if not one.candidate.specs][:1]
-    cached = [one.candidate for one in ranked if one.candidate.specs]
-    return [*cached[: _TOGETHER - len(plain)], *plain, *cached[_TOGETHER - len(plain) :]]
+    """List the candidates that serve the targets in the search, the best first, of plain ones the best alone.
+
+    Those that cost less, but show one caption too few, take turns with them: on other captions they may serve.
+    """
+    serving = _ranked([one for one in journal.measured if targets.serves(one.figures)], targets)
+    plain = [one.candidate for one in serving if not one.candidate.specs][:1]
+    cached = [one for one in serving if one.candidate.specs]
+    least = targets.merit(cached[0].figures) if cached else (0.0, 0.0)
+    close = [one for one in journal.measured if one.candidate.specs and one not in cached]
+    close = [one for one in close if targets.nearly_serves(one.figures) and targets.merit(one.figures) > least]
+    pairs = zip_longest(_ranked(close, targets), cached)
+    turns = [one.candidate for pair in pairs for one in pair if one is not None]
+    return [*turns[: _TOGETHER - len(plain)], *plain, *turns[_TOGETHER - len(plain) :]]
+
+
+def _ranked(measured: Sequence[Measured], targets: Targets) -> list[Measured]:
+    """Sort by merit; those that survived the first few images come first."""
+    most = max((one.figures.images for one in measured), default=0)
+    return sorted(measured, key=lambda one: (one.figures.images == most, targets.merit(one.figures)), reverse=True)
 
 
 def _on_fresh(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -16,9 +17,11 @@ from cachekit import CachekitError, Preset
 from cachekit.cli.tune import print_report
 from cachekit.interface.presets import Figures
 from cachekit.registry.catalog import installed
-from cachekit.tuning.candidates import PLAIN, Space
+from cachekit.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tuning.captions import lots_of
+from cachekit.tuning.study import Measured
 from cachekit.tuning.targets import Targets, TuningError
+from cachekit.tuning.verdict import _promising
 from cachekit.upstream.fingerprints import fingerprint
 
 SMALL = {"fresh": 1, "num_inference_steps": 4, "policies": ["forecast"]}
@@ -295,6 +298,19 @@ def test_all_targets_must_hold():
     assert Targets(caption_match=-0.01).reached(drop)
     assert not Targets(caption_match=-0.005).reached(drop)
     assert not Targets(caption_match=-0.5).reached(same)
+
+
+def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_shows_enough():
+    def found(spec, saving, shown):
+        figures = Figures(images=4, psnr=30, ssim=0.9, mac_reduction=saving, caption_match=shown, checked=4)
+        candidate = Candidate((spec,) if spec else (), 4)
+        return Measured(candidate, figures.model_copy(update={"uncached_caption_match": 1.0}))
+
+    measured = [found("a", 2, 1.0), found("b", 4, 0.75), found("c", 5, 0.5), found("d", 1.5, 0.75), found("", 1.8, 1.0)]
+    promising = _promising(SimpleNamespace(measured=measured), Targets(caption_match=-0.01))
+    assert [candidate.specs for candidate in promising] == [("b",), ("a",), ()]
+    promising = _promising(SimpleNamespace(measured=measured), Targets(at_least=20))
+    assert [candidate.specs for candidate in promising] == [("c",), ("b",), (), ("a",), ("d",)]
 
 
 def test_fresh_captions_are_never_those_of_the_search():

@@ -15,12 +15,8 @@ from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
-<<<<<<< HEAD
 from cachekit.upstream.calling import results_of
-from cachekit.upstream.pipelines import hide_progress
-=======
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
->>>>>>> kit
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
 _PROMPTS = ("prompt_embeds", "negative_prompt_embeds")

@@ -7,10 +7,13 @@ INSTALL := $(PIP) install --progress-bar off -c
 # The engine, the command line, and what else uses each dependency, within four minutes on two cores. Left out are tests
 # of compiled code, as torch is at the same version, and of pipelines and guiders that the lowest diffusers lacks.
 LOWEST_TESTS := $(addprefix tests/,attaching/test_attachment.py bench/test_frechet.py bench/test_grids.py \
-	bench/test_learned.py cli driving/test_come_and_go.py driving/test_controlnets.py driving/test_guidance.py \
-	driving/test_indicators.py driving/test_toy_policies.py interface models/test_demo_model.py parts planning \
-	plugins/test_oracles.py project/test_packaging.py registry runs/test_clock.py runs/test_not_finite.py \
-	switches/test_subclassing.py switches/test_switch.py)
+	bench/test_learned.py cli costs/test_estimate.py costs/test_fitting.py interface models/test_demo_model.py parts \
+	planning project/test_packaging.py registry switches \
+	$(addprefix driving/test_,bad_parts.py come_and_go.py controlnets.py faults.py guidance.py indicators.py left_out.py \
+	refusals.py toy_policies.py) \
+	$(addprefix plugins/test_,block_cache.py composition.py dicache.py easycache.py fastercache.py fora.py forecast.py \
+	guidance_interval.py hicache.py oracles.py pab.py smoothcache.py spectrum.py tgate.py) \
+	$(addprefix runs/test_,clock.py not_finite.py quantities.py report.py))
 SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapters -type f -not -name '*.pyc')
 
 # Nothing here downloads a model, and small models gain nothing from many threads.

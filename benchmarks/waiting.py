@@ -196,7 +196,11 @@ def first_image() -> str:
         return ""
     seconds = found["seconds"]
     rows = [[STAGES[stage], f"{seconds[stage]:.1f}"] for stage in STAGES if stage in seconds]
-    return markdown(["what", "seconds"], [*rows, ["all of it", f"{sum(seconds.values()):.1f}"]])
+    table = markdown(["what", "seconds"], [*rows, ["all of it", f"{sum(seconds.values()):.1f}"]])
+    return f"""Seconds until the first image, of the embedded UNet on {_processors()}, as
+`python -m benchmarks.waiting --fresh` measures them, medians of {found["rounds"]} starts:
+
+{table}"""
 
 
 def batches() -> str:
@@ -210,7 +214,17 @@ def batches() -> str:
         ]
         for row in _stored().get("batches", ())
     ]
-    return markdown(["workers", "seconds", "images per minute", "rows lost"], rows) if rows else ""
+    if not rows:
+        return ""
+    table = markdown(["workers", "seconds", "images per minute", "rows lost"], rows)
+    return f"""Images per minute of the embedded UNet on {_processors()}, {STEPS} steps with `{SPEC}`, as
+`python -m benchmarks.waiting` measures them. The start of the workers counts:
+
+{table}"""
+
+
+def _processors() -> str:
+    return f"{_stored()['environment']['processors']} cores"
 
 
 def _stored() -> dict[str, Any]:

@@ -53,7 +53,8 @@ class Composer:
         self.branches: Branches = layout.order
         self.narrowed_by: int | None = None
         self._origin = [0] * len(assignments)
-        self._schedules: dict[tuple[int, int], list[Cell]] = {}
+        #: The cells of each assignment from its origin on, as its schedule alone decides; None until they are needed.
+        self._columns: list[list[Cell] | None] = [None] * len(assignments)
         #: Those of schedules that decide alike for all targets, or for all of a kind: by choice, origin, and the kind.
         self._alike: dict[tuple[int, int, Kind | None], list[Cell]] = {}
         self._blocks = [index for index, bound in enumerate(assignments) if bound.is_block]
@@ -99,17 +100,17 @@ class Composer:
         if index in self.dropped:
             return Action.COMPUTE
         origin = self._origin[index]
-        cell = self._schedule(index, origin)[step - origin]
+        cell = (self._columns[index] or self._column(index))[step - origin]
         return decide(index, self._moment(index, step, origin)) if cell is OPEN else cell
 
     def _moment(self, index: int, step: int, origin: int) -> Moment:
         return Moment(step, self.steps, origin, time_of(self.times, step), self.assignments[index].target)
 
-    def _schedule(self, index: int, origin: int) -> list[Cell]:
-        """List the cells of an assignment from the step `origin` to the last one, as its schedule alone decides."""
-        found = self._schedules.get((index, origin))
+    def _column(self, index: int) -> list[Cell]:
+        """List the cells of an assignment from its origin to the last step, as its schedule alone decides."""
+        found = self._columns[index]
         if found is None:
-            found = self._schedules[index, origin] = self._scheduled(self.assignments[index], origin)
+            found = self._columns[index] = self._scheduled(self.assignments[index], self._origin[index])
         return found
 
     def _scheduled(self, bound: Assignment, origin: int) -> list[Cell]:
@@ -129,12 +130,13 @@ class Composer:
 
     def _restart(self, index: int, step: int) -> None:
         self._origin[index] = step
+        self._columns[index] = None
         self._stored[index].clear()
         self._owed.discard(index)
 
     def _lengthen(self, steps: int) -> None:
         self.steps = steps
-        self._schedules.clear()
+        self._columns = [None] * len(self.assignments)
         self._alike.clear()
 
     # -- guidance -----------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class Composer:
         if index is None:  # the pipeline has ended its guidance
             return True
         origin = self._origin[index]
-        return all(cell in (Action.REUSE, OPEN) for cell in self._schedule(index, origin)[step - origin :])
+        return all(cell in (Action.REUSE, OPEN) for cell in self._column(index)[step - origin :])
 
     # -- blocks and what is inside ------------------------------------------------------------------------
 
@@ -215,7 +217,7 @@ class Composer:
 
     def _is_read_next(self, index: int, step: int) -> bool:
         """Whether a schedule reads what is kept before it keeps anew."""
-        later = self._schedule(index, self._origin[index])[step - self._origin[index] + 1 :]
+        later = self._column(index)[step - self._origin[index] + 1 :]
         return next((cell for cell in later if cell is not Action.COMPUTE), Action.STORE) is not Action.STORE
 
     def _is_skipped(self, index: int, cells: list[Cell]) -> bool:

@@ -16,7 +16,7 @@ from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
 from cachekit.upstream.calling import results_of
-from cachekit.upstream.pipelines import hide_progress
+from cachekit.upstream.pipelines import denoiser_of, hide_progress
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
 _PROMPTS = ("prompt_embeds", "negative_prompt_embeds")
@@ -110,9 +110,18 @@ def pipeline(name: str) -> Any:
     return MODELS[name].make()
 
 
+@functools.cache
+def in_bfloat16(name: str, call: Call) -> tuple[Any, torch.Tensor]:
+    """Build a model's pipeline in bfloat16, once until `forget`, and draw with it; raises where it doesn't run."""
+    pipe = MODELS[name].make()
+    denoiser_of(pipe).to(torch.bfloat16)
+    return pipe, drawn(pipe, call.arguments(MODELS[name], pipe, torch.bfloat16))
+
+
 def forget() -> None:
     """Build pipelines anew when they are asked for next: a check that failed may have left something behind."""
     pipeline.cache_clear()
+    in_bfloat16.cache_clear()
 
 
 @functools.cache

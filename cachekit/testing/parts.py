@@ -19,12 +19,11 @@ from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.parts.standins import Chebyshev, Hermite
 from cachekit.registry.catalog import Catalog
-from cachekit.testing.models import drawn
+from cachekit.testing.models import in_bfloat16
 from cachekit.testing.places import first_not_finite
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.spies import Prediction
 from cachekit.testing.subject import Subject, distance
-from cachekit.upstream.pipelines import denoiser_of
 
 #: Forecasts are computed in float64 here.
 _EXACT = 1e-6
@@ -241,10 +240,8 @@ def check_no_writes(subject: Subject) -> None:
 
 def check_dtype(subject: Subject) -> None:
     """In bfloat16 what is predicted and the image are bfloat16, and finite."""
-    pipe = subject.model.make()
-    denoiser_of(pipe).to(torch.bfloat16)
     try:
-        plain = drawn(pipe, subject.call.arguments(subject.model, pipe, torch.bfloat16))
+        pipe, plain = in_bfloat16(subject.model.name, subject.call)
     except (RuntimeError, TypeError) as error:
         raise NotApplicableError(f"the model doesn't run in bfloat16: {error}") from None
     with subject.applied(pipe) as attachment:

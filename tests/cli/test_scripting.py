@@ -163,6 +163,8 @@ def test_python_takes_the_names_of_the_command_line():
     ("line", "said"),
     [
         ("sites sdxxl", "unknown model 'sdxxl' (did you mean 'sdxl'?); give a folder, a hub id such as owner/name"),
+        ("app sdxxl", "unknown model 'sdxxl' (did you mean 'sdxl'?)"),
+        ("app demo --dtype half", "unknown dtype 'half'; allowed: float32, float16, bfloat16"),
         ("plan tgate --steps 3 --model SDXL", "(did you mean 'sdxl'?)"),
         ("estimate Demo-DiT", "(did you mean 'demo-dit'?)"),
         ("recommend demo-dti", "(did you mean 'demo-dit'?)"),

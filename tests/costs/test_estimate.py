@@ -16,7 +16,7 @@ from cachekit.bench.paper import tables
 from cachekit.costs.counting import Known, count_forward
 from cachekit.costs.estimate import Estimator
 from cachekit.errors import CachekitError
-from cachekit.models.architectures import architecture, architecture_of, architectures
+from cachekit.models.architectures import architecture, architecture_of
 from cachekit.upstream.pipelines import denoiser_of
 
 TABLES = tables()
@@ -138,11 +138,6 @@ def test_estimating_leaves_the_pipeline_as_it_was() -> None:
 def test_unknown_model_names_the_nearest() -> None:
     with pytest.raises(CachekitError, match=r"unknown model 'sdlx'.*did you mean 'sdxl'"):
         cachekit.estimate("sdlx", "tgate:m=2")
-
-
-def test_every_architecture_builds_on_meta() -> None:
-    for known in architectures().values():
-        assert all(parameter.is_meta for parameter in known.build().parameters())
 
 
 def test_costs_are_the_same_in_inference_mode() -> None:

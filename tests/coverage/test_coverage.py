@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import tempfile
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -200,8 +201,13 @@ def test_a_policy_that_never_acts_is_idle(subject, spec, reason):
     assert trial.attempt(subject, spec) == Result(IDLE, reason)
 
 
-def test_figures_that_a_policy_needs_are_measured_in_an_uncached_run(subject):
+def test_figures_that_a_policy_needs_are_measured_in_an_uncached_run(subject, monkeypatch):
+    folders, made = [], tempfile.TemporaryDirectory
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda: folders.append(made()) or folders[-1])
+    assert trial.attempt(subject, "forecast:interval=2").state == WORKS
+    assert folders == []
     assert trial.attempt(subject, "block_cache:threshold=9") == Result(WORKS)
+    assert [Path(folder.name).exists() for folder in folders] == [False]
     found = trial.attempt(subject, "calibrated:interval=2")
     assert found.state == REFUSED
     assert found.note.startswith("no calibration ships for ")

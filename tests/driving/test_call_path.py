@@ -12,7 +12,7 @@ from support.sources import ROOT
 
 import cachekit
 
-CORE = ROOT / "cachekit"
+CORE = Path(cachekit.__file__).parent
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 LISTED = re.compile(r"<!-- call path: begin -->\n(.*?)<!-- call path: end -->", re.DOTALL)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, ClassVar
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -301,6 +302,8 @@ def test_the_last_steps_are_corrected_by_what_was_kept_before() -> None:
     [("QwenImage21Pipeline", {}), ("Flux2KleinKVPipeline", {"image": Image.new("RGB", (64, 64))})],
 )
 def test_calls_that_leave_keys_and_values_for_later_ones_are_not_left_out(name: str, given: dict[str, Any]) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip(f"this release of diffusers has no {name}")
     pipe = build(name)
 
     def run() -> np.ndarray:

@@ -66,11 +66,12 @@ def is_finite(kept: Sequence[Sequence[Tensor]]) -> list[bool]:
     together. Finite terms may still add up to inf; only then is the tensor itself checked.
     """
     floats = [(place, tensor) for place, group in enumerate(kept) for tensor in _detached(group)]
-    found = [True] * len(kept)
-    for (place, tensor), total in zip(floats, read_together([tensor.sum(dtype=torch.float32) for _, tensor in floats])):
-        if not isfinite(total):
-            found[place] = found[place] and bool(tensor.isfinite().all())
-    return found
+    totals = read_together([tensor.sum(dtype=torch.float32) for _, tensor in floats])
+    if all(map(isfinite, totals)):
+        return [True] * len(kept)
+    doubtful = [(place, tensor) for (place, tensor), total in zip(floats, totals) if not isfinite(total)]
+    bad = {place for place, tensor in doubtful if not tensor.isfinite().all()}
+    return [place not in bad for place in range(len(kept))]
 
 
 def sums(kept: Iterable[Tensor]) -> list[Tensor]:
@@ -88,7 +89,7 @@ def _detached(kept: Iterable[Tensor]) -> list[Tensor]:
 
 
 def read_together(numbers: Sequence[Tensor]) -> list[float]:
-    """Read single numbers together."""
+    """Read single numbers, all with one sync where they are on one device."""
     if len(numbers) < 2:  # the usual case, where stacking would take longer than reading
         return [float(number) for number in numbers]
     device = numbers[0].device

@@ -149,7 +149,8 @@ class Driver:
         if not run.serves(inputs.batch):
             return None
         run.follow_batch(denoiser.name, inputs.sample, inputs.cache_mode)
-        run.guidance_state = self._guidance_state()
+        if self.state.pipeline:
+            run.guidance_state = self.state.pipeline.guidance_state
         call = run.begin_call(denoiser.name, self._context(run.clock), inputs.batch, inputs.sample)
         if call.branch in run.layout.order[1:]:
             self.scope.regime.starter.check_order(run.layout, denoiser)
@@ -258,13 +259,10 @@ class Driver:
             return state.context
         return branch_name(name_by_guider(state.pipeline.pipe, clock.step, clock.call)) or state.context
 
-    def _guidance_state(self) -> tuple[Any, ...]:
-        return self.state.pipeline.guidance_state if self.state.pipeline else ()
-
     def _is_of_another_loop(self, mark: Mark, scheduler: Any) -> bool:
         """Whether another pipeline runs with this denoiser in a callback of the running one."""
         run = self.state.run
-        if run is None or self.state.pipeline is None or mark.kind != "entry" or run.clock.is_in_table(mark):
+        if run is None or mark.kind != "entry" or run.clock.is_in_table(mark) or self.state.pipeline is None:
             return False
         return run.clock.goes_through(scheduler) and not shares_table(mark.source, scheduler)
 

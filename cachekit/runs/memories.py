@@ -40,8 +40,8 @@ class Memories:
 
     def measure(self) -> None:
         """Take note of the bytes of the tensors that policies hold now; those in traces are not counted."""
-        used = [*filter(None, self._of_policies.values()), *filter(None, self._of_targets.values())]
-        if used:
+        if any(self._of_policies.values()) or any(self._of_targets.values()):
+            used = (*self._of_policies.values(), *self._of_targets.values())
             sizes = {id(tensor): tensor.nbytes for memory in used for tensor in _held(memory)}
             self.peak_bytes = max(self.peak_bytes, sum(sizes.values()))
 

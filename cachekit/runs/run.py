@@ -142,8 +142,8 @@ class Run:
         Two denoisers that take turns may have shapes of their own. `mode` distinguishes calls that write keys and
         values, which are for more tokens than those that read them.
         """
-        batch, *sizes = sample.shape
-        images, kind = batch // self.calls.together, (sizes, sample.dtype, sample.device, mode)
+        batch = sample.shape[0]
+        images, kind = batch // self.calls.together, (sample.shape[1:], sample.dtype, sample.device, mode)
         if images == self.images and kind == self._kinds.setdefault(denoiser, kind):
             return
         if self.calls.together > 1 and batch == self.images:

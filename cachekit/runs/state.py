@@ -37,7 +37,8 @@ class PipelineCall:
     @property
     def guidance_state(self) -> tuple[Any, ...]:
         """What the pipeline shows of its guidance now."""
-        return tuple([getattr(self.pipe, name, None) for name in self.guidance_properties])
+        names = self.guidance_properties
+        return tuple([getattr(self.pipe, name, None) for name in names]) if names else ()
 
 
 class RunState(threading.local):

@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 PIP := python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --progress-bar off -c
-# The engine, the command line, and what else uses each dependency, within four minutes on two cores. Left out are tests
-# of compiled code, as torch is at the same version, and of pipelines and guiders that the lowest diffusers lacks.
+# The engine, the command line, and what else uses each dependency, within six minutes on two cores. Left out are tests
+# of compiled code, as torch is at the same version, of pipelines and guiders that the lowest diffusers lacks, and slow ones.
 LOWEST_TESTS := $(addprefix tests/,attaching/test_attachment.py bench/test_frechet.py bench/test_grids.py \
 	bench/test_learned.py cli costs/test_estimate.py costs/test_fitting.py interface models/test_demo_model.py parts \
-	planning project/test_packaging.py registry switches \
+	planning project/test_packaging.py registry switches/test_subclassing.py switches/test_switch.py \
 	$(addprefix driving/test_,bad_parts.py come_and_go.py controlnets.py faults.py guidance.py indicators.py left_out.py \
 	refusals.py toy_policies.py) \
 	$(addprefix plugins/test_,block_cache.py composition.py dicache.py easycache.py fastercache.py fora.py forecast.py \

@@ -91,15 +91,19 @@ class Catalog:
     def check_plan(self, plan: Plan) -> None:
         """Raise `ConflictError` with the first reason that a plugin gives against `plan`, if there is any.
 
-        Raises `PluginError` where a plugin raises.
+        Raises `PluginError` where a plugin raises, or returns anything else.
         """
         for plugin, call in self._calls("cachekit_check_plan"):
             try:
                 answers = call(plan=plan)
             except Exception as error:
                 raise PluginError(self._failed(plugin, "cachekit_check_plan", error)) from error
-            for reason in (reason for reasons in answers for reason in reasons):
-                raise ConflictError(reason)
+            for reasons in answers:
+                if not isinstance(reasons, (list, tuple)) or not all(isinstance(reason, str) for reason in reasons):
+                    wrong = TypeError(f"it returned {reasons!r}, which is not a list of texts")
+                    raise PluginError(self._failed(plugin, "cachekit_check_plan", wrong))
+                for reason in reasons:
+                    raise ConflictError(reason)
 
     def run_finished(self, report: Any) -> None:
         """Pass the report of a finished run to every plugin; one that raises causes a warning, as the images exist."""
@@ -281,6 +285,7 @@ _KINDS = (
 def _check(registered: Any, kind: _Kind) -> None:
     """Refuse what is no class of its kind, or would never work: a bad name, missing methods, misspelt ones."""
     if kind.base is None:
+        _refuse_half_adapter(registered)
         return
     if not (isinstance(registered, type) and issubclass(registered, kind.base)):
         raise TypeError(f"{registered!r} is not a subclass of cachekit.{kind.base.__name__}")
@@ -293,6 +298,16 @@ def _check(registered: Any, kind: _Kind) -> None:
     if all(getattr(registered, method) is getattr(kind.base, method) for method in needed):
         raise ValueError(f"{name} has no {' or '.join(needed)}; write it")
     _refuse_misspelt(registered, kind.base)
+
+
+def _refuse_half_adapter(registered: Any) -> None:
+    """Refuse what lacks a part of an adapter: it would fail for each denoiser that is looked up."""
+    if isinstance(registered, type):
+        raise TypeError(f"{registered!r} is a class; register an instance, as in {registered.__name__}()")
+    texts = [name for name in ("name", "summary") if not isinstance(getattr(registered, name, None), str)]
+    methods = [name for name in ("matches", "sites", "layout") if not callable(getattr(registered, name, None))]
+    if texts or methods:
+        raise TypeError(f"{registered!r} has no {' or '.join([*texts, *methods])}; an adapter has them all")
 
 
 def _refuse_misspelt(registered: type[Part], base: type[Part]) -> None:

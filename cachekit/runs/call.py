@@ -104,7 +104,7 @@ class Call:
 
     def record(self, runs: bool) -> CallRecord:
         """Describe what this call's cost depends on; `runs` is whether the denoiser runs."""
-        if runs:
+        if runs:  # then it is neither dropped nor left out, which isn't looked up again
             return CallRecord(self.denoiser, self.branch, self.batch, self.row)
         return CallRecord(self.denoiser, self.branch, self.batch, self.row, self.is_dropped, self.is_left_out)
 

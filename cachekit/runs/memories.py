@@ -53,7 +53,7 @@ class Memories:
 
 def _held(memory: Memory) -> Iterator[Tensor]:
     for key, value in memory.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and key != "trace":
             yield value
         elif key != "trace" and not isinstance(value, (int, float)):
             yield from tensors(value)

@@ -61,7 +61,7 @@ class Record:
     memory_bytes: int = 0
     #: Seconds from the beginning of the run to its end, or to that of its last call if it isn't known to have ended.
     seconds: float = 0.0
-    #: Seconds spent in finding steps, composing rows and observing.
+    #: Seconds spent in reading arguments, finding steps, composing rows, recording and observing.
     deciding_seconds: float = 0.0
     #: What runs have in common that are compared by their time: pipeline, shapes, steps, device.
     likeness: tuple[Any, ...] = ()

@@ -126,7 +126,7 @@ class Report:
 
     @property
     def deciding_seconds(self) -> float:
-        """Seconds spent in finding steps, composing rows and observing."""
+        """Seconds spent in reading arguments, finding steps, composing rows, recording and observing."""
         return self.record.deciding_seconds
 
     @property

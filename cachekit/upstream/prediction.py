@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Hashable
 from math import sqrt
 from typing import Any
 
@@ -105,11 +106,15 @@ def _scales(scheduler: Any, stamps: Tensor, first: int) -> tuple[str, Pairs]:
 
 def _pairs(scheduler: Any, table: Tensor, stamps: tuple[float, ...]) -> Pairs:
     """Find the pairs (alpha, sigma) at these timesteps: the same in each run of a scheduler, which keeps its table."""
+    if not isinstance(scheduler, Hashable):
+        return _computed_pairs(table.to("cpu", torch.float64), stamps, scheduler)
     held, known = _known.get(scheduler, (None, {}))
-    if held is not table or len(known) >= _MOST_KNOWN:
+    if held is not table:
         known = {}
         _known[scheduler] = (table, known)
     if stamps not in known:
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
         known[stamps] = _computed_pairs(table.to("cpu", torch.float64), stamps, scheduler)
     return known[stamps]
 

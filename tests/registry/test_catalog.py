@@ -280,6 +280,10 @@ class Toy:
     name, summary = {name!r}, 'toys'
     def matches(self, denoiser):
         return denoiser == 'toy'
+    def sites(self, denoiser):
+        raise NotImplementedError
+    def layout(self, denoiser):
+        raise NotImplementedError
 @hookimpl
 def cachekit_register_adapters(register):
     register(Toy())
@@ -433,6 +437,32 @@ def test_an_adapter_that_fails_is_named_and_the_pipeline_unharmed(pipe, monkeypa
         f" {reason} (fix or uninstall it, or set {DISABLE}=odd)"
     )
     assert torch.equal(tiny.latents(pipe, steps=2), plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (("register(Broken())", "register(Broken)"), "is a class; register an instance, as in Broken()"),
+        (("name, summary =", "name, summery ="), "has no summary; an adapter has them all"),
+        (("def sites(", "def site("), "has no sites; an adapter has them all"),
+        (("def matches(", "def match("), "has no matches; an adapter has them all"),
+    ],
+)
+def test_half_an_adapter_is_left_out_and_the_others_serve(pipe, monkeypatch, point, change, reason):
+    monkeypatch.setattr("cachekit.registry.catalog._distribution", lambda _: "cachekit-odd")
+    source = HEAD + BROKEN_ADAPTER.format(matches="", sites="", layout="").replace(*change)
+    catalog = build([point("odd", source), *entry_points(group="cachekit")])
+    (failure,) = catalog.failures
+    assert str(failure).startswith("plugin 'odd' of cachekit-odd failed to load: TypeError: ")
+    assert reason in str(failure)
+    assert catalog.adapter_for(pipe.transformer).name == "dit"
+
+
+@pytest.mark.parametrize("answer", [True, "no", [5]])
+def test_an_answer_about_a_plan_that_is_no_list_of_texts_is_named(pipe, point, answer):
+    catalog = build([point("odd", HEAD + f"@hookimpl\ndef cachekit_check_plan(plan):\n    return {answer!r}\n")])
+    with pytest.raises(PluginError, match=r"^plugin 'odd' of .* cachekit_check_plan: TypeError: it returned .* texts"):
+        catalog.check_plan("")
 
 
 def test_an_error_of_cachekit_in_an_adapter_stays_what_it_is(pipe, point):

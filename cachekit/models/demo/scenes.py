@@ -101,7 +101,7 @@ def parse(text: str) -> Scene:
     """
     body, _, background = text.strip().rpartition(" on ")
     if background not in BACKGROUNDS:
-        raise ValueError(f"no known background at the end of caption {text!r}: {', '.join(BACKGROUNDS)}")
+        raise ValueError(f"no known background at the end of caption {text!r}; end it with {', '.join(BACKGROUNDS)}")
     things = tuple(_parse_thing(part, text) for part in body.split(" and "))
     if len({thing.place for thing in things}) < len(things):
         raise ValueError(f"two things in one place in caption {text!r}; give each a place of its own")

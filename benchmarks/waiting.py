@@ -198,7 +198,8 @@ def first_image() -> str:
     rows = [[STAGES[stage], f"{seconds[stage]:.1f}"] for stage in STAGES if stage in seconds]
     table = markdown(["what", "seconds"], [*rows, ["all of it", f"{sum(seconds.values()):.1f}"]])
     return f"""Seconds until the first image, of the embedded UNet on {_processors()}, as
-`python -m benchmarks.waiting --fresh` measures them, medians of {found["rounds"]} starts:
+`python -m benchmarks.waiting --fresh` measures them: medians of {found["rounds"]} starts, and one installation with the
+versions of `constraints.txt`. Repository and packages were at hand, so that downloads are not among them:
 
 {table}"""
 

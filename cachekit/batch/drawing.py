@@ -66,12 +66,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """An image as a PNG file, which holds its `description`, and the report of its run."""
+    """An image as a PNG file, which holds its `description`, the report of its run, and what was warned of."""
 
     png: bytes
     description: dict[str, Any]
     report: dict[str, Any] | None
     worker: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class _Studio:
         self._job = job
         self._pipe = job.pipeline()
         hide_progress(self._pipe)
+        self._unread = unread_lines(self._pipe, json.loads(job.arguments))
         self._costs = KnownCosts()
         self._plain: dict[tuple[Any, ...], int | None] = {}
 
@@ -150,7 +152,8 @@ class _Studio:
             "versions": {"cachekit": __version__, **versions(), "python": platform.python_version()},
         }
         worker = f"{platform.node()}:{os.getpid()}"
-        return Drawn(encoded(pictures[0], description), description, figures if task.specs else None, worker)
+        warned = (*self._unread, *(report.warnings if report and task.specs else ()))
+        return Drawn(encoded(pictures[0], description), description, figures if task.specs else None, worker, warned)
 
     def _attached(self, task: Task) -> Any:
         limits: dict[str, Any] = {
@@ -211,3 +214,9 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
 def unread_arguments(pipe: Any, arguments: Mapping[str, Any]) -> list[str]:
     """List the arguments that only the **kwargs of the call take, which pipelines seldom read."""
     return [name for name in arguments if name not in call_parameters(pipe)]
+
+
+def unread_lines(pipe: Any, own: Mapping[str, Any]) -> list[str]:
+    """Lines on the arguments of `--set` that a pipeline may not read."""
+    found = unread_arguments(pipe, own)
+    return [f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it" for name in found]

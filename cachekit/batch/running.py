@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -36,6 +37,8 @@ class Batch:
     folder: Folder
     drawn: int = 0
     failed: int = 0
+    #: What was warned of, and of how many images.
+    warned: Counter[str] = field(default_factory=Counter)
     begun: float = field(default_factory=time.monotonic)
 
     @property
@@ -71,6 +74,7 @@ class Batch:
             if isinstance(found, Drawn):
                 self.folder.keep(task, found)
                 self.drawn += 1
+                self.warned.update(found.warnings)
                 yield Outcome(task)
                 continue
             reason = f"{found.reason}, {_TRIES} times" if isinstance(found, Lost) else found

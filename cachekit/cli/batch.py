@@ -92,6 +92,8 @@ def _print(batch: Batch, unread: int, seconds: float) -> None:
     say(f"{drawn}, {batch.kept} of {batch.total} images in {batch.folder.path}{lost and f'; rows: {lost}'}")
     if batch.failed:
         say("the same command draws rows that failed once more")
+    for line, count in batch.warned.items():
+        warn(f"{line} ({count} of {batch.drawn} images drawn now)")
 
 
 def _data(batch: Batch, problems: list[str], seconds: float) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _threads(executor: str, workers: int | None) -> int | None:
 def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: Path | None) -> None:
     """Generate the image, or the images, of one call."""
     from cachekit.applying import apply
-    from cachekit.batch.drawing import call, check_arguments, unread_arguments
+    from cachekit.batch.drawing import call, check_arguments, unread_lines
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
     from cachekit.registry.notices import silent_log
@@ -140,8 +140,8 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     with json_results(file) as give, printed:
         pipe = job.pipeline()
         check_arguments(pipe, arguments)
-        for name in unread_arguments(pipe, own):
-            warn(f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it")
+        for line in unread_lines(pipe, own):
+            warn(line)
         limits: dict[str, Any] = {"max_cache_bytes": job.max_cache_bytes, "cache_device": job.cache_device}
         with apply(pipe, defaults.specs, **limits) if defaults.specs else contextlib.nullcontext() as attachment:
             pictures = call(pipe, defaults.seed, arguments)

@@ -12,7 +12,7 @@ from cachekit.models.names import Sort, named, unreadable
 __all__ = ["hub_arguments"]
 
 #: Seconds to wait for any answer of the hub.
-_WAIT = 4.0
+_WAIT = 3.0
 #: Files of which a downloaded pipeline or a bare model has one.
 _INDICES = ("model_index.json", "config.json")
 

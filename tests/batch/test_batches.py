@@ -248,3 +248,16 @@ def test_a_refusal_is_one_line_before_any_work(words, said, rows, tmp_path, monk
     assert said in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert not list(tmp_path.rglob("*.png"))
+
+
+# -- what is warned of ---------------------------------------------------------------------------------------
+
+
+def test_arguments_that_nothing_reads_and_policies_that_never_act_are_a_line_each(tmp_path):
+    file = tmp_path / "two.txt"
+    file.write_text("\n".join(PROMPTS[:2]) + "\n")
+    done = generate(file, tmp_path / "images", "--set", "foo=3", "--spec", "adaptive_guidance:m=9")
+    assert done.exit_code == 0
+    text = " ".join(done.output.split())
+    assert "--set foo: StableDiffusionPipeline has no argument of that name, and may not read it (2 of 2 images" in text
+    assert "adaptive_guidance:m=9 never fired in this run of 2 guided steps (2 of 2 images drawn now)" in text

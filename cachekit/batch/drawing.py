@@ -31,7 +31,7 @@ from cachekit.workers import FAILURES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "pictures_of", "unread_arguments"]
+__all__ = ["Drawing", "Drawn", "Job", "call", "check_arguments", "pictures_of", "unread_lines"]
 
 
 @dataclass(frozen=True)
@@ -211,12 +211,7 @@ def check_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
             raise BatchError(f"{type(pipe).__name__} takes no argument {name!r}{meant}")
 
 
-def unread_arguments(pipe: Any, arguments: Mapping[str, Any]) -> list[str]:
-    """List the arguments that only the **kwargs of the call take, which pipelines seldom read."""
-    return [name for name in arguments if name not in call_parameters(pipe)]
-
-
 def unread_lines(pipe: Any, own: Mapping[str, Any]) -> list[str]:
-    """Lines on the arguments of `--set` that a pipeline may not read."""
-    found = unread_arguments(pipe, own)
-    return [f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it" for name in found]
+    """Lines on the arguments of `--set` that only the **kwargs of the call take, which pipelines seldom read."""
+    unread = [name for name in own if name not in call_parameters(pipe)]
+    return [f"--set {name}: {type(pipe).__name__} has no argument of that name, and may not read it" for name in unread]

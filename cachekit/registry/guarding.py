@@ -42,13 +42,12 @@ class GuardedAdapter:
         except CachekitError:
             raise
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise PluginError(
-                f"plugin {self._plugin!r} of {self._distribution} failed in {where}: {reason} {self._remedy}"
-            ) from error
+            raise self._failed(where, " ".join(f"{type(error).__name__}: {error}".split())) from error
         if not isinstance(found, wanted):
-            raise PluginError(
-                f"plugin {self._plugin!r} of {self._distribution} failed in {where}: it returned {found!r}, which is no"
-                f" {wanted.__name__} {self._remedy}"
-            )
+            raise self._failed(where, f"it returned {found!r}, which is no {wanted.__name__}")
         return found
+
+    def _failed(self, where: str, reason: str) -> PluginError:
+        return PluginError(
+            f"plugin {self._plugin!r} of {self._distribution} failed in {where}: {reason} {self._remedy}"
+        )

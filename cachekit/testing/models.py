@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from cachekit.testing.tiny.calls import arguments, text
+from cachekit.testing.tiny.calls import arguments, drawn, text
 from cachekit.testing.tiny.dit import pixart
 from cachekit.testing.tiny.joint import flux, sd3
 from cachekit.testing.tiny.unet import sd, small
 from cachekit.testing.tiny.video import wan
-from cachekit.upstream.calling import results_of
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
 
 #: Arguments with embeddings of prompts; the pooled ones are derived from them.
@@ -96,12 +95,6 @@ class Call:
 
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def drawn(pipe: Any, given: dict[str, Any]) -> torch.Tensor:
-    """Call a pipeline; its latents `(batch, ...)`."""
-    output = pipe(**given)
-    return torch.as_tensor(results_of(output))
 
 
 @functools.cache

@@ -17,9 +17,10 @@ from cachekit.applying import apply
 from cachekit.attaching.attachment import Attachment
 from cachekit.interface.moment import Action, Open
 from cachekit.runs.record import CallRecord
-from cachekit.testing.models import Call, drawn
+from cachekit.testing.models import Call
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.subject import Subject
+from cachekit.testing.tiny.calls import drawn
 from cachekit.upstream.parallel import sharing
 from cachekit.upstream.pipelines import denoiser_of
 

@@ -11,11 +11,12 @@ import torch
 
 from cachekit.attaching.removal import remove
 from cachekit.errors import CachekitError
-from cachekit.testing.models import Call, drawn, twin
+from cachekit.testing.models import Call, twin
 from cachekit.testing.places import first_not_finite, reused
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.steering import steered
 from cachekit.testing.subject import Drawn, Subject, distance, far, require_same
+from cachekit.testing.tiny.calls import drawn
 from cachekit.upstream.calling import on_step_end
 from cachekit.upstream.pipelines import denoiser_of
 

@@ -17,10 +17,11 @@ from cachekit.interface.policy import Policy
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
 from cachekit.runs.report import Report
-from cachekit.testing.models import MODELS, Call, drawn, never_attached, pipeline, uncached
+from cachekit.testing.models import MODELS, Call, never_attached, pipeline, uncached
 from cachekit.testing.places import first_module, traced
 from cachekit.testing.results import CheckFailedError
 from cachekit.testing.spies import Prediction, Recorder, watched
+from cachekit.testing.tiny.calls import drawn
 
 #: Lengths of runs: the first in which the plan reuses something is taken.
 _STEPS = (6, 12, 25)

@@ -12,9 +12,10 @@ from support.wrong import MISTAKES
 
 from cachekit import CachekitError, SpecError
 from cachekit.testing import CHECKS, MODELS, Outcome, check_policy, parametrize_with_checks
-from cachekit.testing.models import Call, drawn
+from cachekit.testing.models import Call
 from cachekit.testing.places import Output, first_module, traced
 from cachekit.testing.running import SOMEWHERE
+from cachekit.testing.tiny.calls import drawn
 
 SIGN = MISTAKES["WrongSign"].policy
 

@@ -73,6 +73,10 @@ def _rest(pipe: Any) -> dict[str, Any]:
 def latents(pipe: Any, **changes: Any) -> torch.Tensor:
     """Call the pipeline with `arguments(pipe, ...)` and what else is given; its latents, or a DiT's images."""
     known = {key: changes.pop(key) for key in ("steps", "batch", "guidance", "seed") if key in changes}
-    output = pipe(**{**arguments(pipe, **known), **changes})
+    return drawn(pipe, {**arguments(pipe, **known), **changes})
+
+
+def drawn(pipe: Any, given: dict[str, Any]) -> torch.Tensor:
+    """Call a pipeline; its latents `(batch, ...)`, or a DiT's images."""
     # The DiTPipeline of older releases of diffusers returns an array, whatever the output type.
-    return torch.as_tensor(results_of(output))
+    return torch.as_tensor(results_of(pipe(**given)))

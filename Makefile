@@ -6,14 +6,15 @@ PIP := python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --progress-bar off -c
 # The engine, the command line, and what else uses each dependency, within six minutes on two cores. Left out are tests
 # of compiled code, as torch is at the same version, of pipelines and guiders that the lowest diffusers lacks, and slow ones.
-LOWEST_TESTS := $(addprefix tests/,attaching/test_attachment.py bench/test_frechet.py bench/test_grids.py \
-	bench/test_learned.py cli costs/test_estimate.py costs/test_fitting.py interface models/test_demo_model.py parts \
-	planning project/test_packaging.py registry switches/test_subclassing.py switches/test_switch.py \
+LOWEST_TESTS := $(addprefix tests/,attaching/test_attachment.py cli costs/test_estimate.py costs/test_fitting.py \
+	interface models/test_demo_model.py parts planning project/test_packaging.py registry \
+	switches/test_subclassing.py switches/test_switch.py \
 	$(addprefix driving/test_,bad_parts.py come_and_go.py controlnets.py faults.py guidance.py indicators.py left_out.py \
 	refusals.py toy_policies.py) \
 	$(addprefix plugins/test_,block_cache.py composition.py dicache.py easycache.py fastercache.py fora.py forecast.py \
 	guidance_interval.py hicache.py oracles.py pab.py smoothcache.py spectrum.py tgate.py) \
-	$(addprefix runs/test_,clock.py not_finite.py quantities.py report.py))
+	$(addprefix runs/test_,clock.py not_finite.py quantities.py report.py) \
+	$(addprefix tools/bench/test_,frechet.py grids.py learned.py))
 SOURCES := pyproject.toml README.md LICENSE $(shell find cachekit plugins adapters -type f -not -name '*.pyc')
 
 # Nothing here downloads a model, and small models gain nothing from many threads.

@@ -22,9 +22,9 @@ from unittest.mock import patch
 import torch
 
 import cachekit
-from cachekit.bench.tables import markdown
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS, heldout_captions
 from cachekit.runs import border, call, run
+from cachekit.tools.bench.tables import markdown
 
 from .calibrations import MODELS
 from .overhead import MALLOC

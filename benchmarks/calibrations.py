@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 import cachekit
-from cachekit.bench.tables import markdown
-from cachekit.calibrating.calibration import FOLDER, Calibration, path_of
-from cachekit.calibrating.verifying import psnr
 from cachekit.models.demo import heldout_captions
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
+from cachekit.tools.bench.tables import markdown
+from cachekit.tools.calibrating.calibration import FOLDER, Calibration, path_of
+from cachekit.tools.calibrating.verifying import psnr
 
 from .nearness import OWN, best_of, images, plain_steps
 

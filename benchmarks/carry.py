@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 import cachekit
-from cachekit.calibrating.verifying import psnr
 from cachekit.models.demo import heldout_captions
 from cachekit.models.demo.scenes import caption, scenes
 from cachekit.models.loading import scheduler_for
+from cachekit.tools.calibrating.verifying import psnr
 from cachekit.upstream.pipelines import denoiser_of
 
 from .calibrations import PROMPTS, SCHEDULERS, captions

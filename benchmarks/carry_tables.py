@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cachekit.bench.tables import markdown
+from cachekit.tools.bench.tables import markdown
 
 from .calibrations import NAMES
 from .carry import AIM, AIMED, COUNT, LONG_COUNT, PARTS, PLAIN, TOWARDS_OWN, stored

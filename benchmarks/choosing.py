@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from cachekit.bench.tables import markdown
-from cachekit.calibrating.calibration import FOLDER, Calibration
 from cachekit.interface.presets import Preset, shipped
-from cachekit.tuning.recommend import RULES
+from cachekit.tools.bench.tables import markdown
+from cachekit.tools.calibrating.calibration import FOLDER, Calibration
+from cachekit.tools.tuning.recommend import RULES
 
 from .calibrations import NAMES, RESULTS
 

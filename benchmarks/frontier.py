@@ -15,19 +15,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cachekit.bench.cells import Cell, Setting
-from cachekit.bench.figures import FIGURES
-from cachekit.bench.measuring import Configuration
-from cachekit.bench.results import Result, Results, Sample, read
-from cachekit.bench.spacing import absent, computed_steps, rivals
-from cachekit.bench.suite import Suite
-from cachekit.bench.summary import Group, Row, groups
-from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts
-from cachekit.bench.workbench import Contender, Workbench
 from cachekit.errors import CachekitError
 from cachekit.interface.specs import parse_all
 from cachekit.models.demo import heldout_captions
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.cells import Cell, Setting
+from cachekit.tools.bench.figures import FIGURES
+from cachekit.tools.bench.measuring import Configuration
+from cachekit.tools.bench.results import Result, Results, Sample, read
+from cachekit.tools.bench.spacing import absent, computed_steps, rivals
+from cachekit.tools.bench.suite import Suite
+from cachekit.tools.bench.summary import Group, Row, groups
+from cachekit.tools.bench.tables import CONFIGURATION, EQUAL_COST, headings, markdown, texts
+from cachekit.tools.bench.workbench import Contender, Workbench
 
 from .ship import RESULTS
 

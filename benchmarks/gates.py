@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from cachekit.analysis.comparing import cell_of
-from cachekit.bench.cells import Setting
-from cachekit.bench.results import Results
-from cachekit.bench.summary import Group, Row
-from cachekit.bench.tables import CONFIGURATION, headings, markdown, texts
-from cachekit.bench.workbench import Workbench
+from cachekit.tools.analysis.comparing import cell_of
+from cachekit.tools.bench.cells import Setting
+from cachekit.tools.bench.results import Results
+from cachekit.tools.bench.summary import Group, Row
+from cachekit.tools.bench.tables import CONFIGURATION, headings, markdown, texts
+from cachekit.tools.bench.workbench import Workbench
 
 from .frontier import NOISE, fresh_captions, slim, stored
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 import cachekit
-from cachekit.bench.cells import Method
 from cachekit.errors import first_line
 from cachekit.registry.notices import silent_log
+from cachekit.tools.bench.cells import Method
 
 from .gpu_checks import CHECKS, Compiled, check
 from .gpu_models import Model, known_of, steps_of

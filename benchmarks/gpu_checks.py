@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import cachekit
-from cachekit.bench.peers import twin
+from cachekit.tools.bench.peers import twin
 from cachekit.upstream.pipelines import denoiser_of
 
 from .gpu_models import Model

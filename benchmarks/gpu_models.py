@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from cachekit.bench.measuring import Stopwatch
-from cachekit.bench.peers import counting
-from cachekit.bench.untrained import untrained_pipeline, untrained_text
 from cachekit.models.architectures import Architecture, architecture
 from cachekit.models.loading import scheduler_for
+from cachekit.tools.bench.measuring import Stopwatch
+from cachekit.tools.bench.peers import counting
+from cachekit.tools.bench.untrained import untrained_pipeline, untrained_text
 from cachekit.upstream.pipelines import denoiser_of
 
 

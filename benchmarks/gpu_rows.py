@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 import cachekit
-from cachekit.bench.caches import enabled
-from cachekit.bench.cells import Method
-from cachekit.bench.peers import published, twin
 from cachekit.interface.specs import parse_all, split_specs
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.caches import enabled
+from cachekit.tools.bench.cells import Method
+from cachekit.tools.bench.peers import published, twin
 
 from .gpu_models import Model, Run, steps_of
 

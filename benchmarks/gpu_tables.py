@@ -6,8 +6,8 @@ import json
 from statistics import median
 from typing import Any
 
-from cachekit.bench.cells import Method
-from cachekit.bench.tables import markdown
+from cachekit.tools.bench.cells import Method
+from cachekit.tools.bench.tables import markdown
 
 from .gpu import OUTPUT
 from .gpu_rows import CHECK, COMPILED

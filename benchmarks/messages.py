@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from cachekit.bench.tables import markdown
+from cachekit.tools.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Functions whose texts are put into errors and warnings.
@@ -27,7 +27,7 @@ _GROUPS = {
     "Applying, planning and running": (
         "applying.py",
         "attaching",
-        "clusters.py",
+        "tools/clusters.py",
         "costs",
         "driving",
         "planning",
@@ -36,7 +36,7 @@ _GROUPS = {
     ),
     "Specs, parts and presets": ("interface", "parts", "registry", "errors.py"),
     "Models, and what diffusers gives": ("models", "upstream"),
-    "Calibrating and tuning": ("calibrating", "tuning"),
+    "Calibrating and tuning": ("tools/calibrating", "tools/tuning"),
 }
 _OTHERS = "Command line, benchmarks, analysis"
 _PLUGINS = "Policies that ship"
@@ -72,10 +72,15 @@ def _cell(text: str) -> str:
 
 
 def _group(path: Path) -> str:
-    room = path.relative_to(ROOT).parts
-    if room[0] != "cachekit":
+    if ROOT / "cachekit" not in path.parents:
         return _PLUGINS
-    return next((title for title, rooms in _GROUPS.items() if room[1] in rooms), _OTHERS)
+    return next((title for title, rooms in _GROUPS.items() if is_in(path, rooms)), _OTHERS)
+
+
+def is_in(path: Path, rooms: Iterable[str]) -> bool:
+    """Whether a file is in one of the rooms, or is one of them; rooms are given by their paths within `cachekit/`."""
+    core = ROOT / "cachekit"
+    return any(core / room in (path, *path.parents) for room in rooms)
 
 
 def messages() -> Iterator[Message]:

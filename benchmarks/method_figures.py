@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from cachekit import Calibration, Moment, Policy
-from cachekit.bench.figures import FIGURES
-from cachekit.bench.results import read
-from cachekit.bench.summary import Group, groups
-from cachekit.bench.tables import markdown
 from cachekit.cli.samples import sample
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.figures import FIGURES
+from cachekit.tools.bench.results import read
+from cachekit.tools.bench.summary import Group, groups
+from cachekit.tools.bench.tables import markdown
 
 from . import compared, frontier
 from .compared import TESTS

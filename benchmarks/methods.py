@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from cachekit import Policy
-from cachekit.bench.tables import markdown
 from cachekit.cli.samples import sample
-from cachekit.coverage.properties import STRUCTURES, clashes, decides, kinds
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.tables import markdown
+from cachekit.tools.coverage.properties import STRUCTURES, clashes, decides, kinds
 
 #: Policies that are no method of their own: another name, and tools.
 _LEFT_OUT = {"cair", "cache", "null_text"}

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from cachekit.bench.cells import Spacing
-from cachekit.bench.spacing import scheduler_with, table_of
-from cachekit.calibrating.verifying import psnr
+from cachekit.tools.bench.cells import Spacing
+from cachekit.tools.bench.spacing import scheduler_with, table_of
+from cachekit.tools.calibrating.verifying import psnr
 from cachekit.upstream.calling import with_scheduler
 
 #: Seed of the first image's noise, far from those of calibrations; the next one's follows.

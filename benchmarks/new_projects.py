@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cachekit.bench.tables import markdown
+from cachekit.tools.bench.tables import markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 #: Command and options of each kind of project.

@@ -30,10 +30,10 @@ import torch
 
 import cachekit
 from benchmarks.by_hand import Run, loop_by_hand
-from cachekit.bench.cells import Setting
-from cachekit.bench.peers import twin
-from cachekit.bench.subjects import load
 from cachekit.models.demo import DEMO_GUIDANCE, heldout_captions
+from cachekit.tools.bench.cells import Setting
+from cachekit.tools.bench.peers import twin
+from cachekit.tools.bench.subjects import load
 
 STEPS = {"demo": 25, "sd15": 10}
 PIXELS = {"sd15": 256}

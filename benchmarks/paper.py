@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from cachekit.bench.paper import rebuilt
+from cachekit.tools.bench.paper import rebuilt
 
 RESULT = Path(__file__).resolve().parent / "results" / "paper.json"
 

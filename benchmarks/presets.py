@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from cachekit.bench.subjects import model_hash
-from cachekit.bench.summary import Group, Row
 from cachekit.interface.presets import FOLDER, Evidence, Figures, PlainSteps, Preset
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
 from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.loading import pipeline
 from cachekit.models.names import DEMOS
+from cachekit.tools.bench.subjects import model_hash
+from cachekit.tools.bench.summary import Group, Row
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of

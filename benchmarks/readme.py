@@ -12,15 +12,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cachekit.bench import demo
-from cachekit.bench.figures import FIGURES
-from cachekit.bench.results import read
-from cachekit.bench.summary import Group, Row, groups
-from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
-from cachekit.coverage.page import markdown as coverage_page
-from cachekit.coverage.results import read as read_coverage
 from cachekit.models.demo import DEMO_GUIDANCE
 from cachekit.models.demo.pipeline import PIPELINES
+from cachekit.tools.bench import demo
+from cachekit.tools.bench.figures import FIGURES
+from cachekit.tools.bench.results import read
+from cachekit.tools.bench.summary import Group, Row, groups
+from cachekit.tools.bench.tables import CONFIGURATION, EQUAL_COST, EQUAL_LEGEND, headings, markdown, texts, title
+from cachekit.tools.coverage.page import markdown as coverage_page
+from cachekit.tools.coverage.results import read as read_coverage
 
 from . import (
     border,

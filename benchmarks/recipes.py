@@ -11,14 +11,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from cachekit.bench.figures import size
-from cachekit.bench.tables import markdown
 from cachekit.driving.setup import Setup
 from cachekit.errors import CachekitError
 from cachekit.interface.specs import parse
 from cachekit.models.architectures import architecture, architectures
 from cachekit.registry.catalog import installed
-from cachekit.tuning.recommend import recommend
+from cachekit.tools.bench.figures import size
+from cachekit.tools.bench.tables import markdown
+from cachekit.tools.tuning.recommend import recommend
 
 RESULTS = Path(__file__).parent / "results" / "recipes.json"
 #: Policies that need a file, which only a model has.

@@ -47,6 +47,21 @@ MEASURED = {
     "demo-dit": ("smoothcache", "magcache", "magcache:threshold=0.24", "teacache"),
     "demo-flow": ("smoothcache", "magcache", "teacache"),
 }
+#: Settings with which methods that compute few steps in full cost a third and a quarter.
+STEEP = (
+    "--steps 25 --captions 12 --executor process --threads 1 --no-peers"
+    " --spec forecast:interval=3|4 --spec calibrated:interval=4|5 --spec fora:interval=5|8"
+    " --spec hicache:interval=5|8 --spec taylorseer:interval=5|8,at=features"
+)
+#: Thresholds of about the same costs, which differ between models whose samples change at other rates.
+FAR = (
+    "--spec seacache:threshold=0.4,longest=3 --spec seacache:threshold=0.8,longest=5"
+    " --spec easycache:threshold=0.4 --spec easycache:threshold=0.8,first=3"
+)
+FLOWING = (
+    "--spec seacache:threshold=0.6,longest=4 --spec seacache:threshold=1,longest=6"
+    " --spec easycache:threshold=0.15 --spec easycache:threshold=0.2,first=3"
+)
 #: Settings of methods whose defaults are far behind on the embedded models, or never act there; at few captions.
 SETTINGS = (
     "--captions 4 --threads 1 --no-peers"
@@ -58,6 +73,14 @@ MAGNITUDES = "".join(
     f" --spec magcache:threshold={threshold},file=benchmarks/results/magcache-demo-dit.json"
     for threshold in (0.24, 0.4)
 )
+
+
+def signals(model: str, *thresholds: float) -> str:
+    """Specs of teacache with the figures of a model, which `measured` makes."""
+    file = f"benchmarks/results/teacache-{model}.json"
+    return "".join(f" --spec teacache:threshold={threshold},file={file}" for threshold in thresholds)
+
+
 GRIDS = {
     "settings": [
         f"demo {SETTINGS} --steps 25 --scheduler EulerDiscreteScheduler",
@@ -68,6 +91,11 @@ GRIDS = {
     "methods-demo": [f"demo {METHODS} {CROSS_ATTENTION} --spec deepcache:interval=3"],
     "methods-demo-dit": [f"demo-dit {METHODS} {CROSS_ATTENTION} {FIRST_BLOCK}"],
     "methods-demo-flow": [f"demo-flow {METHODS} --scheduler FlowMatchEulerDiscreteScheduler {FIRST_BLOCK}"],
+    "steep": [
+        f"demo {STEEP} --scheduler EulerDiscreteScheduler {FAR}",
+        f"demo-dit {STEEP} --scheduler EulerDiscreteScheduler {FAR}" + signals("demo-dit", 0.3, 0.4),
+        f"demo-flow {STEEP} --scheduler FlowMatchEulerDiscreteScheduler {FLOWING}" + signals("demo-flow", 0.24, 0.4),
+    ],
     "demo": [
         f"{DEMO} --scheduler {name} --no-peers"
         for name in ("DPMSolverMultistepScheduler", "DDIMScheduler", "EulerDiscreteScheduler")

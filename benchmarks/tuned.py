@@ -14,9 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cachekit.bench.tables import markdown
 from cachekit.cli import app
 from cachekit.models.demo import demo_steps
+from cachekit.tools.bench.tables import markdown
 
 from .ship import RESULTS
 

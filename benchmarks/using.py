@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import cachekit
-from cachekit.bench.tables import markdown
 from cachekit.models.architectures import architecture
+from cachekit.tools.bench.tables import markdown
 
 MODEL, APPLIED = "sdxl", "forecast:interval=2"
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from cachekit.batch.drawing import Job
-from cachekit.batch.manifest import Folder
-from cachekit.batch.rows import Defaults, read_rows, tasks_of
-from cachekit.batch.running import Batch
-from cachekit.bench.tables import markdown
 from cachekit.models.demo import heldout_captions
+from cachekit.tools.batch.drawing import Job
+from cachekit.tools.batch.manifest import Folder
+from cachekit.tools.batch.rows import Defaults, read_rows, tasks_of
+from cachekit.tools.batch.running import Batch
+from cachekit.tools.bench.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results" / "waiting.json"

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from cachekit.applying import sites as sites
     from cachekit.attaching.attachment import Attachment as Attachment
     from cachekit.attaching.removal import remove as remove
-    from cachekit.calibrating.calibrate import calibrate as calibrate
-    from cachekit.calibrating.calibration import Calibration as Calibration
-    from cachekit.calibrating.measured import Measured as Measured
-    from cachekit.calibrating.standins import Calibrated as Calibrated
     from cachekit.costs.estimate import Estimate as Estimate
     from cachekit.costs.estimate import estimate as estimate
     from cachekit.errors import AdapterError as AdapterError
@@ -96,8 +92,12 @@ if TYPE_CHECKING:
     from cachekit.registry.listing import adapters as adapters
     from cachekit.registry.listing import policies as policies
     from cachekit.runs.report import Report as Report
-    from cachekit.tuning.tune import Tuned as Tuned
-    from cachekit.tuning.tune import tune as tune
+    from cachekit.tools.calibrating.calibrate import calibrate as calibrate
+    from cachekit.tools.calibrating.calibration import Calibration as Calibration
+    from cachekit.tools.calibrating.measured import Measured as Measured
+    from cachekit.tools.calibrating.standins import Calibrated as Calibrated
+    from cachekit.tools.tuning.tune import Tuned as Tuned
+    from cachekit.tools.tuning.tune import tune as tune
     from cachekit.upstream.attention import attends as attends
     from cachekit.upstream.attention import module_sites as module_sites
     from cachekit.upstream.compiling import without_compiler as without_compiler
@@ -107,10 +107,10 @@ _HOMES = {
     "applying": ["apply", "attachment", "sites"],
     "attaching.attachment": ["Attachment"],
     "attaching.removal": ["remove"],
-    "calibrating.calibrate": ["calibrate"],
-    "calibrating.calibration": ["Calibration"],
-    "calibrating.measured": ["Measured"],
-    "calibrating.standins": ["Calibrated"],
+    "tools.calibrating.calibrate": ["calibrate"],
+    "tools.calibrating.calibration": ["Calibration"],
+    "tools.calibrating.measured": ["Measured"],
+    "tools.calibrating.standins": ["Calibrated"],
     "costs.estimate": ["Estimate", "estimate"],
     "errors": [
         "AdapterError",
@@ -148,7 +148,7 @@ _HOMES = {
     "registry.hookspecs": ["hookimpl"],
     "registry.listing": ["adapters", "policies"],
     "runs.report": ["Report"],
-    "tuning.tune": ["Tuned", "tune"],
+    "tools.tuning.tune": ["Tuned", "tune"],
     "upstream.attention": ["attends", "module_sites"],
     "upstream.compiling": ["without_compiler"],
 }

@@ -13,8 +13,8 @@ from cachekit.cli.models import Dtype, RunnableModel
 from cachekit.cli.output import JsonFile, check_folder, choice, json_results, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from cachekit.analysis.parts import Found, Table
-    from cachekit.bench.cells import Setting
+    from cachekit.tools.analysis.parts import Found, Table
+    from cachekit.tools.bench.cells import Setting
 
 _CAPTIONS = "File with one caption per line, MS-COCO annotations (.json), or a number of held-out captions."
 _PARTS = ("changes", "noise", "text", "lengths", "schedulers")
@@ -41,12 +41,12 @@ def analyze(
 
     These are the figures 2 and 3 and the tables 1 to 4 and 8 of TGATE's paper (arXiv 2404.02747), on any pipeline.
     """
-    from cachekit.analysis.captions import usable_captions
-    from cachekit.analysis.parts import PARTS, Analysis
-    from cachekit.bench.captions import check_scenes
-    from cachekit.bench.cells import Setting
-    from cachekit.bench.subjects import load
     from cachekit.models.loading import scheduler_for
+    from cachekit.tools.analysis.captions import usable_captions
+    from cachekit.tools.analysis.parts import PARTS, Analysis
+    from cachekit.tools.bench.captions import check_scenes
+    from cachekit.tools.bench.cells import Setting
+    from cachekit.tools.bench.subjects import load
 
     with json_results(json_file) as give:
         setting = Setting(model=model, captions=(), dtype=dtype, device=device, guidance=guidance, threads=threads)
@@ -70,7 +70,7 @@ def analyze(
 
 
 def _settings(setting: Setting, steps: int, seed: int) -> dict[str, Any]:
-    from cachekit.bench.workbench import environment
+    from cachekit.tools.bench.workbench import environment
 
     kept = setting.model_dump(mode="json", include={"model", "captions", "dtype", "device", "guidance"})
     return {**kept, "steps": steps, "seed": seed, "environment": environment(setting)}
@@ -105,6 +105,6 @@ def _page(found: Found) -> str:
 
 
 def _markdown(table: Table) -> str:
-    from cachekit.bench.tables import markdown
+    from cachekit.tools.bench.tables import markdown
 
     return f"**{table.title}**\n\n{markdown(table.header, table.rows)}"

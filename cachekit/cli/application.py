@@ -26,7 +26,7 @@ def app(
     dtype: Dtype = None,
 ) -> None:
     """Choose policies in a browser: their plan and estimate, then pictures with and without them side by side."""
-    from cachekit.app.serving import serve
+    from cachekit.tools.app.serving import serve
 
     server, address = serve(model, _specs(spec), host, port, device, dtype)
     say(f"open {address} (Ctrl-C stops it)")

@@ -14,9 +14,9 @@ import typer
 from cachekit.cli.output import Pace, duration, json_results, progress_bar, say, warn
 
 if TYPE_CHECKING:
-    from cachekit.batch.drawing import Job
-    from cachekit.batch.rows import Defaults
-    from cachekit.batch.running import Batch
+    from cachekit.tools.batch.drawing import Job
+    from cachekit.tools.batch.rows import Defaults
+    from cachekit.tools.batch.running import Batch
 
 #: Exit code of a command that Ctrl-C has ended.
 _INTERRUPTED = 130
@@ -28,13 +28,13 @@ def draw(
     prompts: str, job: Job, defaults: Defaults, folder: Path, executor: str, workers: int | None, json: Path | None
 ) -> None:
     """Draw the rows of a file that a folder lacks; exit code 1 where some of them can't be drawn."""
-    from cachekit.batch.checking import check_job
-    from cachekit.batch.manifest import Folder
-    from cachekit.batch.rows import read_rows, tasks_of
-    from cachekit.batch.running import Batch
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
-    from cachekit.workers import default_workers
+    from cachekit.tools.batch.checking import check_job
+    from cachekit.tools.batch.manifest import Folder
+    from cachekit.tools.batch.rows import read_rows, tasks_of
+    from cachekit.tools.batch.running import Batch
+    from cachekit.tools.workers import default_workers
 
     with json_results(json) as give:
         parse_all(defaults.specs, installed())

@@ -16,8 +16,8 @@ from cachekit.errors import CachekitError
 from cachekit.models.loading import SCHEDULERS
 
 if TYPE_CHECKING:
-    from cachekit.calibrating.calibration import Calibration
-    from cachekit.calibrating.executors import Request
+    from cachekit.tools.calibrating.calibration import Calibration
+    from cachekit.tools.calibrating.executors import Request
 
 _PROMPTS = "File with one prompt per line, MS-COCO annotations (.json), or a number of held-out captions."
 _SCHEDULER = f"Scheduler of diffusers, or {', '.join(SCHEDULERS)}; default: the model's own."
@@ -58,9 +58,9 @@ def calibrate(
     json_file: JsonFile = None,
 ) -> None:
     """Measure the weights of calibrated forecasts, or the figures of a policy, on a model, and write them to a file."""
-    from cachekit.bench.captions import read_captions
-    from cachekit.calibrating.calibration import Calibration
-    from cachekit.calibrating.executors import Request
+    from cachekit.tools.bench.captions import read_captions
+    from cachekit.tools.calibrating.calibration import Calibration
+    from cachekit.tools.calibrating.executors import Request
 
     if merge and (verify or verify_prompts):
         raise CachekitError(
@@ -87,7 +87,7 @@ def calibrate(
 
 def _different(paths: Sequence[Path]) -> list[Calibration]:
     """Load calibrations to merge; raises a `CachekitError` where two are the same, which would count twice."""
-    from cachekit.calibrating.calibration import Calibration
+    from cachekit.tools.calibrating.calibration import Calibration
 
     found: list[Calibration] = []
     for path in paths:
@@ -111,8 +111,8 @@ def _calibrated(
     request: Request, texts: Sequence[str], scales: Sequence[float | None], output: Path, where: tuple[str, int]
 ) -> Calibration:
     """Calibrate at each scale that the file lacks, write it after each, and name those that it has."""
-    from cachekit.calibrating.calibration import Calibration
-    from cachekit.calibrating.executors import EXECUTORS
+    from cachekit.tools.calibrating.calibration import Calibration
+    from cachekit.tools.calibrating.executors import EXECUTORS
 
     name, workers = where
     made = Calibration.load(output) if output.exists() else None
@@ -154,7 +154,7 @@ def _scales(text: str | None, model: str) -> list[float | None]:
 
 def _print_fits(made: Calibration) -> None:
     """Print how well each scale fits."""
-    from cachekit.calibrating.fits import Fit
+    from cachekit.tools.calibrating.fits import Fit
 
     rows = []
     for fit in (fit for fit in made.fits if isinstance(fit, Fit)):
@@ -191,7 +191,7 @@ def _merged(made: Calibration) -> str:
 
 def _verify(request: Request, fresh: Fresh, output: Path) -> list[dict[str, Any]]:
     """Print and list how close images of fresh prompts come to uncached ones, calibrated and by fewer plain steps."""
-    from cachekit.calibrating.verifying import compare
+    from cachekit.tools.calibrating.verifying import compare
 
     found = compare(request, fresh.texts, str(output))
     rows = [[f"{scale:g}", name, str(calls), f"{psnr:.1f}"] for scale, name, calls, psnr in found]

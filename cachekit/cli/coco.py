@@ -18,8 +18,8 @@ from cachekit.models.names import EMBEDDED
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cachekit.bench.coco import Coco, Scored
     from cachekit.interface.policy import Policy
+    from cachekit.tools.bench.coco import Coco, Scored
 
 _MODELS = f"Folders or hub ids of pipelines, folders of cachekit generate --prompts, or {EMBEDDED}."
 
@@ -42,7 +42,7 @@ def coco(settings: CocoSettings) -> None:
     Metrics: fid (a TorchScript network, needs --references) and clip (folder of a CLIP model). An interrupted run is
     resumed. Of a folder that cachekit generate --prompts has drawn, the images are scored as they are.
     """
-    from cachekit.batch.manifest import is_batch
+    from cachekit.tools.batch.manifest import is_batch
 
     compositions = settings.parse_specs()
     with json_results(settings.json) as give:
@@ -54,7 +54,7 @@ def coco(settings: CocoSettings) -> None:
 
 def _scored(model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings) -> list[Scored]:
     """Draw and score the images of a model."""
-    from cachekit.bench.coco import score
+    from cachekit.tools.bench.coco import score
 
     chosen = _chosen(model, compositions, settings)
     with progress_bar(model) as progress:
@@ -66,7 +66,7 @@ def _scored(model: str, compositions: Sequence[tuple[Policy, ...]], settings: Co
 
 def _drawn(folder: Path, settings: CocoSettings) -> list[Scored]:
     """Score images that were drawn before."""
-    from cachekit.bench.drawn import score_folder
+    from cachekit.tools.bench.drawn import score_folder
 
     with progress_bar(str(folder)) as progress:
         found = [*score_folder(folder, _chosen(str(folder), (), settings, drawn=True), settings.references, progress)]
@@ -77,7 +77,7 @@ def _drawn(folder: Path, settings: CocoSettings) -> list[Scored]:
 def _chosen(
     model: str, compositions: Sequence[tuple[Policy, ...]], settings: CocoSettings, drawn: bool = False
 ) -> Coco:
-    from cachekit.bench.coco import SCORES, Coco
+    from cachekit.tools.bench.coco import SCORES, Coco
 
     setting, captions = settings.setting(model, SCORES), settings.read_captions()
     if not setting.metrics:
@@ -95,8 +95,8 @@ def _chosen(
 
 
 def _print(found: Sequence[Scored]) -> None:
-    from cachekit.bench.figures import decimals
-    from cachekit.bench.tables import CONFIGURATION, headings
+    from cachekit.tools.bench.figures import decimals
+    from cachekit.tools.bench.tables import CONFIGURATION, headings
 
     names = [*dict.fromkeys(name for scored in found for name in scored.scores)]
     header = [CONFIGURATION, "scheduler", "seed", "images", *headings(("seconds", "macs")), *names]
@@ -113,6 +113,6 @@ def _print(found: Sequence[Scored]) -> None:
 
 
 def _figure(key: str, value: float | None) -> str:
-    from cachekit.bench.figures import FIGURES
+    from cachekit.tools.bench.figures import FIGURES
 
     return "-" if value is None else FIGURES[key].format(value)

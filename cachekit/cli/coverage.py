@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachekit.cli.output import check_writable, console, json_results, progress_bar, say, write
-from cachekit.coverage.results import LEFT_OUT
 from cachekit.errors import CachekitError, nearest
 from cachekit.interface.specs import split_specs
+from cachekit.tools.coverage.results import LEFT_OUT
 
 if TYPE_CHECKING:
-    from cachekit.coverage.results import Coverage, Trial
+    from cachekit.tools.coverage.results import Coverage, Trial
 
 #: Options with which policies act within the few steps of a trial; those of other policies are their defaults.
 OPTIONS = {
@@ -77,10 +77,10 @@ def coverage(
     markdown: Annotated[Path | None, typer.Option(help="Write the results as a Markdown page.")] = None,
 ) -> None:
     """Build small pipelines, try policies on them, and report which work, are refused, stay idle or fail."""
-    from cachekit.coverage.page import markdown as page
-    from cachekit.coverage.results import JOIN, Coverage, read
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
+    from cachekit.tools.coverage.page import markdown as page
+    from cachekit.tools.coverage.results import JOIN, Coverage, read
 
     check_writable(markdown)
     catalog = installed()
@@ -104,7 +104,7 @@ def coverage(
 
 def _chosen(wanted: list[str]) -> list[str]:
     """Find the pipelines whose name contains one of these words; SD stands for StableDiffusion."""
-    from cachekit.coverage.building import pipeline_names
+    from cachekit.tools.coverage.building import pipeline_names
 
     names = pipeline_names()
     words = [word.replace("SD", "StableDiffusion").lower() for word in wanted]
@@ -117,7 +117,7 @@ def _chosen(wanted: list[str]) -> list[str]:
 
 
 def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> list[Trial]:
-    from cachekit.coverage.survey import survey
+    from cachekit.tools.coverage.survey import survey
 
     trials: list[Trial] = []
     with progress_bar("trying") as show:
@@ -131,7 +131,7 @@ def _survey(names: list[str], specs: list[str], workers: int, limit: float) -> l
 def _print(found: Coverage) -> None:
     from rich.table import Table
 
-    from cachekit.coverage.page import summary
+    from cachekit.tools.coverage.page import summary
 
     table = Table("pipeline", *found.specs)
     for row in summary(found):

@@ -12,7 +12,7 @@ import typer
 from cachekit.cli.output import JsonFile, check_folder, json_results, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from cachekit.bench.summary import Group
+    from cachekit.tools.bench.summary import Group
 
 #: Specs compared by default, besides those of the user.
 SPECS = ("forecast:interval=2", "deepcache:interval=3", "tgate:m=10", "tgate:m=10+deepcache:interval=3")
@@ -32,10 +32,10 @@ def demo(
     json_file: JsonFile = None,
 ) -> None:
     """Compare policies on the embedded model, which needs no download, and write a table and pictures."""
-    from cachekit.bench.demo import HEADER, LEGEND, comparison, measure, table, to_json
-    from cachekit.bench.measuring import Configuration
     from cachekit.models.demo import heldout_captions
     from cachekit.registry.catalog import installed
+    from cachekit.tools.bench.demo import HEADER, LEGEND, comparison, measure, table, to_json
+    from cachekit.tools.bench.measuring import Configuration
 
     first, *others = SPECS
     calibrated = CALIBRATED if CALIBRATED[0].partition(":")[0] in installed().policies else ()
@@ -58,9 +58,9 @@ def demo(
 
 
 def _write(group: Group, settings: dict[str, Any], folder: Path) -> list[Path]:
-    from cachekit.bench.demo import page, shown, to_json
-    from cachekit.bench.grid import picture_grid
-    from cachekit.bench.summary import Group
+    from cachekit.tools.bench.demo import page, shown, to_json
+    from cachekit.tools.bench.grid import picture_grid
+    from cachekit.tools.bench.summary import Group
 
     folder.mkdir(parents=True, exist_ok=True)
     picture, table, data = folder / "pictures.png", folder / "table.md", folder / "table.json"

@@ -27,8 +27,8 @@ def fresh_prompts(source: str | None, made_with: Sequence[str], model: str) -> F
     A number gives held-out captions, as no source does for an embedded model. Raises `CachekitError` where another
     model has no source, or a prompt isn't fresh.
     """
-    from cachekit.bench.captions import read_captions
     from cachekit.models.names import DEMOS, canonical
+    from cachekit.tools.bench.captions import read_captions
 
     if source is None and canonical(model) not in DEMOS:
         raise CachekitError(

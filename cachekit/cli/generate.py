@@ -15,13 +15,13 @@ from cachekit.cli.batch import draw
 from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable_name
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, say, warn
 from cachekit.errors import CachekitError
-from cachekit.workers import EXECUTORS
+from cachekit.tools.workers import EXECUTORS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from cachekit.batch.drawing import Job
-    from cachekit.batch.rows import Defaults
+    from cachekit.tools.batch.drawing import Job
+    from cachekit.tools.batch.rows import Defaults
 
 _PAIR = "KEY=VALUE"
 _PROMPTS = (
@@ -73,9 +73,9 @@ def generate(
 
     # Before torch is imported.
     hub_arguments(pipeline, _pairs(load).get("cache_dir"))
-    from cachekit.batch.drawing import Job
-    from cachekit.batch.rows import Defaults
     from cachekit.interface.specs import joined
+    from cachekit.tools.batch.drawing import Job
+    from cachekit.tools.batch.rows import Defaults
 
     job = Job(
         model=pipeline,
@@ -99,7 +99,7 @@ def generate(
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
-    from cachekit.batch.rows import size_of
+    from cachekit.tools.batch.rows import size_of
 
     try:
         return size_of(text) if text is not None else None
@@ -109,7 +109,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def _threads(executor: str, workers: int | None) -> int | None:
     """Share the processors of this machine among the processes of one command, unless the user has."""
-    from cachekit.workers import default_workers
+    from cachekit.tools.workers import default_workers
 
     if executor != "process" or "OMP_NUM_THREADS" in os.environ:
         return None
@@ -119,10 +119,10 @@ def _threads(executor: str, workers: int | None) -> int | None:
 def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: Path | None) -> None:
     """Generate the image, or the images, of one call."""
     from cachekit.applying import apply
-    from cachekit.batch.drawing import call, check_arguments, unread_lines
     from cachekit.interface.specs import parse_all
     from cachekit.registry.catalog import installed
     from cachekit.registry.notices import silent_log
+    from cachekit.tools.batch.drawing import call, check_arguments, unread_lines
     from cachekit.upstream.calling import STEPS
     from cachekit.upstream.scales import SCALE
 

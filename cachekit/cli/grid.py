@@ -17,15 +17,15 @@ from cachekit.cli.output import choice, json_results, print_table, progress_bar,
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
 from cachekit.models.names import EMBEDDED
-from cachekit.workers import EXECUTORS
+from cachekit.tools.workers import EXECUTORS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cachekit.bench.best import Best, Condition
-    from cachekit.bench.results import Result, Results
-    from cachekit.bench.suite import Suite
-    from cachekit.bench.summary import Group
+    from cachekit.tools.bench.best import Best, Condition
+    from cachekit.tools.bench.results import Result, Results
+    from cachekit.tools.bench.suite import Suite
+    from cachekit.tools.bench.summary import Group
 
 _BEST = (
     "Name the cheapest spec that fulfils conditions on columns of the table, such as 'PSNR>=35,speedup>=2';"
@@ -85,15 +85,15 @@ def grid(settings: GridSettings) -> None:
 
 
 def _conditions(settings: GridSettings) -> list[Condition]:
-    from cachekit.bench.best import parse_conditions
-    from cachekit.bench.quality import METRICS
+    from cachekit.tools.bench.best import parse_conditions
+    from cachekit.tools.bench.quality import METRICS
 
     return parse_conditions(settings.best, list(METRICS)) if settings.best is not None else []
 
 
 def best_row(group: Group, conditions: Sequence[Condition]) -> Best | None:
     """Print the cheapest row of a group that fulfils conditions, or the nearest, and the line to paste."""
-    from cachekit.bench.best import best_of
+    from cachekit.tools.bench.best import best_of
 
     found = best_of(group, conditions) if conditions else None
     if found is None:
@@ -113,8 +113,8 @@ def best_row(group: Group, conditions: Sequence[Condition]) -> Best | None:
 
 def _open(settings: GridSettings) -> Results:
     """Open the results file and merge others; a file that cannot be read or written is refused before any run."""
-    from cachekit.bench.cells import BenchError
-    from cachekit.bench.results import Results, read
+    from cachekit.tools.bench.cells import BenchError
+    from cachekit.tools.bench.results import Results, read
 
     merged, html = [read(path) for path in settings.merge], settings.html
     if html is not None and not html.parent.is_dir():
@@ -133,9 +133,9 @@ def _open(settings: GridSettings) -> Results:
 
 
 def _suite(model: str, settings: GridSettings) -> Suite:
-    from cachekit.bench.quality import METRICS
-    from cachekit.bench.suite import Suite, fitting
-    from cachekit.workers import check_executor, default_workers
+    from cachekit.tools.bench.quality import METRICS
+    from cachekit.tools.bench.suite import Suite, fitting
+    from cachekit.tools.workers import check_executor, default_workers
 
     compositions = settings.parse_specs(SPECS)
     check_executor(settings.executor)
@@ -152,7 +152,7 @@ def _suite(model: str, settings: GridSettings) -> Suite:
 
 
 def _measure(suite: Suite, results: Results) -> list[str]:
-    from cachekit.bench.suite import measure_suite
+    from cachekit.tools.bench.suite import measure_suite
 
     with progress_bar(f"{suite.setting.model}, images") as show:
         return measure_suite(
@@ -161,8 +161,8 @@ def _measure(suite: Suite, results: Results) -> list[str]:
 
 
 def _report(found: list[Result], html: Path | None) -> list[Group]:
-    from cachekit.bench.page import write_page
-    from cachekit.bench.summary import groups
+    from cachekit.tools.bench.page import write_page
+    from cachekit.tools.bench.summary import groups
 
     if not found:
         raise CachekitError("there is nothing to report: name models to measure, or files to --merge")
@@ -177,7 +177,7 @@ def _report(found: list[Result], html: Path | None) -> list[Group]:
 
 def _data(group: Group) -> dict[str, Any]:
     """Write the rows of a group as plain data, without its images."""
-    from cachekit.bench.figures import FIGURES
+    from cachekit.tools.bench.figures import FIGURES
 
     shared = group.cell.model_dump(mode="json", exclude={"method", "specs", "steps", "spacing", "seed"})
     rows = [
@@ -202,7 +202,7 @@ def _best_data(best: Best) -> dict[str, Any]:
 
 
 def _print(group: Group) -> None:
-    from cachekit.bench.tables import CONFIGURATION, EQUAL_COST, headings, learned, texts, title
+    from cachekit.tools.bench.tables import CONFIGURATION, EQUAL_COST, headings, learned, texts, title
 
     rows = [group.uncached, *group.rows]
     memory = ["peak_memory"] if any(row.peak_memory is not None for row in rows) else []

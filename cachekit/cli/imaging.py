@@ -12,9 +12,9 @@ from cachekit.cli.models import Dtype
 from cachekit.cli.output import JsonFile
 
 if TYPE_CHECKING:
-    from cachekit.bench.captions import Captions
-    from cachekit.bench.cells import Setting
     from cachekit.interface.policy import Policy
+    from cachekit.tools.bench.captions import Captions
+    from cachekit.tools.bench.cells import Setting
 
 __all__ = ["ImagingSettings"]
 
@@ -55,21 +55,21 @@ class ImagingSettings:
 
     def read_captions(self) -> Captions:
         """Read the captions, up to the limit."""
-        from cachekit.bench.captions import read_captions
+        from cachekit.tools.bench.captions import read_captions
 
         return read_captions(self.captions, self.limit)
 
     def parse_specs(self, default: Collection[str] = ()) -> list[tuple[Policy, ...]]:
         """Expand the grids of specs, or those in `default` where none are given."""
-        from cachekit.bench.cells import expand
         from cachekit.registry.catalog import installed
+        from cachekit.tools.bench.cells import expand
 
         return expand(self.spec or default, installed())
 
     def setting(self, model: str, metrics: Collection[str]) -> Setting:
         """Make the setting that a worker measures `model` with; `metrics` are the names of known metrics."""
-        from cachekit.bench.cells import Setting
-        from cachekit.bench.quality import parse_metrics
+        from cachekit.tools.bench.cells import Setting
+        from cachekit.tools.bench.quality import parse_metrics
 
         return Setting(
             model=model,

@@ -115,7 +115,7 @@ def _show(catalog: Catalog, noun: str, part: type[Part]) -> None:
 def _used(noun: str, part: type[Part]) -> dict[str, Any]:
     """Describe the use of a policy as plain data: what it acts on, needs, decides by and can't be combined with."""
     from cachekit.cli.samples import samples
-    from cachekit.coverage.properties import properties
+    from cachekit.tools.coverage.properties import properties
 
     found = samples() if noun == "policy" else {}
     return properties(found[part.name], found.values()) if part.name in found else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import keyword
 import re
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 from string import Template
@@ -53,7 +53,7 @@ def _write(kind: str, name: str, output: Path | None) -> None:
     folder = output or Path(f"cachekit-{name.replace('_', '-')}")
     if folder.exists():
         raise CachekitError(f"{str(folder)!r} exists already; give another folder as --output")
-    for path, text in sorted(_files(kind, name)):
+    for path, text in sorted(_files(kind, name).items()):
         target = folder / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,14 @@ def _address(installed: Distribution) -> str:
     return f"{DISTRIBUTION} @ git+{url}@{commit}" if commit and is_public else ""
 
 
-def _files(kind: str, name: str) -> Iterator[tuple[Path, str]]:
-    """Yield the path and the text of each file of a project."""
+def _versions(installed: Distribution) -> str:
+    """Bound the versions of cachekit: from the installed minor version to the next."""
+    major, minor, *_ = installed.version.split(".")
+    return f">={major}.{minor},<{major}.{int(minor) + 1}"
+
+
+def _files(kind: str, name: str) -> dict[Path, str]:
+    """Make the text of each file of a project, by path; what all projects have of a file follows the project's own."""
     package, address = f"cachekit_{name}", _address(distribution(DISTRIBUTION))
     words = {
         "name": name,
@@ -99,10 +105,13 @@ def _files(kind: str, name: str) -> Iterator[tuple[Path, str]]:
         "Class": "".join(part.capitalize() for part in name.split("_")),
         "kind": kind.replace("_", "-"),
         "address": address,
+        "versions": _versions(distribution(DISTRIBUTION)),
         "source": _BY_DEFAULT.format(address) if address else _WITHOUT,
     }
-    for folder in ("common", kind):
+    found: dict[Path, str] = {}
+    for folder in (kind, "common"):
         root = _SCAFFOLDS / folder
         for source in root.rglob(f"*{_SUFFIX}"):
             path = str(source.relative_to(root)).removesuffix(_SUFFIX).replace("PACKAGE", package).replace("NAME", name)
-            yield Path(path), Template(source.read_text()).substitute(words)
+            found[Path(path)] = found.get(Path(path), "") + Template(source.read_text()).substitute(words)
+    return found

@@ -12,7 +12,7 @@ from cachekit.cli.output import JsonFile, json_results, say
 from cachekit.cli.settings import command
 
 if TYPE_CHECKING:
-    from cachekit.bench.paper import Rebuilt
+    from cachekit.tools.bench.paper import Rebuilt
 
 _LINE = "{:>7}  {:80}  {:>9}  {:>9}  {:>7}  {:>9}  {:>9}".format
 
@@ -33,8 +33,8 @@ def paper(settings: PaperSettings) -> None:
 
     No weights are needed for the costs. The FIDs need MS-COCO and the published weights.
     """
-    from cachekit.bench.paper import rebuilt
     from cachekit.models.architectures import architecture
+    from cachekit.tools.bench.paper import rebuilt
 
     for model in settings.models:
         architecture(model)
@@ -45,7 +45,7 @@ def paper(settings: PaperSettings) -> None:
 
 
 def _print(rows: Sequence[Rebuilt], settings: PaperSettings) -> None:
-    from cachekit.bench.paper import measurable
+    from cachekit.tools.bench.paper import measurable
 
     say(_LINE("table", "multiply-accumulates in 10^12, parameters in 10^6", "paper", "ours", "ratio", "paper", "ours"))
     for row in rows:

@@ -12,7 +12,7 @@ from cachekit.cli.output import JsonFile, json_results, print_table, say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from cachekit.tuning.recommend import Costs, Line, Recommendation, Setting
+    from cachekit.tools.tuning.recommend import Costs, Line, Recommendation, Setting
 
 _STEPS = "Number of steps: iterations of the pipeline's loop; default: the pipeline's own."
 
@@ -23,7 +23,7 @@ def recommend(
     json_file: JsonFile = None,
 ) -> None:
     """Recommend settings for a model by estimates and published presets; nothing is run, no weights are needed."""
-    from cachekit.tuning.recommend import recommend as recommend_for
+    from cachekit.tools.tuning.recommend import recommend as recommend_for
 
     with json_results(json_file) as give:
         found = recommend_for(model, steps)
@@ -69,7 +69,7 @@ def _print_line(line: Line) -> None:
 
 def _costs(costs: Costs) -> list[str]:
     """Write the MAC reduction and the kept bytes; what is decided during a run has no reduction before it."""
-    from cachekit.bench.figures import size
+    from cachekit.tools.bench.figures import size
 
     if costs.mac_reduction is None or costs.cache_bytes is None:
         return ["unknown", "unknown"]

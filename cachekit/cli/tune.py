@@ -13,12 +13,12 @@ from cachekit.cli.models import Dtype, RunnableModel
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, print_table, progress_bar, say
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
-from cachekit.workers import EXECUTORS
+from cachekit.tools.workers import EXECUTORS
 
 if TYPE_CHECKING:
     from cachekit.interface.presets import Figures, PlainSteps
-    from cachekit.tuning.targets import Targets
-    from cachekit.tuning.tune import Tuned
+    from cachekit.tools.tuning.targets import Targets
+    from cachekit.tools.tuning.tune import Tuned
 
 _CAPTIONS = "File with one caption per line, half of them for the verdict, or a number of held-out captions."
 _MATCH = "Change of the share of images that show their caption, such as -1%."
@@ -62,8 +62,8 @@ def tune(settings: TuneSettings) -> None:
     All targets given must hold. The search measures policies, their numbers and parts, numbers of steps, and plain
     steps in one study; the verdict is on captions that it never used. Exit code 1 where nothing reaches the target.
     """
-    from cachekit.tuning.targets import LEAST, Targets
-    from cachekit.tuning.tune import tune as search
+    from cachekit.tools.tuning.targets import LEAST, Targets
+    from cachekit.tools.tuning.tune import tune as search
 
     asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
     check_writable(settings.output)
@@ -113,7 +113,7 @@ def _data(tuned: Tuned) -> dict[str, Any]:
 
 
 def _workers(settings: TuneSettings) -> int:
-    from cachekit.workers import default_workers
+    from cachekit.tools.workers import default_workers
 
     return settings.workers or default_workers(settings.executor)
 
@@ -123,7 +123,7 @@ def _captions(source: str) -> int | list[str]:
     if source.isdecimal():
         return int(source)
     if source.lower().endswith(".json"):
-        from cachekit.bench.captions import read_captions
+        from cachekit.tools.bench.captions import read_captions
 
         return list(read_captions(source).texts)
     try:
@@ -139,7 +139,7 @@ def _captions(source: str) -> int | list[str]:
 
 def print_report(tuned: Tuned, output: Path) -> None:
     """Print the tables of a tuning and what was written, and draw its picture."""
-    from cachekit.tuning.picture import pareto_picture
+    from cachekit.tools.tuning.picture import pareto_picture
 
     rows = [
         [f"{number}", one.candidate.label, str(one.candidate.steps), *_texts(one.figures)]
@@ -179,8 +179,8 @@ _HEADINGS = ("MAC reduction", "speedup", "s/image", "PSNR", "SSIM", "caption mat
 
 def _texts(figures: Figures) -> Sequence[str]:
     """Texts of a row, as in the tables of the bench."""
-    from cachekit.bench.figures import FIGURES
-    from cachekit.tuning.targets import similarity_of
+    from cachekit.tools.bench.figures import FIGURES
+    from cachekit.tools.tuning.targets import similarity_of
 
     values = {name: getattr(figures, name) for name in ("mac_reduction", "speedup", "seconds", "ssim", "caption_match")}
     values["psnr"] = similarity_of(figures) if figures.ssim is not None else None

@@ -179,7 +179,7 @@ class Driver:
             state.reports = ()
         outer = (state.run, state.call, state.pipeline, state.scope)
         state.run, state.call, state.pipeline, state.scope = None, None, pipeline, scope
-        processors = starter.replaced(pipeline)
+        processors = starter.processors()
         try:
             yield
         except BaseException as error:

@@ -39,7 +39,6 @@ from cachekit.upstream.guidance import (
     is_guided,
     perturbs_attention,
     put_processors_back,
-    replaces_processors,
     will_perturb_attention,
 )
 from cachekit.upstream.guiders import has_momentum
@@ -96,10 +95,8 @@ class RunStarter:
         if has_momentum(pipe):
             refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
-    def replaced(self, call: PipelineCall) -> dict[str, dict[str, Any]]:
-        """Note the attention processors that the pipeline is about to replace by its own, by denoiser."""
-        if not replaces_processors(call.pipe, call.arguments):
-            return {}
+    def processors(self) -> dict[str, dict[str, Any]]:
+        """Note the attention processors of each denoiser, which some pipelines replace by their own."""
         return {name: attention_processors(denoiser.module) for name, denoiser in self._setup.denoisers.items()}
 
     def put_back(self, processors: Mapping[str, Mapping[str, Any]]) -> None:

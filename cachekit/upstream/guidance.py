@@ -68,15 +68,10 @@ def perturbs_attention(pipe: Any, denoiser: nn.Module) -> bool:
     return any(type(processor).__name__.startswith("PAG") for processor in processors)
 
 
-def replaces_processors(pipe: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether a call of `pipe` puts attention processors of its own on the denoiser, judging by its arguments."""
-    return _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
-
-
 def will_perturb_attention(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module) -> bool:
     """Whether a call of `pipe` will add a perturbed branch to two others, judging by its arguments."""
     guided = _above(1, arguments, "guidance_scale") and not _embeds_scale(denoiser)
-    return guided and replaces_processors(pipe, arguments)
+    return guided and _above(0, arguments, "pag_scale") and bool(getattr(pipe, "pag_applied_layers", ()))
 
 
 def takes_scale(denoiser: nn.Module) -> bool:
@@ -91,8 +86,9 @@ def attention_processors(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def put_processors_back(denoiser: nn.Module, processors: Mapping[str, Any]) -> None:
-    """Set the attention processors that a denoiser had before."""
-    if processors:
+    """Set the attention processors that a denoiser had before, unless it still has them."""
+    present = attention_processors(denoiser)
+    if present.keys() == processors.keys() and any(present[name] is not one for name, one in processors.items()):
         setter: Any = denoiser
         setter.set_attn_processor(dict(processors))
 

@@ -10,7 +10,7 @@ from support import commands, tiny
 from support.commands import printed, run
 
 import cachekit
-from cachekit.tuning.recommend import LEVELS, recommend
+from cachekit.tools.tuning.recommend import LEVELS, recommend
 
 
 @pytest.fixture(scope="module")

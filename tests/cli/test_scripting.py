@@ -13,12 +13,12 @@ from support.commands import printed, run
 from support.sources import ROOT
 
 import cachekit
-from cachekit.bench.cells import Setting
 from cachekit.cli import app, output
 from cachekit.cli.examples import LINES
 from cachekit.errors import CachekitError
 from cachekit.models import hub, names
 from cachekit.models.names import DEMOS
+from cachekit.tools.bench.cells import Setting
 
 STORED = ROOT / "benchmarks" / "results" / "demo-dit.jsonl"
 
@@ -81,9 +81,9 @@ def test_closed_choices_are_listed_and_suggested():
 
 
 def test_the_tiny_models_and_parts_are_those_of_the_rooms():
-    from cachekit.analysis.parts import PARTS
     from cachekit.cli import analyze, check
     from cachekit.testing.models import MODELS
+    from cachekit.tools.analysis.parts import PARTS
 
     assert list(check._TINY) == list(MODELS)
     assert list(analyze._PARTS) == list(PARTS)

@@ -97,7 +97,7 @@ def test_layers_that_a_class_keeps_in_float32_stay_in_it():
     ],
 )
 def test_the_inputs_of_a_class_fit_its_variants(cls, options):
-    config = json.loads(resources.files("cachekit.coverage").joinpath("models.json").read_text())[cls]
+    config = json.loads(resources.files("cachekit.tools.coverage").joinpath("models.json").read_text())[cls]
     denoiser = getattr(diffusers, cls)(**config, **options)
     found = cachekit.estimate(denoiser, "forecast:interval=3", num_inference_steps=7)
     assert found.mac_reduction == pytest.approx(7 / 3)

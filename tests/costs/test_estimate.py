@@ -12,11 +12,11 @@ from support import tiny
 
 import cachekit
 from cachekit.amounts import macs, size
-from cachekit.bench.paper import tables
 from cachekit.costs.counting import Known, count_forward
 from cachekit.costs.estimate import Estimator
 from cachekit.errors import CachekitError
 from cachekit.models.architectures import architecture, architecture_of
+from cachekit.tools.bench.paper import tables
 from cachekit.upstream.pipelines import denoiser_of
 
 TABLES = tables()

@@ -15,8 +15,8 @@ from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22CoreDenois
 from support import tiny
 
 import cachekit
-from cachekit.coverage.building import arguments, build
 from cachekit.errors import BudgetError, GuidanceError
+from cachekit.tools.coverage.building import arguments, build
 
 STEPS = 6
 

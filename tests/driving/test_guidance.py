@@ -22,7 +22,6 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from support import tiny
 
 import cachekit
-from cachekit.coverage.building import arguments, build
 from cachekit.driving.detection import Layout
 from cachekit.driving.slicing import pick
 from cachekit.errors import GuidanceError
@@ -30,6 +29,7 @@ from cachekit.interface.moment import Entry, Time
 from cachekit.interface.parts import BranchChange, Choice
 from cachekit.interface.policy import Policy
 from cachekit.runs.store import Store
+from cachekit.tools.coverage.building import arguments, build
 from cachekit.upstream.prediction import predict_x0
 
 MAKERS = {"sd": tiny.small, "sdxl": tiny.sdxl, "pixart": tiny.pixart, "dit": tiny.dit, "svd": tiny.svd}

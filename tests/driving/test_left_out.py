@@ -36,8 +36,8 @@ from cachekit import (
     Streams,
     WholeDenoiser,
 )
-from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, PolicyError, SiteError, SpecError
+from cachekit.tools.coverage.building import arguments, build
 
 STEPS = 8
 FORECAST = "forecast:interval=3"

@@ -138,8 +138,16 @@ def test_a_run_that_was_refused_leaves_the_last_report() -> None:
         assert attachment.report() is not report
 
 
-@pytest.mark.parametrize("given", [{}, {"guidance": 1.0}])
-@pytest.mark.parametrize("make", [perturbed, perturbed_transformer])
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (perturbed, {"pag_scale": 3.0}),
+        (perturbed, {"pag_scale": 3.0, "guidance": 1.0}),
+        (perturbed_transformer, {"pag_scale": 3.0}),
+        (perturbed_transformer, {"pag_scale": 3.0, "guidance": 1.0}),
+        (attending, {"sag_scale": 0.0}),
+    ],
+)
 def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any, given: dict[str, Any]) -> None:
     """Whether a calibration serves a run is known once the loop has begun, with the pipeline's processors in place."""
     pipe = make()
@@ -147,7 +155,7 @@ def test_a_refusal_within_the_loop_leaves_the_processors_of_before(make: Any, gi
     processors = {name: id(one) for name, one in denoiser.attn_processors.items()}
     with cachekit.apply(pipe, "calibrated:interval=2"):
         with pytest.raises(CalibrationError, match=r"no calibration ships|no guidance") as refused:
-            tiny.latents(pipe, pag_scale=3.0, **given)
+            tiny.latents(pipe, **given)
         assert len(str(refused.value).splitlines()) == 1
         assert {name: id(one) for name, one in denoiser.attn_processors.items()} == processors
 

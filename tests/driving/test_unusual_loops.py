@@ -23,9 +23,9 @@ from diffusers import (
 from support import tiny
 
 import cachekit
-from cachekit.coverage.building import arguments, build
 from cachekit.errors import CachekitError, GuidanceError, PolicyError
 from cachekit.runs.clock import Clock, mark_of
+from cachekit.tools.coverage.building import arguments, build
 from cachekit.upstream.guidance import is_guided
 
 UNET = {

@@ -13,11 +13,11 @@ from support import tiny
 from support.commands import printed, save_without_weights
 
 import cachekit
-from cachekit.app.preview import Outline
 from cachekit.models.architectures import architecture, guided_by_default
 from cachekit.models.loading import pipeline_from_config
 from cachekit.registry.catalog import installed
-from cachekit.tuning.subject import Subject
+from cachekit.tools.app.preview import Outline
+from cachekit.tools.tuning.subject import Subject
 
 
 def branches(plan: Any) -> set[int]:

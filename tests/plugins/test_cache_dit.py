@@ -14,7 +14,7 @@ from support.comparisons import ROUNDING, compared
 
 import cachekit
 from cachekit import Entry, Every, Moment, Taylor, Time
-from cachekit.bench.peers import twin
+from cachekit.tools.bench.peers import twin
 
 STEPS = 9
 

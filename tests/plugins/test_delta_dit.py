@@ -21,8 +21,8 @@ from support.comparisons import compared
 
 import cachekit
 from cachekit import Action, Kind
-from cachekit.coverage.components import make
 from cachekit.errors import CachekitError, SiteError
+from cachekit.tools.coverage.components import make
 from cachekit_dit.streams import streams_of, streams_of_all
 
 STEPS = 7

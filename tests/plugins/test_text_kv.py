@@ -12,7 +12,7 @@ from support import tiny
 from support.comparisons import compared
 
 import cachekit
-from cachekit.coverage.building import arguments, build
+from cachekit.tools.coverage.building import arguments, build
 
 STEPS = 5
 MAKERS = {

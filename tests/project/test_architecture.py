@@ -54,6 +54,11 @@ def imports_of(tree, name, is_package):
     return found
 
 
+def is_in(path, rooms):
+    """Whether a file is in one of the rooms, or is one of them; rooms are given by their paths within the core."""
+    return any(ROOT / "cachekit" / room in (path, *path.parents) for room in rooms)
+
+
 def top(modules):
     return {module.partition(".")[0] for module in modules}
 
@@ -105,39 +110,58 @@ def test_every_sort_of_import_is_read(line, expected):
     assert imports_of(ast.parse(line), "cachekit.runs.run", is_package=False) == expected
 
 
-def rooms():
+#: The packages whose rooms have an order: the core, and its tools.
+HOUSES = ("cachekit", "cachekit.tools")
+
+
+def rooms(house):
     """Read the rank of each room, from low to high, as pyproject.toml gives them to import-linter."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    (layers,) = (one["layers"] for one in contracts if one["type"] == "layers" and one["containers"] == [house])
     return {room.strip(): rank for rank, layer in enumerate(reversed(layers)) for room in layer.split("|")}
 
 
-def test_the_rooms_are_those_of_the_linter():
-    there = {path.name.removesuffix(".py") for path in (ROOT / "cachekit").iterdir() if path.suffix in ("", ".py")}
+def folder_of(house):
+    return ROOT.joinpath(*house.split("."))
+
+
+def rooms_that_are_folders(house):
+    return {room for room in rooms(house) if (folder_of(house) / room).is_dir()}
+
+
+@pytest.mark.parametrize("house", HOUSES)
+def test_the_rooms_are_those_of_the_linter(house):
+    there = {path.name.removesuffix(".py") for path in folder_of(house).iterdir() if path.suffix in ("", ".py")}
     # The folder of the presets that ship holds no code.
-    assert there - {"__init__", "__pycache__", "py.typed", "presets"} == set(rooms())
-    assert len([room for room in rooms() if (ROOT / "cachekit" / room).is_dir()]) <= 20
+    assert there - {"__init__", "__pycache__", "py.typed", "presets"} == set(rooms(house))
+    assert len(rooms_that_are_folders(house)) <= 14
 
 
-def test_each_room_has_tests_of_its_own():
-    folders = {room for room in rooms() if (ROOT / "cachekit" / room).is_dir()}
-    assert {room for room in folders if not [*(ROOT / "tests" / room).glob("test_*.py")]} == set()
+@pytest.mark.parametrize("house", HOUSES)
+def test_each_room_has_tests_of_its_own(house):
+    tests = ROOT.joinpath("tests", *house.split(".")[1:])
+    assert {room for room in rooms_that_are_folders(house) if not [*(tests / room).rglob("test_*.py")]} == set()
 
 
-def test_the_page_about_the_architecture_lists_every_room():
+@pytest.mark.parametrize("house", HOUSES)
+def test_the_page_about_the_architecture_lists_every_room(house):
     text = (ROOT / "docs" / "architecture.md").read_text()
-    listed = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
-    ranks = [rooms()[room] for room in listed if room in rooms()]
-    assert sorted(rooms()) == sorted(set(listed) & set(rooms()))
+    above = "/".join(house.split(".")[1:])
+    listed = re.findall(rf"^\| `{above and above + '/'}(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
+    ranks = [rooms(house)[room] for room in listed if room in rooms(house)]
+    assert sorted(rooms(house)) == sorted(set(listed) & set(rooms(house)))
     assert ranks == sorted(ranks)
 
 
 @each([path for path in CORE if path != ROOT / "cachekit" / "__init__.py"])
 def test_imports_between_rooms_go_down(path):
-    rank, own = rooms(), module_of(path)[0].split(".")[1]
-    modules = [module.split(".") for module in imports(path) if module.startswith("cachekit.")]
-    others = {parts[1] for parts in modules} - {own, "__version__"}
-    assert [room for room in others if rank[room] >= rank[own]] == []
+    for house in HOUSES:
+        depth = house.count(".") + 1
+        rank, own = rooms(house), module_of(path)[0].split(".")
+        if ".".join(own[:depth]) == house and len(own) > depth:
+            modules = [module.split(".") for module in imports(path) if module.startswith(f"{house}.")]
+            others = {parts[depth] for parts in modules} - {own[depth], "__version__"}
+            assert [room for room in others if rank[room] >= rank[own[depth]]] == []
 
 
 def graph():
@@ -162,7 +186,7 @@ def test_no_file_imports_the_package_that_imports_it(path):
     assert "cachekit" not in {alias.name for node in whole for alias in node.names}
 
 
-@each([path for path in CORE if path.name == "__init__.py" and path.parent.parent == ROOT / "cachekit"])
+@each([path for path in CORE if path.name == "__init__.py" and path.parent.parent in map(folder_of, HOUSES)])
 def test_a_room_re_exports_nothing(path):
     if path.parent.name not in ("cli", "testing"):  # the command line's entry point, and what tests import
         assert imports(path) <= {"__future__", "__future__.annotations"}
@@ -183,10 +207,10 @@ def policies_of_plugins():
 
 
 #: Rooms that measure policies, or give examples of them.
-MEASURING = ("analysis", "bench", "cli", "testing")
+MEASURING = ("cli", "testing", "tools/analysis", "tools/bench")
 
 
-@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] not in MEASURING])
+@each([path for path in CORE if not is_in(path, MEASURING)])
 def test_texts_of_the_core_name_no_policy_of_a_plugin(path):
     assert not policies_of_plugins() & {word for text in strings(path) for word in re.findall(r"\w+", text)}
 
@@ -224,9 +248,9 @@ def test_an_adapter_knows_no_policy(path):
 
 
 #: Rooms that build models and pipelines of diffusers, whose configurations and arguments they write down, and a file.
-BUILDING = ("models", "coverage", "testing", "bench/untrained.py")
+BUILDING = ("models", "testing", "tools/coverage", "tools/bench/untrained.py")
 #: Rooms that load or build models of diffusers by the names of its classes.
-MODELS = ("upstream", "models", "coverage", "bench", "testing")
+MODELS = ("upstream", "models", "testing", "tools/coverage", "tools/bench")
 #: Python's words, and our own that diffusers uses too; "v_prediction" is a value of `Time.kind`.
 OURS = {"_F", "__self__", "feed_forward", "step_index", "v_prediction"}
 
@@ -256,18 +280,13 @@ def test_there_are_names_of_upstream():
     assert {"num_inference_steps", "encoder_attention_mask", "up_blocks", "vae_scale_factor"} <= diffusers_names()
 
 
-def builds(path):
-    own = path.relative_to(ROOT / "cachekit").as_posix()
-    return own.startswith(BUILDING)
-
-
-@each([path for path in CORE if path.parent.name != "upstream" and not builds(path)])
+@each([path for path in CORE if not is_in(path, ("upstream", *BUILDING))])
 def test_only_one_room_spells_names_of_torch_and_diffusers(path):
     attributes = {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
     assert (upstream_names() | diffusers_names()) & {*attributes, *strings(path)} == set()
 
 
-@each([path for path in CORE if path.relative_to(ROOT / "cachekit").parts[0] not in MODELS])
+@each([path for path in CORE if not is_in(path, MODELS)])
 def test_only_some_rooms_import_diffusers(path):
     assert "diffusers" not in top(imports(path))
 

@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cachekit import CachekitError
-from cachekit.bench.captions import read_captions
-from cachekit.bench.cells import expand
-from cachekit.bench.results import read
 from cachekit.cli.generate import _pairs
 from cachekit.models.loading import denoiser_from_config
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.captions import read_captions
+from cachekit.tools.bench.cells import expand
+from cachekit.tools.bench.results import read
 
 WORDS = ("images", "annotations", "id", "file_name", "image_id", "caption", "format", "cell")
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(WORDS)

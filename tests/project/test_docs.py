@@ -45,20 +45,20 @@ def without_comments(text):
     return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
 
-#: A block of code, and the reason why it isn't run.
-BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n)?```%s\n(.*?)^```"
+#: A block of code, with the reason why it isn't run, or with options that make it short: of two, the last one counts.
+BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n|<!-- run with: ([^\n]+) -->\n)?```%s\n(.*?)^```"
 
 
 def found(path, language):
-    """Yield the line, the reason for not being run, and the text of each block of a document."""
+    """Yield the line, the reason for not being run, the options and the text of each block of a document."""
     text = path.read_text()
     for block in re.finditer(BLOCK % language, text, flags=re.DOTALL | re.MULTILINE):
-        yield text[: block.start(2)].count("\n"), block[1], block[2]
+        yield text[: block.start(3)].count("\n"), block[1], block[2] or "", block[3]
 
 
 def blocks(path):
     """Yield each ```python block of a document that is run, padded so that errors show the document's own lines."""
-    for line, reason, text in found(path, "python"):
+    for line, reason, _, text in found(path, "python"):
         if reason is None:
             yield "\n" * line + text
 
@@ -99,20 +99,20 @@ def test_code_in_the_documents_runs(path, tmp_path, monkeypatch):
 
 
 def commands_in(path):
-    """Yield each command in the ```console blocks of a document, on one line, and the reason for not being run."""
-    for _, reason, block in found(path, "console"):
+    """Yield each command in the ```console blocks of a document, on one line, why it isn't run, or with what."""
+    for _, reason, options, block in found(path, "console"):
         for line in re.findall(r"^\$ (.*)$", block.replace("\\\n", " "), flags=re.MULTILINE):
-            yield line, reason
+            yield line, reason, options
 
 
 @pytest.mark.parametrize("path", [path for path in PAGES if any(commands_in(path))], ids=short)
 def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for line, reason in commands_in(path):
+    for line, reason, options in commands_in(path):
         if line.startswith("cachekit "):
             commands.parsed(line)
         if reason is None:
-            commands.printed(*shlex.split(line.removeprefix("cachekit ")))
+            commands.printed(*shlex.split(f"{line.removeprefix('cachekit ')} {options}"))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
@@ -120,7 +120,7 @@ def test_blocks_are_of_languages_that_are_run(path):
     fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)
     assert {*fences[::2]} <= {"python", "console", "toml", "json"}
     assert {*fences[1::2]} <= {""}
-    for _, reason, text in found(path, "python"):
+    for _, reason, _, text in found(path, "python"):
         assert reason is None or compile(text, path.name, "exec")
 
 
@@ -317,16 +317,16 @@ def test_no_figure_in_the_documents_is_stale(monkeypatch):
 
 
 #: Rooms of the source whose errors any user of policies may meet.
-ROOMS = ("applying.py", "attaching", "clusters.py", "costs", "driving", "runs", "upstream")
+ROOMS = ("applying.py", "attaching", "costs", "driving", "runs", "tools/clusters.py", "upstream")
 
 
 def met_by_users():
     """Texts of the warnings, and of the errors but those about the code of a policy."""
     load_benchmarks()
-    for message in importlib.import_module("benchmarks.messages").messages():
-        room = message.path.relative_to(ROOT).parts[:2]
+    found = importlib.import_module("benchmarks.messages")
+    for message in found.messages():
         is_warning = message.kind in ("report", "log") or message.kind.endswith("Warning")
-        if is_warning or (room[0] == "cachekit" and room[1] in ROOMS and message.kind != "PolicyError"):
+        if is_warning or (found.is_in(message.path, ROOMS) and message.kind != "PolicyError"):
             yield message.text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cachekit.bench.cells import Cell, Method
+from cachekit.tools.bench.cells import Cell, Method
 
 
 def cell(specs: tuple[str, ...], steps: int = 6, seed: int = 5, scheduler: str = "DPMSolverMultistepScheduler") -> Cell:

@@ -1,0 +1,1 @@
+"""What is made of the engine: images of many prompts, calibrations, measurements, searches, the app."""

@@ -1,0 +1,82 @@
+"""Weights and figures that candidates need, made once for each kind of run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachekit.applying import apply
+from cachekit.errors import CalibrationError
+from cachekit.interface.policy import Policy
+from cachekit.interface.specs import parse
+from cachekit.registry.catalog import installed
+from cachekit.registry.notices import silent_log
+from cachekit.tools.bench.cells import digest
+from cachekit.tools.bench.measuring import timed_call
+from cachekit.tools.bench.subjects import Subject, set_scheduler
+from cachekit.tools.calibrating.calibrate import calibrate
+from cachekit.tools.tuning.candidates import Candidate
+from cachekit.upstream.calling import OUTPUT, STEPS
+from cachekit.upstream.scales import SCALE
+
+__all__ = ["Weights"]
+
+#: The key of policies and parts that read a file of weights.
+_FILE = "file"
+
+
+@dataclass
+class Weights:
+    """Makes the calibrations that candidates lack, in `folder`; None where there is no place for them."""
+
+    subject: Subject
+    scheduler: str
+    prompts: Sequence[str]
+    folder: Path | None
+
+    def resolved(self, candidate: Candidate) -> tuple[str, ...]:
+        """Specs of a candidate, with a file for each that needs one which does not ship.
+
+        Raises `CalibrationError` where it can't be made.
+        """
+        return tuple(self._with_file(spec, candidate.steps) for spec in candidate.specs)
+
+    def _with_file(self, spec: str, steps: int) -> str:
+        policy = parse(spec, installed())
+        if _FILE not in type(policy).model_fields or getattr(policy, _FILE) is not None:
+            return spec
+        path = self.folder / f"{digest([spec, steps, self.scheduler])}.json" if self.folder else None
+        if path is None or not path.is_file():
+            if self._runs(policy, steps):
+                return spec
+            if path is None:
+                raise CalibrationError(f"{spec}: needs weights for {steps} steps; name an output, to put them beside")
+            self._make(policy, steps, path)
+        return str(policy.model_copy(update={_FILE: str(path)}))
+
+    def _runs(self, policy: Policy, steps: int) -> bool:
+        """Whether a policy finds all that it needs, by one image."""
+        try:
+            with silent_log(), apply(self.subject.pipe, policy):
+                timed_call(self.subject.pipe, self._arguments(steps), 0)
+        except CalibrationError:
+            return False
+        return True
+
+    def _make(self, policy: Policy, steps: int, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        given = self._arguments(steps)
+        scale = given.get(SCALE)
+        set_scheduler(self.subject.pipe, self.scheduler)
+        prompts = [
+            {name: value for name, value in self.subject.arguments(text).items() if name not in (SCALE, OUTPUT)}
+            for text in self.prompts
+        ]
+        made = calibrate(self.subject.pipe, policy, prompts, num_inference_steps=steps, guidance_scale=scale)
+        made.save(path)
+
+    def _arguments(self, steps: int) -> dict[str, Any]:
+        set_scheduler(self.subject.pipe, self.scheduler)
+        return {**self.subject.arguments(self.prompts[0]), STEPS: steps}

@@ -1,0 +1,341 @@
+"""Tuning: targets, the space of candidates, studies that are resumed or refused, and presets with their evidence."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from support import commands, tiny
+
+import cachekit
+from cachekit import CachekitError, Preset
+from cachekit.cli.tune import print_report
+from cachekit.interface.presets import Figures
+from cachekit.registry.catalog import installed
+from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
+from cachekit.tools.tuning.captions import lots_of
+from cachekit.tools.tuning.study import Measured
+from cachekit.tools.tuning.targets import Targets, TuningError
+from cachekit.tools.tuning.verdict import _promising
+from cachekit.upstream.fingerprints import fingerprint
+
+SMALL = {"fresh": 1, "num_inference_steps": 4, "policies": ["forecast"]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("study")
+
+
+@pytest.fixture(scope="module")
+def tuned(folder):
+    """Tune the embedded UNet: a few trials of few steps, on one image."""
+    lines = []
+    found = cachekit.tune(
+        "demo",
+        1,
+        at_least=10,
+        trials=2,
+        journal=folder / "study.log",
+        output=folder / "fast.json",
+        progress=lambda done, total, line: lines.append((done, total)),
+        **SMALL,
+    )
+    return found, lines
+
+
+# -- studies ----------------------------------------------------------------------------------------------
+
+
+def test_a_study_has_caches_and_plain_steps(tuned):
+    found, lines = tuned
+    assert {bool(one.candidate.specs) for one in found.measured} == {True, False}
+    assert len(found.measured) == 2
+    assert lines[0] == (0, 2)
+    assert lines[-1] == (2, 2)
+    assert found.front
+    assert {one.candidate for one in found.front} <= {one.candidate for one in found.measured}
+
+
+def test_a_preset_has_the_evidence_of_fresh_captions(tuned, folder):
+    found, _ = tuned
+    assert found.preset == Preset.load(folder / "fast.json")
+    evidence, pipe = found.preset.evidence, cachekit.demo_pipeline()
+    assert evidence.model == fingerprint(pipe.unet)
+    assert (evidence.denoiser, evidence.pipeline) == ("UNet2DConditionModel", "StableDiffusionPipeline")
+    assert evidence.scheduler == type(pipe.scheduler).__name__
+    assert (evidence.reference_steps, evidence.guidance) == (4, 3.5)
+    assert evidence.target == ["at least 10 dB"]
+    assert evidence.figures == found.verdict.best.figures
+    assert evidence.figures.images == 1
+    assert evidence.figures.mac_reduction > 1
+    assert {"cachekit", "torch", "diffusers"} <= set(evidence.versions)
+    assert found.preset.requires == {"forecast": "cachekit-diffusion"}
+    with cachekit.apply(pipe, f"preset:{folder / 'fast.json'}") as attachment:
+        assert [policy.name for policy in attachment.policies] == ["forecast"]
+
+
+def test_a_stopped_study_resumes(tuned, folder):
+    before = {one.candidate: one.figures for one in tuned[0].measured}
+    lines = []
+    again = cachekit.tune(
+        "demo",
+        1,
+        at_least=90,
+        trials=3,
+        journal=folder / "study.log",
+        progress=lambda done, total, line: lines.append(done),
+        **SMALL,
+    )
+    after = {one.candidate: one.figures for one in again.measured}
+    assert before.items() <= after.items()
+    assert (lines[0], len(after)) == (2, 3)
+    assert again.preset is None
+    assert again.verdict.judged == []
+
+
+JOIN = """
+import sys, cachekit
+given = {"num_inference_steps": 4, "policies": ["forecast"], "fresh": 1}
+found = cachekit.tune("demo", 1, at_least=90, trials=2, journal=sys.argv[1], **given)
+print(len(found.measured))
+"""
+
+
+def test_a_process_and_an_actor_of_ray_share_a_study(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    journal, given = tmp_path / "study.log", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", JOIN, str(journal)], **given) as other:
+        found = cachekit.tune("demo", 1, at_least=10, trials=2, journal=journal, executor="ray", **SMALL)
+        printed, failures = other.communicate(timeout=120)
+    assert other.returncode == 0, failures
+    # A process that begins when the other has measured enough measures nothing.
+    assert max(len(found.measured), int(printed)) >= 2
+    assert found.preset is not None
+    (study,) = optuna.get_all_study_summaries(JournalStorage(JournalFileBackend(str(journal))))
+    assert study.n_trials >= 2
+
+
+def test_a_study_of_another_model_is_refused_with_both_hashes(tuned, folder):
+    ours = fingerprint(cachekit.demo_pipeline().unet)
+    theirs = fingerprint(cachekit.demo_pipeline("dit").transformer)
+    given = ["--fresh", 1, "--steps", 4, "--policy", "forecast", "--captions", 1, "--journal", folder / "study.log"]
+    result = commands.run("tune", "demo-dit", "--at-least", "10dB", *given, "--output", folder / "other.json")
+    assert result.exit_code == 2
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"has a study of model {ours}, not {theirs}; name another" in line
+
+
+def test_a_target_that_nothing_reaches_names_what_is_nearest(tuned, folder):
+    given = ["--fresh", 1, "--steps", 4, "--policy", "forecast", "--trials", 3, "--captions", 1]
+    journal, output = ["--journal", folder / "study.log"], folder / "none.json"
+    result = commands.run("tune", "demo", "--at-least", "90dB", *given, *journal, "--output", output)
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "no candidate that saves 1.05x or more reaches the target: at least 90 dB: nearest short of it" in line
+    assert "nothing reaches it" in line
+    assert not output.exists()
+    assert output.with_suffix(".png").exists()
+    assert "The search: what no other candidate beats." in result.stdout
+
+
+def test_the_best_and_the_plain_steps_beside_it_are_printed(tuned, folder, capsys):
+    found, _ = tuned
+    print_report(found, folder / "fast.json")
+    text = capsys.readouterr().out
+    assert f"{found.preset.specs[0]}, {found.verdict.best.candidate.steps} steps: " in text
+    assert f"use it as preset:{folder / 'fast.json'}" in " ".join(text.split())
+    assert "The verdict: captions that the search never used." in text
+    assert ("plain steps are the better choice" in text) == (found.verdict.rival is not None)
+    for one in found.verdict.judged:
+        assert one.plain is None or "beside it: " in text
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("a cat\n\na dog\n", "empty"), ("a cat\n" + "a" * 1001, "1001 characters")]
+)
+def test_captions_of_a_file_are_refused_with_the_line(folder, text, wrong):
+    path = folder / "captions.txt"
+    path.write_text(text)
+    result = commands.run("tune", "demo", "--at-least", "30dB", "--captions", path)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"captions, line 2: {wrong}; write one caption per line, of 1 to 1000 characters" in result.stderr
+
+
+def test_a_file_that_is_no_journal_is_refused(folder):
+    path = folder / "notes.txt"
+    path.write_text("not a journal\n")
+    with pytest.raises(TuningError, match="is not a study of cachekit tune"):
+        cachekit.tune("demo", 1, at_least=10, journal=path, **SMALL)
+
+
+# -- candidates -------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Chooses what it is given by name, which must be allowed as in Optuna, else the first value."""
+
+    def __init__(self, **values):
+        self.values = values
+
+    def suggest_int(self, name, low, high):
+        value = self.values.get(name, low)
+        assert low <= value <= high
+        return value
+
+    def suggest_float(self, name, low, high, *, log=False):
+        value = self.values.get(name, low)
+        assert low <= value <= high
+        return value
+
+    def suggest_categorical(self, name, choices):
+        value = self.values.get(name, choices[0])
+        assert value in choices
+        return value
+
+
+@pytest.fixture(scope="module")
+def space():
+    return Space(tiny.unet(), installed(), 25, ("", "karras"))
+
+
+def test_policies_without_sites_are_left_out(space):
+    assert {"forecast", "calibrated", "deepcache", "tgate", "cache"} <= set(space.policies)
+    assert not {"teacache", "delta_dit"} & set(space.policies)
+
+
+def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
+    made = [space.choose(Scripted(**parameters)) for parameters in space.beginnings()]
+    assert {one.spacing for one in made if not one.specs} == {"", "karras"}
+    caches = {one.specs[0] for one in made if one.specs}
+    assert {"tgate", "forecast", "forecast:interval=3", "forecast:interval=4", "calibrated:interval=4"} <= caches
+    assert {"tgate:m=11", "tgate:m=20", "tgate:m=auto"} <= caches
+    assert not any("," in one for one in caches if one.startswith("deepcache"))
+
+
+def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
+    made = space.choose(
+        Scripted(
+            policy="tgate",
+            steps=50,
+            paired=True,
+            **{"with": "deepcache", "0.tgate.m": 7, "1.deepcache.interval": 3},
+            **{"1.deepcache.replaced": True, "1.deepcache.part": "what=linear"},
+        )
+    )
+    assert made.steps == 50
+    assert [spec.partition(":")[0] for spec in made.specs] == ["deepcache", "tgate"]
+    assert "what=linear" in made.specs[0]
+    assert "m=7" in made.specs[1]
+
+
+def test_places_without_targets_in_the_model_are_left_out(space):
+    seen = []
+
+    class Watching(Scripted):
+        def suggest_categorical(self, name, choices):
+            seen.extend(choices if name.endswith(".where") else ())
+            return super().suggest_categorical(name, choices)
+
+    space.choose(Watching(policy="cache", steps=25))
+    assert {"denoiser", "cross_attention", "block"} <= set(seen)
+    assert not {"joint_attention", "temporal_attention", "tail"} & set(seen)
+
+
+def test_the_same_policy_twice_is_refused(space):
+    with pytest.raises(CachekitError, match="given twice"):
+        space.choose(Scripted(policy="tgate", paired=True, **{"with": "tgate", "0.tgate.m": 7}))
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(CachekitError, match="unknown policy 'tgat'"):
+        Space(tiny.unet(), installed(), 25, ("",), ["tgat"])
+
+
+def test_plain_steps_are_candidates(space):
+    made = space.choose(Scripted(policy=PLAIN, **{"plain.steps": 9, "plain.spacing": "karras"}))
+    assert made.label == "9 plain steps, karras"
+
+
+# -- targets and captions ---------------------------------------------------------------------------------
+
+
+def test_targets_are_read_as_they_are_written():
+    assert Targets.parse("35dB", "-1%", "800ms", "3x") == Targets(35, -0.01, 0.8, 3)
+    assert Targets.parse("35", None, "2s", None) == Targets(at_least=35, at_most=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ((None, None, None, None), "no target; give at least one"),
+        (("35 apples", None, None, None), "--at-least '35 apples': not a number with its unit; write 35dB"),
+        ((None, "-1", None, None), "--caption-match '-1': not a number with its unit; write -1%"),
+        ((None, None, "2", None), "--at-most '2': not a time; write 2s or 800ms"),
+        ((None, None, None, "0.5"), "speedup=0.5: out of range"),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(given, reason):
+    with pytest.raises(TuningError) as error:
+        Targets.parse(*given)
+    assert reason in str(error.value)
+
+
+def test_all_targets_must_hold():
+    fast = Figures(images=2, psnr=30, ssim=0.9, speedup=3.0, mac_reduction=3.2, caption_match=0.9, checked=2)
+    same = Figures(images=2, ssim=1.0, speedup=1.0, mac_reduction=1.0)
+    assert Targets(at_least=29, speedup=2).reached(fast)
+    assert not Targets(at_least=31, speedup=2).reached(fast)
+    assert Targets(at_least=90).reached(same)
+    assert Targets(at_least=29).serves(fast)
+    assert not Targets(at_least=90).serves(same)
+    drop = fast.model_copy(update={"uncached_caption_match": 0.91})
+    assert Targets(caption_match=-0.01).reached(drop)
+    assert not Targets(caption_match=-0.005).reached(drop)
+    assert not Targets(caption_match=-0.5).reached(same)
+
+
+def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_shows_enough():
+    def found(spec, saving, shown):
+        figures = Figures(images=4, psnr=30, ssim=0.9, mac_reduction=saving, caption_match=shown, checked=4)
+        candidate = Candidate((spec,) if spec else (), 4)
+        return Measured(candidate, figures.model_copy(update={"uncached_caption_match": 1.0}))
+
+    measured = [found("a", 2, 1.0), found("b", 4, 0.75), found("c", 5, 0.5), found("d", 1.5, 0.75), found("", 1.8, 1.0)]
+    promising = _promising(SimpleNamespace(measured=measured), Targets(caption_match=-0.01))
+    assert [candidate.specs for candidate in promising] == [("b",), ("a",), ()]
+    promising = _promising(SimpleNamespace(measured=measured), Targets(at_least=20))
+    assert [candidate.specs for candidate in promising] == [("c",), ("b",), (), ("a",), ("d",)]
+
+
+def test_fresh_captions_are_never_those_of_the_search():
+    lots = lots_of(5, None, True)
+    assert len(lots.search) == 5
+    assert not set(lots.fresh) & {*lots.search, *lots.weights}
+    lots = lots_of(["a cat", "a dog", "a cat", "a hen"], 1, False)
+    assert (lots.search, lots.fresh) == (("a cat", "a dog"), ("a hen",))
+
+
+@pytest.mark.parametrize(
+    ("captions", "reason"),
+    [
+        (["a cat", " ", "a dog"], "captions, line 2: empty; write one caption per line, of 1 to 1000 characters"),
+        (["a cat", "a dog " * 200], "captions, line 2: 1200 characters; write one"),
+        (["a cat"], "1 different captions"),
+        (4, "numbers are for embedded models"),
+    ],
+)
+def test_captions_that_cannot_be_used_are_refused(captions, reason):
+    with pytest.raises(TuningError) as error:
+        lots_of(captions, None, False)
+    assert reason in str(error.value)
+
+
+def test_captions_that_an_embedded_model_cannot_be_checked_by_are_refused():
+    with pytest.raises(TuningError, match="captions, line 2: no known background at the end of caption 'a cat'"):
+        lots_of(["a large red circle top left on white", "a cat"], None, True)

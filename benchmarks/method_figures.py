@@ -8,7 +8,7 @@ import io
 import re
 import tokenize
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cachekit import Calibration, Moment, Policy
@@ -74,7 +74,7 @@ def ahead() -> str:
 
 def _measured() -> Iterator[Group]:
     for name in GRIDS:
-        if name.startswith("methods") and (RESULTS / f"{name}.jsonl").exists():
+        if name.startswith(("methods", "steep")) and (RESULTS / f"{name}.jsonl").exists():
             yield from groups(read(RESULTS / f"{name}.jsonl")[0])
     for model in frontier.MODELS:
         yield from frontier.stored(RESULTS / f"frontier-{model}.jsonl")
@@ -92,15 +92,24 @@ def _leads(group: Group) -> Iterator[tuple[str, str]]:
 
 def settings() -> str:
     """Table of other settings of methods that are far behind by default, beside plain steps of as many MACs."""
-    psnr, match = FIGURES["psnr"], FIGURES["caption_match"]
-    rows = []
-    for group in groups(read(RESULTS / "settings.jsonl")[0]):
+    return _specs("settings", ["mac_reduction", "psnr", "caption_match"], "MACs")
+
+
+def steep() -> str:
+    """Table of settings of a third and a quarter of the cost, beside plain steps of equal wall time."""
+    return _specs("steep", ["speedup", "mac_reduction", "psnr", "caption_match"], "wall time")
+
+
+def _specs(name: str, keys: Sequence[str], equal: str) -> str:
+    """Table of the cached rows of a grid, by MACs, beside the best plain steps that cost the same."""
+    file, rows, psnr = RESULTS / f"{name}.jsonl", [], FIGURES["psnr"]
+    for group in groups(read(file)[0]) if file.exists() else ():
         for row in sorted((row for row in group.rows if row.cell.specs), key=lambda row: row.mac_reduction):
-            plain = group.best_plain(row.plain_steps()["MACs"])
+            plain = group.best_plain(row.plain_steps()[equal])
             beside = "-" if plain is None else f"{plain.cell.steps}: {psnr.text(plain)} dB"
-            figures = [FIGURES["mac_reduction"].text(row), psnr.text(row), match.text(row), beside]
+            figures = [*(FIGURES[key].text(row) for key in keys), beside]
             rows.append([f"{group.cell.model}, {group.cell.uncached_steps}", f"`{_short(row.label)}`", *figures])
-    names = [FIGURES["mac_reduction"].name, psnr.name, match.name, "plain steps of as many MACs"]
+    names = [*(FIGURES[key].name for key in keys), f"plain steps at equal {equal}"]
     return markdown(["model, steps", "spec", *names], rows, left=2)
 
 

@@ -89,6 +89,7 @@ def filled() -> dict[Path, str]:
         "ahead": method_figures.ahead(),
         "caught": method_figures.caught(),
         "settings": method_figures.settings(),
+        "steep": method_figures.steep(),
         "magnitudes": method_figures.magnitudes(),
         "leads": leads(),
         "calibrations": calibrations.table(),

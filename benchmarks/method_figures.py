@@ -61,14 +61,14 @@ def _is_text(node: ast.expr) -> bool:
 
 def ahead() -> str:
     """Table of the specs that are nearer to the uncached images than plain steps of equal wall time."""
-    found: dict[tuple[str, str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[tuple[str, str, str], dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     for group in _measured():
         cell = group.cell
         guidance = "default" if cell.guidance is None else f"{cell.guidance:g}"
         rows = found[cell.model, cell.scheduler, guidance]
-        for column, text in _leads(group):
-            rows[column].append(text)
-    cells = [[*key, *("<br>".join(row[column]) or "-" for column in SPEEDUPS)] for key, row in found.items()]
+        for column, label, lead in _leads(group):
+            rows[column][label] = f"`{label}` ({lead:+.1f} dB)"  # of two measurements, the later one
+    cells = [[*key, *("<br>".join(row[column].values()) or "-" for column in SPEEDUPS)] for key, row in found.items()]
     return markdown(["model", "scheduler", "guidance", *SPEEDUPS], cells, left=6) if cells else ""
 
 
@@ -80,14 +80,14 @@ def _measured() -> Iterator[Group]:
         yield from frontier.stored(RESULTS / f"frontier-{model}.jsonl")
 
 
-def _leads(group: Group) -> Iterator[tuple[str, str]]:
+def _leads(group: Group) -> Iterator[tuple[str, str, float]]:
     for row in sorted(group.rows, key=lambda row: row.speedup):
         plain = group.best_plain(row.plain_steps()["wall time"]) if row.cell.specs else None
         if plain is None or row.psnr is None or plain.psnr is None or row.psnr <= plain.psnr:
             continue
         for column, (low, high) in SPEEDUPS.items():
             if low <= row.speedup < high:
-                yield column, f"`{row.label}` ({row.psnr - plain.psnr:+.1f} dB)"
+                yield column, row.label, row.psnr - plain.psnr
 
 
 def settings() -> str:

@@ -17,7 +17,7 @@ from .calibrations import NAMES, RESULTS
 def rules() -> str:
     """Table of the rules by which lines are chosen, and the bounds that they have."""
     low, high = RULES.balanced
-    published = f"the published setting that saves {low:g} to {high:g} times the MACs and keeps least, else "
+    published = f"of published settings with a MAC reduction of {low:g}x to {high:g}x, the one that keeps least, else "
     rows = [
         [calibrated.level, f"`{calibrated.spec}`", *(f"`{rule.spec}`" for rule in others)]
         for calibrated, *others in zip(RULES.calibrated, RULES.uncalibrated, RULES.noisy)
@@ -25,13 +25,13 @@ def rules() -> str:
     rows[1][2] = published + rows[1][2]
     rows[2][2] += ", after a calibration"
     scales = sorted({scale for path in FOLDER.glob("*.json") for scale in Calibration.load(path).scales})
-    header = ["level", "weights ship", "weights don't ship", "the scheduler adds noise"]
+    header = ["level", "a calibration ships", "none ships", "the scheduler adds noise"]
     ends = f"{scales[0]:g} to {scales[-1]:g}"
     return f"""{markdown(header, rows, left=len(header))}
 - Below {RULES.few_steps} steps, as in consistency models, only settings that were published for so few steps are taken.
   Where there are none, there are no lines: take a step less instead.
-- "Weights ship" means that the package has a [calibration](calibrating.md) for these weights, this scheduler and this
-  number of steps, for guidance scales from {ends}. That is so for the embedded models alone."""
+- "A calibration ships" means that the package has one for the model's weights, this scheduler and this number of steps,
+  for guidance scales from {ends}. That is so for the embedded models alone; see [calibrating.md](calibrating.md)."""
 
 
 def levels() -> str:

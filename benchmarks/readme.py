@@ -227,7 +227,7 @@ def leads() -> str:
     labels = dict.fromkeys(row.label for group in held for row in group.rows if row.label in found)
     return (
         markdown(
-            ["lead over plain steps in dB", "MAC reduction", *SHORT.values(), "captions"],
+            ["spec", "MAC reduction", *(f"{name}, dB" for name in SHORT.values()), "captions"],
             [
                 [
                     label,

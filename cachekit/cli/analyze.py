@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cachekit.cli.models import Dtype, RunnableModel
+from cachekit.cli.models import Dtype, RunnableModel, warn_of_shapes
 from cachekit.cli.output import JsonFile, check_folder, choice, json_results, print_table, progress_bar, say
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def analyze(
         subject = load(setting)
         for name in scheduler or ():
             scheduler_for(subject.pipe, name)
+        warn_of_shapes(captions, model)
         texts = usable_captions(captions, limit, subject.pipe)
         if subject.draws_scenes:
             check_scenes(texts)

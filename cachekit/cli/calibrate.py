@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cachekit.cli.fresh import Fresh, fresh_prompts
-from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable
+from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable, warn_of_shapes
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, print_table, progress_bar, say
 from cachekit.errors import CachekitError
 from cachekit.models.loading import SCHEDULERS
@@ -78,6 +78,7 @@ def calibrate(
         if model is None:
             raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
         request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
+        warn_of_shapes(prompts, model)
         texts = read_captions(prompts).texts
         fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
         made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))

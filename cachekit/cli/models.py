@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cachekit.cli.output import choice
+from cachekit.cli.output import choice, warn
 from cachekit.models.loading import DTYPES
 from cachekit.models.names import DEMOS, EMBEDDED, ModelError, Sort, architecture_names, named
 
@@ -21,6 +21,7 @@ __all__ = [
     "complete_runnable",
     "runnable",
     "runnable_name",
+    "warn_of_shapes",
 ]
 
 #: Help for models with weights, which can be run, and for models by their configs, for plans and estimates.
@@ -49,6 +50,12 @@ def runnable_name(model: str) -> str:
 def runnable(model: str) -> str:
     """Check the name of a model that has weights, and that the hub can be reached where it is needed."""
     return any_model(runnable_name(model))
+
+
+def warn_of_shapes(captions: str, model: str) -> None:
+    """Warn where a number of captions, which are of coloured shapes, is drawn with a model that isn't embedded."""
+    if captions.isdecimal() and named(model).sort in (Sort.FOLDER, Sort.HUB):
+        warn(f"{captions} captions of coloured shapes are used, made for the embedded models; give {model} a file")
 
 
 def complete_any(incomplete: str) -> list[str]:

@@ -44,12 +44,12 @@ def pipeline_from_config(model: str) -> Any:
     Where `model` is a denoiser without a pipeline, that is built instead; an embedded model is loaded with its weights.
     Raises `ModelError` where there is no such model or diffusers lacks its class.
     """
-    from diffusers import AutoModel, DiffusionPipeline
-
     found = named(model)
     if found.sort is Sort.EMBEDDED:
         return pipeline(model)
     hub = hub_arguments(model)
+    from diffusers import AutoModel, DiffusionPipeline  # takes seconds, which a hub without an answer needn't cost
+
     try:
         index = DiffusionPipeline.load_config(model, **hub)
         # Errors name the class, so the stand-in's has the name of the pipeline's.
@@ -141,15 +141,20 @@ def scheduler_for(pipe: Any, name: str) -> Any:
     return kind.from_config(pipe.scheduler.config)
 
 
+def default_device() -> str:
+    """Name the device that is used where none is given: cuda where there is one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def move(pipe: Any, device: str | None) -> None:
     """Move a pipeline to `device`, by default to cuda where there is one.
 
     Raises `ModelError` where the machine lacks the device.
     """
-    import torch
-
     try:
-        pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipe.to(device or default_device())
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"cannot use device {device!r}: {first_line(error)}; give cpu, or one that is here") from error
 

@@ -122,7 +122,7 @@ class Desk:
     def lines(self, request: Request, text: str) -> str:
         """Write the lines of Python that do what is chosen; empty while a spec can't be split."""
         try:
-            return texts.python_lines(request, specs_of(text))
+            return texts.python_lines(request, specs_of(text), *self._studio.loaded_with)
         except CachekitError:
             return ""
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import apply
 from cachekit.errors import CachekitError, CostError
+from cachekit.models.loading import default_device
 from cachekit.models.names import is_architecture
 from cachekit.tools.bench.cells import Setting
 from cachekit.tools.bench.measuring import similarity, steps_at, timed_call
@@ -90,6 +91,11 @@ class Studio:
         self._lock = Lock()
         self._loaded: tuple[str, Any] = ("", None)
         self._plain: dict[Request, Picture] = {}
+
+    @property
+    def loaded_with(self) -> tuple[str, str | None]:
+        """The device and the dtype that models are loaded with."""
+        return self._device or default_device(), self._dtype
 
     def draw(self, request: Request, specs: Sequence[str], progress: Progress = _silent) -> Drawn:
         """Draw with policies, uncached, and in plain steps of equal cost.

@@ -78,8 +78,11 @@ def _reduction(drawn: Drawn, picture: Picture) -> float | None:
     return picture.mac_reduction if picture.report else drawn.uncached.steps / picture.steps
 
 
-def python_lines(request: Request, specs: Sequence[str]) -> str:
-    """Write the lines that draw the picture with policies; for an architecture, those that estimate it."""
+def python_lines(request: Request, specs: Sequence[str], device: str = "cpu", dtype: str | None = None) -> str:
+    """Write the lines that draw the picture with policies; for an architecture, those that estimate it.
+
+    `device` and `dtype` are those that the pipeline is loaded with.
+    """
     listed = f"[{', '.join(map(repr, specs))}]"
     if is_architecture(request.model):
         call = f"cachekit.estimate({request.model!r}, {listed}, num_inference_steps={request.steps})"
@@ -88,13 +91,15 @@ def python_lines(request: Request, specs: Sequence[str]) -> str:
     kind = DEMOS.get(request.model)
     imports = ["import torch", "", "import cachekit"] if kind else ["import torch", "from diffusers import "
                "DiffusionPipeline", "", "import cachekit"]  # fmt: skip
-    loaded = f"cachekit.demo_pipeline({kind!r})" if kind else f"DiffusionPipeline.from_pretrained({request.model!r})"
+    made, name = ("cachekit.demo_pipeline", kind) if kind else ("DiffusionPipeline.from_pretrained", request.model)
+    loaded = f"{made}({name!r}{f', torch_dtype=torch.{dtype}' if dtype else ''})"
     arguments = f"num_inference_steps={request.steps}{scale}, generator=generator"
     return "\n".join(
         [
             *imports,
             "",
             f"pipe = {loaded}",
+            *([] if device == "cpu" else [f"pipe.to({device!r})"]),
             f"generator = torch.Generator().manual_seed({request.seed})",
             f"with cachekit.apply(pipe, {listed}) as attachment:",
             f"    image = pipe({request.prompt!r}, {arguments})[0][0]",

@@ -195,6 +195,13 @@ def test_the_lines_draw_the_same_picture(drawn, desk, tmp_path, monkeypatch):
     assert (tmp_path / "out.png").exists()
 
 
+def test_the_lines_load_the_pipeline_as_the_app_does():
+    desk = Desk(installed(), Studio("cuda", "bfloat16"))
+    lines = desk.lines(Request("owner/name", "a cat", 4), "forecast:interval=2")
+    assert "DiffusionPipeline.from_pretrained('owner/name', torch_dtype=torch.bfloat16)\npipe.to('cuda')\n" in lines
+    assert "demo_pipeline('unet', torch_dtype=torch.bfloat16)" in texts.python_lines(REQUEST, [], "cpu", "bfloat16")
+
+
 @pytest.mark.parametrize("model", ["demo", "sdxl", HOSTILE])
 def test_the_lines_quote_what_is_given(model):
     request = Request(model, f"{HOSTILE}\n'''", 4, 3.5)

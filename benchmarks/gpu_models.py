@@ -123,7 +123,7 @@ class Run:
 
 
 def known_of(name: str, tiny: bool) -> Architecture:
-    """Architecture of a model as it is run, or of its small likeness."""
+    """Architecture of a model as it is run, or of the small one in its place."""
     case, known = CASES[name], replace(architecture(name), **CASES[name].fields)
     return replace(known, config={**known.config, **case.tiny_config}, **case.tiny) if tiny else known
 

@@ -75,7 +75,7 @@ class PresetError(CachekitError):
 
 
 class PluginError(CachekitError):
-    """A plugin that raised within a hook."""
+    """A plugin that raised within a hook or an adapter, or that lacks what its kind needs."""
 
 
 class PluginWarning(UserWarning):

@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+def unwritable_reason(path: Path) -> str:
+    """Describe why no file can be written to a path, with the remedy; "" where it is in a folder that exists."""
+    if not path.absolute().parent.is_dir():
+        return f"there is no folder {str(path.parent)!r}; make it, or name another"
+    return "it is a folder; name a file in it" if path.is_dir() else ""
+
+
 def write_whole(path: str | os.PathLike[str], content: str | bytes, error: type[Exception]) -> None:
     """Write a file that everybody may read; an interrupted call leaves the file as it was.
 

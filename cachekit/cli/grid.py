@@ -16,6 +16,7 @@ from cachekit.cli.models import any_model, complete_any
 from cachekit.cli.output import choice, json_results, print_table, progress_bar, say, warn
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
+from cachekit.files import unwritable_reason
 from cachekit.models.names import EMBEDDED
 from cachekit.tools.workers import EXECUTORS
 
@@ -117,12 +118,8 @@ def _open(settings: GridSettings) -> Results:
     from cachekit.tools.bench.results import Results, read
 
     merged, html = [read(path) for path in settings.merge], settings.html
-    if html is not None and not html.parent.is_dir():
-        raise BenchError(
-            f"cannot write {str(html)!r}: there is no folder {str(html.parent)!r}; make it, or name another"
-        )
-    if html is not None and html.is_dir():
-        raise BenchError(f"cannot write {str(html)!r}: it is a folder; name a file in it")
+    if html is not None and (reason := unwritable_reason(html)):
+        raise BenchError(f"cannot write {str(html)!r}: {reason}")
     results = Results(settings.output)
     for problem in (*results.problems, *(problem for _, problems in merged for problem in problems)):
         typer.echo(f"warning: {problem}", err=True)

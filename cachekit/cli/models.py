@@ -8,7 +8,7 @@ import typer
 
 from cachekit.cli.output import choice, warn
 from cachekit.models.loading import DTYPES
-from cachekit.models.names import DEMOS, EMBEDDED, ModelError, Sort, architecture_names, named
+from cachekit.models.names import DEMOS, EMBEDDED, Sort, architecture_names, named, without_weights
 
 __all__ = [
     "ANY_MODEL",
@@ -43,7 +43,7 @@ def runnable_name(model: str) -> str:
     """Check the name of a model that has weights."""
     found = named(model)
     if found.sort is Sort.ARCHITECTURE:
-        raise ModelError(f"{model} is an architecture, which has no weights; give a folder, a hub id, or {EMBEDDED}")
+        raise without_weights(model)
     return found.name
 
 

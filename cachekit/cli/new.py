@@ -23,8 +23,8 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 #: How pip calls cachekit.
 DISTRIBUTION = "cachekit-diffusion"
 #: Sentences for the README on where the workflow gets cachekit from, unless the author sets a variable.
-_BY_DEFAULT = "By default that is\n`{}`."
-_WITHOUT = "This project was made with one that came\nfrom a folder, so that the address is for you to set."
+_BY_DEFAULT = "By default that is `{}`."
+_WITHOUT = "This project was made with a cachekit that came from a folder, so that the address is for you to set."
 
 Name = Annotated[str, typer.Argument(help="Name in specs: lower case, digits, underscores.")]
 Output = Annotated[Path | None, typer.Option(help="Folder to write; default: cachekit-NAME, here.")]
@@ -91,7 +91,7 @@ def _address(installed: Distribution) -> str:
 
 def _versions(installed: Distribution) -> str:
     """Bound the versions of cachekit: from the installed minor version to the next."""
-    major, minor, *_ = installed.version.split(".")
+    major, minor = re.findall(r"\d+", installed.version)[:2]
     return f">={major}.{minor},<{major}.{int(minor) + 1}"
 
 

@@ -193,5 +193,5 @@ def _texts(figures: Figures) -> Sequence[str]:
 
 def _line(figures: Figures, targets: Targets) -> str:
     shown = [target.shown.format(target.value(figures)) for target in targets.listed]
-    costs = f"{figures.mac_reduction or 0:.2f}x fewer MACs, {figures.speedup or 0:.2f}x speedup"
+    costs = f"{figures.mac_reduction or 0:.2f}x MAC reduction, {figures.speedup or 0:.2f}x speedup"
     return ", ".join([*shown, f"{costs}, n={figures.images}"])

@@ -26,7 +26,7 @@ class KnownCosts:
     def __call__(self, setup: Setup, record: Record) -> Cost:
         """Count the MACs of a run; raises `CostError` where the denoiser doesn't run on the meta device."""
         specs = tuple(map(str, setup.policies))
-        key = (record.likeness, specs, *(call.signature for call in record.calls))
+        key = (record.timing_key, specs, *(call.signature for call in record.calls))
         if key not in self._found:
             if len(self._found) >= _MOST:
                 self._found.pop(next(iter(self._found)))

@@ -140,7 +140,7 @@ class RunStarter:
             fit=fit,
             arguments=plain_arguments(pipeline.arguments) if pipeline else {},
         )
-        run.record.likeness = (*start.key, inputs.sample.device, *_outside(pipeline))
+        run.record.timing_key = (*start.key, inputs.sample.device, *_outside(pipeline))
         self._begin(run, denoiser, inputs, scheduler, pipeline, is_known)
         for preset in self._setup.presets:
             warn_of_run(preset, counted, pipeline.arguments if pipeline else {})

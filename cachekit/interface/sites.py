@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Literal, Union
 
-from cachekit.errors import nearest
+from cachekit.errors import SiteError, nearest
 
 #: Names of guidance branches, in the order in which the denoiser receives them: `("uncond", "cond")`.
 Branches = tuple[str, ...]
@@ -209,8 +209,14 @@ class SiteMap:
         >>> region.skipped, region.streams
         (('blocks.1', 'blocks.2'), ('hidden_states',))
 
-        Raises `IndexError` for a chain that does not exist or a span without blocks.
+        Raises `IndexError` for a chain that does not exist, and `SiteError` for a span that isn't within it.
         """
+        length = len(self.chains[chain])
+        if not 0 <= first < stop <= length:
+            raise SiteError(
+                f"{stop - first} blocks up to block {stop - 1}, but chain {chain} of {self.model} has blocks"
+                f" 0..{length - 1}; give a span within them"
+            )
         return region_of(self.chains[chain][first:stop], self.streams_of(chain))
 
     @property

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.errors import first_line, nearest
 from cachekit.models.hub import hub_arguments
-from cachekit.models.names import EMBEDDED, ModelError, Sort, is_architecture, named, unreadable
+from cachekit.models.names import ModelError, Sort, is_architecture, named, unreadable, without_weights
 from cachekit.upstream.calling import STEPS, call_parameters
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def pipeline(model: str, **arguments: Any) -> Any:
 
         return demo_pipeline(found.kind, **arguments)
     if found.sort is Sort.ARCHITECTURE:
-        raise ModelError(f"{model} is an architecture without weights; give a folder, a hub id, or {EMBEDDED}")
+        raise without_weights(model)
     hub = hub_arguments(model, arguments.get("cache_dir"))
     import diffusers
 

@@ -91,6 +91,11 @@ def named(model: str) -> ModelName:
     )
 
 
+def without_weights(model: str) -> ModelError:
+    """Make the error for an architecture where a model with weights is needed."""
+    return ModelError(f"{model} is an architecture, which has no weights; give a folder, a hub id, or {EMBEDDED}")
+
+
 def unreadable(model: str, reason: str) -> ModelError:
     """Make the error for a model that can't be read."""
     return ModelError(f"cannot read model {model!r}: {reason} (give {_given()})")

@@ -210,11 +210,6 @@ class Span(Where):
         first, stop = (
             end + length if end < 0 else end for end in (self.first, length if self.stop is None else self.stop)
         )
-        if not 0 <= first < stop <= length:
-            raise SiteError(
-                f"{stop - first} blocks up to block {stop - 1}, but chain {chain} of {sites.model} has blocks"
-                f" 0..{length - 1}; give a span within them"
-            )
         return sites.span(first, stop, chain)
 
     def chain_of(self, sites: SiteMap) -> int:

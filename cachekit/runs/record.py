@@ -64,7 +64,7 @@ class Record:
     #: Seconds spent in reading arguments, finding steps, composing rows, recording and observing.
     deciding_seconds: float = 0.0
     #: What runs have in common that are compared by their time: pipeline, shapes, steps, device.
-    likeness: tuple[Any, ...] = ()
+    timing_key: tuple[Any, ...] = ()
     #: ControlNet calls that skipped outputs which the denoiser wouldn't have read.
     shortened: int = 0
     #: What observing policies recorded, by name of the policy.

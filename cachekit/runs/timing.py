@@ -11,7 +11,7 @@ _MOST = 64
 
 
 class UncachedTimes:
-    """The least seconds of whole runs without policies, by the likeness of runs."""
+    """The least seconds of whole runs without policies, by what their times depend on."""
 
     def __init__(self) -> None:
         """Start without a run."""
@@ -27,9 +27,9 @@ class UncachedTimes:
             return
         if len(self._seconds) >= _MOST:
             self._seconds.pop(next(iter(self._seconds)), None)
-        known = self._seconds.get(record.likeness, record.seconds)
-        self._seconds[record.likeness] = min(record.seconds, known)
+        known = self._seconds.get(record.timing_key, record.seconds)
+        self._seconds[record.timing_key] = min(record.seconds, known)
 
     def like(self, record: Record) -> float | None:
         """Find the seconds of the fastest uncached run like this one; None where there was none."""
-        return self._seconds.get(record.likeness)
+        return self._seconds.get(record.timing_key)

@@ -16,7 +16,7 @@ from cachekit.planning.assignments import Assignment
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.spies import Prediction
 from cachekit.testing.steering import on_a_fixed_path, standing_still, steered
-from cachekit.testing.subject import Drawn, Subject, distance
+from cachekit.testing.subject import CachedRun, Subject, distance
 
 #: Sums in another order.
 _ROUNDING = 1e-4
@@ -44,12 +44,12 @@ def check_branches_do_not_mix(subject: Subject) -> None:
         raise NotApplicableError("nothing is predicted in steps with both branches")
 
 
-def _on_fixed_path(subject: Subject, **change: Any) -> Drawn:
+def _on_fixed_path(subject: Subject, **change: Any) -> CachedRun:
     with subject.applied() as attachment, steered(subject.pipe, on_a_fixed_path):
         return subject.draw(attachment, replace(subject.call, **change))
 
 
-def _alike(subject: Subject, before: Drawn, after: Drawn) -> Iterator[tuple[Prediction, Prediction]]:
+def _alike(subject: Subject, before: CachedRun, after: CachedRun) -> Iterator[tuple[Prediction, Prediction]]:
     """Pair the predictions of two runs that were made at the same place from entries of the same steps."""
     takes_mean = any(bound.choice.change is BranchChange.MEAN for bound in subject.plan.assignments)
     others = dict(_by_place(after))
@@ -64,7 +64,7 @@ def _alike(subject: Subject, before: Drawn, after: Drawn) -> Iterator[tuple[Pred
             yield one, other
 
 
-def _by_place(drawn: Drawn) -> Iterator[tuple[Key, Prediction]]:
+def _by_place(drawn: CachedRun) -> Iterator[tuple[Key, Prediction]]:
     seen: Counter[Key] = Counter()
     for found in drawn.predictions:
         key = (found.place, found.at.branches)
@@ -107,7 +107,7 @@ def check_batch_items_independent(subject: Subject) -> None:
             )
 
 
-def _first_leak(together: Drawn, alone: Drawn, image: int, bound: float) -> str:
+def _first_leak(together: CachedRun, alone: CachedRun, image: int, bound: float) -> str:
     """Name the first prediction for an image of a batch that isn't what is predicted for the image alone."""
     others = dict(_by_place(alone))
     for key, one in _by_place(together):
@@ -118,7 +118,7 @@ def _first_leak(together: Drawn, alone: Drawn, image: int, bound: float) -> str:
     return ""
 
 
-def _actions(drawn: Drawn) -> list[list[Action | Open]]:
+def _actions(drawn: CachedRun) -> list[list[Action | Open]]:
     return [list(call.row.actions) for call in drawn.report.record.calls]
 
 
@@ -146,7 +146,7 @@ def _unfit(bound: Assignment) -> str:
     return f"{what} follows the scheduler, which does not stand still" if what.of == "x0" else ""
 
 
-def _is_whole(drawn: Drawn, assignments: tuple[Assignment, ...], step: int) -> bool:
+def _is_whole(drawn: CachedRun, assignments: tuple[Assignment, ...], step: int) -> bool:
     """Whether no branch is dropped for another's output, or its mean with another."""
     row = drawn.report.record.rows[step]
     if row.narrowed_by is None:
@@ -155,7 +155,7 @@ def _is_whole(drawn: Drawn, assignments: tuple[Assignment, ...], step: int) -> b
     return not takes_mean and assignments[row.narrowed_by].choice.what.entries != 0
 
 
-def _wrong(drawn: Drawn, step: int) -> str:
+def _wrong(drawn: CachedRun, step: int) -> str:
     """Name the first prediction of a step that isn't what was kept."""
     for found in drawn.predictions:
         pairs = zip(found.made, found.history[0].tensors) if found.history else ()

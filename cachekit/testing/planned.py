@@ -16,7 +16,7 @@ from cachekit.planning.plan import Plan
 from cachekit.runs.record import CallRecord
 from cachekit.testing.places import first_not_finite
 from cachekit.testing.results import CheckFailedError, NotApplicableError
-from cachekit.testing.subject import Drawn, Subject, require_same
+from cachekit.testing.subject import CachedRun, Subject, require_same
 
 #: Policies to combine with, each with a schedule that acts within a few steps.
 PARTNERS = ("tgate:m=3", "deepcache:interval=2", "adaptive_guidance:m=3")
@@ -162,6 +162,6 @@ def _partners(subject: Subject) -> Iterator[Policy]:
             yield partner
 
 
-def _drawn_with(subject: Subject, before: Sequence[Policy] = (), after: Sequence[Policy] = ()) -> Drawn:
+def _drawn_with(subject: Subject, before: Sequence[Policy] = (), after: Sequence[Policy] = ()) -> CachedRun:
     with subject.applied(before=before, after=after) as attachment:
         return subject.draw(attachment, subject.call)

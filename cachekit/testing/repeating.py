@@ -15,7 +15,7 @@ from cachekit.testing.models import Call, twin
 from cachekit.testing.places import first_not_finite, reused
 from cachekit.testing.results import CheckFailedError, NotApplicableError
 from cachekit.testing.steering import steered
-from cachekit.testing.subject import Drawn, Subject, distance, far, require_same
+from cachekit.testing.subject import CachedRun, Subject, distance, far, require_same
 from cachekit.testing.tiny.calls import drawn
 from cachekit.upstream.calling import on_step_end
 from cachekit.upstream.pipelines import denoiser_of
@@ -111,7 +111,7 @@ def check_shape_change(subject: Subject) -> None:
 def check_threads(subject: Subject) -> None:
     """Runs in several threads, of pipelines that share a denoiser, don't disturb each other."""
     calls = [replace(subject.call, seed=seed) for seed in (0, 5)]
-    found: dict[int, Drawn | Exception] = {}
+    found: dict[int, CachedRun | Exception] = {}
 
     def draw(call: Call, pipe: Any) -> None:
         try:

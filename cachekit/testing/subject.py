@@ -27,7 +27,7 @@ from cachekit.testing.tiny.calls import drawn
 _STEPS = (6, 12, 25)
 
 
-class Drawn(NamedTuple):
+class CachedRun(NamedTuple):
     """A cached run: its latents, what its stand-ins made, tensors that were written to, and its report."""
 
     image: torch.Tensor
@@ -70,14 +70,14 @@ class Subject:
 
     def draw(
         self, attachment: Attachment, call: Call, pipe: Any = None, dtype: torch.dtype | None = None, **changes: Any
-    ) -> Drawn:
+    ) -> CachedRun:
         """Run the pipeline that the policies are applied to."""
         self._recorder.predictions, self._recorder.writes = [], []
         used = self.pipe if pipe is None else pipe
         image = drawn(used, {**call.arguments(self.model, used, dtype), **changes})
-        return Drawn(image, self._recorder.predictions, self._recorder.writes, attachment.report())
+        return CachedRun(image, self._recorder.predictions, self._recorder.writes, attachment.report())
 
-    def draw_fresh(self, call: Call) -> Drawn:
+    def draw_fresh(self, call: Call) -> CachedRun:
         """Apply, run once and remove."""
         with self.applied() as attachment:
             return self.draw(attachment, call)
@@ -131,7 +131,7 @@ class Subject:
         return Call(self.steps)
 
     @functools.cached_property
-    def _first(self) -> Drawn | Exception:
+    def _first(self) -> CachedRun | Exception:
         self.uncached(self.call)  # before a policy can change a class, or torch, for all pipelines
         try:
             return self.draw_fresh(self.call)
@@ -144,7 +144,7 @@ class Subject:
         return self._first if isinstance(self._first, Exception) else None
 
     @property
-    def first(self) -> Drawn:
+    def first(self) -> CachedRun:
         """The first run of all, which later ones must equal; raises what it raised."""
         if isinstance(self._first, Exception):
             raise self._first
@@ -179,7 +179,7 @@ def _may_reuse(plan: Plan) -> bool:
 # -- comparing ------------------------------------------------------------------------------------------------
 
 
-def require_same(found: Drawn, expected: Drawn, what: str) -> None:
+def require_same(found: CachedRun, expected: CachedRun, what: str) -> None:
     """Raise `CheckFailedError` unless two runs gave the same latents to the bit."""
     if not torch.equal(found.image, expected.image):
         raise CheckFailedError(f"{what} (by {far(found.image, expected.image)}){_first_difference(found, expected)}")
@@ -200,7 +200,7 @@ def far(found: torch.Tensor, expected: torch.Tensor) -> str:
     return f"{distance(found, expected):.2g} of its norm"
 
 
-def _first_difference(found: Drawn, expected: Drawn) -> str:
+def _first_difference(found: CachedRun, expected: CachedRun) -> str:
     """Name the first stand-in that made something else."""
     for one, other in zip(found.predictions, expected.predictions):
         if one.place != other.place:

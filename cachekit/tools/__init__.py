@@ -1,1 +1,1 @@
-"""What is made of the engine: images of many prompts, calibrations, measurements, searches, the app."""
+"""What is built on the engine: images of many prompts, calibrations, measurements, searches, the app."""

@@ -18,7 +18,6 @@ from cachekit import (
     Open,
     Policy,
     Reuse,
-    SiteError,
     SiteMap,
     Span,
     Target,
@@ -42,11 +41,6 @@ class Share(Span):
         chain = self.chain_of(sites)
         length = len(sites.chains[chain])
         count = max(1, round(_SHARE * length)) if self.blocks is None else self.blocks
-        if count > length:
-            raise SiteError(
-                f"{count} blocks up to block {length - 1}, but chain {chain} of {sites.model} has blocks"
-                f" 0..{length - 1}; give a span within them"
-            )
         if count == length:
             return [sites.span(0, length, chain)] if self.side == "back" else []
         first = 0 if self.side == "front" else length - count

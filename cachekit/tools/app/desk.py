@@ -14,7 +14,7 @@ from cachekit.interface.policy import Policy
 from cachekit.registry.catalog import Catalog
 from cachekit.tools.app import texts
 from cachekit.tools.app.drafts import Draft, canonical, drafts_of, specs_of
-from cachekit.tools.app.drawing import Drawn, Progress, Request, Studio
+from cachekit.tools.app.drawing import Comparison, Progress, Request, Studio
 from cachekit.tools.app.form import OWN, Control, controls, edited, started
 from cachekit.tools.app.preview import Defaults, Outline
 
@@ -130,7 +130,7 @@ class Desk:
 
     def draw(self, request: Request, listed: Sequence[str], progress: Progress) -> Answer:
         """Draw each text of specs beside the uncached picture, at most `MOST`."""
-        drawn: list[Drawn] = []
+        drawn: list[Comparison] = []
         try:
             if not listed or len(listed) > MOST:
                 raise CachekitError(f"{len(listed)} specs: choose 1 to {MOST}")
@@ -142,7 +142,7 @@ class Desk:
         return _pictures(drawn), texts.comparison(drawn), "\n\n".join(str(one.cached.report) for one in drawn)
 
 
-def _pictures(drawn: Sequence[Drawn]) -> list[tuple[Image, str]]:
+def _pictures(drawn: Sequence[Comparison]) -> list[tuple[Image, str]]:
     cached = [(_enlarged(one.cached.image), " + ".join(one.specs)) for one in drawn]
     return [(_enlarged(drawn[0].uncached.image), "uncached"), *cached]
 

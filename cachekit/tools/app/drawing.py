@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from cachekit.runs.report import Report
 
-__all__ = ["Drawn", "Picture", "Request", "Studio"]
+__all__ = ["Comparison", "Picture", "Request", "Studio"]
 
 #: Called with what is drawn, and how many of how many steps are done.
 Progress = Callable[[str, int, int], None]
@@ -65,7 +65,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Comparison:
     """A picture with policies beside the uncached one, and one of as few plain steps as cost the same.
 
     `plain` is None where policies save less than a step, or their MACs can't be counted.
@@ -76,7 +76,7 @@ class Drawn:
     cached: Picture
     plain: Picture | None
 
-    def likeness(self, picture: Picture) -> tuple[float, float]:
+    def similarity_of(self, picture: Picture) -> tuple[float, float]:
         """PSNR (dB, infinite for equal images) and SSIM of a picture and the uncached one."""
         return similarity(picture.image, self.uncached.image)
 
@@ -97,7 +97,7 @@ class Studio:
         """The device and the dtype that models are loaded with."""
         return self._device or default_device(), self._dtype
 
-    def draw(self, request: Request, specs: Sequence[str], progress: Progress = _silent) -> Drawn:
+    def draw(self, request: Request, specs: Sequence[str], progress: Progress = _silent) -> Comparison:
         """Draw with policies, uncached, and in plain steps of equal cost.
 
         Raises a `CachekitError` where the model has no weights or can't be read, where the specs don't fit it, or where
@@ -111,7 +111,7 @@ class Studio:
             with apply(pipe, specs) as attachment:
                 image, seconds = self._called(pipe, request, "with policies", progress)
                 cached = Picture(image, seconds, request.steps, attachment.report())
-            return Drawn(tuple(specs), uncached, cached, self._rival(pipe, request, cached, progress))
+            return Comparison(tuple(specs), uncached, cached, self._rival(pipe, request, cached, progress))
 
     def _rival(self, pipe: Any, request: Request, cached: Picture, progress: Progress) -> Picture | None:
         if not cached.mac_reduction:

@@ -12,7 +12,7 @@ from cachekit.tools.bench.figures import FIGURES
 from cachekit.upstream.scales import SCALE
 
 if TYPE_CHECKING:
-    from cachekit.tools.app.drawing import Drawn, Picture, Request
+    from cachekit.tools.app.drawing import Comparison, Picture, Request
     from cachekit.tools.app.preview import Preview
 
 __all__ = ["comparison", "costs", "heat_map", "message", "problem", "python_lines"]
@@ -47,7 +47,7 @@ def costs(preview: Preview) -> str:
     return message(total) + _wide(table(found.totals, ("estimate of an image", "uncached", "cached")))
 
 
-def comparison(drawn: Sequence[Drawn]) -> str:
+def comparison(drawn: Sequence[Comparison]) -> str:
     """Write a row for each picture: the uncached one, those with policies, and plain steps of equal cost."""
     if not drawn:
         return ""
@@ -61,8 +61,8 @@ def comparison(drawn: Sequence[Drawn]) -> str:
     return _wide(table(rows, header))
 
 
-def _row(label: str, drawn: Drawn, picture: Picture) -> tuple[str, ...]:
-    psnr, ssim = drawn.likeness(picture)
+def _row(label: str, drawn: Comparison, picture: Picture) -> tuple[str, ...]:
+    psnr, ssim = drawn.similarity_of(picture)
     figures = {
         "mac_reduction": _reduction(drawn, picture),
         "seconds": picture.seconds,
@@ -74,7 +74,7 @@ def _row(label: str, drawn: Drawn, picture: Picture) -> tuple[str, ...]:
     return (label, *("unknown" if value is None else FIGURES[name].format(value) for name, value in figures.items()))
 
 
-def _reduction(drawn: Drawn, picture: Picture) -> float | None:
+def _reduction(drawn: Comparison, picture: Picture) -> float | None:
     return picture.mac_reduction if picture.report else drawn.uncached.steps / picture.steps
 
 

@@ -27,7 +27,7 @@ class _Contest:
     @property
     def cost(self) -> str:
         """How much cheaper the contender is than the uncached pipeline."""
-        return f"{self.row.mac_reduction:.2f}x fewer MACs ({self.row.speedup:.2f}x in wall time)"
+        return f"{self.row.mac_reduction:.2f}x MAC reduction ({self.row.speedup:.2f}x in wall time)"
 
 
 def lead(group: Group, row: Row) -> float | None:

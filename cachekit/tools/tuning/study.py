@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachekit.files import unwritable_reason
 from cachekit.interface.presets import Figures
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.targets import Targets, TuningError, similarity_of
@@ -146,10 +147,8 @@ def _storage(optuna: Any, path: Path | None) -> Any:
     if path is None:
         return None
     journal = optuna.storages.journal
-    if not path.parent.is_dir():
-        raise TuningError(
-            f"cannot write journal {str(path)!r}: there is no folder {str(path.parent)!r}; make it, or name another"
-        )
+    if reason := unwritable_reason(path):
+        raise TuningError(f"cannot write journal {str(path)!r}: {reason}")
     try:
         # A lock that is a file of its own works on network file systems too.
         return optuna.storages.JournalStorage(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cachekit.files import unwritable_reason
 from cachekit.interface.presets import HERE, Evidence, Preset
 from cachekit.interface.specs import parse
 from cachekit.models.names import DEMOS, canonical
@@ -110,11 +111,8 @@ def tune(
         pictures=0,
     )
     target_file = Path(output) if output is not None else None
-    if target_file is not None and not target_file.absolute().parent.is_dir():
-        raise TuningError(
-            f"cannot write {str(target_file)!r}: there is no folder {str(target_file.parent)!r};"
-            " make it, or name another"
-        )
+    if target_file is not None and (reason := unwritable_reason(target_file)):
+        raise TuningError(f"cannot write {str(target_file)!r}: {reason}")
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
     if not isinstance(captions, int):

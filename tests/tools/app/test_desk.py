@@ -156,8 +156,8 @@ def test_pictures_are_those_of_the_pipeline(drawn, demo):
         assert found.cached.report.macs == attachment.report().macs
     assert plain.tobytes() == found.uncached.image.tobytes()
     assert cached.tobytes() == found.cached.image.tobytes()
-    assert found.likeness(found.uncached) == (math.inf, 1.0)
-    assert found.likeness(found.cached)[0] < 60
+    assert found.similarity_of(found.uncached) == (math.inf, 1.0)
+    assert found.similarity_of(found.cached)[0] < 60
     assert found.plain.steps == round(4 / found.cached.mac_reduction) < 4
     assert ("uncached", 4, 4) in seen
     assert ("with policies", 1, 4) in seen

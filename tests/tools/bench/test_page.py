@@ -91,7 +91,7 @@ def test_everything_is_there(page, file):
 def test_the_verdict_is_first_and_says_where_the_page_comes_from(file):
     text = file.read_text()
     verdict = re.search(r'<p class="verdict">(.*?)</p>', text)[1]
-    assert re.search(r"tgate:m=2 (wins by most|comes nearest)[:,] .* fewer MACs .* where \d plain steps? have", verdict)
+    assert re.search(r"tgate:m=2 (wins by most|comes nearest)[:,] .* MAC reduction .* \d plain steps? have", verdict)
     assert re.search(r"[01] of 1 configurations are nearer", text)
     places = [text.index(part) for part in ('class="verdict"', 'class="plots"', 'class="figures"', 'class="pictures"')]
     assert places == sorted(places)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 from cachekit.cli.batch import draw
 from cachekit.cli.models import RUNNABLE_MODEL, Dtype, complete_runnable, runnable_name
 from cachekit.cli.output import JsonFile, check_writable, choice, json_results, say, warn
+from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
 from cachekit.tools.workers import EXECUTORS
 
@@ -38,64 +39,82 @@ class ArgumentError(CachekitError):
     """An argument of the command line that cannot be used."""
 
 
-def generate(
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """Options of `cachekit generate`."""
+
     pipeline: Annotated[
         str, typer.Argument(help=RUNNABLE_MODEL, parser=runnable_name, autocompletion=complete_runnable)
-    ],
-    prompt: Annotated[str | None, typer.Argument(help="Prompt, where the pipeline takes one.")] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="FILE", help=_PROMPTS)] = None,
-    spec: Annotated[list[str] | None, typer.Option(help="Spec such as tgate:m=10; may be repeated.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; default: the pipeline's own.")] = None,
-    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; default: the pipeline's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise; with --prompts, of the first row's.")] = 0,
-    output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None,
+    ]
+    prompt: Annotated[str | None, typer.Argument(help="Prompt, where the pipeline takes one.")] = None
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help=_PROMPTS)] = None
+    spec: Annotated[list[str], typer.Option(help="Spec such as tgate:m=10; may be repeated.")] = field(
+        default_factory=list
+    )
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps; default: the pipeline's own.")] = None
+    size: Annotated[str | None, typer.Option(metavar="WxH", help="Pixels; default: the pipeline's own.")] = None
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; default: the pipeline's own.")] = None
+    seed: Annotated[int, typer.Option(help="Seed of the noise; with --prompts, of the first row's.")] = 0
+    output: Annotated[Path | None, typer.Option(help=_OUTPUT)] = None
     executor: Annotated[
         str, typer.Option(help="With --prompts, where images are drawn.", **choice(EXECUTORS, "executor"))
-    ] = "serial",
-    workers: Annotated[int | None, typer.Option(min=1, help=_WORKERS)] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch in each worker.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers, such as DDIMScheduler.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None,
-    dtype: Dtype = None,
-    max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Limit of cached tensors in bytes.")] = None,
-    cache_device: Annotated[str | None, typer.Option(help="Device that stores cached tensors, such as cpu.")] = None,
-    load: Annotated[
-        list[str] | None, typer.Option(metavar=_PAIR, help="Argument of from_pretrained; may be repeated.")
-    ] = None,
+    ] = "serial"
+    workers: Annotated[int | None, typer.Option(min=1, help=_WORKERS)] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch in each worker.")] = None
+    scheduler: Annotated[str | None, typer.Option(help="Scheduler of diffusers, such as DDIMScheduler.")] = None
+    device: Annotated[str | None, typer.Option(help="Device; default: cuda where present, else cpu.")] = None
+    dtype: Dtype = None
+    max_cache_bytes: Annotated[int | None, typer.Option(min=1, help="Limit of cached tensors in bytes.")] = None
+    cache_device: Annotated[str | None, typer.Option(help="Device that stores cached tensors, such as cpu.")] = None
+    load: Annotated[list[str], typer.Option(metavar=_PAIR, help="Argument of from_pretrained; may be repeated.")] = (
+        field(default_factory=list)
+    )
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar=_PAIR, help="Argument of the pipeline's call; may be repeated.")
-    ] = None,
-    json_file: JsonFile = None,
-) -> None:
+        list[str], typer.Option("--set", metavar=_PAIR, help="Argument of the pipeline's call; may be repeated.")
+    ] = field(default_factory=list)
+    json: JsonFile = None
+
+    def job(self) -> Job:
+        """Make what a worker draws with."""
+        from cachekit.tools.batch.drawing import Job
+
+        shared = self.threads if self.prompts is None else self.threads or _threads(self.executor, self.workers)
+        return Job(
+            model=self.pipeline,
+            scheduler=self.scheduler,
+            device=self.device,
+            dtype=self.dtype,
+            max_cache_bytes=self.max_cache_bytes,
+            cache_device=self.cache_device,
+            load=json.dumps(_pairs(self.load)),
+            arguments=json.dumps(_pairs(self.set_)),
+            threads=shared,
+        )
+
+    def defaults(self) -> Defaults:
+        """Make what a row is drawn with unless it says otherwise."""
+        from cachekit.interface.specs import joined
+        from cachekit.tools.batch.rows import Defaults
+
+        specs = tuple(one for text in self.spec for one in joined(text))
+        return Defaults(self.seed, self.steps, _size(self.size), self.guidance, specs)
+
+
+@command(GenerateSettings)
+def generate(settings: GenerateSettings) -> None:
     """Generate an image with any pipeline and policies and print the report, or an image for each row of a file."""
     from cachekit.models.hub import hub_arguments
 
     # Before torch is imported.
-    hub_arguments(pipeline, _pairs(load).get("cache_dir"))
-    from cachekit.interface.specs import joined
-    from cachekit.tools.batch.drawing import Job
-    from cachekit.tools.batch.rows import Defaults
-
-    job = Job(
-        model=pipeline,
-        scheduler=scheduler,
-        device=device,
-        dtype=dtype,
-        max_cache_bytes=max_cache_bytes,
-        cache_device=cache_device,
-        load=json.dumps(_pairs(load)),
-        arguments=json.dumps(_pairs(set_)),
-        threads=threads,
-    )
-    defaults = Defaults(seed, steps, _size(size), guidance, tuple(one for text in spec or () for one in joined(text)))
+    hub_arguments(settings.pipeline, _pairs(settings.load).get("cache_dir"))
+    job, defaults, prompt, prompts = settings.job(), settings.defaults(), settings.prompt, settings.prompts
     if prompts is None:
-        _one(job, defaults, prompt, output or Path("out.png"), json_file)
+        _one(job, defaults, prompt, settings.output or Path("out.png"), settings.json)
         return
     if prompt is not None:
         raise ArgumentError(f"a prompt {prompt!r} and --prompts {prompts!r} exclude each other; leave one of them out")
-    job = replace(job, threads=threads or _threads(executor, workers))
-    draw(prompts, job, defaults, output or Path("images"), executor, workers, json_file)
+    output = settings.output or Path("images")
+    draw(prompts, job, defaults, output, settings.executor, settings.workers, settings.json)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -183,10 +202,10 @@ def _write(pictures: list[Image], output: Path) -> list[Path]:
     return paths
 
 
-def _pairs(texts: list[str] | None) -> dict[str, Any]:
+def _pairs(texts: list[str]) -> dict[str, Any]:
     """Parse KEY=VALUE texts; a value is JSON where it parses as such, else text."""
     pairs: dict[str, Any] = {}
-    for text in texts or []:
+    for text in texts:
         key, equals, value = text.partition("=")
         if not (key and equals):
             raise ArgumentError(f"{text!r} is not {_PAIR}")

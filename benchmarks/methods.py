@@ -1,4 +1,4 @@
-"""The table of all methods: where each acts, how it decides, what it needs and isn't combined with, from the policies."""
+"""The table of all methods: where each acts, how it decides, what it needs and what else would write the same outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of all methods: where each acts, how it decides, what it needs and what else would write the same outputs."""
+"""The table of all methods: where each acts, how it decides, what it needs and what it cannot be combined with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of all methods: where each acts, how it decides, what it can't be combined with; read from the policies."""
+"""The table of all methods: where each acts, how it decides, what it needs and what it cannot be combined with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from cachekit import Policy
 from cachekit.cli.samples import sample
 from cachekit.registry.catalog import installed
 from cachekit.tools.bench.tables import markdown
-from cachekit.tools.coverage.properties import STRUCTURES, clashes, decides, kinds
+from cachekit.tools.coverage.properties import STRUCTURES, clashes, decides, kinds, needs
 
 #: Policies that are no method of their own: another name, and tools.
 _LEFT_OUT = {"cair", "cache", "null_text"}
@@ -14,7 +14,7 @@ _LEFT_OUT = {"cair", "cache", "null_text"}
 
 def table() -> str:
     """Make the table."""
-    header = ["method", "where", "decides", *STRUCTURES, "not beside", "paper"]
+    header = ["method", "where", "decides", "needs", *STRUCTURES, "not beside", "paper"]
     return markdown(header, [row(name) for name in methods()], left=len(header))
 
 
@@ -30,7 +30,8 @@ def row(name: str) -> list[str]:
     uses = [", ".join(kinds(made, structure)) or "-" for structure in STRUCTURES]
     beside = ", ".join(f"`{other}`" for other in methods() if clashes(made, sample(other))) or "-"
     link = f"[`{name}`](../plugins/{_folder(made)}/README.md)"
-    return [link, ", ".join(f"`{one}`" for one in where), decides(made), *uses, beside, made.paper or "-"]
+    places = ", ".join(f"`{one}`" for one in where)
+    return [link, places, decides(made), ", ".join(needs(made)) or "-", *uses, beside, made.paper or "-"]
 
 
 def _folder(made: Policy) -> str:

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import CachekitError, PolicyError, SiteError, answered
+from cachekit.errors import CachekitError, PolicyError, SiteError, answered, source_of
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
-from cachekit.interface.parts import Schedule, StandIn, Where
+from cachekit.interface.parts import Schedule, StandIn, Where, credited
 from cachekit.interface.policy import Policy
 from cachekit.interface.presets import Preset
 from cachekit.interface.sites import Region, Site, SiteMap, Target
@@ -153,11 +153,14 @@ def bind(policy: Policy, denoiser: str, sites: SiteMap) -> list[Assignment]:
 def _found(policy: Policy, where: Where, sites: SiteMap) -> Sequence[Target]:
     """Ask a place for its targets, and check the answer."""
     try:
-        targets = answered(lambda: f"{policy}: find of {where}", where.find, sites)
+        targets = answered(lambda: f"{policy}{source_of(policy)}: find of {credited(where, policy)}", where.find, sites)
     except SiteError as error:
         raise SiteError(f"{policy}: {error}") from None
     if not isinstance(targets, (list, tuple)) or not all(isinstance(target, (Site, Region)) for target in targets):
-        raise PolicyError(f"{policy}: find of {where} returned {targets!r}; return a list of sites and regions")
+        place = credited(where, policy)
+        raise PolicyError(
+            f"{policy}{source_of(policy)}: find of {place} returned {targets!r}; return a list of sites and regions"
+        )
     return targets
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from typing_extensions import Self
 
-from cachekit.errors import SpecError, reason_of
+from cachekit.errors import SpecError, reason_of, source_of
 from cachekit.interface.moment import Action, History, Moment, Open, Streams, Time
 from cachekit.interface.sites import SiteMap, Target
 from cachekit.interface.variables import refuse_fields, refuse_variables
@@ -92,6 +92,22 @@ class Part(BaseModel):
             value = getattr(self, key)
             if described.is_required() or value != described.get_default(call_default_factory=True):
                 yield key, value
+
+
+def credited(part: Part, policy: Part) -> str:
+    """Write a part of a policy for an error, with the distributions that the policy itself doesn't come from."""
+    sources = dict.fromkeys(source_of(one) for one in (part, *inner_parts(part)))
+    return f"{part}{' and'.join(source for source in sources if source not in ('', source_of(policy)))}"
+
+
+def inner_parts(part: Part) -> Iterator[Part]:
+    """Yield the parts that a part's fields hold, and those that they hold."""
+    for key in type(part).model_fields:
+        value = getattr(part, key)
+        for one in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(one, Part):
+                yield one
+                yield from inner_parts(one)
 
 
 class Where(Part):

@@ -69,11 +69,13 @@ class Policy(Part):
         except SpecError as error:  # of a part, which has no part in the spec
             raise SpecError(f"{self}{source_of(self)}: choices: {error}") from error
         if not isinstance(choices, Mapping) or not (choices or self.observes):
-            raise PolicyError(f"{self}: choices returned {choices!r}; return at least one Choice, by name")
+            raise PolicyError(
+                f"{self}{source_of(self)}: choices returned {choices!r}; return at least one Choice, by name"
+            )
         for name, choice in choices.items():
             reason = choice.misfit() if isinstance(choice, Choice) else f"is {choice!r}; make it a Choice"
             if reason:
-                raise PolicyError(f"{self}: the choice {name!r} {reason}")
+                raise PolicyError(f"{self}{source_of(self)}: the choice {name!r} {reason}")
         return choices
 
     @property

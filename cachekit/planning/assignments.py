@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cachekit.errors import ConflictError, PolicyError, SiteError, source_of
 from cachekit.interface.moment import Moment
-from cachekit.interface.parts import Choice, Part
+from cachekit.interface.parts import Choice, Part, credited
 from cachekit.interface.policy import Policy
 from cachekit.interface.sites import Kind, Site, Target
 
@@ -55,7 +55,10 @@ class Assignment:
         found = self.choice.where.stays(layout)
         if found not in layout.order:
             named = " or ".join(map(repr, layout.order))
-            raise PolicyError(f"{self.policy}: stays of {self.choice.where} returned {found!r}; return {named}")
+            place = credited(self.choice.where, self.policy)
+            raise PolicyError(
+                f"{self.policy}{source_of(self.policy)}: stays of {place} returned {found!r}; return {named}"
+            )
         return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
@@ -64,12 +67,13 @@ class Assignment:
 
 
 def origin(bound: Assignment, method: str, at: Moment, part: Part | None = None) -> str:
-    """Name the policy and its distribution, the method of a part of it, the target and the step.
+    """Name the policy, the method of a part of it and the distributions of both, the target and the step.
 
     `part` is needed for methods that schedules and stand-ins share.
     """
     owner = part or (bound.choice.what if method in ("predict", "amend", "watch") else bound.choice.when)
-    return f"{bound.policy}{source_of(bound.policy)}: {method} of {owner} for {bound.target.name!r} at step {at.step}"
+    named = credited(owner, bound.policy)
+    return f"{bound.policy}{source_of(bound.policy)}: {method} of {named} for {bound.target.name!r} at step {at.step}"
 
 
 def assign(chosen: Iterable[Assignment]) -> tuple[Assignment, ...]:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cachekit.errors import PolicyError, SiteError
+from cachekit.errors import PolicyError, SiteError, source_of
 from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import OPEN, Action
+from cachekit.interface.parts import credited
 from cachekit.interface.sites import Kind, Region
 from cachekit.planning.assignments import Assignment
 from cachekit.runs.quantities import matching
@@ -72,8 +73,10 @@ class AssignedRole(Role):
         """Raise `PolicyError` where the region is reached before its probe has decided."""
         if call.actions[self.index] is OPEN:
             probe = self.target.probe if isinstance(self.target, Region) else ""
+            place = credited(self.bound.choice.where, self.policy)
             raise PolicyError(
-                f"{self.policy}: probe {probe!r} does not run before {self.target.name!r}; give a module that does"
+                f"{self.policy}{source_of(self.policy)}: probe {probe!r} of {place}"
+                f" does not run before {self.target.name!r}; give a module that does"
             )
 
     def needs(self, call: Call) -> Order:

@@ -14,7 +14,7 @@ import torch
 
 from cachekit.errors import CachekitError
 from cachekit.interface.moment import Entry, Streams, Time
-from cachekit.interface.parts import Part, Schedule, StandIn, Where
+from cachekit.interface.parts import Part, Schedule, StandIn, Where, inner_parts
 from cachekit.interface.policy import Policy
 from cachekit.interface.specs import parse
 from cachekit.parts.standins import Chebyshev, Hermite
@@ -51,7 +51,7 @@ def check_spec_round_trip(subject: Subject) -> None:
 
 def with_words_of(policy: Policy, catalog: Catalog) -> Catalog:
     """Add a policy and the parts in its fields to a catalog, so that neither has to be registered."""
-    parts = list(_inner(policy))
+    parts = list(inner_parts(policy))
     return replace(
         catalog,
         policies={**catalog.policies, policy.name: type(policy)},
@@ -63,15 +63,6 @@ def with_words_of(policy: Policy, catalog: Catalog) -> Catalog:
 
 def _named(parts: Iterable[Part], base: type[_Base]) -> dict[str, type[_Base]]:
     return {part.name: type(part) for part in parts if isinstance(part, base)}
-
-
-def _inner(part: Part) -> Iterator[Part]:
-    for key in type(part).model_fields:
-        value = getattr(part, key)
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(one, Part):
-                yield one
-                yield from _inner(one)
 
 
 def check_names(subject: Subject) -> None:

@@ -422,7 +422,7 @@ class TooLate(FirstBlock):
 def test_a_probe_behind_its_region_is_an_error_of_the_first_call():
     pipe = ToyPipeline()
     plain = pipe()
-    line = r"^too_late: probe 'blocks.3' does not run before 'blocks.0..blocks.2'"
+    line = r"^too_late: probe 'blocks.3' of behind does not run before 'blocks.0..blocks.2'"
     with cachekit.apply(pipe, TooLate(), catalog=CATALOG), pytest.raises(PolicyError, match=line):
         pipe()
     assert torch.equal(pipe(), plain)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -25,11 +26,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 shared = tiny.sharing(MAKERS)
 plain = tiny.uncached(shared, steps=STEPS)
+#: One branch, whose calls diffusers takes for those of a model with distilled guidance.
+UNGUIDED = {"guidance": 1.0}
+plain_unguided = tiny.uncached(shared, steps=STEPS, **UNGUIDED)
 
 
-def cached(name: str, spec: str) -> tuple[torch.Tensor, Any]:
+def cached(name: str, spec: str, **run: Any) -> tuple[torch.Tensor, Any]:
     with cachekit.apply(shared(name), spec) as attachment:
-        return tiny.latents(shared(name), steps=STEPS), attachment.report()
+        return tiny.latents(shared(name), steps=STEPS, **run), attachment.report()
 
 
 def timestep_of(pipe: Any) -> Callable[[], float]:
@@ -38,34 +42,38 @@ def timestep_of(pipe: Any) -> Callable[[], float]:
     return lambda: float(pipe.scheduler.timesteps[now["step"]])
 
 
-def published(name: str, **changes: Any) -> torch.Tensor:
+def published(name: str, run: Mapping[str, Any] = MappingProxyType({}), **changes: Any) -> torch.Tensor:
     """Run with diffusers' own on a pipeline of its own."""
     pipe = MAKERS[name]()
     given = {"tensor_format": "BCHW", "current_timestep_callback": timestep_of(pipe)}
     apply_faster_cache(pipe.transformer, FasterCacheConfig(**{**given, **changes}))
-    return tiny.latents(pipe, steps=STEPS)
+    return tiny.latents(pipe, steps=STEPS, **run)
 
 
 # -- diffusers' own --------------------------------------------------------------------------------------------
 
 
-@compared("fastercache", "diffusers: attention", ["flux"], ROUNDING)
-@pytest.mark.parametrize("weight", [0.5, 0.3])
-def test_attention_is_that_of_diffusers_until_it_extrapolates_from_what_it_extrapolated(weight: float) -> None:
+@compared("fastercache", "diffusers: attention", "name", ROUNDING)
+@pytest.mark.parametrize(
+    ("name", "weight"), [("flux", 0.5), ("flux", 0.3), ("pixart", 0.5), ("sd3", 0.3), ("wan", 0.5)]
+)
+def test_attention_is_that_of_diffusers_until_it_extrapolates_from_what_it_extrapolated(
+    name: str, weight: float
+) -> None:
     """The window holds one skipped step."""
-    pipe = shared("flux")
-    tiny.latents(pipe, steps=STEPS)
-    times = pipe.scheduler.timesteps.tolist()
+    plain_unguided(name)
+    times = shared(name).scheduler.timesteps.tolist()
     high = times[-2] + 1
     theirs = published(
-        "flux",
+        name,
+        UNGUIDED,
         is_guidance_distilled=True,
         spatial_attention_timestep_skip_range=(-1, high),
         attention_weight_callback=lambda _: weight,
     )
-    found, report = cached("flux", f"fastercache:weight={weight},high={high},guidance_interval=1000")
+    found, report = cached(name, f"fastercache:weight={weight},high={high},guidance_interval=1000", **UNGUIDED)
     torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(found, plain("flux"))
+    assert not torch.allclose(found, plain_unguided(name), rtol=1e-6, atol=1e-6)
     assert {count.reused // count.targets for count in report.counts if count.kind != "guidance"} == {1}
 
 
@@ -96,9 +104,16 @@ def test_guidance_is_that_of_diffusers_up_to_rounding(interval: int, gain: float
     assert count.reused > 0
 
 
-def test_guidance_of_diffusers_fails_where_the_text_is_pooled_too() -> None:
-    with pytest.raises(RuntimeError, match="must match the size of tensor b"):
-        published_guidance("sd3", interval=5, gain=1.0)
+@pytest.mark.parametrize(
+    ("name", "error", "line"),
+    [
+        ("sd3", RuntimeError, "must match the size of tensor b"),  # the text is pooled too
+        ("wan", IndexError, "tuple index out of range"),  # a call has one branch, and no half to leave out
+    ],
+)
+def test_guidance_of_diffusers_fails_on_others(name: str, error: type[Exception], line: str) -> None:
+    with pytest.raises(error, match=line):
+        published_guidance(name, interval=5, gain=1.0)
 
 
 # -- a replay by hand ------------------------------------------------------------------------------------------

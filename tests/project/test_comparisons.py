@@ -16,7 +16,7 @@ load_benchmarks()
 compared, of_methods = (importlib.import_module(f"benchmarks.{name}") for name in ("compared", "methods"))
 
 #: What a test of each exactness calls.
-CALLS = {BIT: ("torch.equal",), ROUNDING: ("allclose", "assert_close")}
+CALLS = {BIT: {"equal"}, ROUNDING: {"allclose", "assert_allclose", "assert_close"}}
 
 
 @functools.cache
@@ -71,7 +71,50 @@ def test_a_test_does_what_its_mark_says(one: Any) -> None:
     for name in one.on:
         assert f"'{name}'" in text or f"tiny.{name}" in text or f"{name}." in text, name
     if one.exactly in CALLS:
-        assert any(call in text for call in CALLS[one.exactly])
+        assert misses(text, one.exactly) == ""
+
+
+def asserted(text: str) -> set[str]:
+    """The comparisons of tensors that a text calls, without those that are negated."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(text)]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            continue
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            found.add(node.func.attr)
+        nodes += ast.iter_child_nodes(node)
+    return found & set().union(*CALLS.values())
+
+
+def misses(text: str, exactly: str) -> str:
+    """What a test lacks, or has too much, for what its mark says; "" if nothing."""
+    found = asserted(text)
+    if not found & CALLS[exactly]:
+        return f"compares nothing {exactly}"
+    near = sorted(found & CALLS[ROUNDING]) if exactly == BIT else []
+    return f"compares {', '.join(near)}, not {exactly}" if near else ""
+
+
+UNDONE = "assert torch.equal(undone, plain)"
+UNLIKE = "assert not torch.allclose(found, plain)"
+NEAR = "torch.testing.assert_close(found, wanted)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "exactly", "missed"),
+    [
+        ((UNLIKE, UNDONE), BIT, ""),
+        ((NEAR, UNDONE), BIT, "compares assert_close, not to the bit"),
+        ((UNLIKE, "assert not torch.equal(found, plain)"), BIT, "compares nothing to the bit"),
+        ((NEAR, UNDONE), ROUNDING, ""),
+        (("assert torch.allclose(found, wanted)", UNLIKE), ROUNDING, ""),
+        ((UNLIKE, UNDONE), ROUNDING, "compares nothing within rounding"),
+    ],
+)
+def test_comparisons_that_are_negated_prove_nothing(lines: tuple[str, ...], exactly: str, missed: str) -> None:
+    assert misses("\n".join(lines), exactly) == missed
 
 
 def test_every_method_is_compared_with_something() -> None:

@@ -148,6 +148,7 @@ ON_FLUX = {
         where=WholeDenoiser(), when=guide["Wandering"](threshold=9), what=Reuse(of="residual")
     ),
     "WhereItChangesPolicy": lambda guide, cache: guide["WhereItChangesPolicy"](limit=9),
+    "Deep": lambda guide, cache: cache(where=guide["Deep"](part="single_transformer_blocks")),
 }
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -18,8 +19,14 @@ from cachekit.registry.catalog import DISABLE, Catalog, installed
 STEPS = 9
 #: A plugin with a policy of one choice, whose lines the mistakes replace.
 SOURCE = """
+from dataclasses import replace
 from typing import ClassVar
-from cachekit import Choice, Every, Policy, Reuse, Schedule, Sites, hookimpl
+from cachekit import Accumulating, Choice, Every, Guidance, Policy, Reuse, Schedule, Sites, hookimpl
+
+
+class Here(Sites):
+    def find(self, sites):
+        return super().find(sites)
 
 
 class Late(Every):
@@ -36,7 +43,7 @@ class {Name}(Policy):
     name: ClassVar[str] = "{name}"
 
     def choices(self):
-        return {{"layers": Choice(Sites(kinds="feed_forward"), Late(n=2), Latest())}}
+        return {{"layers": Choice(Here(kinds="feed_forward"), Late(n=2), Latest())}}
 
 
 @hookimpl
@@ -52,25 +59,64 @@ LEFT_OUT = {
     "twice": ("register(Wrong)", "[register(Wrong) for _ in '12']", "policy 'wrong' is registered twice; rename one"),
     "taken": ('"wrong"', '"tgate"', "policy 'tgate' ships with cachekit; choose another name"),
 }
-LATE = "wrong of dist-wrong: {} for 'transformer_blocks.0.ff' at step 7 "
+WRONG = "wrong of dist-wrong: "
+AT_7 = " for 'transformer_blocks.0.ff' at step 7 "
 FULL, PREDICT = "return super().full(at)", "return super().predict(history, at, given)"
-#: Those that show in use.
+FIND, HOOK = "return super().find(sites)", "@hookimpl"
+LATE = "class Late(Every):"
+#: What makes `late` a word of specs, and wrong in step 7.
+WORD = {
+    FULL: "return {}[at.step] if at.step == 7 else super().full(at)",
+    LATE: f'{LATE}\n    name = "late"\n',
+    HOOK: f"{HOOK}\ndef cachekit_register_schedules(register):\n    register(Late)\n\n\n{HOOK}",
+}
+#: Those that show in use: what is replaced, and the error, which begins with the spec.
 IN_USE = {
-    "kind": (
-        '"feed_forward"',
-        '"feed_forwards"',
-        "wrong of dist-wrong: choices: Sites: kinds=feed_forwards: unknown kind",
+    "kind": ({'"feed_forward"': '"feed_forwards"'}, WRONG + "choices: Here: kinds=feed_forwards: unknown kind"),
+    "choices": ({"return {": "return None and {"}, WRONG + "choices returned None; return at least one Choice"),
+    "choice": ({"Choice(Here": "(Here"}, WRONG + "the choice 'layers' is (Here("),
+    "find": ({FIND: "return sites[0]"}, WRONG + "find of feed_forward raised TypeError: 'SiteMap' object"),
+    "found": ({FIND: "return None"}, WRONG + "find of feed_forward returned None; return a list of sites"),
+    "chosen": (
+        {FIND: "return [replace(super().find(sites)[0], name='no.module')]"},
+        WRONG + "find of feed_forward chose 'no.module', a module that PixArtTransformer2DModel doesn't have",
     ),
-    "raises": (FULL, "return 7 % (7 - at.step) == 0", LATE.format("action of every") + "raised ZeroDivisionError: "),
+    "stays": (
+        {FIND: "return Guidance().find(sites)\n\n    def stays(self, layout):\n        return 'both'"},
+        WRONG + "stays of feed_forward returned 'both'; return 'uncond' or 'cond'",
+    ),
+    "probe": (
+        {
+            FIND: "return [replace(sites.span(0, 1), probe='transformer_blocks.0.ff')]",
+            "Late(n=2)": "Accumulating(threshold=0.1)",
+        },
+        WRONG + "probe 'transformer_blocks.0.ff' of feed_forward does not run before 'transformer_blocks.0",
+    ),
+    "observe": (
+        {"def choices": "def observe(self, seen, memory):\n        memory['no']\n\n    def choices"},
+        WRONG + "observe at step 0 raised KeyError: 'no'",
+    ),
+    "raises": (
+        {FULL: "return 7 % (7 - at.step) == 0"},
+        WRONG + f"action of every{AT_7}raised ZeroDivisionError: ",
+    ),
     "full": (
-        FULL,
-        "return 'x' if at.step == 7 else at.step == 0",
-        LATE.format("action of every") + "raised TypeError: full",
+        {FULL: "return 'x' if at.step == 7 else at.step == 0"},
+        WRONG + f"action of every{AT_7}raised TypeError: full",
     ),
     "bare": (
-        PREDICT,
-        "return history[0].tensors[0] if at.step == 7 else history[0].tensors",
-        LATE.format("predict of reuse") + "returned a Tensor; return a tuple of 1 tensors",
+        {PREDICT: "return history[0].tensors[0] if at.step == 7 else history[0].tensors"},
+        WRONG + f"predict of reuse{AT_7}returned a Tensor; return a tuple of 1 tensors",
+    ),
+    "word": (
+        WORD,
+        "cache:where=feed_forward,when=late of cachekit-diffusion:"
+        f" action of late of dist-wrong{AT_7}raised KeyError: 7",
+    ),
+    "inner word": (
+        WORD,
+        "cache:where=feed_forward,when=window(high=2000.0,when=late) of cachekit-diffusion:"
+        f" action of window(high=2000.0,when=late) of dist-wrong{AT_7}raised KeyError: 7",
     ),
 }
 
@@ -80,11 +126,13 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     """A function that installs a plugin as a distribution `dist-NAME`, and then lists what is installed."""
     monkeypatch.syspath_prepend(tmp_path)
 
-    def make(name: str, old: str = "", new: str = "") -> Catalog:
+    def make(name: str, changes: Mapping[str, str] = MappingProxyType({})) -> Catalog:
         module = f"installed_{name}_{tmp_path.name}".replace("-", "_")
         source = SOURCE.format(name=name, Name=name.capitalize())
-        assert old in source
-        (tmp_path / f"{module}.py").write_text(source.replace(old, new) if old else source)
+        for old, new in changes.items():
+            assert old in source
+            source = source.replace(old, new)
+        (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"dist_{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: dist-{name}\nVersion: 1.0\n")
@@ -115,7 +163,7 @@ def test_a_plugin_that_cannot_be_loaded_is_a_warning(install: Callable[..., Cata
     install("right")
     old, new, reason = LEFT_OUT[mistake]
     with pytest.warns(PluginWarning) as caught:
-        catalog = install("wrong", old, new)
+        catalog = install("wrong", {old: new})
     (line,) = (str(one.message) for one in caught)
     assert line.startswith("plugin 'wrong' of dist-wrong failed to load: ")
     assert line.endswith(f"(fix or uninstall it, or set {DISABLE}=wrong)")
@@ -127,16 +175,16 @@ def test_a_plugin_that_cannot_be_loaded_is_a_warning(install: Callable[..., Cata
 
 @pytest.mark.parametrize("mistake", IN_USE)
 def test_nonsense_in_use_is_an_error(install: Callable[..., Catalog], mistake: str) -> None:
-    old, new, reason = IN_USE[mistake]
+    changes, line = IN_USE[mistake]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         install("right")
-        install("wrong", old, new)
+        install("wrong", changes)
     pipe = shared("pixart")
     with tiny.leaves_no_trace(pipe), pytest.raises(SpecError if mistake == "kind" else PolicyError) as caught:  # noqa: SIM117
-        with cachekit.apply(pipe, "wrong"):
+        with cachekit.apply(pipe, line.split(" of ")[0]):
             tiny.latents(pipe, steps=STEPS)
-    assert str(caught.value).startswith(reason)
+    assert str(caught.value).startswith(line)
     assert "\n" not in str(caught.value)
     assert others_work()
 
@@ -145,7 +193,7 @@ def test_a_name_that_two_distributions_take(install: Callable[..., Catalog]) -> 
     install("right")
     install("wrong")
     with pytest.warns(PluginWarning) as caught:
-        install("other", '"other"', '"wrong"')
+        install("other", {'"other"': '"wrong"'})
     line = "policy 'wrong' is registered by plugin 'other' of dist-other and by plugin 'wrong' of dist-wrong; uninstall"
     assert [str(one.message) for one in caught] == [f"{line} one or set {DISABLE}=wrong"]
     with pytest.raises(CachekitError, match=f"^spec 'wrong': {line}"):

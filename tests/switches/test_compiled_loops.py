@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import tiny
-from support.compiling import Graphs, Way, blocks, counts, draw, eager, graphs, in_place, module, pixart
+from support import block_replays, tiny
+from support.compiling import STEPS, Graphs, Way, blocks, counts, draw, eager, flux, graphs, in_place, module, pixart
 from support.policies import FirstBlock
 
 import cachekit
@@ -33,6 +34,23 @@ def test_compiled_blocks_need_no_further_graph_for_what_happens_between_them(spe
         assert counts(attachment) == counted
     # The first block's input lies otherwise in memory; `tgate` has two modes within the first, which always runs.
     assert graphs.count <= (2 if len(specs) == 1 else 6)
+
+
+def test_weights_measured_on_the_model_serve_the_compiled_one(graphs: Graphs, tmp_path: Path) -> None:
+    """The steps that are left out need no graph: those that run have the one of a run without policies."""
+    pipe = flux()
+    plain = draw(pipe)
+    path = tmp_path / "weights.json"
+    block_replays.measured(pipe, "calibrated:interval=2", STEPS).save(path)
+    spec = f"calibrated:file={path}"
+    expected, counted = eager(pipe, spec)
+    assert not torch.equal(expected, plain)
+    in_place(pipe, backend=graphs, fullgraph=True)
+    with cachekit.apply(pipe, spec) as attachment:
+        assert torch.equal(draw(pipe), expected)
+        assert counts(attachment) == counted == [(0, 3, 2, 0)]
+    assert torch.equal(draw(pipe), plain)
+    assert graphs.count == 1
 
 
 def test_one_graph_of_the_whole_holds_a_forecast(graphs: Graphs) -> None:

@@ -107,7 +107,7 @@ def test_the_example(check):
     "spec", [*SHIPPED, *[spec for spec in MEASURED if name_of(spec) != "calibrated"], EXAMPLE], ids=str
 )
 def test_compiled(spec, measured):
-    """Weights can't be measured with the schedulers of the models that are compiled; `forecast` leaves out the same."""
+    """Weights can't be measured with the schedulers of the models that are compiled: see `tests/switches`."""
     model = "sd" if name_of(str(spec)) in OF_UNETS else "pixart"
     (result,) = check_policy(measured(spec, model), models=[model], checks=["check_compiled"])
     assert result.outcome is Outcome.PASSED, str(result)

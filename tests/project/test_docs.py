@@ -10,6 +10,7 @@ import itertools
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -46,14 +47,15 @@ def without_comments(text):
 
 
 #: A block of code, with the reason why it isn't run, or with options that make it short: of two, the last one counts.
-BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n|<!-- run with: ([^\n]+) -->\n)?```%s\n(.*?)^```"
+#: Those in lists are indented.
+BLOCK = r"^ *(?:<!-- not run: ([^\n]+) -->\n *|<!-- run with: ([^\n]+) -->\n *)?```%s\n(.*?)^ *```"
 
 
 def found(path, language):
     """Yield the line, the reason for not being run, the options and the text of each block of a document."""
     text = path.read_text()
     for block in re.finditer(BLOCK % language, text, flags=re.DOTALL | re.MULTILINE):
-        yield text[: block.start(3)].count("\n"), block[1], block[2] or "", block[3]
+        yield text[: block.start(3)].count("\n"), block[1], block[2] or "", textwrap.dedent(block[3])
 
 
 def blocks(path):
@@ -242,7 +244,7 @@ def test_every_policy_is_listed(document):
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_relative_links_lead_somewhere(path):
-    text = re.sub(r"^```.*?^```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *```.*?^ *```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", text):
         if target and "://" not in target:
             assert (path.parent / target).exists(), target
@@ -277,7 +279,7 @@ def test_specs_with_brackets_are_found():
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_specs_with_brackets_are_quoted_for_the_shell(path):
-    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+    for _, _, _, block in found(path, "console"):
         unquoted = re.sub(r"\"[^\"]*\"|'[^']*'", "", block)
         assert not re.search(r"\w=\w*\(", unquoted), block
 

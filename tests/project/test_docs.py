@@ -28,6 +28,7 @@ from cachekit.interface.moment import Moment
 from cachekit.interface.parts import word
 from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
+from cachekit.models.demo.scenes import heldout_captions
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
 from cachekit.testing import MODELS, Outcome, check_policy
@@ -107,14 +108,38 @@ def commands_in(path):
             yield line, reason, options
 
 
+#: What commands name as a reader's own: a model, files of prompts, a policy.
+MODELS_OF_READERS = ("./my-pipeline", "path/to/pipeline", "MODEL")
+FILES_OF_READERS = ("prompts.txt", "captions.txt", "others.txt")
+POLICY_OF_READERS = "NAME"
+
+
+def with_files(folder):
+    """Write the files of a reader, with different captions in each."""
+    for seed, name in enumerate(FILES_OF_READERS):
+        (folder / name).write_text("".join(f"{caption}\n" for caption in heldout_captions(2, seed)))
+
+
+def runnable(line, options):
+    """Put what ships in place of a reader's own, and options last; a word before them is a model other than demo."""
+    words, model = shlex.split(options), "demo"
+    if words and not words[0].startswith("-"):
+        model = words.pop(0)
+    stand_ins = {**dict.fromkeys(MODELS_OF_READERS, model), POLICY_OF_READERS: "deepcache"}
+    program, *given = shlex.split(line)
+    assert program == "cachekit", f"{line} can't be run: say why not"
+    return [*(stand_ins.get(word, word) for word in given), *words]
+
+
 @pytest.mark.parametrize("path", [path for path in PAGES if any(commands_in(path))], ids=short)
 def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with_files(tmp_path)
     for line, reason, options in commands_in(path):
         if line.startswith("cachekit "):
             commands.parsed(line)
         if reason is None:
-            commands.printed(*shlex.split(f"{line.removeprefix('cachekit ')} {options}"))
+            commands.printed(*runnable(line, options))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=short)

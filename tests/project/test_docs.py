@@ -32,6 +32,12 @@ from cachekit.models.demo.scenes import heldout_captions
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
 from cachekit.testing import MODELS, Outcome, check_policy
+from cachekit.tools.batch.rows import Defaults, read_rows, tasks_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -149,6 +155,25 @@ def test_blocks_are_of_languages_that_are_run(path):
     assert {*fences[1::2]} <= {""}
     for _, reason, _, text in found(path, "python"):
         assert reason is None or compile(text, path.name, "exec")
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(found(path, "json"))], ids=short)
+def test_rows_of_prompts_in_the_documents_can_be_read(path, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    for _, _, _, text in found(path, "json"):
+        source.write_text(text)
+        rows = read_rows(str(source))
+        tasks, refused = tasks_of(rows, Defaults(), identity=None)
+        assert (rows.problem_lines(refused), len(tasks)) == ([], len(text.splitlines()))
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(found(path, "toml"))], ids=short)
+def test_lines_of_projects_in_the_documents_are_those_of_the_example(path):
+    example = tomllib.loads((ROOT / "examples" / "cachekit-pyramid-lite" / "pyproject.toml").read_text())["project"]
+    for _, _, _, text in found(path, "toml"):
+        lines = tomllib.loads(text)
+        for key, value in lines.get("project", lines).items():
+            assert value == example[key], key
 
 
 def test_readme_and_guide_have_code():

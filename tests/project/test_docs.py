@@ -148,6 +148,25 @@ def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
             commands.printed(*runnable(line, options))
 
 
+def commands_within(path):
+    """Yield each command with options that stands within backticks in the text of a document."""
+    text = re.sub(r"^ *```.*?^ *```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", text):
+        line = " ".join(code.split())
+        if re.match(r"cachekit [a-z].* --[a-z]", line):
+            yield line
+
+
+#: Those whose commands are whole; the list of changes leaves out what is not new.
+WHOLE = [path for path in PAGES if path.name != "CHANGELOG.md" and any(commands_within(path))]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=short)
+def test_commands_within_the_text_parse(path):
+    for line in commands_within(path):
+        commands.parsed(line)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_blocks_are_of_languages_that_are_run(path):
     fences = re.findall(r"^ *```(.*)$", path.read_text(), re.MULTILINE)

@@ -387,8 +387,12 @@ def test_no_figure_in_the_documents_is_stale(monkeypatch):
     importlib.import_module("benchmarks.readme").main()
 
 
-#: Rooms of the source whose errors any user of policies may meet.
-ROOMS = ("applying.py", "attaching", "costs", "driving", "runs", "tools/clusters.py", "upstream")
+#: Rooms of the source whose errors users of policies or of the command line may meet.
+ROOMS = (
+    *("applying.py", "attaching", "cli", "costs", "driving", "models", "runs", "upstream"),
+    *("tools/analysis", "tools/app", "tools/batch", "tools/bench", "tools/calibrating", "tools/tuning"),
+    *("tools/clusters.py", "tools/teams.py", "tools/workers.py"),
+)
 
 
 def met_by_users():

@@ -147,8 +147,8 @@ def _texts(node: ast.expr) -> Iterator[str]:
     if isinstance(node, ast.IfExp):
         yield from _texts(node.body)
         yield from _texts(node.orelse)
-    elif isinstance(node, (ast.List, ast.ListComp, ast.GeneratorExp)):
-        inside = node.elts if isinstance(node, ast.List) else [node.elt]
+    elif isinstance(node, (ast.List, ast.Tuple, ast.ListComp, ast.GeneratorExp)):
+        inside = node.elts if isinstance(node, (ast.List, ast.Tuple)) else [node.elt]
         for item in inside:
             yield from _texts(item)
     elif isinstance(node, (ast.JoinedStr, ast.Constant)) or (

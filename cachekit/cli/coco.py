@@ -81,7 +81,7 @@ def _chosen(
 
     setting, captions = settings.setting(model, SCORES), settings.read_captions()
     if not setting.metrics:
-        raise CachekitError("cachekit bench coco needs a metric: --metric fid=FILE or --metric clip=FOLDER")
+        raise CachekitError("bench coco needs a metric: --metric fid=FILE or --metric clip=FOLDER")
     return Coco(
         setting=setting,
         captions=captions,

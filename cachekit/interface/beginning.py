@@ -20,6 +20,12 @@ class Beginning(NamedTuple):
     choice's own. `sample` is the shape of what the denoiser receives, `(branches * batch, channels, ...)`. `guided` is
     whether the run is known to have several branches; where only its second call would show that, it is False.
     `branches` are those that run in each step by the plan; a decision in the run, or the pipeline, may still end some.
+
+        class Damped(StandIn):
+            def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
+                if run.steps != len(WEIGHTS):
+                    raise CalibrationError(f"damped has weights for {len(WEIGHTS)} steps, not for {run.steps}")
+                shared["weights"] = WEIGHTS
     """
 
     denoiser: Any

@@ -16,13 +16,8 @@ _SILENT = ("StableDiffusionPanoramaPipeline",)
 _THIRD_BRANCH = ("image_guidance_scale", "sld_guidance_scale")
 #: Properties of a pipeline that its batch depends on, and that may change from step to step.
 _STATE = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
-_MASKS = "its masks are made of every step's attention; set use_cross_attn_mask and use_intersect_mask to False"
-#: Arguments with which a pipeline reads the attention of every step, and the remedy for each.
-_READ_ATTENTION = {
-    "sag_scale": "self-attention guidance reads the attention of every step; set sag_scale=0",
-    "use_cross_attn_mask": _MASKS,
-    "use_intersect_mask": _MASKS,
-}
+#: Arguments that make masks of the attention of every step.
+_MASKS = ("use_cross_attn_mask", "use_intersect_mask")
 
 
 def is_guided(pipe: Any, arguments: Mapping[str, Any], denoiser: nn.Module, context: str | None) -> bool | None:
@@ -95,7 +90,11 @@ def put_processors_back(denoiser: nn.Module, processors: Mapping[str, Any]) -> N
 
 def reads_attention(arguments: Mapping[str, Any]) -> str:
     """Why a pipeline call with these arguments reads the attention of every step, with the remedy, or ""."""
-    return next((reason for name, reason in _READ_ATTENTION.items() if (arguments.get(name) or 0) > 0), "")
+    if (arguments.get("sag_scale") or 0) > 0:
+        return "self-attention guidance reads the attention of every step; set sag_scale=0"
+    if any(arguments.get(name) for name in _MASKS):
+        return "its masks are made of every step's attention; set use_cross_attn_mask and use_intersect_mask to False"
+    return ""
 
 
 def _embeds_scale(denoiser: nn.Module) -> bool:

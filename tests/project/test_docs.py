@@ -10,6 +10,7 @@ import itertools
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,16 @@ from cachekit.interface.moment import Moment
 from cachekit.interface.parts import word
 from cachekit.interface.policy import PARTS
 from cachekit.interface.specs import parse
+from cachekit.models.demo.scenes import heldout_captions
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
 from cachekit.testing import MODELS, Outcome, check_policy
+from cachekit.tools.batch.rows import Defaults, read_rows, tasks_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[2]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,14 +54,15 @@ def without_comments(text):
 
 
 #: A block of code, with the reason why it isn't run, or with options that make it short: of two, the last one counts.
-BLOCK = r"^(?:<!-- not run: ([^\n]+) -->\n|<!-- run with: ([^\n]+) -->\n)?```%s\n(.*?)^```"
+#: Those in lists are indented.
+BLOCK = r"^ *(?:<!-- not run: ([^\n]+) -->\n *|<!-- run with: ([^\n]+) -->\n *)?```%s\n(.*?)^ *```"
 
 
 def found(path, language):
     """Yield the line, the reason for not being run, the options and the text of each block of a document."""
     text = path.read_text()
     for block in re.finditer(BLOCK % language, text, flags=re.DOTALL | re.MULTILINE):
-        yield text[: block.start(3)].count("\n"), block[1], block[2] or "", block[3]
+        yield text[: block.start(3)].count("\n"), block[1], block[2] or "", textwrap.dedent(block[3])
 
 
 def blocks(path):
@@ -105,14 +114,57 @@ def commands_in(path):
             yield line, reason, options
 
 
+#: What commands name as a reader's own: a model, files of prompts, a policy.
+MODELS_OF_READERS = ("./my-pipeline", "path/to/pipeline", "MODEL")
+FILES_OF_READERS = ("prompts.txt", "captions.txt", "others.txt")
+POLICY_OF_READERS = "NAME"
+
+
+def with_files(folder):
+    """Write the files of a reader, with different captions in each."""
+    for seed, name in enumerate(FILES_OF_READERS):
+        (folder / name).write_text("".join(f"{caption}\n" for caption in heldout_captions(2, seed)))
+
+
+def runnable(line, options):
+    """Put what ships in place of a reader's own, and options last; a word before them is a model other than demo."""
+    words, model = shlex.split(options), "demo"
+    if words and not words[0].startswith("-"):
+        model = words.pop(0)
+    stand_ins = {**dict.fromkeys(MODELS_OF_READERS, model), POLICY_OF_READERS: "deepcache"}
+    program, *given = shlex.split(line)
+    assert program == "cachekit", f"{line} can't be run: say why not"
+    return [*(stand_ins.get(word, word) for word in given), *words]
+
+
 @pytest.mark.parametrize("path", [path for path in PAGES if any(commands_in(path))], ids=short)
 def test_commands_in_the_documents_work(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with_files(tmp_path)
     for line, reason, options in commands_in(path):
         if line.startswith("cachekit "):
             commands.parsed(line)
         if reason is None:
-            commands.printed(*shlex.split(f"{line.removeprefix('cachekit ')} {options}"))
+            commands.printed(*runnable(line, options))
+
+
+def commands_within(path):
+    """Yield each command with options that stands within backticks in the text of a document."""
+    text = re.sub(r"^ *```.*?^ *```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
+    for code in re.findall(r"`([^`]+)`", text):
+        line = " ".join(code.split())
+        if re.match(r"cachekit [a-z].* --[a-z]", line):
+            yield line
+
+
+#: Those whose commands are whole; the list of changes leaves out what is not new.
+WHOLE = [path for path in PAGES if path.name != "CHANGELOG.md" and any(commands_within(path))]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=short)
+def test_commands_within_the_text_parse(path):
+    for line in commands_within(path):
+        commands.parsed(line)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
@@ -122,6 +174,25 @@ def test_blocks_are_of_languages_that_are_run(path):
     assert {*fences[1::2]} <= {""}
     for _, reason, _, text in found(path, "python"):
         assert reason is None or compile(text, path.name, "exec")
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(found(path, "json"))], ids=short)
+def test_rows_of_prompts_in_the_documents_can_be_read(path, tmp_path):
+    source = tmp_path / "rows.jsonl"
+    for _, _, _, text in found(path, "json"):
+        source.write_text(text)
+        rows = read_rows(str(source))
+        tasks, refused = tasks_of(rows, Defaults(), identity=None)
+        assert (rows.problem_lines(refused), len(tasks)) == ([], len(text.splitlines()))
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if any(found(path, "toml"))], ids=short)
+def test_lines_of_projects_in_the_documents_are_those_of_the_example(path):
+    example = tomllib.loads((ROOT / "examples" / "cachekit-pyramid-lite" / "pyproject.toml").read_text())["project"]
+    for _, _, _, text in found(path, "toml"):
+        lines = tomllib.loads(text)
+        for key, value in lines.get("project", lines).items():
+            assert value == example[key], key
 
 
 def test_readme_and_guide_have_code():
@@ -243,7 +314,7 @@ def test_every_policy_is_listed(document):
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_relative_links_lead_somewhere(path):
-    text = re.sub(r"^```.*?^```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^ *```.*?^ *```", "", without_comments(path.read_text()), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", text):
         if target and "://" not in target:
             assert (path.parent / target).exists(), target
@@ -278,7 +349,7 @@ def test_specs_with_brackets_are_found():
 
 @pytest.mark.parametrize("path", PAGES, ids=short)
 def test_specs_with_brackets_are_quoted_for_the_shell(path):
-    for block in re.findall(r"^```console\n(.*?)^```", path.read_text(), flags=re.DOTALL | re.MULTILINE):
+    for _, _, _, block in found(path, "console"):
         unquoted = re.sub(r"\"[^\"]*\"|'[^']*'", "", block)
         assert not re.search(r"\w=\w*\(", unquoted), block
 
@@ -317,8 +388,12 @@ def test_no_figure_in_the_documents_is_stale(monkeypatch):
     importlib.import_module("benchmarks.readme").main()
 
 
-#: Rooms of the source whose errors any user of policies may meet.
-ROOMS = ("applying.py", "attaching", "costs", "driving", "runs", "tools/clusters.py", "upstream")
+#: Rooms of the source whose errors users of policies or of the command line may meet.
+ROOMS = (
+    *("applying.py", "attaching", "cli", "costs", "driving", "models", "runs", "upstream"),
+    *("tools/analysis", "tools/app", "tools/batch", "tools/bench", "tools/calibrating", "tools/tuning"),
+    *("tools/clusters.py", "tools/teams.py", "tools/workers.py"),
+)
 
 
 def met_by_users():

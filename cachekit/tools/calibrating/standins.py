@@ -31,6 +31,11 @@ class Calibrated(StandIn):
     Computed outputs are corrected too: by a weighted sum with themselves in it. `file` is a calibration made by
     `cachekit calibrate`; without one, those that ship are looked through. Where branches share a batch, each has the
     guided output; where each has a call of its own, it has weights of its own.
+
+    >>> Calibrated(file="weights.json")
+    Calibrated(of='output', file='weights.json')
+    >>> str(Calibrated())
+    'calibrated'
     """
 
     name: ClassVar[str] = "calibrated"

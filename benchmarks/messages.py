@@ -13,7 +13,7 @@ from cachekit.tools.bench.tables import markdown
 ROOT = Path(__file__).resolve().parent.parent
 #: Functions whose texts are put into errors and warnings.
 _REASONS = re.compile(
-    r"reads_attention|refus|reason|misfit|caution|warnings|_discarded|_missing_|_layout_of_batch|_of_pipeline|_of_run|_how_to_get|_failed|_warn$"
+    r"reads_attention|refus|reason|misfit|caution|warnings|_discarded|_missing_|_of_pipeline|_of_run|_how_to_get|_failed|_warn$"
 )
 #: Those whose texts are warnings.
 _WARNING = {
@@ -147,8 +147,8 @@ def _texts(node: ast.expr) -> Iterator[str]:
     if isinstance(node, ast.IfExp):
         yield from _texts(node.body)
         yield from _texts(node.orelse)
-    elif isinstance(node, (ast.List, ast.Tuple, ast.ListComp, ast.GeneratorExp)):
-        inside = node.elts if isinstance(node, (ast.List, ast.Tuple)) else [node.elt]
+    elif isinstance(node, (ast.List, ast.ListComp, ast.GeneratorExp)):
+        inside = node.elts if isinstance(node, ast.List) else [node.elt]
         for item in inside:
             yield from _texts(item)
     elif isinstance(node, (ast.JoinedStr, ast.Constant)) or (

@@ -1,8 +1,8 @@
 """Apply composable, undoable and measurable caching policies to diffusion pipelines.
 
 Users of a pipeline need `apply` and what it returns, an `Attachment`; `remove`, `attachment` and `sites`; `estimate`,
-`calibrate` and `tune`; `policies` and `adapters`, which list what is installed; and `demo_pipeline`, to try them on. All
-other names are what policies and adapters are written of.
+`calibrate` and `tune`; `policies` and `adapters`, which list what is installed; and `demo_pipeline`, to try them on.
+All other names are what policies and adapters are written of.
 """
 
 from __future__ import annotations

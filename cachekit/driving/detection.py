@@ -66,8 +66,11 @@ def _layout_of_batch(first: FirstCall, layout: Layout) -> tuple[Layout, str]:
         return layout, ""
     if not first.guided:
         return layout.alone, ""
-    batch = first.sample.shape[0]
-    return layout.alone, f"a guided batch of {batch} is not {' and '.join(layout.order)} over the same latents"
+    return layout.alone, _reason(first.sample.shape[0], layout)
+
+
+def _reason(batch: int, layout: Layout) -> str:
+    return f"a guided batch of {batch} is not {' and '.join(layout.order)} over the same latents"
 
 
 def branches_share(sample: Tensor, layout: Layout) -> bool:

@@ -29,7 +29,7 @@ def rules() -> str:
     ends = f"{scales[0]:g} to {scales[-1]:g}"
     return f"""{markdown(header, rows, left=len(header))}
 - Below {RULES.few_steps} steps, as in consistency models, only settings that were published for so few steps are taken.
-  Where there are none, there are no lines: take a step less instead.
+  Where there are none, there are no lines: take fewer steps instead.
 - "A calibration ships" means that the package has one for the model's weights, this scheduler and this number of steps,
   for guidance scales from {ends}. That is so for the embedded models alone; see [calibrating.md](calibrating.md)."""
 

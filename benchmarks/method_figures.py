@@ -67,7 +67,7 @@ def ahead() -> str:
         guidance = "default" if cell.guidance is None else f"{cell.guidance:g}"
         rows = found[cell.model, cell.scheduler, guidance]
         for column, label, lead in _leads(group):
-            rows[column][label] = f"`{label}` ({lead:+.1f} dB)"  # of two measurements, the later one
+            rows[column][label] = f"`{label}` ({lead:+.1f} dB)"  # of two that are ahead, the later one
     cells = [[*key, *("<br>".join(row[column].values()) or "-" for column in SPEEDUPS)] for key, row in found.items()]
     return markdown(["model", "scheduler", "guidance", *SPEEDUPS], cells, left=6) if cells else ""
 
@@ -96,7 +96,7 @@ def settings() -> str:
 
 
 def steep() -> str:
-    """Table of settings of a third and a quarter of the cost, beside plain steps of equal wall time."""
+    """Table of settings meant for a third and a quarter of the cost, beside plain steps of equal wall time."""
     return _specs("steep", ["speedup", "mac_reduction", "psnr", "caption_match"], "wall time")
 
 

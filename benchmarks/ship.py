@@ -47,7 +47,7 @@ MEASURED = {
     "demo-dit": ("smoothcache", "magcache", "magcache:threshold=0.24", "teacache"),
     "demo-flow": ("smoothcache", "magcache", "teacache"),
 }
-#: Settings with which methods that compute few steps in full cost a third and a quarter.
+#: Settings meant for a third and a quarter of the cost.
 STEEP = (
     "--steps 25 --captions 12 --executor process --threads 1 --no-peers"
     " --spec forecast:interval=3|4 --spec calibrated:interval=4|5 --spec fora:interval=5|8"

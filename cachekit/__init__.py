@@ -2,7 +2,7 @@
 
 Users of a pipeline need `apply` and what it returns, an `Attachment`; `remove`, `attachment` and `sites`; `estimate`,
 `calibrate` and `tune`; `policies` and `adapters`, which list what is installed; and `demo_pipeline`, to try them on.
-All other names are what policies and adapters are written of.
+All other names are for writing policies and adapters.
 """
 
 from __future__ import annotations

@@ -53,7 +53,6 @@ def analyze(
         subject = load(setting)
         for name in scheduler or ():
             scheduler_for(subject.pipe, name)
-        warn_of_shapes(captions, model)
         texts = usable_captions(captions, limit, subject.pipe)
         if subject.draws_scenes:
             check_scenes(texts)
@@ -65,6 +64,7 @@ def analyze(
                 found[name] = Analysis(setting, subject, steps, seed, scheduler or (), show).run(name)
             _print(found[name])
             _write(found, _settings(setting, steps, seed), output)
+        warn_of_shapes(captions, model)
         for name in ("analysis.json", "tables.md", *(name for one in found.values() for name in one.pictures)):
             say(f"wrote {output / name}")
         give(_data(found, _settings(setting, steps, seed)))

@@ -78,10 +78,10 @@ def calibrate(
         if model is None:
             raise CachekitError("calibrate: no model and nothing to merge; give a model, or --merge twice")
         request = Request(model, spec, steps, scheduler, reference_steps, batch, seed, device, dtype)
-        warn_of_shapes(prompts, model)
         texts = read_captions(prompts).texts
         fresh = fresh_prompts(verify_prompts, texts, model) if verify or verify_prompts else None
         made = _calibrated(request, texts, _scales(guidance, model), output, (executor, workers))
+        warn_of_shapes(prompts, model)
         _print_fits(made)
         give({**_data(made), "verified": _verify(request, fresh, output) if fresh else None})
 

@@ -12,7 +12,7 @@ import typer
 
 from cachekit.cli.demo import SPECS
 from cachekit.cli.imaging import ImagingSettings
-from cachekit.cli.models import any_model, complete_any
+from cachekit.cli.models import any_model, complete_any, warn_of_shapes
 from cachekit.cli.output import choice, json_results, print_table, progress_bar, say, warn
 from cachekit.cli.settings import command
 from cachekit.errors import CachekitError
@@ -77,6 +77,8 @@ def grid(settings: GridSettings) -> None:
             typer.echo(f"stopped: {len(results.all)} results are kept in {settings.output}; to go on:", err=True)
             typer.echo(f"  {shlex.join(['cachekit', *sys.argv[1:]])}", err=True)
             raise typer.Exit(130) from None
+        for model in settings.models:
+            warn_of_shapes(settings.captions, model)
         listed = _report(results.all, settings.html)
         bests = [found for group in listed if (found := best_row(group, conditions))]
         give({"groups": [_data(group) for group in listed], "best": [_best_data(one) for one in bests]})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachekit.cli.models import Dtype, warn_of_shapes
+from cachekit.cli.models import Dtype
 from cachekit.cli.output import JsonFile
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ class ImagingSettings:
         from cachekit.tools.bench.cells import Setting
         from cachekit.tools.bench.quality import parse_metrics
 
-        warn_of_shapes(self.captions, model)
         return Setting(
             model=model,
             captions=self.read_captions().texts,

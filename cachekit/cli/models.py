@@ -53,9 +53,12 @@ def runnable(model: str) -> str:
 
 
 def warn_of_shapes(captions: str, model: str) -> None:
-    """Warn where a number of captions, which are of coloured shapes, is drawn with a model that isn't embedded."""
+    """Warn where a number of captions, which are of coloured shapes, was drawn with a model that isn't embedded."""
     if captions.isdecimal() and named(model).sort in (Sort.FOLDER, Sort.HUB):
-        warn(f"{captions} captions of coloured shapes are used, made for the embedded models; give {model} a file")
+        warn(
+            f"the {captions} captions were of coloured shapes, made for embedded models; for {model} give a file with"
+            " a caption or prompt on each line"
+        )
 
 
 def complete_any(incomplete: str) -> list[str]:

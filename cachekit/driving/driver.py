@@ -177,9 +177,9 @@ class Driver:
         if state.pipeline is None:
             self.end_run(interrupted=False)  # of a bare loop, which nothing else ends
             state.reports = ()
+        processors = starter.processors()
         outer = (state.run, state.call, state.pipeline, state.scope)
         state.run, state.call, state.pipeline, state.scope = None, None, pipeline, scope
-        processors = starter.processors()
         try:
             yield
         except BaseException as error:

@@ -24,7 +24,7 @@ class Beginning(NamedTuple):
         class Damped(StandIn):
             def begin(self, run: Beginning, shared: dict[str, Any]) -> None:
                 if run.steps != len(WEIGHTS):
-                    raise CalibrationError(f"damped has weights for {len(WEIGHTS)} steps, not for {run.steps}")
+                    raise CalibrationError(f"damped has no weights for {run.steps} steps; run {len(WEIGHTS)}")
                 shared["weights"] = WEIGHTS
     """
 

@@ -48,7 +48,7 @@ def pipeline_from_config(model: str) -> Any:
     if found.sort is Sort.EMBEDDED:
         return pipeline(model)
     hub = hub_arguments(model)
-    from diffusers import AutoModel, DiffusionPipeline  # takes seconds, which a hub without an answer needn't cost
+    from diffusers import AutoModel, DiffusionPipeline  # takes seconds, so only once the hub has answered
 
     try:
         index = DiffusionPipeline.load_config(model, **hub)

@@ -81,7 +81,7 @@ def attention_processors(denoiser: nn.Module) -> dict[str, Any]:
 
 
 def put_processors_back(denoiser: nn.Module, processors: Mapping[str, Any]) -> None:
-    """Set the attention processors that a denoiser had before, unless it still has them."""
+    """Set the attention processors that a denoiser had before, unless it has them, or other modules of attention."""
     present = attention_processors(denoiser)
     if present.keys() == processors.keys() and any(present[name] is not one for name, one in processors.items()):
         setter: Any = denoiser

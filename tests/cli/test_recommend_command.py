@@ -57,7 +57,7 @@ def test_weights_that_have_to_be_made_first_come_with_their_command(found):
     bold = found.lines[-1]
     assert "file=calibration.json" in bold.code
     command, arguments = commands.parsed(bold.first)
-    assert command == "calibrate"
+    assert (command, arguments["prompts"]) == ("calibrate", "prompts.txt")
     assert (arguments["spec"], arguments["steps"]) == ("calibrated:interval=4", 20)
 
 

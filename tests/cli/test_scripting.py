@@ -15,6 +15,7 @@ from support.sources import ROOT
 import cachekit
 from cachekit.cli import app, output
 from cachekit.cli.examples import LINES
+from cachekit.cli.models import warn_of_shapes
 from cachekit.errors import CachekitError
 from cachekit.models import hub, names
 from cachekit.models.names import DEMOS
@@ -186,6 +187,15 @@ def test_specs_joined_by_a_plus_are_the_same_as_several():
     assert joined == printed("plan", "tgate:m=3", "deepcache:interval=2", "--steps", 6)
     with cachekit.apply(cachekit.demo_pipeline(), "tgate:m=3+deepcache:interval=2") as attachment:
         assert list(map(str, attachment.policies)) == ["tgate:m=3", "deepcache:interval=2"]
+
+
+@pytest.mark.parametrize(
+    ("captions", "model", "warned"), [("8", "{folder}", True), ("file.txt", "{folder}", False), ("8", "demo", False)]
+)
+def test_captions_of_shapes_are_warned_of_where_the_model_is_not_embedded(captions, model, warned, tmp_path, capsys):
+    folder = commands.save_without_weights(tmp_path / "model")
+    warn_of_shapes(captions, model.format(folder=folder))
+    assert ("the 8 captions were of coloured shapes" in capsys.readouterr().err) is warned
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from support.comparisons import BIT, ROUNDING
-from support.sources import ROOT, load_benchmarks
+from support.sources import ROOT
 
-load_benchmarks()
 compared, of_methods = (importlib.import_module(f"benchmarks.{name}") for name in ("compared", "methods"))
 
 #: What a test of each exactness calls.

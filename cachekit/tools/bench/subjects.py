@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cachekit.errors import nearest
+from cachekit.errors import first_line, nearest
 from cachekit.models.architectures import architecture, architecture_of, architectures
 from cachekit.models.demo.pipeline import FIGURES, PIPELINES, folders
 from cachekit.models.hub import hub_arguments
@@ -159,7 +159,7 @@ def _folders(model: str) -> tuple[Path, ...]:
     try:
         return (Path(DiffusionPipeline.download(model, **hub)),)
     except (OSError, ValueError) as error:
-        raise unreadable(model, str(error).strip().splitlines()[0]) from error
+        raise unreadable(model, first_line(error)) from error
 
 
 # -- how a pipeline is called -----------------------------------------------------------------------------

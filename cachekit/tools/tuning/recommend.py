@@ -14,7 +14,7 @@ from cachekit.costs.estimate import Estimate, Estimator
 from cachekit.errors import CachekitError
 from cachekit.interface.moment import OPEN
 from cachekit.interface.presets import WORD, Preset, read
-from cachekit.models.names import DEMOS, is_architecture
+from cachekit.models.names import DEMOS, canonical, is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.tools.calibrating.calibration import ships
 from cachekit.tools.tuning.subject import Subject, presets_for
@@ -237,7 +237,7 @@ def _line(rule: Rule, price: _Prices) -> Line:
 def _to_calibrate(rule: Rule, subject: Subject, price: _Prices) -> Line:
     """Make the line of a rule whose weights have to be measured first, with the command that does so."""
     model = "FOLDER_OR_HUB_ID" if is_architecture(subject.model) else subject.model
-    prompts = "" if model in DEMOS else " --prompts prompts.txt"
+    prompts = "" if canonical(model) in DEMOS else " --prompts prompts.txt"
     options = f"--spec {rule.spec} --steps {subject.steps} --output calibration.json"
     command = f"cachekit calibrate {model}{prompts} {options}"
     specs = [f"{rule.spec},file=calibration.json"]

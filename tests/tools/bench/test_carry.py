@@ -5,9 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import pytest
-from support.sources import load_benchmarks
 
-load_benchmarks()
 carry, carry_tables, calibrations = (
     import_module(f"benchmarks.{name}") for name in ("carry", "carry_tables", "calibrations")
 )

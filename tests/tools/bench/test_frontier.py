@@ -5,13 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 
 import pytest
-from support.sources import load_benchmarks
 
 from cachekit.models.demo import heldout_captions
 from cachekit.tools.bench.cells import Method, Setting
 from cachekit.tools.bench.results import Results, read
 
-load_benchmarks()
 frontier = import_module("benchmarks.frontier")
 
 DPM = "DPMSolverMultistepScheduler"

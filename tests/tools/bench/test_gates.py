@@ -5,13 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 
 import pytest
-from support.sources import load_benchmarks
 
 from cachekit.models.demo import heldout_captions
 from cachekit.tools.bench import frechet
 from cachekit.tools.bench.results import Results, read
 
-load_benchmarks()
 gates = import_module("benchmarks.gates")
 
 #: Of a caption that other tests don't use, since statistics of rendered scenes are remembered.

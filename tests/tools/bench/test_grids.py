@@ -160,8 +160,11 @@ def test_each_composition_comes_with_its_peer_and_its_baselines(measured):
     (group,) = groups(read(measured)[0])
     for row in group.rows:
         if row.cell.method is not Method.PLAIN:
-            assert all(group.plain(steps) is not None for steps in row.plain_steps().values())
-            assert all(group.best_plain(steps) is not None for steps in row.plain_steps().values())
+            # A machine that is busy for a moment makes a cached image slower than the uncached one.
+            wanted = [steps for steps in row.plain_steps().values() if steps <= row.cell.uncached_steps]
+            assert row.plain_steps()["MACs"] in wanted
+            assert all(group.plain(steps) is not None for steps in wanted)
+            assert all(group.best_plain(steps) is not None for steps in wanted)
 
 
 def test_published_packages_cost_and_draw_the_same(measured):

@@ -1,9 +1,13 @@
-"""The table of all methods: where each acts, how it decides, what it needs and what it cannot be combined with."""
+"""The tables of all methods, and of the policies and parts that ship, made of what their classes say of themselves."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from cachekit import Policy
 from cachekit.cli.samples import sample
+from cachekit.interface.parts import Part, word
 from cachekit.registry.catalog import installed
 from cachekit.tools.bench.tables import markdown
 from cachekit.tools.coverage.properties import STRUCTURES, clashes, decides, kinds, needs
@@ -18,6 +22,31 @@ def table() -> str:
     return markdown(header, [row(name) for name in methods()], left=len(header))
 
 
+def policies() -> str:
+    """Make the table of all policies that ship."""
+    rows = []
+    for name, made in sorted(installed().policies.items()):
+        rows.append([f"[`{name}`](../plugins/{_folder(made)}/README.md)", made.summary, _linked(made.paper) or "-"])
+    return markdown(["policy", "summary", "paper"], rows, left=3)
+
+
+def parts(noun: str, found: Mapping[str, type[Part]]) -> str:
+    """Make the table of the parts of one sort that ship; what a stand-in predicts, `of`, is left out of the keys."""
+    rows = []
+    for name, part in sorted(found.items()):
+        fields = {key: field for key, field in part.model_fields.items() if key != "of"}
+        keys = [
+            f"`{key}`" if field.is_required() else f"`{key}={word(field.default)}`" for key, field in fields.items()
+        ]
+        about = ", ".join(text for text in (part.summary, _linked(part.paper)) if text)
+        rows.append([f"`{name}`", ", ".join(keys) or "-", about])
+    return markdown([noun, "keys", "summary"], rows, left=3)
+
+
+def _linked(paper: str) -> str:
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
+
+
 def methods() -> list[str]:
     """List the names of all methods that ship, in order."""
     return sorted(name for name in installed().policies if name not in _LEFT_OUT)
@@ -29,10 +58,10 @@ def row(name: str) -> list[str]:
     where = dict.fromkeys(str(choice.where) for choice in made.chosen().values())
     uses = [", ".join(kinds(made, structure)) or "-" for structure in STRUCTURES]
     beside = ", ".join(f"`{other}`" for other in methods() if clashes(made, sample(other))) or "-"
-    link = f"[`{name}`](../plugins/{_folder(made)}/README.md)"
+    link = f"[`{name}`](../plugins/{_folder(type(made))}/README.md)"
     places = ", ".join(f"`{one}`" for one in where)
     return [link, places, decides(made), ", ".join(needs(made)) or "-", *uses, beside, made.paper or "-"]
 
 
-def _folder(made: Policy) -> str:
-    return type(made).__module__.partition(".")[0]
+def _folder(made: type[Policy]) -> str:
+    return made.__module__.partition(".")[0]

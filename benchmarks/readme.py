@@ -14,6 +14,7 @@ from typing import Any
 
 from cachekit.models.demo import DEMO_GUIDANCE
 from cachekit.models.demo.pipeline import PIPELINES
+from cachekit.registry.catalog import installed
 from cachekit.tools.bench import demo
 from cachekit.tools.bench.figures import FIGURES
 from cachekit.tools.bench.results import read
@@ -85,6 +86,10 @@ def filled() -> dict[Path, str]:
         **{f"{name} grid": grid_table(name) for name in GRIDS},
         "verdict": verdict(),
         "methods": methods.table(),
+        "policies": methods.policies(),
+        "places": methods.parts("place", installed().places),
+        "schedules": methods.parts("schedule", installed().schedules),
+        "stand-ins": methods.parts("stand-in", installed().stand_ins),
         "method figures": method_figures.table(),
         "ahead": method_figures.ahead(),
         "caught": method_figures.caught(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from cachekit import Policy
@@ -26,7 +25,7 @@ def policies() -> str:
     """Make the table of all policies that ship."""
     rows = []
     for name, made in sorted(installed().policies.items()):
-        rows.append([f"[`{name}`](../plugins/{_folder(made)}/README.md)", made.summary, _linked(made.paper) or "-"])
+        rows.append([f"[`{name}`](../plugins/{_folder(made)}/README.md)", made.summary, made.paper or "-"])
     return markdown(["policy", "summary", "paper"], rows, left=3)
 
 
@@ -38,13 +37,9 @@ def parts(noun: str, found: Mapping[str, type[Part]]) -> str:
         keys = [
             f"`{key}`" if field.is_required() else f"`{key}={word(field.default)}`" for key, field in fields.items()
         ]
-        about = ", ".join(text for text in (part.summary, _linked(part.paper)) if text)
+        about = ", ".join(text for text in (part.summary, part.paper) if text)
         rows.append([f"`{name}`", ", ".join(keys) or "-", about])
     return markdown([noun, "keys", "summary"], rows, left=3)
-
-
-def _linked(paper: str) -> str:
-    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", paper)
 
 
 def methods() -> list[str]:

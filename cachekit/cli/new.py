@@ -22,6 +22,9 @@ _SUFFIX = ".in"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 #: How pip calls cachekit.
 DISTRIBUTION = "cachekit-diffusion"
+#: What comes before the command that installs a project.
+_NEEDED = """With cachekit installed (`cachekit-diffusion` for pip, which is on no package index: from a clone, a wheel,
+or the address of a git repository):"""
 #: Sentences for the README on where the workflow gets cachekit from, unless the author sets a variable.
 _BY_DEFAULT = "By default that is `{}`."
 _WITHOUT = "This project was made with a cachekit that came from a folder, so that the address is for you to set."
@@ -97,7 +100,8 @@ def _versions(installed: Distribution) -> str:
 
 def _files(kind: str, name: str) -> dict[Path, str]:
     """Make the text of each file of a project, by path; what all projects have of a file follows the project's own."""
-    package, address = f"cachekit_{name}", _address(distribution(DISTRIBUTION))
+    package, here = f"cachekit_{name}", distribution(DISTRIBUTION)
+    address = _address(here)
     words = {
         "name": name,
         "package": package,
@@ -105,7 +109,8 @@ def _files(kind: str, name: str) -> dict[Path, str]:
         "Class": "".join(part.capitalize() for part in name.split("_")),
         "kind": kind.replace("_", "-"),
         "address": address,
-        "versions": _versions(distribution(DISTRIBUTION)),
+        "versions": _versions(here),
+        "needed": _NEEDED,
         "source": _BY_DEFAULT.format(address) if address else _WITHOUT,
     }
     found: dict[Path, str] = {}

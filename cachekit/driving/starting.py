@@ -96,7 +96,9 @@ class RunStarter:
             refuse_narrowing(type(pipe).__name__, Obstacle.MOMENTUM.value)
 
     def processors(self) -> dict[str, dict[str, Any]]:
-        """Note the attention processors of each denoiser, which some pipelines replace by their own."""
+        """Note the attention processors of each denoiser, which some pipelines replace before a policy refuses."""
+        if not self._setup.policies:
+            return {}
         return {name: attention_processors(denoiser.module) for name, denoiser in self._setup.denoisers.items()}
 
     def put_back(self, processors: Mapping[str, Mapping[str, Any]]) -> None:

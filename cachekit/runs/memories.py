@@ -53,7 +53,9 @@ class Memories:
 
 def _held(memory: Memory) -> Iterator[Tensor]:
     for key, value in memory.items():
-        if isinstance(value, Tensor) and key != "trace":
+        if key == "trace":
+            continue
+        if isinstance(value, Tensor):
             yield value
-        elif key != "trace" and not isinstance(value, (int, float)):
+        elif not isinstance(value, (int, float)):
             yield from tensors(value)

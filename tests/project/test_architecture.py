@@ -14,6 +14,7 @@ from support import tiny
 from support.sources import ADAPTERS, CORE, EXAMPLES, PLUGINS, ROOT, SHIPPED, each, short, tree_of
 
 import cachekit
+from benchmarks.messages import is_in
 from cachekit.registry import hookspecs
 from cachekit.registry.catalog import installed
 from cachekit.upstream.pipelines import denoiser_of
@@ -52,11 +53,6 @@ def imports_of(tree, name, is_package):
                 base = ".".join([*above, *(base.split(".") if base else [])])
             found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return found
-
-
-def is_in(path, rooms):
-    """Whether a file is in one of the rooms, or is one of them; rooms are given by their paths within the core."""
-    return any(ROOT / "cachekit" / room in (path, *path.parents) for room in rooms)
 
 
 def top(modules):

@@ -34,6 +34,8 @@ from .gpu_models import Model, known_of, steps_of
 from .gpu_rows import CHECK, COMPILED, Row, is_planned, measure, rows, specs
 
 OUTPUT = Path(__file__).parent / "results" / "gpu.json"
+#: Budget unless another is given: with `END` eight minutes.
+SECONDS = 390
 #: Seconds that a row may take before it is given up, and how far it may exceed the budget.
 LIMIT, COMPILE_LIMIT, EXCESS = 60, 150, 20
 #: Seconds beyond the budget at which the process ends whatever it does, in a call that can't be interrupted too.
@@ -48,7 +50,7 @@ _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "D
 def main(given: list[str] | None = None) -> None:
     """Parse the command line, measure what fits, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=180, help="budget; rows that no longer fit are listed")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="budget; rows that no longer fit are listed")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the command")

@@ -114,6 +114,7 @@ def filled() -> dict[Path, str]:
         "tuned": tuned.table(),
         "using": using.table(),
         "new projects": new_projects.table(),
+        "commands": waiting.commands(),
         "first image": waiting.first_image(),
         "batch speed": waiting.batches(),
         **recipes.parts(),

@@ -1,8 +1,9 @@
-"""Measure what users wait for: the first image of the app, from a fresh clone too, and the images of a batch.
+"""Measure what users wait for: commands without weights, the first image of the app, and the images of a batch.
 
-`python -m benchmarks.waiting` starts `cachekit app` and draws in Chromium, and draws files of prompts with one worker
-and with two, and with two actors of which one is killed. `--fresh` clones the repository first, and installs it with
-the extra `app` in a new environment, from which the app is started. Needs selenium, Chromium and Ray.
+`python -m benchmarks.waiting` runs commands on published architectures, starts `cachekit app` and draws in Chromium,
+and draws files of prompts with one worker and with two, and with two actors of which one is killed. `--fresh` clones
+the repository first, and installs it with the extra `app` in a new environment, from which the app is started. Needs
+selenium, Chromium and Ray. What isn't measured keeps its figures.
 """
 
 from __future__ import annotations
@@ -36,6 +37,14 @@ RESULTS = Path(__file__).resolve().parent / "results" / "waiting.json"
 STEPS, SPEC = 25, "forecast:interval=2"
 #: The executor and the number of workers of each batch.
 BATCHES = (("process", 1), ("process", 2), ("ray", 2))
+#: Commands that load no weights, and the architectures that they are run on.
+COMMANDS = {
+    "sites": ("sites", "{model}"),
+    "plan": ("plan", "forecast:interval=3", "--steps", "28", "--model", "{model}"),
+    "estimate": ("estimate", "{model}", "forecast:interval=3", "--steps", "28"),
+    "recommend": ("recommend", "{model}"),
+}
+ARCHITECTURES = ("sdxl", "sd3", "flux", "qwen-image", "wan", "hunyuan-video")
 #: Seconds after which the app counts as stuck.
 _PATIENCE = 300.0
 #: What is waited for, by the names of its seconds.
@@ -52,9 +61,9 @@ def main() -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fresh", action="store_true", help="start the app from a fresh clone, installed by pip")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of the app")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of the app and of each command")
     parser.add_argument("--images", type=int, default=48, help="images of each batch")
-    parser.add_argument("--only", choices=("app", "batch"))
+    parser.add_argument("--only", choices=("commands", "app", "batch"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     found = json.loads(options.output.read_text()) if options.output.exists() else {}
@@ -63,13 +72,37 @@ def main() -> None:
         "python": platform.python_version(),
         "processors": os.cpu_count(),
     }
-    if options.only != "batch":
+    if options.only in (None, "commands"):
+        found["commands"] = [command(name, model, options.rounds) for name in COMMANDS for model in ARCHITECTURES]
+    if options.only in (None, "app"):
         found["app"] = app(options.rounds, options.fresh)
         print(found["app"], flush=True)
-    if options.only != "app":
+    if options.only in (None, "batch"):
         found["batches"] = [batch(executor, workers, options.images) for executor, workers in BATCHES]
         print(*found["batches"], sep="\n", flush=True)
     options.output.write_text(json.dumps(found, indent=1) + "\n")
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+def command(name: str, model: str, rounds: int) -> dict[str, Any]:
+    """Run a command in processes of its own: median seconds, and most bytes of memory."""
+    runs = [_used([part.format(model=model) for part in COMMANDS[name]]) for _ in range(rounds)]
+    found = {"seconds": median(seconds for seconds, _ in runs), "peak_bytes": max(peak for _, peak in runs)}
+    print(name, model, found, flush=True)
+    return {"command": name, "model": model, **found}
+
+
+def _used(arguments: list[str]) -> tuple[float, int]:
+    """Wall time of a command, and the most memory that its process has held."""
+    begun = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "cachekit", *arguments], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"cachekit {' '.join(arguments)}: exit code {process.returncode}")
+    return time.perf_counter() - begun, usage.ru_maxrss * 1024  # Linux counts in KiB
 
 
 # -- the app ------------------------------------------------------------------------------------------------
@@ -187,6 +220,27 @@ def _kill_an_actor() -> None:
 
 
 # -- tables -------------------------------------------------------------------------------------------------
+
+
+def commands() -> str:
+    """Table of the seconds of each command without weights, by architecture, and of the memory of the largest."""
+    found = {(row["command"], row["model"]): row for row in _stored().get("commands", ())}
+    if not found:
+        return ""
+    rows = [
+        [f"`{model}`", *(f"{found[name, model]['seconds']:.1f}" for name in COMMANDS), f"{_peak(found, model):,.0f}"]
+        for model in ARCHITECTURES
+    ]
+    table = markdown(["architecture", *(f"`{name}`" for name in COMMANDS), "most memory, MiB"], rows)
+    return f"""Seconds of each command on {_processors()}, from the start of its process to the end, as
+`python -m benchmarks.waiting` measures them:
+
+{table}"""
+
+
+def _peak(found: dict[tuple[str, str], dict[str, Any]], model: str) -> float:
+    """Most MiB that any of the commands has held for a model."""
+    return max(found[name, model]["peak_bytes"] for name in COMMANDS) / 2**20
 
 
 def first_image() -> str:

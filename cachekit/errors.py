@@ -100,6 +100,11 @@ def answered(name: Callable[[], str], ask: Callable[..., _Answer], *given: Any) 
         raise PolicyError(f"{name()} raised {type(error).__name__}: {error}") from error
 
 
+def attributed(thing: object) -> str:
+    """Write a policy for an error, with the distribution that its class was installed with."""
+    return f"{thing}{source_of(thing)}"
+
+
 def source_of(thing: object) -> str:
     """Name the distribution that an object's class was installed with, as " of cachekit-calm"; "" for no plugin's."""
     package = type(thing).__module__.partition(".")[0]

@@ -13,7 +13,7 @@ from cachekit.driving.observation import CallObservation
 from cachekit.driving.pipelines import Pipelines
 from cachekit.driving.setup import Setup
 from cachekit.driving.slicing import as_batches, as_lists, by_branch, pick_call, spread
-from cachekit.errors import answered, source_of
+from cachekit.errors import answered, attributed
 from cachekit.interface.policy import Policy
 from cachekit.runs.call import Call
 from cachekit.runs.state import RunState
@@ -119,7 +119,7 @@ class OutputFinisher:
 
 def _observed(policy: Policy, seen: CallObservation, memory: dict[str, Any]) -> None:
     """Show outputs to one policy; raises `PolicyError` where it raises."""
-    answered(lambda: f"{policy}{source_of(policy)}: observe at step {seen.step}", policy.observe, seen, memory)
+    answered(lambda: f"{attributed(policy)}: observe at step {seen.step}", policy.observe, seen, memory)
 
 
 def _sample(call: Call, inputs: CallInputs) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import CachekitError, PolicyError, SiteError, answered, source_of
+from cachekit.errors import CachekitError, PolicyError, SiteError, answered, attributed
 from cachekit.interface.adapter import Layout
 from cachekit.interface.indicators import Indicator
 from cachekit.interface.moment import Time
@@ -153,13 +153,13 @@ def bind(policy: Policy, denoiser: str, sites: SiteMap) -> list[Assignment]:
 def _found(policy: Policy, where: Where, sites: SiteMap) -> Sequence[Target]:
     """Ask a place for its targets, and check the answer."""
     try:
-        targets = answered(lambda: f"{policy}{source_of(policy)}: find of {credited(where, policy)}", where.find, sites)
+        targets = answered(lambda: f"{attributed(policy)}: find of {credited(where, policy)}", where.find, sites)
     except SiteError as error:
         raise SiteError(f"{policy}: {error}") from None
     if not isinstance(targets, (list, tuple)) or not all(isinstance(target, (Site, Region)) for target in targets):
         place = credited(where, policy)
         raise PolicyError(
-            f"{policy}{source_of(policy)}: find of {place} returned {targets!r}; return a list of sites and regions"
+            f"{attributed(policy)}: find of {place} returned {targets!r}; return a list of sites and regions"
         )
     return targets
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from cachekit.errors import PolicyError, SpecError, answered, source_of
+from cachekit.errors import PolicyError, SpecError, answered, attributed
 from cachekit.interface.parts import Choice, Part, Schedule, StandIn, Where, word
 
 if TYPE_CHECKING:
@@ -65,17 +65,15 @@ class Policy(Part):
 
     def _checked_choices(self) -> Mapping[str, Choice]:
         try:
-            choices = answered(lambda: f"{self}{source_of(self)}: choices", self.choices)
+            choices = answered(lambda: f"{attributed(self)}: choices", self.choices)
         except SpecError as error:  # of a part, which has no part in the spec
-            raise SpecError(f"{self}{source_of(self)}: choices: {error}") from error
+            raise SpecError(f"{attributed(self)}: choices: {error}") from error
         if not isinstance(choices, Mapping) or not (choices or self.observes):
-            raise PolicyError(
-                f"{self}{source_of(self)}: choices returned {choices!r}; return at least one Choice, by name"
-            )
+            raise PolicyError(f"{attributed(self)}: choices returned {choices!r}; return at least one Choice, by name")
         for name, choice in choices.items():
             reason = choice.misfit() if isinstance(choice, Choice) else f"is {choice!r}; make it a Choice"
             if reason:
-                raise PolicyError(f"{self}{source_of(self)}: the choice {name!r} {reason}")
+                raise PolicyError(f"{attributed(self)}: the choice {name!r} {reason}")
         return choices
 
     @property

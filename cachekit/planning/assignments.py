@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from cachekit.errors import ConflictError, PolicyError, SiteError, source_of
+from cachekit.errors import ConflictError, PolicyError, SiteError, attributed
 from cachekit.interface.moment import Moment
 from cachekit.interface.parts import Choice, Part, credited
 from cachekit.interface.policy import Policy
@@ -56,9 +56,7 @@ class Assignment:
         if found not in layout.order:
             named = " or ".join(map(repr, layout.order))
             place = credited(self.choice.where, self.policy)
-            raise PolicyError(
-                f"{self.policy}{source_of(self.policy)}: stays of {place} returned {found!r}; return {named}"
-            )
+            raise PolicyError(f"{attributed(self.policy)}: stays of {place} returned {found!r}; return {named}")
         return found
 
     def __deepcopy__(self, memo: dict[int, object]) -> Assignment:
@@ -73,7 +71,7 @@ def origin(bound: Assignment, method: str, at: Moment, part: Part | None = None)
     """
     owner = part or (bound.choice.what if method in ("predict", "amend", "watch") else bound.choice.when)
     named = credited(owner, bound.policy)
-    return f"{bound.policy}{source_of(bound.policy)}: {method} of {named} for {bound.target.name!r} at step {at.step}"
+    return f"{attributed(bound.policy)}: {method} of {named} for {bound.target.name!r} at step {at.step}"
 
 
 def assign(chosen: Iterable[Assignment]) -> tuple[Assignment, ...]:

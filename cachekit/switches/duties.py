@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from cachekit.errors import AttachmentError, PolicyError, source_of
+from cachekit.errors import AttachmentError, PolicyError, attributed
 from cachekit.interface.parts import credited
 from cachekit.interface.sites import Region, SiteMap, Target
 from cachekit.planning.assignments import Assignment
@@ -80,7 +80,7 @@ def _modules_of(denoiser: Denoiser, bound: Assignment) -> dict[str, nn.Module]:
         if module is None and name not in _named_by_adapter(denoiser.sites):
             place = credited(bound.choice.where, bound.policy)
             raise PolicyError(
-                f"{bound.policy}{source_of(bound.policy)}: find of {place} chose {name!r}, a module that"
+                f"{attributed(bound.policy)}: find of {place} chose {name!r}, a module that"
                 f" {type(denoiser.module).__name__} doesn't have; choose among the sites that it is given"
             )
         found[name] = module_of(denoiser, name) if module is None else module

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cachekit.errors import PolicyError, SiteError, source_of
+from cachekit.errors import PolicyError, SiteError, attributed
 from cachekit.interface.indicators import Indicator, Signal
 from cachekit.interface.moment import OPEN, Action
 from cachekit.interface.parts import credited
@@ -75,7 +75,7 @@ class AssignedRole(Role):
             probe = self.target.probe if isinstance(self.target, Region) else ""
             place = credited(self.bound.choice.where, self.policy)
             raise PolicyError(
-                f"{self.policy}{source_of(self.policy)}: probe {probe!r} of {place}"
+                f"{attributed(self.policy)}: probe {probe!r} of {place}"
                 f" does not run before {self.target.name!r}; give a module that does"
             )
 

@@ -7,12 +7,12 @@ import json
 import sys
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
 from PIL import Image
 from support import commands, deadly, networks
+from support.actors import kill_an_actor
 
 import cachekit
 from cachekit.models.demo import demo_pipeline, heldout_captions
@@ -146,14 +146,6 @@ def test_rows_that_all_fail_alike_end_the_batch(tmp_path):
 
 
 # -- workers ------------------------------------------------------------------------------------------------
-
-
-def kill_an_actor():
-    """End an actor that is at work, as the lack of memory on its machine would."""
-    found = {child: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
-    actor = next(child for child, title in found.items() if title.startswith("ray::_Actor"))
-    actor.kill()
-    actor.wait(10)
 
 
 def test_rows_of_a_killed_actor_are_drawn_again(tasks, tmp_path, monkeypatch):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-import psutil
 import pytest
 import ray
 from support import commands, tiny
+from support.actors import kill_an_actor
 
 from cachekit.registry.catalog import installed
 from cachekit.tools.bench import executors
@@ -33,14 +33,6 @@ def cells(setting):
     suite = Suite(setting, expand(["tgate:m=1|2|3"], installed()), steps=(4,), peers=False)
     cells = suite.cells()
     return [*cells, cells[0].model_copy(update={"method": Method.PUBLISHED, "specs": ("adaptive_guidance:m=2",)})]
-
-
-def kill_an_actor():
-    """End the process of one actor, as the lack of memory on its machine would."""
-    titles = {child: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
-    actor = next(child for child, title in titles.items() if title.startswith("ray::_Actor"))
-    actor.kill()
-    actor.wait(10)
 
 
 def test_actors_measure_what_one_process_does_and_outlive_failures(setting, cells):

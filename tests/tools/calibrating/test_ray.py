@@ -45,6 +45,6 @@ def test_two_actors_have_the_weights_of_the_whole(one_thread):
 def test_an_error_of_a_worker_is_that_of_the_command():
     wrong = Request("demo", "deepcache:interval=2", steps=4, device="cpu")
     with pytest.raises(CachekitError, match="skips more or other than whole calls of the denoiser") as caught:
-        EXECUTORS["ray"](wrong, heldout_captions(2), 3.5, None, 2)
+        EXECUTORS["ray"](wrong, heldout_captions(1), 3.5, None, 1)
     assert "\n" not in str(caught.value)
     assert not ray.is_initialized()

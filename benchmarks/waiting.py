@@ -240,7 +240,7 @@ def commands() -> str:
 
 def _peak(found: dict[tuple[str, str], dict[str, Any]], model: str) -> float:
     """Most MiB that any of the commands has held for a model."""
-    return max(found[name, model]["peak_bytes"] for name in COMMANDS) / 2**20
+    return float(max(found[name, model]["peak_bytes"] for name in COMMANDS)) / 2**20
 
 
 def first_image() -> str:

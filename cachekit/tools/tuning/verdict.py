@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from cachekit.interface.presets import Figures, PlainSteps
+from cachekit.tools.bench.cells import Cell
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.spacing import absent
 from cachekit.tools.bench.summary import Group, Row, groups
@@ -20,6 +21,8 @@ __all__ = ["Judged", "Verdict", "judge"]
 
 #: Candidates that are judged at once, and how often.
 _TOGETHER, _ROUNDS = 3, 2
+#: Captions on which the spacing of plain steps is chosen.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _ranked(measured: Sequence[Measured], targets: Targets) -> list[Measured]:
 def _on_fresh(
     candidates: Sequence[Candidate], measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: str
 ) -> list[Judged]:
-    """Measure candidates, and plain steps with every spacing that cost as much as those that reach the targets."""
+    """Measure candidates, and the best plain steps that cost as much as those that reach the targets."""
     outcomes = measurer.measure(candidates, captions)
     found = {place: one for place, one in enumerate(outcomes) if isinstance(one, Result)}
     figures = {place: figures_of([result]) for place, result in found.items()}
@@ -119,10 +122,21 @@ def _on_fresh(
         steps = {place: row.plain_steps()[cost] for place, row in rows.items()}
         cells = Group([*rows.values()]).baselines()
         rivals = [cell for cell in cells if cell.steps in steps.values() and not absent(cell, pipeline)]
+        rivals = _most_similar(rivals, measurer, captions)
         measured = [one for one in measurer.measure_cells(rivals, captions) if isinstance(one, Result)]
         (whole,) = groups([*(found[place] for place in rows), *measured])
         plain = {place: _best_plain(whole, number) for place, number in steps.items()}
     return [Judged(candidates[place], figures[place], plain.get(place)) for place in found]
+
+
+def _most_similar(cells: list[Cell], measurer: Measurer, captions: Sequence[str]) -> list[Cell]:
+    """Choose one spacing for each number of plain steps on the first few captions, where there are more of them."""
+    if len(captions) <= _FEW:
+        return cells
+    outcomes = zip(cells, measurer.measure_cells(cells, captions[:_FEW]))
+    similar = {cell: similarity_of(figures_of([one])) for cell, one in outcomes if isinstance(one, Result)}
+    numbers = dict.fromkeys(cell.steps for cell in similar)
+    return [max((cell for cell in similar if cell.steps == steps), key=similar.__getitem__) for steps in numbers]
 
 
 def _best_plain(group: Group, steps: int) -> PlainSteps | None:

@@ -11,17 +11,19 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from support import commands, tiny
+from support.cells import cell
 
 import cachekit
 from cachekit import CachekitError, Preset
 from cachekit.cli.tune import print_report
 from cachekit.interface.presets import Figures
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.results import Result, Sample
 from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tools.tuning.captions import lots_of
 from cachekit.tools.tuning.study import Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
-from cachekit.tools.tuning.verdict import _promising
+from cachekit.tools.tuning.verdict import _most_similar, _promising
 from cachekit.upstream.fingerprints import fingerprint
 
 SMALL = {"fresh": 1, "num_inference_steps": 4, "policies": ["forecast"]}
@@ -311,6 +313,35 @@ def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_show
     assert [candidate.specs for candidate in promising] == [("b",), ("a",), ()]
     promising = _promising(SimpleNamespace(measured=measured), Targets(at_least=20))
     assert [candidate.specs for candidate in promising] == [("c",), ("b",), (), ("a",), ("d",)]
+
+
+class SpacingsMeasured:
+    """Measures plain steps whose similarity is given by their number and spacing; remembers on how many captions."""
+
+    def __init__(self, similar):
+        self.similar, self.seen = similar, []
+
+    def measure_cells(self, cells, captions):
+        self.seen += [len(captions)] * len(cells)
+        return [self._result(cell) for cell in cells]
+
+    def _result(self, cell):
+        psnr = self.similar[cell.steps, cell.spacing]
+        if psnr is None:
+            return "the scheduler has no such spacing"
+        sample = Sample(caption="", seconds=1, uncached_seconds=2, macs=1, uncached_macs=2, psnr=psnr, ssim=0.9)
+        return Result(id="", cell=cell, environment={}, first_seconds=None, samples=[sample])
+
+
+def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge():
+    similar = {(3, ""): 20.0, (3, "karras"): 25.0, (4, ""): 30.0, (4, "karras"): 28.0, (4, "lu_lambdas"): None}
+    cells = [cell((), steps).model_copy(update={"spacing": spacing}) for steps, spacing in similar]
+    measurer = SpacingsMeasured(similar)
+    chosen = _most_similar(cells, measurer, ["a caption"] * 9)
+    assert [(one.steps, one.spacing) for one in chosen] == [(3, "karras"), (4, "")]
+    assert measurer.seen == [8] * 5
+    assert _most_similar(cells, measurer, ["a caption"] * 8) == cells
+    assert len(measurer.seen) == 5
 
 
 def test_fresh_captions_are_never_those_of_the_search():

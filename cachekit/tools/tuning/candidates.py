@@ -27,7 +27,7 @@ __all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
 PLAIN = "(plain steps)"
 #: What is chosen among the words that a number may be replaced by, to stay with a number.
 NUMBER = ""
-#: First values of a whole number without a default.
+#: First values of a whole number without a default, from the lowest.
 _RUNGS = (3, 4, 5, 6)
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
@@ -117,40 +117,37 @@ class Space:
         written = [self._spec(chooser, name, f"{place}.{name}") for place, name in enumerate(names)]
         return Candidate(tuple(sorted(map(str, parse_all(written, self._catalog)))), steps)
 
-    def beginnings(self) -> Iterator[dict[str, Any]]:
-        """Yield parameters to begin a study with: policies and plain steps of each spacing, in turns.
+    def beginnings(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield ladders of parameters to begin a study with: policies, and plain steps of each spacing, in turns.
 
-        Each policy comes as it is by default, then with greater values of its first whole number.
+        Each policy comes as it is by default, then with greater values of its first whole number; plain steps become
+        fewer. What is higher on a ladder is worth trying where what is below it may win.
         """
-        ladders = [[*self._ladder(name)] for name in self.policies]
-        caches = [one for rung in zip_longest(*ladders) for one in rung if one]
-        rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)}, reverse=True)
+        rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)} - {self._steps}, reverse=True)
         plain = [
-            {"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing}
-            for steps in rungs
+            [{"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing} for steps in rungs]
             for spacing in self._spacings
-            if steps < self._steps
         ]
-        for pair in zip_longest(caches, plain):
+        ladders = [ladder for name in self.policies for ladder in self._ladders(name)]
+        for pair in zip_longest(ladders, plain):
             yield from filter(None, pair)
 
-    def _ladder(self, name: str) -> Iterator[dict[str, Any]]:
-        """Yield a policy alone, with parameters around its defaults."""
+    def _ladders(self, name: str) -> Iterator[list[dict[str, Any]]]:
+        """Yield ladders of a policy alone, with parameters around its defaults."""
         kind, path = self._catalog.policies[name], f"0.{name}"
         alone = {"policy": name, "paired": False, "steps": self._steps, f"{path}.replaced": False}
         alone |= self._defaults(name)
         fields = {key: field for key, field in kind.model_fields.items() if int in alternatives(field.annotation)}
         whole = next((key for key, field in fields.items() if _range(field, self._steps)), None)
         if whole is None:
-            yield alone
+            yield [alone]
             return
         usual, bounds = fields[whole].default, _range(fields[whole], self._steps)
         values = (usual, usual + 1, 2 * usual) if isinstance(usual, int) else _RUNGS
-        for value in values:
-            if bounds and bounds[0] <= value <= bounds[1]:
-                yield {**alone, f"{path}.given": whole, f"{path}.{whole}": value}
+        within = [value for value in values if bounds and bounds[0] <= value <= bounds[1]]
+        yield [{**alone, f"{path}.given": whole, f"{path}.{whole}": value} for value in within]
         for word in _options(fields[whole]):
-            yield {**alone, f"{path}.{whole}.word": word}
+            yield [{**alone, f"{path}.{whole}.word": word}]
 
     def _fits(self, denoiser: nn.Module, name: str) -> bool:
         """Whether a policy finds its sites: as it is by default, or with one of a few values drawn at random."""

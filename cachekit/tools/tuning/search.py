@@ -53,8 +53,8 @@ class Search:
         """Try candidates until the budget is spent; what is measured is in the journal at once."""
         begun = time.monotonic()
         if self.journal.is_new:
-            for parameters in self.space.beginnings():
-                self.journal.enqueue(parameters)
+            for ladder in self.space.beginnings():
+                self.journal.enqueue(ladder)
         refused = 0
         while True:
             done = len(self.journal.measured)
@@ -85,6 +85,7 @@ class Search:
         if candidate is not None:
             self._refused[candidate] = reason
         self.journal.refuse(trial, candidate, reason)
+        self.journal.climb(trial)  # more may be saved there
         return None
 
     def _refusal(self, candidate: Candidate, beside: Sequence[Candidate]) -> str:
@@ -118,8 +119,8 @@ class Search:
         held: dict[int, list[Result]] = {
             place: [outcome] for place, outcome in enumerate(first) if isinstance(outcome, Result)
         }
-        surviving = [place for place in held if more and self._may_win(held, place)]
-        if surviving:
+        surviving = [place for place in held if self._may_win(held, place)]
+        if surviving and more:
             outcomes = self.measurer.measure([chosen[place][1] for place in surviving], more)
             for place, outcome in zip(surviving, outcomes):
                 held[place] += [outcome] if isinstance(outcome, Result) else []
@@ -130,6 +131,8 @@ class Search:
                 progress(done, total, f"{candidate.label}: {failure}")
             else:
                 self.journal.add(trial, candidate, figures_of(held[place]))
+                if place in surviving:
+                    self.journal.climb(trial)
 
     def _may_win(self, held: dict[int, list[Result]], place: int) -> bool:
         """Whether nothing measured is clearly better than a candidate on a few images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ __all__ = ["Journal", "Measured"]
 
 _STUDY = "cachekit"
 #: Attributes of a study and of a trial.
-_KEY, _CANDIDATE, _FIGURES, _REASON = "key", "candidate", "figures", "reason"
+_KEY, _CANDIDATE, _FIGURES, _REASON, _HIGHER = "key", "candidate", "figures", "reason", "higher"
 #: PSNR that counts for identical images, since objectives are finite.
 _IDENTICAL = 100.0
 
@@ -68,9 +68,15 @@ class Journal:
 
     # -- trials -------------------------------------------------------------------------------------------
 
-    def enqueue(self, parameters: Mapping[str, Any]) -> None:
-        """Have a later trial try these parameters."""
-        self.study.enqueue_trial(dict(parameters), skip_if_exists=True)
+    def enqueue(self, ladder: Sequence[Mapping[str, Any]]) -> None:
+        """Have a later trial try the first of these parameters, and hold the others for `climb`."""
+        if ladder:
+            first, *higher = map(dict, ladder)
+            self.study.enqueue_trial(first, user_attrs={_HIGHER: higher}, skip_if_exists=True)
+
+    def climb(self, trial: Any) -> None:
+        """Have a later trial try the parameters that are next on the ladder of a trial."""
+        self.enqueue(trial.user_attrs.get(_HIGHER, ()))
 
     def ask(self) -> Any:
         """Begin a trial."""

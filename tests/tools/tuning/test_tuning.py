@@ -21,7 +21,7 @@ from cachekit.registry.catalog import installed
 from cachekit.tools.bench.results import Result, Sample
 from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tools.tuning.captions import lots_of
-from cachekit.tools.tuning.study import Measured
+from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
 from cachekit.tools.tuning.verdict import _most_similar, _promising
 from cachekit.upstream.fingerprints import fingerprint
@@ -212,7 +212,10 @@ def test_policies_without_sites_are_left_out(space):
 
 
 def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
-    made = [space.choose(Scripted(**parameters)) for parameters in space.beginnings()]
+    ladders = [[space.choose(Scripted(**rung)) for rung in ladder] for ladder in space.beginnings()]
+    made = [one for ladder in ladders for one in ladder]
+    specs = [[one.specs for one in ladder] for ladder in ladders]
+    assert [(f"calibrated:interval={interval}",) for interval in (3, 4, 5, 6)] in specs
     assert {one.spacing for one in made if not one.specs} == {"", "karras"}
     caches = {one.specs[0] for one in made if one.specs}
     assert {"tgate", "forecast", "forecast:interval=3", "forecast:interval=4", "calibrated:interval=4"} <= caches
@@ -313,6 +316,19 @@ def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_show
     assert [candidate.specs for candidate in promising] == [("b",), ("a",), ()]
     promising = _promising(SimpleNamespace(measured=measured), Targets(at_least=20))
     assert [candidate.specs for candidate in promising] == [("c",), ("b",), (), ("a",), ("d",)]
+
+
+def test_greater_numbers_are_tried_once_what_is_below_them_may_win():
+    journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
+    journal.enqueue([{"interval": 3}, {"interval": 4}, {"interval": 5}])
+    tried = []
+    for _ in range(3):
+        trial = journal.ask()
+        tried.append(trial.suggest_int("interval", 2, 9))
+        journal.refuse(trial, None, "saves nothing")
+        journal.climb(trial)
+    assert tried == [3, 4, 5]
+    assert journal.study.get_trials(states=[optuna.trial.TrialState.WAITING]) == []
 
 
 class SpacingsMeasured:

@@ -32,6 +32,7 @@ SPECS = {
     "calibrated:interval=3": "Calibrated forecasts, with a full step in three",
     "calibrated:interval=4": "Calibrated forecasts, with a full step in four",
     "calibrated:interval=5": "Calibrated forecasts, with a full step in five",
+    "calibrated:interval=6": "Calibrated forecasts, with a full step in six",
 }
 
 
@@ -52,7 +53,7 @@ def made() -> Iterator[tuple[str, Preset]]:
     """Make each preset, with its name."""
     for model in MODELS:
         pipe = pipeline(model)
-        found = _group(model, type(scheduler_of(pipe)).__name__)
+        found = group_of(model, type(scheduler_of(pipe)).__name__)
         shared: dict[str, Any] = {
             "pipeline": PIPELINES[DEMOS[model]],
             "denoiser": type(denoiser_of(pipe)).__name__,
@@ -64,7 +65,7 @@ def made() -> Iterator[tuple[str, Preset]]:
         }
         for spec, summary in SPECS.items():
             policy, _, keys = spec.partition(":")
-            evidence = Evidence(**shared, **(_measured(found, spec) if found else {}))
+            evidence = Evidence(**shared, **(measured(found, spec) if found else {}))
             requires = {policy: "cachekit-diffusion"}
             yield (
                 f"{model}-{policy}-{keys.rpartition('=')[2]}",
@@ -77,7 +78,7 @@ def _is_current(name: str, preset: Preset) -> bool:
     return path.exists() and Preset.load(path) == preset
 
 
-def _group(model: str, scheduler: str) -> Group | None:
+def group_of(model: str, scheduler: str) -> Group | None:
     """Find the results of a model's present weights with its own scheduler; None where there are none."""
     wanted = (model_hash(model), scheduler, DEMO_GUIDANCE)
     groups = stored(RESULTS / f"frontier-{model}.jsonl")
@@ -85,7 +86,7 @@ def _group(model: str, scheduler: str) -> Group | None:
     return next((group for group, cell in cells if (cell.model_hash, cell.scheduler, cell.guidance) == wanted), None)
 
 
-def _measured(group: Group, spec: str) -> dict[str, Any]:
+def measured(group: Group, spec: str) -> dict[str, Any]:
     """Collect the figures of a spec, and those of the best plain steps of equal cost; nothing where it wasn't run."""
     row = next((row for row in group.rows if row.cell.specs == (spec,)), None)
     if row is None:

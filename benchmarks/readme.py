@@ -112,6 +112,7 @@ def filled() -> dict[Path, str]:
         "analysis demo-dit": analysis("demo-dit"),
         "calibration times": calibrations.times(),
         "tuned": tuned.table(),
+        "tuned on more": tuned.on_more_captions(),
         "using": using.table(),
         "new projects": new_projects.table(),
         "commands": waiting.commands(),

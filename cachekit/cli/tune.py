@@ -151,7 +151,7 @@ def print_report(tuned: Tuned, output: Path) -> None:
     say(f"wrote {picture}")
     _print_verdict(tuned)
     if tuned.refused:
-        say(f"{len(tuned.refused)} candidates were refused before they were measured, such as {tuned.refused[0]}")
+        say(f"{len(tuned.refused)} candidates were refused or failed, such as {tuned.refused[0]}")
     best, rival = tuned.verdict.best, tuned.verdict.rival
     if rival:
         say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")

@@ -25,7 +25,7 @@ _FEW = 2
 _MARGIN = 1.5
 #: The share of an asked speedup that the MACs must promise.
 _PROMISE = 0.8
-#: Trials that may be refused for each that is measured.
+#: Trials that may be refused or fail for each that is measured.
 _REFUSALS = 20
 
 
@@ -60,7 +60,10 @@ class Search:
             done = len(self.journal.measured)
             progress(done, budget.trials, "")
             spent = budget.seconds is not None and time.monotonic() - begun >= budget.seconds
-            if done >= budget.trials or spent or refused > _REFUSALS * budget.trials:
+            if done >= budget.trials or spent:
+                return
+            if refused > _REFUSALS * budget.trials:
+                progress(done, budget.trials, f"the other candidates: {refused} in all were refused or failed")
                 return
             chosen: list[tuple[Any, Candidate]] = []
             while len(chosen) < min(self.measurer.batch, budget.trials - done) and refused <= _REFUSALS * budget.trials:
@@ -68,7 +71,7 @@ class Search:
                 found = self._accepted(trial, [candidate for _, candidate in chosen])
                 refused += found is None
                 chosen += [(trial, found)] if found else []
-            self._measure(chosen, progress, done, budget.trials)
+            refused += self._measure(chosen, progress, done, budget.trials)
 
     # -- before anything is drawn -------------------------------------------------------------------------
 
@@ -111,9 +114,10 @@ class Search:
 
     # -- measuring ----------------------------------------------------------------------------------------
 
-    def _measure(self, chosen: Sequence[tuple[Any, Candidate]], progress: Progress, done: int, total: int) -> None:
+    def _measure(self, chosen: Sequence[tuple[Any, Candidate]], progress: Progress, done: int, total: int) -> int:
+        """Measure candidates; return how many have failed."""
         if not chosen:
-            return
+            return 0
         few, more = self.captions[:_FEW], self.captions[_FEW:]
         first = self.measurer.measure([candidate for _, candidate in chosen], few)
         held: dict[int, list[Result]] = {
@@ -127,12 +131,14 @@ class Search:
         for place, (trial, candidate) in enumerate(chosen):
             failure = first[place]
             if isinstance(failure, str):
+                self._refused[candidate] = failure
                 self.journal.refuse(trial, candidate, failure)
                 progress(done, total, f"{candidate.label}: {failure}")
             else:
                 self.journal.add(trial, candidate, figures_of(held[place]))
                 if place in surviving:
                     self.journal.climb(trial)
+        return sum(isinstance(outcome, str) for outcome in first)
 
     def _may_win(self, held: dict[int, list[Result]], place: int) -> bool:
         """Whether nothing measured is clearly better than a candidate on a few images."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,8 @@ class Journal:
         there = self.study.user_attrs[_KEY]
         for name, value in key.items():
             if there.get(name) != value:
-                raise TuningError(
-                    f"journal {str(path)!r} has a study of {name} {there.get(name)}, not {value}; name another"
-                )
+                what, held, given = _different(name, there.get(name), value)
+                raise TuningError(f"journal {str(path)!r} has a study of {what} {held}, not {given}; name another")
 
     # -- trials -------------------------------------------------------------------------------------------
 
@@ -137,6 +137,15 @@ class Journal:
         gains = [sign * (a - b) for sign, a, b in zip(signs, mine, theirs)]
         gains[0] -= margin
         return all(gain >= 0 for gain in gains) and any(gain > 0 for gain in gains)
+
+
+def _different(name: str, held: Any, given: Any) -> tuple[str, Any, Any]:
+    """Name what differs, and both values: of lists the first entries that do."""
+    if not (isinstance(held, list) and isinstance(given, list)):
+        return name, held, given
+    pairs = enumerate(zip_longest(held, given), 1)
+    number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+    return f"{name}, where number {number} is", repr(one), repr(other)
 
 
 def _imported() -> Any:

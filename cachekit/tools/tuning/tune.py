@@ -153,9 +153,11 @@ class _Tuning:
 
     def _key(self) -> dict[str, Any]:
         """List what the figures of a study are of: a study of anything else is another."""
-        measurer = self._measurer
+        measurer, denoiser = self._measurer, denoiser_of(self._pipe)
         return {
             "model": measurer.model,
+            "dtype": str(denoiser.dtype),
+            "device": denoiser.device.type,
             "scheduler": measurer.scheduler,
             "steps": measurer.steps,
             "guidance": self._scale,

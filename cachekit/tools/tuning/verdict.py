@@ -11,7 +11,7 @@ from cachekit.interface.presets import Figures, PlainSteps
 from cachekit.tools.bench.cells import Cell
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.spacing import absent
-from cachekit.tools.bench.summary import Group, Row, groups
+from cachekit.tools.bench.summary import Group, Row
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.measuring import Measurer, figures_of
 from cachekit.tools.tuning.study import Journal, Measured
@@ -122,29 +122,38 @@ def _on_fresh(
         steps = {place: row.plain_steps()[cost] for place, row in rows.items()}
         cells = Group([*rows.values()]).baselines()
         rivals = [cell for cell in cells if cell.steps in steps.values() and not absent(cell, pipeline)]
-        rivals = _most_similar(rivals, measurer, captions)
-        measured = [one for one in measurer.measure_cells(rivals, captions) if isinstance(one, Result)]
-        (whole,) = groups([*(found[place] for place in rows), *measured])
-        plain = {place: _best_plain(whole, number) for place, number in steps.items()}
+        best = _best_plain(rivals, measurer, targets, captions)
+        plain = {place: best.get(number) for place, number in steps.items()}
     return [Judged(candidates[place], figures[place], plain.get(place)) for place in found]
 
 
-def _most_similar(cells: list[Cell], measurer: Measurer, captions: Sequence[str]) -> list[Cell]:
-    """Choose one spacing for each number of plain steps on the first few captions, where there are more of them."""
-    if len(captions) <= _FEW:
-        return cells
-    outcomes = zip(cells, measurer.measure_cells(cells, captions[:_FEW]))
-    similar = {cell: similarity_of(figures_of([one])) for cell, one in outcomes if isinstance(one, Result)}
-    numbers = dict.fromkeys(cell.steps for cell in similar)
-    return [max((cell for cell in similar if cell.steps == steps), key=similar.__getitem__) for steps in numbers]
+def _best_plain(
+    cells: Sequence[Cell], measurer: Measurer, targets: Targets, captions: Sequence[str]
+) -> dict[int, PlainSteps]:
+    """Measure plain steps with the best spacing for each number, which a few captions choose where there are more."""
+    if len(captions) > _FEW:
+        few = _figures(cells, measurer, captions[:_FEW])
+        cells = [*_by_number(few, targets).values()]
+    found = _figures(cells, measurer, captions)
+    return {
+        steps: PlainSteps(steps=steps, spacing=cell.spelled, figures=found[cell])
+        for steps, cell in _by_number(found, targets).items()
+    }
 
 
-def _best_plain(group: Group, steps: int) -> PlainSteps | None:
-    """Best plain steps of that number, with whatever spacing; None where they are the uncached pipeline."""
-    best = group.best_plain(steps) if steps != group.cell.uncached_steps else None
-    if best is None:
-        return None
-    return PlainSteps(steps=steps, spacing=best.cell.spelled, figures=figures_of(best.results))
+def _figures(cells: Sequence[Cell], measurer: Measurer, captions: Sequence[str]) -> dict[Cell, Figures]:
+    outcomes = zip(cells, measurer.measure_cells(cells, captions))
+    return {cell: figures_of([outcome]) for cell, outcome in outcomes if isinstance(outcome, Result)}
+
+
+def _by_number(figures: dict[Cell, Figures], targets: Targets) -> dict[int, Cell]:
+    """Choose the best of each number of steps: by captions where they are asked for, then by similarity."""
+
+    def worth(cell: Cell) -> tuple[float, float]:
+        match = figures[cell].caption_match if targets.caption_match is not None else None
+        return match or 0.0, similarity_of(figures[cell])
+
+    return {cell.steps: cell for cell in sorted(figures, key=worth)}
 
 
 # -- what comes near --------------------------------------------------------------------------------------

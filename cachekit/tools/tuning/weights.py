@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from cachekit.tools.bench.subjects import Subject, set_scheduler
 from cachekit.tools.calibrating.calibrate import calibrate
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.upstream.calling import OUTPUT, STEPS
+from cachekit.upstream.fingerprints import fingerprint
+from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.scales import SCALE
 
 __all__ = ["Weights"]
@@ -47,7 +50,7 @@ class Weights:
         policy = parse(spec, installed())
         if _FILE not in type(policy).model_fields or getattr(policy, _FILE) is not None:
             return spec
-        path = self.folder / f"{digest([spec, steps, self.scheduler])}.json" if self.folder else None
+        path = self._file(spec, steps)
         if path is None or not path.is_file():
             if self._runs(policy, steps):
                 return spec
@@ -55,6 +58,17 @@ class Weights:
                 raise CalibrationError(f"{spec}: needs weights for {steps} steps; name an output, to put them beside")
             self._make(policy, steps, path)
         return str(policy.model_copy(update={_FILE: str(path)}))
+
+    def _file(self, spec: str, steps: int) -> Path | None:
+        """File of the weights for a spec, of a name that no other run's weights have."""
+        if self.folder is None:
+            return None
+        run = [steps, self.scheduler, self._model, self._arguments(steps).get(SCALE), *self.prompts]
+        return self.folder / f"{digest([spec, *run])}.json"
+
+    @cached_property
+    def _model(self) -> str:
+        return fingerprint(denoiser_of(self.subject.pipe))
 
     def _runs(self, policy: Policy, steps: int) -> bool:
         """Whether a policy finds all that it needs, by one image."""

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from support import commands, tiny
@@ -18,12 +19,16 @@ from cachekit import CachekitError, Preset
 from cachekit.cli.tune import print_report
 from cachekit.interface.presets import Figures
 from cachekit.registry.catalog import installed
+from cachekit.tools.bench.cells import Setting
 from cachekit.tools.bench.results import Result, Sample
+from cachekit.tools.bench.subjects import subject_of
 from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tools.tuning.captions import lots_of
+from cachekit.tools.tuning.search import Budget, Search
 from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
-from cachekit.tools.tuning.verdict import _most_similar, _promising
+from cachekit.tools.tuning.verdict import _best_plain, _promising
+from cachekit.tools.tuning.weights import Weights
 from cachekit.upstream.fingerprints import fingerprint
 
 SMALL = {"fresh": 1, "num_inference_steps": 4, "policies": ["forecast"]}
@@ -131,6 +136,15 @@ def test_a_study_of_another_model_is_refused_with_both_hashes(tuned, folder):
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert f"has a study of model {ours}, not {theirs}; name another" in line
+
+
+def test_a_study_of_other_captions_is_refused_with_the_first_that_differs(tmp_path):
+    path = tmp_path / "study.log"
+    Journal(path, {"captions": ["a cat", "a dog"]}, Targets(at_least=20), judged=False, seed=0)
+    with pytest.raises(
+        TuningError, match="has a study of captions, where number 2 is 'a dog', not 'a hen'; name another"
+    ):
+        Journal(path, {"captions": ["a cat", "a hen"]}, Targets(at_least=20), judged=False, seed=0)
 
 
 def test_a_target_that_nothing_reaches_names_what_is_nearest(tuned, folder):
@@ -332,32 +346,74 @@ def test_greater_numbers_are_tried_once_what_is_below_them_may_win():
 
 
 class SpacingsMeasured:
-    """Measures plain steps whose similarity is given by their number and spacing; remembers on how many captions."""
+    """Measures plain steps whose similarity and caption match are given; remembers on how many captions."""
 
-    def __init__(self, similar):
-        self.similar, self.seen = similar, []
+    def __init__(self, similar, shown=()):
+        self.similar, self.shown, self.seen = similar, shown, []
 
     def measure_cells(self, cells, captions):
         self.seen += [len(captions)] * len(cells)
         return [self._result(cell) for cell in cells]
 
     def _result(self, cell):
-        psnr = self.similar[cell.steps, cell.spacing]
-        if psnr is None:
+        one = cell.steps, cell.spacing
+        if self.similar[one] is None:
             return "the scheduler has no such spacing"
-        sample = Sample(caption="", seconds=1, uncached_seconds=2, macs=1, uncached_macs=2, psnr=psnr, ssim=0.9)
+        shared = {"caption": "", "seconds": 1, "uncached_seconds": 2, "macs": 1, "uncached_macs": 2, "ssim": 0.9}
+        sample = Sample(**shared, psnr=self.similar[one], shown=one in self.shown, uncached_shown=True)
         return Result(id="", cell=cell, environment={}, first_seconds=None, samples=[sample])
 
 
-def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge():
-    similar = {(3, ""): 20.0, (3, "karras"): 25.0, (4, ""): 30.0, (4, "karras"): 28.0, (4, "lu_lambdas"): None}
-    cells = [cell((), steps).model_copy(update={"spacing": spacing}) for steps, spacing in similar]
-    measurer = SpacingsMeasured(similar)
-    chosen = _most_similar(cells, measurer, ["a caption"] * 9)
-    assert [(one.steps, one.spacing) for one in chosen] == [(3, "karras"), (4, "")]
-    assert measurer.seen == [8] * 5
-    assert _most_similar(cells, measurer, ["a caption"] * 8) == cells
-    assert len(measurer.seen) == 5
+SIMILAR = {(3, ""): 20.0, (3, "karras"): 25.0, (4, ""): 30.0, (4, "karras"): 28.0, (4, "lu_lambdas"): None}
+
+
+@pytest.mark.parametrize(
+    ("targets", "spacings"),
+    [(Targets(at_least=20), {3: "karras", 4: ""}), (Targets(caption_match=0), {3: "", 4: ""})],
+)
+def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge(targets, spacings):
+    cells = [cell((), steps).model_copy(update={"spacing": spacing}) for steps, spacing in SIMILAR]
+    measurer = SpacingsMeasured(SIMILAR, shown={(3, ""), (4, ""), (4, "karras")})
+    best = _best_plain(cells, measurer, targets, ["a caption"] * 9)
+    assert {steps: plain.spacing for steps, plain in best.items()} == spacings
+    assert measurer.seen == [8] * 5 + [9] * 2
+    few = SpacingsMeasured(SIMILAR)
+    assert _best_plain(cells, few, Targets(at_least=20), ["a caption"] * 8)[4].figures.psnr == 30
+    assert few.seen == [8] * 5
+
+
+class FailingMeasurer:
+    """Has no figures for any candidate."""
+
+    batch, steps, subject = 2, 25, None
+
+    def measure(self, candidates, captions):
+        return ["out of memory" for _ in candidates]
+
+
+def test_a_search_ends_where_all_candidates_fail(space):
+    journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
+    search, lines = Search(space, journal, FailingMeasurer(), Targets(at_least=20), ["a", "b"]), []
+    search._promised = lambda candidate: (2.0, True)
+    search.run(Budget(1), lambda done, total, line: lines.append(line))
+    assert journal.measured == []
+    failures = [line for line in lines if line.endswith(": out of memory")]
+    assert len(set(failures)) == len(failures) > 0
+    assert lines[-1].endswith("in all were refused or failed")
+
+
+def test_weights_of_another_run_have_another_file(tmp_path):
+    def file(pipe=None, prompts=("a cat",), guidance=None, steps=4):
+        pipe = pipe or tiny.small()
+        setting = Setting(model="tiny", captions=prompts, device="cpu", guidance=guidance)
+        weights = Weights(subject_of(pipe, setting), type(pipe.scheduler).__name__, prompts, tmp_path)
+        return weights._file("calibrated:interval=3", steps)
+
+    other = tiny.small()
+    with torch.no_grad():
+        other.unet.conv_in.bias += 1
+    assert file() == file()
+    assert len({file(), file(other), file(prompts=("a dog",)), file(guidance=2.0), file(steps=5)}) == 5
 
 
 def test_fresh_captions_are_never_those_of_the_search():

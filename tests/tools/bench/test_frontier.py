@@ -78,7 +78,7 @@ def test_blocks_are_one_table(measured):
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     names = ["configuration", "---", "uncached, 5 steps", *SPECS[:2]]
     assert [row.strip("| ").partition(" | ")[0] for row in rows] == names
-    assert all("(n=4)" in row for row in rows[2:])
+    assert all("(n=2)" in row for row in rows[2:])
     best = group.best_plain(3)
     for row in rows[3:]:
         assert f"| 3{f', {best.cell.spelled}' if best.cell.spacing else ''}: {best.psnr:.1f} dB" in row

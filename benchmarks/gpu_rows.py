@@ -70,7 +70,7 @@ _TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "pixart-alpha": (
         ("plain", _NO_OP),
-        ("tgate:m={gate}", "forecast:interval=3", _FB, "taylorseer"),
+        ("tgate:m={gate}", "published tgate:m={gate}", "forecast:interval=3", _FB, "taylorseer"),
         (_DB, "teacache", "tgate:m={gate}+forecast:interval=3"),
         ("pab", "fastercache"),
     ),

@@ -28,16 +28,20 @@ _PACKAGES = {"tgate": "tgate", "deepcache": "DeepCache"}
 _LOADERS = {
     ("StableDiffusionPipeline", "tgate"): "TgateSDLoader",
     ("StableDiffusionXLPipeline", "tgate"): "TgateSDXLLoader",
+    ("PixArtAlphaPipeline", "tgate"): "TgatePixArtAlphaLoader",
+    ("PixArtSigmaPipeline", "tgate"): "TgatePixArtSigmaLoader",
     ("StableDiffusionPipeline", "deepcache+tgate"): "TgateSDDeepCacheLoader",
     ("StableDiffusionXLPipeline", "deepcache+tgate"): "TgateSDXLDeepCacheLoader",
     ("StableDiffusionPipeline", "deepcache"): "DeepCacheSDHelper",
     ("StableDiffusionXLPipeline", "deepcache"): "DeepCacheSDHelper",
 }
+#: Pipelines whose published version takes samples of the sizes of a few models alone, so that grids leave it out.
+_SIZED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 def peer_exists(policies: Sequence[Policy], pipeline: str) -> bool:
     """Whether installed published packages support these policies on a pipeline of that class."""
-    if (pipeline, _names(policies)) not in _LOADERS:
+    if pipeline in _SIZED or (pipeline, _names(policies)) not in _LOADERS:
         return False
     packages = {_PACKAGES[policy.name] for policy in policies}
     known = all(set(policy.model_dump(exclude_defaults=True)) <= _SHARED[policy.name] for policy in policies)

@@ -10,6 +10,7 @@ from benchmarks import gpu, gpu_tables
 from benchmarks.gpu_rows import rows
 
 FORECAST = "pixart-alpha | cachekit | forecast:interval=3"
+GATES = ("pixart-alpha | cachekit | tgate:m=3", "pixart-alpha | published | tgate:m=3")
 UNMEASURED = "all | check | model offloading changes no bit"
 
 
@@ -21,7 +22,7 @@ def run(output, *more):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     output = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    for row in (FORECAST, UNMEASURED, "pixart-alpha | plain"):
+    for row in (FORECAST, *GATES, UNMEASURED, "pixart-alpha | plain"):
         run(output, "--only", row)
     return output
 
@@ -30,6 +31,12 @@ def test_a_row_has_its_time_beside_the_uncached_one_and_its_macs(output):
     found = json.loads(output.read_text())["rows"][FORECAST]
     assert len(found["seconds"]) == len(found["uncached_seconds"]) == 3
     assert (found["mac_reduction"], found["equal"], found["finite"]) == (2.0, False, True)
+
+
+def test_the_published_package_draws_the_same_beside(output):
+    own, theirs = (json.loads(output.read_text())["rows"][row] for row in GATES)
+    assert (own["difference"], own["macs"]) == (theirs["difference"], theirs["macs"])
+    assert own["difference"] > 0
 
 
 def test_a_row_that_fails_gives_its_reason_and_is_tried_again_on_request(output, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Any
 from cachekit.interface.presets import Preset, shipped
 from cachekit.tools.bench.tables import markdown
 from cachekit.tools.calibrating.calibration import FOLDER, Calibration
-from cachekit.tools.tuning.recommend import RULES
+from cachekit.tools.tuning.recommend import LEVELS, RULES
 
 from .calibrations import NAMES, RESULTS
 
@@ -18,9 +18,10 @@ def rules() -> str:
     """Table of the rules by which lines are chosen, and the bounds that they have."""
     low, high = RULES.balanced
     published = f"of published settings with a MAC reduction of {low:g}x to {high:g}x, the one that keeps least, else "
+    groups = (RULES.calibrated, RULES.uncalibrated, RULES.noisy)
     rows = [
-        [calibrated.level, f"`{calibrated.spec}`", *(f"`{rule.spec}`" for rule in others)]
-        for calibrated, *others in zip(RULES.calibrated, RULES.uncalibrated, RULES.noisy)
+        [level, *(", else ".join(f"`{rule.spec}`" for rule in rules if rule.level == level) for rules in groups)]
+        for level in LEVELS
     ]
     rows[1][2] = published + rows[1][2]
     rows[2][2] += ", after a calibration"
@@ -29,7 +30,8 @@ def rules() -> str:
     ends = f"{scales[0]:g} to {scales[-1]:g}"
     return f"""{markdown(header, rows, left=len(header))}
 - Below {RULES.few_steps} steps, as in consistency models, only settings that were published for so few steps are taken.
-  Where there are none, there are no lines: take fewer steps instead.
+  Where there are none, or the best saves less than {RULES.least:g}x, there are no lines: take fewer steps instead.
+- Each line saves more than the one before it, in MACs, or is what stands after "else", or is left out.
 - "A calibration ships" means that the package has one for the model's weights, this scheduler and this number of steps,
   for guidance scales from {ends}. That is so for the embedded models alone; see [calibrating.md](calibrating.md)."""
 

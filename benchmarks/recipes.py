@@ -77,10 +77,16 @@ def _families(stored: dict[str, Any]) -> str:
     rows = []
     for name, (title, page) in _FAMILIES.items():
         if name in stored:
-            line = next(one for one in stored[name]["lines"] if one["level"] == "balanced")
-            text = line["code"].partition(", ")[2].removesuffix(")").strip('"')
-            rows.append([f"[{title}]({page})", stored[name]["guidance"], f"`{text}`", *_costs(line["costs"])])
+            line = next((one for one in stored[name]["lines"] if one["level"] == "balanced"), None)
+            rows.append([f"[{title}]({page})", stored[name]["guidance"], *_balanced(line)])
     return markdown(["family", "guidance", "balanced", "MAC reduction", "kept"], rows, left=3) if rows else ""
+
+
+def _balanced(line: dict[str, Any] | None) -> list[str]:
+    if line is None:
+        return ["fewer steps", "-", "-"]
+    text = line["code"].partition(", ")[2].removesuffix(")").strip('"')
+    return [f"`{text}`", *_costs(line["costs"])]
 
 
 def _recipe(data: dict[str, Any]) -> str:

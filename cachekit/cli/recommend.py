@@ -1,4 +1,4 @@
-"""`cachekit recommend`: what a model can use, what is published for it, and three lines to paste."""
+"""`cachekit recommend`: what a model can use, what is published for it, and up to three lines to paste."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _print_settings(settings: Sequence[Setting]) -> None:
     if rows:
         print_table(["preset", "for", "steps", "MAC reduction", "kept", "evidence"], rows)
     elif not settings:
-        say("no preset ships for this model or its class")
+        say("no preset ships for this model")
     for one in settings:
         if one.refused:
             say(f"preset:{one.name} doesn't fit: {one.refused}")

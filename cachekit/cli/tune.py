@@ -156,8 +156,8 @@ def print_report(tuned: Tuned, output: Path) -> None:
     if rival:
         say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")
     if best and tuned.preset:
-        say(f"{' + '.join(tuned.preset.specs)}, {best.candidate.steps} steps: {_line(best.figures, tuned.targets)}")
-        say(f"wrote {output}; use it as preset:{output}")
+        say(f"preset:{output}, {best.candidate.steps} steps: {_line(best.figures, tuned.targets)}")
+        say(f"wrote {output}, which stands for {best.candidate.label}")
 
 
 def _print_verdict(tuned: Tuned) -> None:

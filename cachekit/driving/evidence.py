@@ -10,6 +10,7 @@ from torch import nn
 
 from cachekit.errors import PresetWarning
 from cachekit.interface.presets import Evidence, Preset
+from cachekit.models.architectures import recognised
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.scales import scale_of
 from cachekit.upstream.schedulers import scheduler_of
@@ -34,6 +35,11 @@ def _of_pipeline(evidence: Evidence, pipe: Any, denoiser: nn.Module) -> Iterator
         found = fingerprint(denoiser)
         if found and found != evidence.model:
             yield f"the model {found}, not {evidence.model}"
+    elif evidence.architecture:
+        # A bare denoiser has no scheduler to tell a distilled model of the same config by.
+        known = recognised(denoiser, (evidence.scheduler or "") if scheduler is None else type(scheduler).__name__)
+        if known is None or known.name != evidence.architecture:
+            yield f"{f'the model {known.name}' if known else 'an unknown model'}, not {evidence.architecture}"
     if evidence.pipeline and not evidence.denoiser and pipeline != evidence.pipeline:
         yield f"the class {pipeline}, not {evidence.pipeline}"
     if evidence.scheduler and scheduler is not None and type(scheduler).__name__ != evidence.scheduler:

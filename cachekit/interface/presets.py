@@ -21,6 +21,8 @@ WORD = "preset"
 FOLDER = Path(__file__).parents[1] / "presets"
 #: What stands for the folder of a preset's file within its specs, as in `file={folder}/weights.json`.
 HERE = "{folder}"
+#: What ends a value in a spec. Brackets do so too, unless they are paired.
+_SEPARATORS = frozenset(",|")
 
 
 class _Part(BaseModel):
@@ -158,7 +160,8 @@ def shipped() -> dict[str, Path]:
 def read(spec: str, policies: Mapping[str, Any]) -> tuple[Preset, list[str]]:
     """Load the preset of a spec, and write out its specs.
 
-    Raises `PresetError` for a file that can't be used, and where one of its policies is not among `policies`.
+    Raises `PresetError` for a file that can't be used, where one of its policies is not among `policies`, and where its
+    specs name a folder whose path they can't hold.
     """
     text = spec.partition(":")[2].strip()
     if not text:
@@ -168,7 +171,18 @@ def read(spec: str, policies: Mapping[str, Any]) -> tuple[Preset, list[str]]:
     missing = preset.missing(policies)
     if missing:
         raise PresetError(f"preset {text!r}: {_how_to_get(missing, preset.requires)}")
-    return preset, [one.replace(HERE, str(path.parent)) for one in preset.specs]
+    folder = str(path.parent)
+    misfit = misfit_of(folder) if any(HERE in one for one in preset.specs) else ""
+    if misfit:
+        raise PresetError(f"preset {text!r}: {folder!r} {misfit}; rename it, or name the preset from within it")
+    return preset, [one.replace(HERE, folder) for one in preset.specs]
+
+
+def misfit_of(folder: str) -> str:
+    """Why a path can't stand in a spec; "" where it can."""
+    if not _SEPARATORS & set(folder) and folder.count("(") == folder.count(")"):
+        return ""
+    return "has a comma, a bar or an unpaired bracket, which specs can't hold"
 
 
 def expanded(specs: Sequence[Any], policies: Mapping[str, Any]) -> tuple[list[Any], list[Preset]]:

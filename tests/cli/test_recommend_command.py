@@ -10,6 +10,7 @@ from support import commands, tiny
 from support.commands import printed, run
 
 import cachekit
+from cachekit.interface.presets import Preset, shipped
 from cachekit.tools.tuning.recommend import LEVELS, recommend
 
 
@@ -77,13 +78,43 @@ def test_a_folder_of_an_unknown_architecture_has_the_presets_of_its_class(folder
 def test_a_run_of_few_steps_gets_what_is_published_for_such_runs(folder):
     found = recommend(str(folder), steps=4)
     presets = {f'cachekit.apply(pipe, "preset:lcm-pixart-tgate-{m}")' for m in (1, 2)}
-    assert {line.code for line in found.lines} == presets
+    assert [line.code for line in found.lines] == sorted(presets, reverse=True)
+    assert [line.level for line in found.lines] == ["careful", "balanced"]
+    assert found.lines[0].costs.mac_reduction < found.lines[1].costs.mac_reduction
 
 
 def test_without_anything_published_for_few_steps_there_are_no_lines():
     found = recommend("demo-flow", steps=4)
     assert found.lines == []
-    assert "fewer steps are what is left" in found.note
+    assert "take fewer steps instead" in found.note
+
+
+def test_an_embedded_model_takes_no_settings_of_other_weights():
+    found = recommend("demo-lcm")
+    assert (found.settings, found.lines) == ([], [])
+    assert "take fewer steps instead" in found.note
+
+
+def test_where_even_the_best_saves_too_little_there_are_no_lines():
+    found = recommend("lcm-sdxl")
+    assert len(found.settings) == 2
+    assert found.lines == []
+    assert "the best setting saves 1.07x, less than 1.1x; take fewer steps instead" in found.note
+
+
+def test_one_line_alone_says_why(folder, monkeypatch):
+    name = "lcm-pixart-tgate-1"
+    monkeypatch.setattr("cachekit.tools.tuning.recommend.presets_for", lambda _: {name: Preset.load(shipped()[name])})
+    found = recommend(str(folder), steps=4)
+    assert [line.level for line in found.lines] == ["careful"]
+    assert found.note == "one line alone: no other setting for 4 steps saves more"
+
+
+def test_a_bold_line_saves_more_than_the_balanced_one():
+    careful, balanced, bold = recommend("flux").lines
+    assert balanced.code == 'cachekit.apply(pipe, "preset:flux-magcache")'
+    assert "calibrated:interval=5" in bold.code
+    assert careful.costs.mac_reduction < balanced.costs.mac_reduction < bold.costs.mac_reduction
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import cachekit
 from cachekit import Preset, PresetError, PresetWarning
 from cachekit.interface.presets import Evidence
 from cachekit.interface.specs import parse_all
+from cachekit.models.architectures import architecture
 from cachekit.registry.catalog import installed
 from cachekit.upstream.fingerprints import fingerprint
 
@@ -49,6 +50,34 @@ def test_the_folder_of_the_file_can_stand_in_a_spec(tmp_path):
     assert policy.file == f"{tmp_path}/weights.json"
 
 
+@pytest.mark.parametrize("name", ["a,b", "a|b", "a(b"])
+def test_a_folder_that_specs_cannot_hold_is_refused_with_the_cure(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = saved(folder, ["calibrated:interval=3,file={folder}/weights.json"])
+    with pytest.raises(PresetError) as error:
+        parse_all(f"preset:{path}", installed())
+    for words in (
+        repr(str(path)),
+        repr(str(folder)),
+        "which specs can't hold; rename it, or name the preset from within",
+    ):
+        assert words in str(error.value)
+    assert "\n" not in str(error.value)
+    monkeypatch.chdir(folder)
+    (policy,) = parse_all("preset:fast.json", installed())
+    assert policy.file == "./weights.json"
+
+
+@pytest.mark.parametrize("name", ["a=b", "a;b", "a+b", "a (1)"])
+def test_other_folders_stand_in_specs(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = saved(folder, ["calibrated:interval=3,file={folder}/weights.json"])
+    (policy,) = parse_all(f"preset:{path}", installed())
+    assert policy.file == f"{folder}/weights.json"
+
+
 def test_a_pipeline_that_differs_is_warned_of_with_both_values(tmp_path, pipe):
     own = fingerprint(pipe.unet)
     same = saved(tmp_path, denoiser="UNet2DConditionModel", model=own, scheduler=type(pipe.scheduler).__name__)
@@ -58,6 +87,18 @@ def test_a_pipeline_that_differs_is_warned_of_with_both_values(tmp_path, pipe):
     for word in (own, "0" * 16, type(pipe.scheduler).__name__, "LCMScheduler"):
         assert word in line
     assert "\n" not in line
+
+
+def test_a_published_preset_names_the_model_that_it_is_not_for(tmp_path, pipe):
+    (line,) = warned(lambda: cachekit.apply(pipe, "preset:sdxl-deepcache-3").remove())
+    assert "the pipeline has an unknown model, not sdxl" in line
+    denoiser = architecture("sd15").build()
+    (line,) = warned(lambda: cachekit.apply(denoiser, "preset:sdxl-tgate-10").remove())
+    assert "the model sd15, not sdxl" in line
+    denoiser.register_to_config(sample_size=96)
+    assert warned(lambda: cachekit.apply(denoiser, "preset:sd15-tgate-10").remove()) == []
+    pixart = architecture("lcm-pixart").build()
+    assert warned(lambda: cachekit.apply(pixart, "preset:lcm-pixart-tgate-1").remove()) == []
 
 
 def test_a_run_that_differs_is_warned_of_with_both_values(tmp_path, pipe):

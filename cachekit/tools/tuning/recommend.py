@@ -1,4 +1,4 @@
-"""Recommend settings for a model: what is published for it, and three lines to paste, with their estimated costs."""
+"""Recommend settings for a model: what is published for it, and up to three lines to paste, with their costs."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ class Rules:
     """Rules of what is recommended: the contents of rules.json.
 
     Runs of fewer than `few_steps` steps leave no room between full steps. A published setting counts as balanced where
-    its MAC reduction lies within `balanced`. There is a rule for each level where calibrations ship, where they would
-    have to be made (a published setting comes before the second), and where the scheduler adds noise in each step, so
-    that lines through past outputs miss while the clean sample holds still.
+    its MAC reduction lies within `balanced`. Where the boldest line saves less than `least`, there are no lines.
+
+    There are rules for each level where calibrations ship, where they would have to be made (a published setting comes
+    before the second), and where the scheduler adds noise in each step, so that lines through past outputs miss while
+    the clean sample holds still. Of several for one level, the first that saves more than the level before is taken.
     """
 
     few_steps: int
     balanced: tuple[float, float]
+    least: float
     calibrated: tuple[Rule, ...]
     uncalibrated: tuple[Rule, ...]
     noisy: tuple[Rule, ...]
@@ -52,7 +55,7 @@ class Rules:
         kinds = {
             name: tuple(Rule(**rule) for rule in data.pop(name)) for name in ("calibrated", "uncalibrated", "noisy")
         }
-        return cls(data.pop("few_steps"), tuple(data.pop("balanced")), **kinds)
+        return cls(data["few_steps"], tuple(data["balanced"]), data["least"], **kinds)
 
 
 RULES = Rules.read()
@@ -100,7 +103,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What a model can use, what is published for it, and a line for each level; without lines, `note` says why."""
+    """What a model can use, what is published for it, and lines for the levels; `note` says why there are none."""
 
     model: str
     denoiser: str
@@ -128,7 +131,7 @@ def recommend(model: str, steps: int | None = None) -> Recommendation:
     subject = Subject.of(model, steps)
     price = _Prices(subject)
     settings = [_setting(name, preset, price) for name, preset in presets_for(subject).items()]
-    lines = _lines(subject, settings, price)
+    lines = _rising(_lines(subject, settings, price))
     known = subject.architecture
     return Recommendation(
         model=model,
@@ -140,7 +143,7 @@ def recommend(model: str, steps: int | None = None) -> Recommendation:
         guidance=subject.guidance,
         sites=dict(sorted(Counter(str(site.kind) for site in subject.sites.sites).items())),
         settings=settings,
-        lines=lines,
+        lines=lines if _is_worth(lines) else [],
         note=_note(subject, price, lines),
     )
 
@@ -210,6 +213,30 @@ def _measured(preset: Preset) -> str:
     return f"measured on {figures.images} images: {', '.join(parts)}"
 
 
+def _rising(lines: Sequence[Line]) -> list[Line]:
+    """Keep one line for each level, and none that saves no more than the one before it."""
+    kept: list[Line] = []
+    for line in lines:
+        if not kept or (line.level != kept[-1].level and _saves_more(line, kept[-1])):
+            kept.append(line)
+    return kept
+
+
+def _saves_more(line: Line, other: Line) -> bool:
+    """Whether a line saves more than another, as far as the two digits show that are printed.
+
+    Where costs aren't known, it is whether the lines differ.
+    """
+    if line.costs.mac_reduction is None or other.costs.mac_reduction is None:
+        return line.code != other.code
+    return round(line.costs.mac_reduction, 2) > round(other.costs.mac_reduction, 2)
+
+
+def _is_worth(lines: Sequence[Line]) -> bool:
+    """Whether the last line, which saves most, saves enough."""
+    return bool(lines) and (lines[-1].costs.mac_reduction or RULES.least) >= RULES.least
+
+
 def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> list[Line]:
     if subject.steps < RULES.few_steps:
         return _published_lines(settings)
@@ -217,10 +244,10 @@ def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> lis
         return [_line(rule, price) for rule in RULES.noisy]
     if all(_has_weights(rule.spec, subject, price) for rule in RULES.calibrated):
         return [_line(rule, price) for rule in RULES.calibrated]
-    careful, balanced, bold = RULES.uncalibrated
+    careful, balanced, *bold = RULES.uncalibrated
     static = _balanced_setting(settings)
     middle = _from_setting(balanced.level, static) if static else _line(balanced, price)
-    return [_line(careful, price), middle, _to_calibrate(bold, subject, price)]
+    return [_line(careful, price), middle, *(_to_calibrate(rule, subject, price) for rule in bold)]
 
 
 def _has_weights(spec: str, subject: Subject, price: _Prices) -> bool:
@@ -280,6 +307,13 @@ def _note(subject: Subject, price: _Prices, lines: Sequence[Line]) -> str:
     if not lines:
         return (
             f"{subject.steps} steps leave nothing to skip between, and no setting for so few is published for this"
-            " model; fewer steps are what is left"
+            " model; take fewer steps instead"
         )
-    return f"no costs: {price.problem}" if price.problem else ""
+    if not _is_worth(lines):
+        return (
+            f"{subject.steps} steps leave little to skip between: the best setting saves"
+            f" {lines[-1].costs.mac_reduction:.2f}x, less than {RULES.least:g}x; take fewer steps instead"
+        )
+    if price.problem:
+        return f"no costs: {price.problem}"
+    return "" if len(lines) > 1 else f"one line alone: no other setting for {subject.steps} steps saves more"

@@ -101,13 +101,17 @@ def _guidance(denoiser: nn.Module, guided: bool, apart: bool) -> str:
 
 
 def presets_for(subject: Subject) -> dict[str, Preset]:
-    """Find the presets that ship for a model: those of its weights, else of its architecture, else of its class."""
+    """Find the presets that ship for a model: those of its weights, else of its architecture, else of its class.
+
+    An embedded model has none but those of its weights: what was published for large models is not for it.
+    """
     loaded = {name: Preset.load(path) for name, path in shipped().items()}
     kind, known = type(subject.denoiser).__name__, subject.architecture
+    embedded = canonical(subject.model) in DEMOS
     tests: tuple[Callable[[Evidence], bool], ...] = (
         lambda evidence: bool(subject.weights) and evidence.model == subject.weights,
         lambda evidence: known is not None and evidence.architecture == known.name,
-        lambda evidence: known is None and evidence.denoiser == kind and evidence.model is None,
+        lambda evidence: known is None and not embedded and evidence.denoiser == kind and evidence.model is None,
     )
     chosen = ({name: one for name, one in loaded.items() if test(one.evidence)} for test in tests)
     return next(filter(None, chosen), {})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cachekit.files import unwritable_reason
-from cachekit.interface.presets import HERE, Evidence, Preset
+from cachekit.interface.presets import HERE, Evidence, Preset, misfit_of
 from cachekit.interface.specs import parse
 from cachekit.models.names import DEMOS, canonical
 from cachekit.registry.catalog import installed
@@ -113,6 +113,9 @@ def tune(
     target_file = Path(output) if output is not None else None
     if target_file is not None and (reason := unwritable_reason(target_file)):
         raise TuningError(f"cannot write {str(target_file)!r}: {reason}")
+    # Candidates name the files of their weights, with their whole paths.
+    if target_file is not None and (misfit := misfit_of(str(_beside(target_file)))):
+        raise TuningError(f"cannot put weights beside {str(target_file)!r}: its path {misfit}; write it elsewhere")
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
     if not isinstance(captions, int):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import diffusers
 import pytest
 from support import tiny
 
 from cachekit.applying import apply
-from cachekit.errors import CachekitError
+from cachekit.errors import CachekitError, PresetWarning
 from cachekit.interface.presets import Preset, shipped
 from cachekit.interface.specs import parse_all
 from cachekit.models.architectures import architecture, architectures, recognised
@@ -53,7 +54,10 @@ def test_every_model_that_papers_measure_has_a_preset():
 )
 def test_a_published_preset_fits_its_architecture(name):
     known = architecture(PUBLISHED[name].evidence.architecture)
-    with apply(denoiser(known.name), PUBLISHED[name].specs) as attachment:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PresetWarning)
+        attachment = apply(denoiser(known.name), f"preset:{name}")
+    with attachment:
         plan = attachment.plan(PUBLISHED[name].evidence.steps or known.steps, guided=known.guided)
     assert any(cell.value != "compute" for row in plan.rows for cell in row.actions)
 

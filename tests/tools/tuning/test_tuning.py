@@ -164,8 +164,10 @@ def test_the_best_and_the_plain_steps_beside_it_are_printed(tuned, folder, capsy
     found, _ = tuned
     print_report(found, folder / "fast.json")
     text = capsys.readouterr().out
-    assert f"{found.preset.specs[0]}, {found.verdict.best.candidate.steps} steps: " in text
-    assert f"use it as preset:{folder / 'fast.json'}" in " ".join(text.split())
+    text, best = " ".join(text.split()), found.verdict.best.candidate
+    assert f"preset:{folder / 'fast.json'}, {best.steps} steps: " in text
+    assert f"wrote {folder / 'fast.json'}, which stands for {best.label}" in text
+    assert "{folder}" not in text
     assert "The verdict: captions that the search never used." in text
     assert ("plain steps are the better choice" in text) == (found.verdict.rival is not None)
     for one in found.verdict.judged:
@@ -181,6 +183,11 @@ def test_captions_of_a_file_are_refused_with_the_line(folder, text, wrong):
     result = commands.run("tune", "demo", "--at-least", "30dB", "--captions", path)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert f"captions, line 2: {wrong}; write one caption per line, of 1 to 1000 characters" in result.stderr
+
+
+def test_an_output_whose_path_specs_cannot_hold_is_refused():
+    with pytest.raises(TuningError, match=r"beside 'a,b.json': its path has a comma, .*; write it elsewhere"):
+        cachekit.tune("demo", 1, at_least=30, output="a,b.json")
 
 
 def test_a_file_that_is_no_journal_is_refused(folder):

@@ -42,4 +42,5 @@ def _rows() -> dict[str, Row]:
 
 def _line(row: Row) -> str:
     name = f"`{row.label}`" if row.cell.specs else row.label
-    return f"{name}, MAC reduction {FIGURES['mac_reduction'].text(row)}, caption match {FIGURES['caption_match'].text(row)}"
+    macs, match = (FIGURES[figure].text(row) for figure in ("mac_reduction", "caption_match"))
+    return f"{name}, MAC reduction {macs}, caption match {match}"

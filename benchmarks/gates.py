@@ -33,7 +33,7 @@ def main() -> None:
     """Parse the command line and measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all, one after the other")
-    parser.add_argument("--captions", type=int, default=24, help="number of held-out captions; default: 24")
+    parser.add_argument("--captions", type=int, default=48, help="number of held-out captions; default: 48")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()

@@ -24,10 +24,12 @@ from cachekit.tools.coverage.page import markdown as coverage_page
 from cachekit.tools.coverage.results import read as read_coverage
 
 from . import (
+    analyses,
     border,
     calibrations,
     carry_tables,
     choosing,
+    few_steps,
     gpu_tables,
     messages,
     method_figures,
@@ -108,9 +110,12 @@ def filled() -> dict[Path, str]:
         "levels read": choosing.leads(),
         "presets": choosing.presets(),
         "messages": messages.table(),
-        "analysis demo": analysis("demo"),
-        "analysis demo-dit": analysis("demo-dit"),
+        **{f"analysis {model}": analyses.tables(model) for model in ("demo", "demo-dit")},
+        **{f"analysis {model} read": analyses.read(model) for model in ("demo", "demo-dit")},
+        "analysis demo noise": analyses.noise("demo"),
         "calibration times": calibrations.times(),
+        "few steps gates": few_steps.gates(),
+        "few steps forecasts": few_steps.forecasts(),
         "tuned": tuned.table(),
         "tuned on more": tuned.on_more_captions(),
         "using": using.table(),
@@ -248,12 +253,6 @@ def leads() -> str:
         if held
         else ""
     )
-
-
-def analysis(model: str) -> str:
-    """Tables that `cachekit analyze` wrote for an embedded model."""
-    source = RESULTS / f"analysis-{model}.md"
-    return source.read_text() if source.exists() else ""
 
 
 def plain_steps(row: Row) -> str:

@@ -25,7 +25,8 @@ TRANSFORMER = (
 )
 CONSISTENCY = (
     "--steps 4 --captions 96 --executor process --threads 1 --no-peers --scheduler LCMScheduler"
-    " --spec tgate:m=1|2 --spec deepcache:interval=2 --spec forecast:interval=2 --spec fora:interval=2"
+    " --spec tgate:m=1|2 --spec deepcache:interval=2 --spec forecast:interval=2|3"
+    " --spec forecast:interval=2|3,order=0,of=x0 --spec fora:interval=2"
 )
 TRUE_SIZE = (
     "--height 256 --width 256 --steps 6 --captions 2 --threads 2 --scheduler DDIMScheduler --no-peers"

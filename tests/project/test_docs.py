@@ -384,6 +384,8 @@ def test_the_readme_has_a_place_for_the_demo():
 def test_no_figure_in_the_documents_is_stale(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks.readme", "--check"])
     importlib.import_module("benchmarks.readme").main()
+    training = importlib.import_module("benchmarks.train.readme")
+    assert training.README.read_text() == training.filled()
 
 
 #: Rooms of the source whose errors users of policies or of the command line may meet.

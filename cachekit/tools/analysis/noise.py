@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
@@ -14,6 +14,12 @@ from cachekit.upstream.stepping import StepCall, predicted_noise, watched
 
 #: The mean and the spread over images of each step.
 Curve = dict[str, list[float]]
+
+#: The names of the curves: with text in all steps, before a gate alone, and from it on.
+WHOLE, BEFORE, AFTER = "text in all steps", "text before step {}", "text from step {} on"
+#: The title and the columns of the table of curves.
+TITLE = "Mean of the predicted noise: mean and spread over images"
+HEADER = ("text", "first step", "step before the gate", "half way from the gate", "last step")
 
 
 def mean_noise(
@@ -38,6 +44,38 @@ def mean_noise(
         ran()
     columns = list(zip(*found))
     return {"mean": [fmean(values) for values in columns], "spread": [pstdev(values) for values in columns]}
+
+
+def rows(found: Mapping[str, Curve], gate: int) -> list[list[str]]:
+    """Write means and spreads of the first step, the last before the gate, one half way from there, and the last."""
+    return [
+        [name, *(f"{curve['mean'][step]:.4f} +- {curve['spread'][step]:.4f}" for step in _shown(curve, gate))]
+        for name, curve in found.items()
+    ]
+
+
+def order(found: Mapping[str, Curve], gate: int) -> str:
+    """Say in a line whether the curves are in the paper's order.
+
+    There the curve with text before the gate alone goes on from the gate as that with text in all steps, and the one
+    without text before the gate lies apart. What is compared is the mean distance over the steps from the gate on.
+    """
+    names = [name.format(gate) for name in (BEFORE, AFTER)]
+    before, after = (_distance(found[WHOLE], found[name], gate) for name in names)
+    holds = "the paper's order" if before < after else "not the paper's order"
+    return (
+        f"mean of the predicted noise from step {gate} on, distance to {WHOLE}:"
+        f" {before:.4f} {names[0]}, {after:.4f} {names[1]}: {'a tie' if before == after else holds}"
+    )
+
+
+def _shown(curve: Curve, gate: int) -> Iterator[int]:
+    last = len(curve["mean"]) - 1
+    yield from (0, gate - 1, (gate + last) // 2, last)
+
+
+def _distance(whole: Curve, other: Curve, gate: int) -> float:
+    return fmean(abs(one - another) for one, another in zip(whole["mean"][gate:], other["mean"][gate:]))
 
 
 class _Watch:

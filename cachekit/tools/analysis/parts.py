@@ -24,7 +24,7 @@ from cachekit.tools.analysis.comparing import (
     last,
     orders,
 )
-from cachekit.tools.analysis.noise import mean_noise
+from cachekit.tools.analysis.noise import AFTER, BEFORE, HEADER, TITLE, WHOLE, mean_noise, order, rows
 from cachekit.tools.bench.cells import BenchError, Setting
 from cachekit.tools.bench.demo import to_json
 from cachekit.tools.bench.grid import picture_grid
@@ -114,9 +114,9 @@ class Analysis:
     def noise(self) -> Found:
         """Compute the mean of the predicted noise with text throughout, before and from a gate on (figure 3)."""
         gate = gates(self._steps)[-1:]
-        named: dict[str, list[str]] = {"text in all steps": []}
+        named: dict[str, list[str]] = {WHOLE: []}
         for step in gate:
-            named |= {f"text before step {step}": [first(step)], f"text from step {step} on": [last(step)]}
+            named |= {BEFORE.format(step): [first(step)], AFTER.format(step): [last(step)]}
         prompts = list(self._prompts())
         self._begin(len(named) * len(prompts))
         found = {}
@@ -124,7 +124,9 @@ class Analysis:
             for name, specs in named.items():
                 found[name] = mean_noise(self._pipe, self._arguments, specs, self._steps, prompts, self._count)
         shown = {name: Curve(range(len(one["mean"])), one["mean"], one["spread"]) for name, one in found.items()}
-        return Found(dict(found), pictures={"noise.svg": chart("Mean of the predicted noise", "mean", shown)})
+        tables = [Table(TITLE, HEADER, rows(found, step)) for step in gate]
+        pictures: dict[str, str | Image] = {"noise.svg": chart("Mean of the predicted noise", "mean", shown)}
+        return Found(dict(found), tables, pictures, [order(found, step) for step in gate])
 
     # -- images beside the uncached pipeline --------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from support import commands, tiny
 
 import cachekit
 from cachekit.models.demo import heldout_captions
+from cachekit.tools.analysis import noise
 from cachekit.tools.analysis.captions import usable_captions
 from cachekit.tools.analysis.changes import Changes, Notes, curves
 from cachekit.tools.analysis.charts import Curve, chart
@@ -105,6 +106,15 @@ def test_the_predicted_noise_of_a_flow():
 
 def test_gates_keep_their_share_of_the_run():
     assert (gates(25), gates(50), gates(4), gates(2)) == ([3, 5, 10], [6, 10, 20], [1, 2], [1])
+
+
+def test_the_line_on_noise_says_which_curve_stays_with_the_text_in_all_steps():
+    whole, near, far = ({"mean": mean, "spread": [0.5] * 4} for mean in ([1.0] * 4, [1, 1, 1.1, 1.1], [0, 0, 1.5, 1.5]))
+    lines = {"the paper's order": (near, far), "not the paper's order": (far, near), "a tie": (whole, whole)}
+    for verdict, (first, last) in lines.items():
+        curves_of = {"text in all steps": whole, "text before step 2": first, "text from step 2 on": last}
+        assert noise.order(curves_of, 2).endswith(f" text from step 2 on: {verdict}")
+    assert noise.rows({"text": far}, 2) == [["text", *(f"{mean:.4f} +- 0.5000" for mean in (0, 0, 1.5, 1.5))]]
 
 
 def test_lines_of_orders():
@@ -201,7 +211,17 @@ def test_the_command_writes_figures_tables_and_pictures(written):
     assert {order["figure"] for order in data["schedulers"]["orders"]} == {"caption_match", "psnr"}
     Image.open(folder / "schedulers-EulerDiscreteScheduler-4.png").verify()
     assert {"changes.svg", "changes-cross_attention.svg", "noise.svg"} <= {path.name for path in folder.iterdir()}
-    for text in ("cross_attention", "tgate:m=2", "EulerDiscreteScheduler, 4 steps, caption match: "):
+    assert (
+        "- mean of the predicted noise from step 2 on, distance to text in all steps: "
+        in (folder / "tables.md").read_text()
+    )
+    for text in (
+        "Mean of the predicted noise",
+        "text from step 2 on",
+        "cross_attention",
+        "tgate:m=2",
+        "EulerDiscreteScheduler, 4 steps, caption match: ",
+    ):
         assert text in printed
         assert text in (folder / "tables.md").read_text()
 

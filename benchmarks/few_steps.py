@@ -1,0 +1,46 @@
+"""What the grid of the embedded model of four steps says, in sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cachekit.tools.bench.figures import FIGURES
+from cachekit.tools.bench.results import read
+from cachekit.tools.bench.summary import Row, groups
+
+_RESULTS = Path(__file__).resolve().parent / "results" / "demo-lcm.jsonl"
+_GATES, _FORECASTS = ("tgate:m=1", "tgate:m=2"), ("forecast", "forecast:order=0,of=x0")
+_FEWER = "3 plain steps"
+
+
+def gates() -> str:
+    """Compare a step less with gates."""
+    rows = _rows()
+    fewer, uncached = rows[_FEWER], next(row for row in rows.values() if row.cell.specs)
+    before = sum(bool(sample.uncached_shown) for sample in uncached.samples) / len(uncached.samples)
+    return (
+        f"A step less saves more, and shows as many captions as a gate or more: {_line(fewer)}; "
+        + "; ".join(_line(rows[spec]) for spec in _GATES)
+        + f"; all four steps without a policy {100 * before:.0f} %."
+    )
+
+
+def forecasts() -> str:
+    """Compare forecasts of lines and of the last x0 with a step less."""
+    rows = _rows()
+    return (
+        "At equal MACs: "
+        + "; ".join(f"{_line(rows[name])}, {FIGURES['psnr'].text(rows[name])} dB" for name in (*_FORECASTS, _FEWER))
+        + "."
+    )
+
+
+def _rows() -> dict[str, Row]:
+    """Read the rows by label; of several sittings, each has rows of its own."""
+    return {row.label: row for group in groups(read(_RESULTS)[0]) for row in group.rows}
+
+
+def _line(row: Row) -> str:
+    name = f"`{row.label}`" if row.cell.specs else row.label
+    macs, match = (FIGURES[figure].text(row) for figure in ("mac_reduction", "caption_match"))
+    return f"{name}, MAC reduction {macs}, caption match {match}"

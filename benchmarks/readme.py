@@ -202,8 +202,8 @@ def grid_table(name: str) -> str:
         table = markdown(shown, [[row[name] for name in shown] for row in rows])
         # Results from before there were other spacings aren't lacking them for want of a setting.
         notes = group.notes if any(row.cell.spacing for row in group.rows) else []
-        parts.append("\n\n".join([f"**{title(group)}**", table, *notes]))
-    return "\n".join(parts)
+        parts += [f"**{title(group)}**", table.rstrip(), *notes]
+    return "\n\n".join(parts)
 
 
 def verdict() -> str:

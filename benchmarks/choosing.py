@@ -31,7 +31,7 @@ def rules() -> str:
     return f"""{markdown(header, rows, left=len(header))}
 - Below {RULES.few_steps} steps, as in consistency models, only settings that were published for so few steps are taken.
   Where there are none, or the best saves less than {RULES.least:g}x, there are no lines: take fewer steps instead.
-- Each line saves more than the one before it, in MACs, or is what stands after "else", or is left out.
+- A line that saves no more MACs than the one before it gives way to the next in its cell, or is left out.
 - "A calibration ships" means that the package has one for the model's weights, this scheduler and this number of steps,
   for guidance scales from {ends}. That is so for the embedded models alone; see [calibrating.md](calibrating.md)."""
 

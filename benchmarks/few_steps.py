@@ -19,7 +19,7 @@ def gates() -> str:
     fewer, uncached = rows[_FEWER], next(row for row in rows.values() if row.cell.specs)
     before = sum(bool(sample.uncached_shown) for sample in uncached.samples) / len(uncached.samples)
     return (
-        f"A step less saves more, and shows as many captions as a gate or more: {_line(fewer)}; "
+        f"A step less beside gates: {_line(fewer)}; "
         + "; ".join(_line(rows[spec]) for spec in _GATES)
         + f"; all four steps without a policy {100 * before:.0f} %."
     )

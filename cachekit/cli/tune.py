@@ -34,7 +34,7 @@ class TuneSettings:
     at_most: Annotated[str | None, typer.Option(help="Wall time of an image, such as 2s.")] = None
     speedup: Annotated[str | None, typer.Option(help="Ratio of wall times, such as 3.")] = None
     captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "16"
-    fresh: Annotated[int | None, typer.Option(min=1, help="Captions of the verdict, of those in the file.")] = None
+    fresh: Annotated[int | None, typer.Option(min=1, help="Captions of the verdict: the last of the file.")] = None
     policy: Annotated[list[str], typer.Option(help="Policy to try; may be repeated. Default: all that fit.")] = field(
         default_factory=list
     )
@@ -150,8 +150,9 @@ def print_report(tuned: Tuned, output: Path) -> None:
     pareto_picture(tuned.measured, tuned.front, tuned.targets).save(picture)
     say(f"wrote {picture}")
     _print_verdict(tuned)
-    if tuned.refused:
-        say(f"{len(tuned.refused)} candidates were refused or failed, such as {tuned.refused[0]}")
+    reasons = [*dict.fromkeys(tuned.refused)]
+    if reasons:
+        say(f"{len(reasons)} candidates were refused or failed, such as {reasons[0]}")
     best, rival = tuned.verdict.best, tuned.verdict.rival
     if rival:
         say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ WORD = "preset"
 FOLDER = Path(__file__).parents[1] / "presets"
 #: What stands for the folder of a preset's file within its specs, as in `file={folder}/weights.json`.
 HERE = "{folder}"
-#: What ends a value in a spec. Brackets do so too, unless they are paired.
-_SEPARATORS = frozenset(",|")
+#: What can't stand in a value of a spec. Paired brackets can.
+_SEPARATORS = re.compile(r"[,|()]")
+_PAIR = re.compile(r"\([^()]*\)")
 
 
 class _Part(BaseModel):
@@ -180,9 +182,9 @@ def read(spec: str, policies: Mapping[str, Any]) -> tuple[Preset, list[str]]:
 
 def misfit_of(folder: str) -> str:
     """Why a path can't stand in a spec; "" where it can."""
-    if not _SEPARATORS & set(folder) and folder.count("(") == folder.count(")"):
-        return ""
-    return "has a comma, a bar or an unpaired bracket, which specs can't hold"
+    while _PAIR.search(folder) and not set(",|") & set(folder):
+        folder = _PAIR.sub("", folder)
+    return "has a comma, a bar or an unpaired bracket, which specs can't hold" if _SEPARATORS.search(folder) else ""
 
 
 def expanded(specs: Sequence[Any], policies: Mapping[str, Any]) -> tuple[list[Any], list[Preset]]:

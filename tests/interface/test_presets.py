@@ -50,7 +50,7 @@ def test_the_folder_of_the_file_can_stand_in_a_spec(tmp_path):
     assert policy.file == f"{tmp_path}/weights.json"
 
 
-@pytest.mark.parametrize("name", ["a,b", "a|b", "a(b"])
+@pytest.mark.parametrize("name", ["a,b", "a|b", "a(b", "a)(b"])
 def test_a_folder_that_specs_cannot_hold_is_refused_with_the_cure(tmp_path, monkeypatch, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -69,7 +69,7 @@ def test_a_folder_that_specs_cannot_hold_is_refused_with_the_cure(tmp_path, monk
     assert policy.file == "./weights.json"
 
 
-@pytest.mark.parametrize("name", ["a=b", "a;b", "a+b", "a (1)"])
+@pytest.mark.parametrize("name", ["a=b", "a;b", "a+b", "a (1)", "a ((1) b)"])
 def test_other_folders_stand_in_specs(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()

@@ -29,6 +29,8 @@ PLAIN = "(plain steps)"
 NUMBER = ""
 #: First values of a whole number without a default, from the lowest.
 _RUNGS = (3, 4, 5, 6)
+#: Whole numbers of which greater ones save more.
+_RISING = ("interval", "longest")
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
 
@@ -120,8 +122,8 @@ class Space:
     def beginnings(self) -> Iterator[list[dict[str, Any]]]:
         """Yield ladders of parameters to begin a study with: policies, and plain steps of each spacing, in turns.
 
-        Each policy comes as it is by default, then with greater values of its first whole number; plain steps become
-        fewer. What is higher on a ladder is worth trying where what is below it may win.
+        What is higher on a ladder saves more, and is worth trying where what is below it may win: greater intervals,
+        and fewer plain steps. Other values of a policy's first whole number are ladders of their own.
         """
         rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)} - {self._steps}, reverse=True)
         plain = [
@@ -145,7 +147,8 @@ class Space:
         usual, bounds = fields[whole].default, _range(fields[whole], self._steps)
         values = (usual, usual + 1, 2 * usual) if isinstance(usual, int) else _RUNGS
         within = [value for value in values if bounds and bounds[0] <= value <= bounds[1]]
-        yield [{**alone, f"{path}.given": whole, f"{path}.{whole}": value} for value in within]
+        rungs = [{**alone, f"{path}.given": whole, f"{path}.{whole}": value} for value in within]
+        yield from [rungs] if whole in _RISING else [[rung] for rung in rungs]
         for word in _options(fields[whole]):
             yield [{**alone, f"{path}.{whole}.word": word}]
 

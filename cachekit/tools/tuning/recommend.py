@@ -103,7 +103,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What a model can use, what is published for it, and lines for the levels; `note` says why there are none."""
+    """What a model can use, what is published for it, and lines for the levels; `note` says what is missing."""
 
     model: str
     denoiser: str
@@ -234,7 +234,7 @@ def _saves_more(line: Line, other: Line) -> bool:
 
 def _is_worth(lines: Sequence[Line]) -> bool:
     """Whether the last line, which saves most, saves enough."""
-    return bool(lines) and (lines[-1].costs.mac_reduction or RULES.least) >= RULES.least
+    return bool(lines) and round(lines[-1].costs.mac_reduction or RULES.least, 2) >= RULES.least
 
 
 def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ _FEW = 2
 _MARGIN = 1.5
 #: The share of an asked speedup that the MACs must promise.
 _PROMISE = 0.8
-#: Trials that may be refused or fail for each that is measured.
+#: Trials that may be refused for each of the budget; one that fails counts as so many.
 _REFUSALS = 20
 
 
@@ -51,27 +52,33 @@ class Search:
 
     def run(self, budget: Budget, progress: Progress) -> None:
         """Try candidates until the budget is spent; what is measured is in the journal at once."""
-        begun = time.monotonic()
+        end = math.inf if budget.seconds is None else time.monotonic() + budget.seconds
         if self.journal.is_new:
             for ladder in self.space.beginnings():
                 self.journal.enqueue(ladder)
-        refused = 0
-        while True:
-            done = len(self.journal.measured)
+        refused, most = 0, _REFUSALS * budget.trials
+        while (done := len(self.journal.measured)) < budget.trials and time.monotonic() < end:
+            if refused > most:
+                reason = "too many candidates were refused or failed; name policies that fit"
+                progress(done, budget.trials, f"the rest: {reason}")
+                return
             progress(done, budget.trials, "")
-            spent = budget.seconds is not None and time.monotonic() - begun >= budget.seconds
-            if done >= budget.trials or spent:
-                return
-            if refused > _REFUSALS * budget.trials:
-                progress(done, budget.trials, f"the other candidates: {refused} in all were refused or failed")
-                return
             chosen: list[tuple[Any, Candidate]] = []
-            while len(chosen) < min(self.measurer.batch, budget.trials - done) and refused <= _REFUSALS * budget.trials:
-                trial = self.journal.ask()
-                found = self._accepted(trial, [candidate for _, candidate in chosen])
-                refused += found is None
-                chosen += [(trial, found)] if found else []
-            refused += self._measure(chosen, progress, done, budget.trials)
+            with self.journal.begun_again(chosen):
+                wanted = min(self.measurer.batch, budget.trials - done)
+                refused += self._choose(chosen, wanted, most - refused, end)
+                refused += _REFUSALS * self._measure(chosen, progress, done, budget.trials)
+        progress(len(self.journal.measured), budget.trials, "")
+
+    def _choose(self, chosen: list[tuple[Any, Candidate]], wanted: int, most: int, end: float) -> int:
+        """Choose candidates until so many are `wanted`, more than `most` are refused, or time ends; count refusals."""
+        refused = 0
+        while len(chosen) < wanted and refused <= most and time.monotonic() < end:
+            trial = self.journal.ask()
+            found = self._accepted(trial, [candidate for _, candidate in chosen])
+            refused += found is None
+            chosen += [(trial, found)] if found else []
+        return refused
 
     # -- before anything is drawn -------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,20 @@ class Journal:
         """Have a later trial try the parameters that are next on the ladder of a trial."""
         self.enqueue(trial.user_attrs.get(_HIGHER, ()))
 
+    @contextmanager
+    def begun_again(self, trials: Sequence[tuple[Any, Candidate]]) -> Iterator[None]:
+        """Have those of the trials that an exception leaves unfinished tried later, with their ladders."""
+        try:
+            yield
+        except BaseException:
+            finished = {one.number for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()}
+            for trial, _ in trials:
+                if trial.number not in finished:
+                    self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+                    higher = {_HIGHER: trial.user_attrs.get(_HIGHER, [])}
+                    self.study.enqueue_trial(dict(trial.params), user_attrs=higher)
+            raise
+
     def ask(self) -> Any:
         """Begin a trial."""
         return self.study.ask()
@@ -143,7 +157,9 @@ def _different(name: str, held: Any, given: Any) -> tuple[str, Any, Any]:
     """Name what differs, and both values: of lists the first entries that do."""
     if not (isinstance(held, list) and isinstance(given, list)):
         return name, held, given
-    pairs = enumerate(zip_longest(held, given), 1)
+    if len(held) != len(given):
+        return f"another number of {name}:", len(held), len(given)
+    pairs = enumerate(zip(held, given), 1)
     number, (one, other) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
     return f"{name}, where number {number} is", repr(one), repr(other)
 

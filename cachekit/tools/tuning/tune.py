@@ -24,7 +24,7 @@ from cachekit.tools.tuning.search import Budget, Progress, Search
 from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
 from cachekit.tools.tuning.verdict import Judged, Verdict, judge
-from cachekit.tools.tuning.weights import Weights
+from cachekit.tools.tuning.weights import Weights, precision_of
 from cachekit.tools.workers import Crew, check_executor
 from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
@@ -156,11 +156,10 @@ class _Tuning:
 
     def _key(self) -> dict[str, Any]:
         """List what the figures of a study are of: a study of anything else is another."""
-        measurer, denoiser = self._measurer, denoiser_of(self._pipe)
+        measurer = self._measurer
         return {
             "model": measurer.model,
-            "dtype": str(denoiser.dtype),
-            "device": denoiser.device.type,
+            "precision": precision_of(denoiser_of(self._pipe)),
             "scheduler": measurer.scheduler,
             "steps": measurer.steps,
             "guidance": self._scale,

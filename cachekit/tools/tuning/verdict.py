@@ -130,20 +130,20 @@ def _on_fresh(
 def _best_plain(
     cells: Sequence[Cell], measurer: Measurer, targets: Targets, captions: Sequence[str]
 ) -> dict[int, PlainSteps]:
-    """Measure plain steps with the best spacing for each number, which a few captions choose where there are more."""
-    if len(captions) > _FEW:
-        few = _figures(cells, measurer, captions[:_FEW])
-        cells = [*_by_number(few, targets).values()]
-    found = _figures(cells, measurer, captions)
+    """Measure plain steps: with each spacing on a few captions, and with the best for each number on the others."""
+    few = _results(cells, measurer, captions[:_FEW])
+    best = _by_number({cell: figures_of([one]) for cell, one in few.items()}, targets)
+    more = _results([*best.values()], measurer, captions[_FEW:]) if captions[_FEW:] else {}
+    found = {steps: [results[cell] for results in (few, more) if cell in results] for steps, cell in best.items()}
     return {
-        steps: PlainSteps(steps=steps, spacing=cell.spelled, figures=found[cell])
-        for steps, cell in _by_number(found, targets).items()
+        steps: PlainSteps(steps=steps, spacing=cell.spelled, figures=figures_of(found[steps]))
+        for steps, cell in best.items()
     }
 
 
-def _figures(cells: Sequence[Cell], measurer: Measurer, captions: Sequence[str]) -> dict[Cell, Figures]:
+def _results(cells: Sequence[Cell], measurer: Measurer, captions: Sequence[str]) -> dict[Cell, Result]:
     outcomes = zip(cells, measurer.measure_cells(cells, captions))
-    return {cell: figures_of([outcome]) for cell, outcome in outcomes if isinstance(outcome, Result)}
+    return {cell: outcome for cell, outcome in outcomes if isinstance(outcome, Result)}
 
 
 def _by_number(figures: dict[Cell, Figures], targets: Targets) -> dict[int, Cell]:

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from cachekit.applying import apply
 from cachekit.errors import CalibrationError
 from cachekit.interface.policy import Policy
@@ -24,7 +26,7 @@ from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.scales import SCALE
 
-__all__ = ["Weights"]
+__all__ = ["Weights", "precision_of"]
 
 #: The key of policies and parts that read a file of weights.
 _FILE = "file"
@@ -63,12 +65,13 @@ class Weights:
         """File of the weights for a spec, of a name that no other run's weights have."""
         if self.folder is None:
             return None
-        run = [steps, self.scheduler, self._model, self._arguments(steps).get(SCALE), *self.prompts]
+        run = [steps, self.scheduler, *self._model, self._arguments(steps).get(SCALE), *self.prompts]
         return self.folder / f"{digest([spec, *run])}.json"
 
     @cached_property
-    def _model(self) -> str:
-        return fingerprint(denoiser_of(self.subject.pipe))
+    def _model(self) -> tuple[str, str]:
+        denoiser = denoiser_of(self.subject.pipe)
+        return fingerprint(denoiser), precision_of(denoiser)
 
     def _runs(self, policy: Policy, steps: int) -> bool:
         """Whether a policy finds all that it needs, by one image."""
@@ -94,3 +97,9 @@ class Weights:
     def _arguments(self, steps: int) -> dict[str, Any]:
         set_scheduler(self.subject.pipe, self.scheduler)
         return {**self.subject.arguments(self.prompts[0]), STEPS: steps}
+
+
+def precision_of(denoiser: nn.Module) -> str:
+    """Name the dtype of a denoiser's first parameter; "" where it has none."""
+    first = next(denoiser.parameters(), None)
+    return "" if first is None else str(first.dtype).removeprefix("torch.")

@@ -145,6 +145,8 @@ def test_a_study_of_other_captions_is_refused_with_the_first_that_differs(tmp_pa
         TuningError, match="has a study of captions, where number 2 is 'a dog', not 'a hen'; name another"
     ):
         Journal(path, {"captions": ["a cat", "a hen"]}, Targets(at_least=20), judged=False, seed=0)
+    with pytest.raises(TuningError, match="has a study of another number of captions: 2, not 1; name another"):
+        Journal(path, {"captions": ["a cat"]}, Targets(at_least=20), judged=False, seed=0)
 
 
 def test_a_target_that_nothing_reaches_names_what_is_nearest(tuned, folder):
@@ -339,17 +341,50 @@ def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_show
     assert [candidate.specs for candidate in promising] == [("c",), ("b",), (), ("a",), ("d",)]
 
 
-def test_greater_numbers_are_tried_once_what_is_below_them_may_win():
+class IntervalsMeasured:
+    """Measures forecasts that save much and stay near, and all else as far off and dear; it may be stopped."""
+
+    batch, steps, subject = 3, 25, None
+
+    def __init__(self, stop_at=""):
+        self.stop_at = stop_at
+
+    def measure(self, candidates, captions):
+        if self.stop_at in [candidate.label for candidate in candidates]:
+            self.stop_at = ""
+            raise KeyboardInterrupt
+        return [self._result(candidate) for candidate in candidates]
+
+    def _result(self, candidate):
+        near = candidate.label.startswith("forecast")
+        shared = {"caption": "", "seconds": 1, "uncached_seconds": 2, "uncached_macs": 100, "ssim": 0.9}
+        sample = Sample(**shared, macs=10 if near else 90, psnr=50.0 if near else 5.0)
+        made = cell(candidate.specs, candidate.steps)
+        return Result(id="", cell=made, environment={}, first_seconds=None, samples=[sample])
+
+
+TRIED = {"forecast", "forecast:interval=3", "calibrated:interval=3", "12 plain steps"}
+
+
+def searched(measurer, journal):
+    space = Space(tiny.unet(), installed(), 25, ("",), policies=["forecast", "calibrated"])
+    search = Search(space, journal, measurer, Targets(at_least=20), ["a", "b", "c"])
+    search._promised = lambda candidate: (2.0, True)
+    search.run(Budget(4), lambda done, total, line: None)
+    return {one.candidate.label for one in journal.measured}
+
+
+def test_greater_intervals_are_tried_only_where_smaller_ones_may_win():
     journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
-    journal.enqueue([{"interval": 3}, {"interval": 4}, {"interval": 5}])
-    tried = []
-    for _ in range(3):
-        trial = journal.ask()
-        tried.append(trial.suggest_int("interval", 2, 9))
-        journal.refuse(trial, None, "saves nothing")
-        journal.climb(trial)
-    assert tried == [3, 4, 5]
-    assert journal.study.get_trials(states=[optuna.trial.TrialState.WAITING]) == []
+    assert searched(IntervalsMeasured(), journal) == TRIED
+
+
+def test_what_a_stopped_search_was_measuring_is_tried_again(tmp_path):
+    journal = Journal(tmp_path / "study.log", {"steps": 25}, Targets(at_least=20), judged=False, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        searched(IntervalsMeasured(stop_at="forecast"), journal)
+    resumed = Journal(tmp_path / "study.log", {"steps": 25}, Targets(at_least=20), judged=False, seed=0)
+    assert searched(IntervalsMeasured(), resumed) == TRIED
 
 
 class SpacingsMeasured:
@@ -383,7 +418,7 @@ def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge(targets,
     measurer = SpacingsMeasured(SIMILAR, shown={(3, ""), (4, ""), (4, "karras")})
     best = _best_plain(cells, measurer, targets, ["a caption"] * 9)
     assert {steps: plain.spacing for steps, plain in best.items()} == spacings
-    assert measurer.seen == [8] * 5 + [9] * 2
+    assert measurer.seen == [8] * 5 + [1] * 2
     few = SpacingsMeasured(SIMILAR)
     assert _best_plain(cells, few, Targets(at_least=20), ["a caption"] * 8)[4].figures.psnr == 30
     assert few.seen == [8] * 5
@@ -406,7 +441,7 @@ def test_a_search_ends_where_all_candidates_fail(space):
     assert journal.measured == []
     failures = [line for line in lines if line.endswith(": out of memory")]
     assert len(set(failures)) == len(failures) > 0
-    assert lines[-1].endswith("in all were refused or failed")
+    assert lines[-1].endswith("refused or failed; name policies that fit")
 
 
 def test_weights_of_another_run_have_another_file(tmp_path):
@@ -419,8 +454,10 @@ def test_weights_of_another_run_have_another_file(tmp_path):
     other = tiny.small()
     with torch.no_grad():
         other.unet.conv_in.bias += 1
+    half = tiny.small().to(torch.float16)
     assert file() == file()
-    assert len({file(), file(other), file(prompts=("a dog",)), file(guidance=2.0), file(steps=5)}) == 5
+    files = {file(), file(other), file(half), file(prompts=("a dog",)), file(guidance=2.0), file(steps=5)}
+    assert len(files) == 6
 
 
 def test_fresh_captions_are_never_those_of_the_search():

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 from cachekit.tools.analysis.comparing import TEXT_FIRST, gates
 from cachekit.tools.analysis.noise import HEADER, TITLE, order, rows
 from cachekit.tools.bench.tables import markdown
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from .ship import RESULTS
+
 _TEXT_LAST = "null_text:before="
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cachekit.tools.bench.figures import FIGURES
 from cachekit.tools.bench.results import read
 from cachekit.tools.bench.summary import Row, groups
 
-_RESULTS = Path(__file__).resolve().parent / "results" / "demo-lcm.jsonl"
+from .ship import RESULTS
+
 _GATES, _FORECASTS = ("tgate:m=1", "tgate:m=2"), ("forecast", "forecast:order=0,of=x0")
 _FEWER = "3 plain steps"
 
@@ -37,7 +36,7 @@ def forecasts() -> str:
 
 def _rows() -> dict[str, Row]:
     """Read the rows by label; of several sittings, each has rows of its own."""
-    return {row.label: row for group in groups(read(_RESULTS)[0]) for row in group.rows}
+    return {row.label: row for group in groups(read(RESULTS / "demo-lcm.jsonl")[0]) for row in group.rows}
 
 
 def _line(row: Row) -> str:

@@ -29,14 +29,13 @@ _LOADERS = {
     ("StableDiffusionPipeline", "tgate"): "TgateSDLoader",
     ("StableDiffusionXLPipeline", "tgate"): "TgateSDXLLoader",
     ("PixArtAlphaPipeline", "tgate"): "TgatePixArtAlphaLoader",
-    ("PixArtSigmaPipeline", "tgate"): "TgatePixArtSigmaLoader",
     ("StableDiffusionPipeline", "deepcache+tgate"): "TgateSDDeepCacheLoader",
     ("StableDiffusionXLPipeline", "deepcache+tgate"): "TgateSDXLDeepCacheLoader",
     ("StableDiffusionPipeline", "deepcache"): "DeepCacheSDHelper",
     ("StableDiffusionXLPipeline", "deepcache"): "DeepCacheSDHelper",
 }
 #: Pipelines whose published version takes samples of the sizes of a few models alone, so that grids leave it out.
-_SIZED = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+_SIZED = ("PixArtAlphaPipeline",)
 
 
 def peer_exists(policies: Sequence[Policy], pipeline: str) -> bool:

@@ -1,72 +1,120 @@
-"""Tables of `cachekit analyze` on the embedded models, and what they show in a sentence.
+"""Analyze the embedded models: `python -m benchmarks.analyses [MODEL ...]`.
 
-The tables of a model are a page that the command wrote, part by part. The mean of the predicted noise is kept as
-`analysis.json` of a run of that part alone.
+Each is one `cachekit analyze` command, whose tables are kept beside the figures that sentences are made of.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from cachekit.tools.analysis.comparing import TEXT_FIRST, gates
-from cachekit.tools.analysis.noise import HEADER, TITLE, order, rows
-from cachekit.tools.bench.tables import markdown
+from cachekit.cli import app
+from cachekit.tools.analysis.comparing import TEXT_FIRST
+from cachekit.tools.bench.figures import FIGURES
 
 from .ship import RESULTS
 
-_TEXT_LAST = "null_text:before="
+MODELS = ("demo", "demo-dit", "demo-flow", "demo-lcm")
+_CAPTIONS = 32
+_COMPARED = ("text", "lengths", "schedulers")
+
+
+def main() -> None:
+    """Parse the command line and analyze the models."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="default: all, one after the other")
+    for model in parser.parse_args().models or MODELS:
+        analyze(model)
+
+
+def analyze(model: str) -> None:
+    """Analyze a model, and keep its tables and its figures but for those of single sites and images."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        app([*_command(model), "--threads", "1", "--output", folder], standalone_mode=False)
+        _tables(model).write_text((output / "tables.md").read_text())
+        data = json.loads((output / "analysis.json").read_text())
+    for curve in data["changes"].values():
+        del curve["by_site"]
+    for part in _COMPARED:
+        data[part] = data[part]["orders"]
+    _figures(model).write_text(json.dumps(data, indent=1) + "\n")
 
 
 def tables(model: str) -> str:
-    """Tables that the command wrote for an embedded model."""
-    source = RESULTS / f"analysis-{model}.md"
-    return source.read_text() if source.exists() else ""
-
-
-def noise(model: str) -> str:
-    """Table of the mean of the predicted noise, with the command line, seed and versions it is from."""
-    source = RESULTS / f"analysis-{model}-noise.json"
+    """Tables that the command wrote for an embedded model, after the command, seed and versions they are from."""
+    source = _tables(model)
     if not source.exists():
         return ""
-    data = json.loads(source.read_text())
-    made, found = data["settings"], data["noise"]
-    (gate,) = gates(made["steps"])[-1:]
+    made = json.loads(_figures(model).read_text())["settings"]
     used = made["environment"]
     return (
-        f"`cachekit analyze {model} --captions {len(made['captions'])} --only noise`, {made['steps']} steps, seed"
-        f" {made['seed']}, cachekit {used['cachekit']}, torch {used['torch']}, diffusers {used['diffusers']}:\n\n"
-        f"**{TITLE}**\n\n{markdown(HEADER, rows(found, gate))}\n- {order(found, gate)}"
+        f"`{' '.join(['cachekit', *_command(model)])}`, {made['steps']} steps, seed {made['seed']}, cachekit"
+        f" {used['cachekit']}, torch {used['torch']}, diffusers {used['diffusers']}:\n\n{source.read_text()}"
     )
 
 
 def read(model: str) -> str:
-    """Say what the tables show of cross-attention, and of the text in a part of the steps."""
-    cells = [*_cells(tables(model))]
-    changes = next((row[2:5] for row in cells if row[0] == "cross_attention"), None)
-    if changes is None:
+    """Say what the figures show of the changes, and of the text in a part of the steps."""
+    if not _figures(model).exists():
         return ""
-    start, middle, end = (f"{100 * float(change.split()[0]):.1f} %" for change in changes)
-    early, late = (_matches(cells, prefix) for prefix in (TEXT_FIRST, _TEXT_LAST))
-    return (
-        f"Cross-attention changes by {start} of its norm after the first step, by {middle} half way and by {end} in the"
-        f" last step. Text before a gate alone shows {_range(early)} of the captions, text from the gate on alone"
-        f" {_range(late)}."
+    data = json.loads(_figures(model).read_text())
+    kind = next(kind for kind in ("cross_attention", "joint_attention") if kind in data["changes"])
+    means = [mean for mean in data["changes"][kind]["relative"]["mean"] if mean is not None]
+    start, middle, end = (f"{mean:.1%}" for mean in (means[0], means[len(means) // 2], means[-1]))
+    changes = (
+        f"{kind.replace('_', '-').capitalize()} changes by {start} of its norm after the first step, by {middle} half"
+        f" way and by {end} in the last step."
     )
+    found = [order for part in _COMPARED for order in data[part]]
+    return " ".join([changes, *_text_in_part(found), *_counts(found)])
 
 
-def _cells(page: str) -> Iterator[list[str]]:
-    """Yield the cells of each row of the tables of a page."""
-    for line in page.splitlines():
-        if line.startswith("| "):
-            yield [cell.strip() for cell in line.strip("|").split("|")]
+def _text_in_part(found: list[dict[str, Any]]) -> Iterator[str]:
+    shown = [one for one in found if one["figure"] == "caption_match" and one["spec"].startswith(TEXT_FIRST)]
+    if shown:
+        early, late = (_range([one[key] for one in shown]) for key in ("row", "text_last"))
+        yield f"Text before a gate alone shows {early} of the captions, text from the gate on alone {late}."
 
 
-def _matches(cells: list[list[str]], prefix: str) -> list[int]:
-    """List the caption matches of the specs that begin so, in per cent."""
-    return [int(row[4].partition("%")[0]) for row in cells if row[0].startswith(prefix)]
+def _counts(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Count the comparisons that are in the papers' order, by figure."""
+    for name, is_kind in (("text in a part of the steps", True), ("`tgate`", False)):
+        own = [one for one in found if one["spec"].startswith(TEXT_FIRST) == is_kind]
+        counts = [_count(key, [one for one in own if one["figure"] == key]) for key in FIGURES]
+        if own:
+            yield f"In the papers' order, {name}: {', '.join(filter(None, counts))}."
 
 
-def _range(shares: list[int]) -> str:
-    least, most = min(shares), max(shares)
-    return f"{least} %" if least == most else f"{least} to {most} %"
+def _count(figure: str, found: list[Mapping[str, Any]]) -> str:
+    if not found:
+        return ""
+    ties = sum(one["is_tie"] for one in found)
+    holding = sum(one["is_papers_order"] and not one["is_tie"] for one in found)
+    tied = f" and {ties} level" if ties else ""
+    return f"{holding}{tied} of {len(found)} comparisons by {FIGURES[figure].name}"
+
+
+def _range(shares: list[float]) -> str:
+    least, most = (f"{100 * share:.0f} %" for share in (min(shares), max(shares)))
+    return least if least == most else f"{least.removesuffix(' %')} to {most}"
+
+
+def _command(model: str) -> list[str]:
+    return ["analyze", model, "--captions", str(_CAPTIONS)]
+
+
+def _tables(model: str) -> Path:
+    return RESULTS / f"analysis-{model}.md"
+
+
+def _figures(model: str) -> Path:
+    return RESULTS / f"analysis-{model}.json"
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,12 @@ _TIERS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 #: Policies that act in a window of timesteps, which an estimate lacks.
 _WINDOWED = ("pab", "fastercache")
-_COMPILED = ("uncached", "forecast:interval=3", _FB, "taylorseer")
+#: Of the models whose repeated blocks diffusers names, which it does for neither SD3 nor PixArt.
+_COMPILED = {
+    "flux": ("uncached", "forecast:interval=3", _FB, "taylorseer"),
+    "wan": ("uncached", "forecast:interval=3", _FB, "taylorseer"),
+    "sdxl": ("uncached", "forecast:interval=3", "deepcache:interval=3", "tgate:m={gate}"),
+}
 #: Tier before which the checks run, except one: a capture that fails could harm what runs after it.
 _CHECKED, LAST_CHECK = 2, "a CUDA graph outlives a cached run"
 
@@ -96,15 +101,20 @@ def rows(tiny: bool, checks: tuple[str, ...]) -> list[Row]:
             found += [Row("all", CHECK, check) for check in checks if check != LAST_CHECK]
         for model, tiers in _TIERS.items():
             found += [_row(model, text, tiny) for text in (tiers[tier] if tier < len(tiers) else ())]
-    found += [Row(model, COMPILED, text) for model in ("flux", "wan") for text in _COMPILED]
+    for model, texts in _COMPILED.items():
+        found += [Row(model, COMPILED, _at(text, model, tiny)) for text in texts]
     return found + [Row("all", CHECK, LAST_CHECK)]
+
+
+def _at(text: str, model: str, tiny: bool) -> str:
+    steps = steps_of(model, tiny)
+    return text.format(steps=steps, gate=steps * 2 // 5, half=steps // 2)
 
 
 def _row(model: str, text: str, tiny: bool) -> Row:
     if text == "plain":
         return Row(model, Method.PLAIN.value, "uncached")
-    steps = steps_of(model, tiny)
-    text = text.format(steps=steps, gate=steps * 2 // 5, half=steps // 2)
+    text = _at(text, model, tiny)
     kind, _, rest = text.partition(" ")
     return Row(model, kind, rest) if rest else Row(model, Method.CACHEKIT.value, text)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _CAPTIONS = "File with one caption per line, MS-COCO annotations (.json), or a number of held-out captions."
 _PARTS = ("changes", "noise", "text", "lengths", "schedulers")
+_STEPS = "Number of steps; gates keep their share of them. Default: 25; 4 for an embedded model of 4 steps."
 _ONLY = "Part to run; may be repeated. Default: all."
 _SCHEDULER = "Scheduler to compare; may be repeated. Default: Euler, DPM-Solver++ and DDIM, where the model takes them."
 
@@ -26,7 +27,7 @@ def analyze(
     model: RunnableModel,
     captions: Annotated[str, typer.Option(help=_CAPTIONS)] = "8",
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first captions, this many.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Number of steps; gates keep their share of them.")] = 25,
+    steps: Annotated[int | None, typer.Option(min=2, help=_STEPS)] = None,
     only: Annotated[list[str] | None, typer.Option(help=_ONLY, **choice(_PARTS, "part"))] = None,
     scheduler: Annotated[list[str] | None, typer.Option(help=_SCHEDULER)] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first caption's noise; the next one's follows.")] = 0,
@@ -41,13 +42,16 @@ def analyze(
 
     These are the figures 2 and 3 and the tables 1 to 4 and 8 of TGATE's paper (arXiv 2404.02747), on any pipeline.
     """
+    from cachekit.models.demo import demo_steps
     from cachekit.models.loading import scheduler_for
+    from cachekit.models.names import canonical
     from cachekit.tools.analysis.captions import usable_captions
     from cachekit.tools.analysis.parts import PARTS, Analysis
     from cachekit.tools.bench.captions import check_scenes
     from cachekit.tools.bench.cells import Setting
     from cachekit.tools.bench.subjects import load
 
+    steps = steps or demo_steps(canonical(model))
     with json_results(json_file) as give:
         setting = Setting(model=model, captions=(), dtype=dtype, device=device, guidance=guidance, threads=threads)
         subject = load(setting)

@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from cachekit.tools.tuning.recommend import Costs, Line, Recommendation, Setting
 
 _STEPS = "Number of steps: iterations of the pipeline's loop; default: the pipeline's own."
+_GUIDANCE = "Guidance scale; default: the pipeline's own."
 
 
 def recommend(
     model: AnyModel,
     steps: Annotated[int | None, typer.Option(min=1, help=_STEPS)] = None,
+    guidance: Annotated[float | None, typer.Option(help=_GUIDANCE)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Recommend settings for a model by estimates and published presets; nothing is run, no weights are needed."""
     from cachekit.tools.tuning.recommend import recommend as recommend_for
 
     with json_results(json_file) as give:
-        found = recommend_for(model, steps)
+        found = recommend_for(model, steps, guidance)
         _print_model(found)
         _print_settings(found.settings)
         for line in found.lines:

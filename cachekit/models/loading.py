@@ -8,6 +8,7 @@ from cachekit.errors import first_line, nearest
 from cachekit.models.hub import hub_arguments
 from cachekit.models.names import ModelError, Sort, is_architecture, named, unreadable, without_weights
 from cachekit.upstream.calling import STEPS, call_parameters
+from cachekit.upstream.scales import SCALE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -111,6 +112,12 @@ def default_steps(kind: type[Any]) -> int | None:
     """Read how many steps pipelines of a class take by default; None where the class has no default."""
     parameter = call_parameters(kind).get(STEPS)
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
+def default_scale(kind: type[Any]) -> float | None:
+    """Read the guidance scale that pipelines of a class have by default; None where the class has none."""
+    parameter = call_parameters(kind).get(SCALE)
+    return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else None
 
 
 def precision(name: str | None) -> dict[str, Any]:

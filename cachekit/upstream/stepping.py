@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,8 +85,11 @@ def watched(pipe: Any, watch: Callable[[StepCall], Any]) -> Any:
     """Make a copy of a pipeline whose scheduler, a copy too, has its steps made by `watch`; models are shared."""
     twin = copy.copy(pipe)
     scheduler = copy.deepcopy(pipe.scheduler)
-    signature = inspect.signature(scheduler.step)
+    own = scheduler.step
+    signature = inspect.signature(own)
 
+    # Pipelines look into the signature for what a step takes: `generator`, `eta`.
+    @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
         return watch(StepCall(scheduler, signature.bind(*args, **kwargs).arguments))
 

@@ -117,6 +117,28 @@ def test_a_bold_line_saves_more_than_the_balanced_one():
     assert careful.costs.mac_reduction < balanced.costs.mac_reduction < bold.costs.mac_reduction
 
 
+def test_where_lines_without_weights_miss_weights_come_first():
+    plain, bent = recommend("pixart-alpha"), recommend("pixart-alpha", steps=40, guidance=7.5)
+    assert plain.scheduler == "DPMSolverMultistepScheduler"
+    assert plain.lines[0].specs == ["forecast:interval=2"]  # its pipeline's own scale is 4.5
+    assert [line.specs for line in bent.lines] == [
+        [f"calibrated:interval={interval},file=calibration.json"] for interval in (2, 3, 4)
+    ]
+    assert all("--steps 40" in line.first for line in bent.lines)
+    assert recommend("pixart-alpha", guidance=1.0).guidance == "no guidance"
+
+
+def test_a_published_setting_is_priced_in_a_run_of_the_steps_asked_for():
+    published, asked = recommend("sdxl", steps=25), recommend("sdxl", steps=50)
+    name = '"preset:sdxl-deepcache-3"'
+    (balanced,) = [line for line in published.lines if name in line.code]
+    (longer,) = [line for line in asked.lines if name in line.code]
+    assert (balanced.costs.steps, longer.costs.steps) == (25, 50)
+    assert longer.why == f"{balanced.why}, published for 25 steps"
+    own = next(one for one in asked.settings if one.name == "sdxl-deepcache-3")
+    assert (own.costs.mac_reduction, own.here) == (balanced.costs.mac_reduction, longer.costs)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

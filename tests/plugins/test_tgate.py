@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cachekit
 from cachekit import Action, ConflictError, SpecError
@@ -97,6 +98,27 @@ def test_the_second_version_follows_a_found_gate() -> None:
     assert marks[0] is Action.STORE
     assert Action.REUSE in marks
     assert not torch.equal(both, made)
+
+
+class Readings(TorchDispatchMode):
+    """Counts the values that are read off tensors, each of which would wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count a reading, and go on."""
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_gate_is_found_by_one_value_a_step() -> None:
+    *_, gate = found("sd")
+    assert sum(site.kind == "cross_attention" for site in cachekit.sites(shared("sd"))["unet"].sites) > 1
+    with Readings() as auto:
+        run("sd", f"tgate:m=auto,settled={SETTLED['sd']}")
+    with Readings() as fixed:
+        run("sd", f"tgate:m={gate}")
+    assert auto.count - fixed.count == gate - 1
 
 
 def test_without_convergence_nothing_changes() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from cachekit.errors import CachekitError
 from cachekit.tools.bench.cells import BenchError, Cell, Setting
+from cachekit.tools.bench.figures import FIGURES
 from cachekit.tools.bench.suite import Suite
 from cachekit.tools.bench.summary import Group, Row
 from cachekit.tools.bench.workbench import Contender, Workbench
@@ -21,6 +22,8 @@ SCHEDULERS = ("EulerDiscrete", "DPMSolverMultistep", "DDIM")
 #: The beginnings of the specs that have text in the first steps alone, and of TGATE's.
 TEXT_FIRST, GATED = "null_text:after=", "tgate:m="
 _STEPS = 25
+#: The figures that images are compared by: 1 where more is better, -1 where less is.
+_SIGNS = {"caption_match": 1, "frechet": -1, "psnr": 1}
 
 
 def gates(steps: int) -> list[int]:
@@ -86,7 +89,7 @@ def _gate_of(spec: str) -> int:
 def _orders(named: dict[str, Row | None], row: Row) -> Iterator[dict[str, Any]]:
     """Yield, for each figure, those of the base, of a row and of S^L, and whether they are in the papers' order."""
     known = {key: one for key, one in named.items() if one is not None}
-    for figure, sign in (("caption_match", 1), ("frechet", -1), ("psnr", 1)):
+    for figure, sign in _SIGNS.items():
         values = {key: getattr(one, figure) for key, one in known.items() if (figure, key) != ("psnr", "base")}
         if len(values) < 2 or any(value is None or math.isinf(value) for value in values.values()):
             continue
@@ -103,19 +106,14 @@ def _orders(named: dict[str, Row | None], row: Row) -> Iterator[dict[str, Any]]:
         }
 
 
-#: What the figures of an order are of, in words.
-_NAMES = {"base": "uncached", "row": "{}", "text_last": "text from there on"}
-
-
-def as_lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Write orders as lines."""
+def verdicts(found: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Say of each spec by which figures the papers' order holds, by which it does not, and by which all are equal."""
+    said: dict[str, dict[str, list[str]]] = {}
     for order in found:
-        values = [
-            f"{order[key]:.3f} {name.format(order['spec'])}"
-            for key, name in _NAMES.items()
-            if order.get(key) is not None
-        ]
-        holds = "the papers' order" if order["is_papers_order"] else "not the papers' order"
-        figure = order["figure"].replace("_", " ")
-        verdict = "a tie" if order["is_tie"] else holds
-        yield f"{order['scheduler']}, {order['steps']} steps, {figure}: {', '.join(values)}: {verdict}"
+        verdict = "tie" if order["is_tie"] else "yes" if order["is_papers_order"] else "no"
+        figure = FIGURES[order["figure"]].name
+        said.setdefault(order["spec"], {}).setdefault(verdict, []).append(figure)
+    return {
+        spec: "; ".join(f"{verdict}: {', '.join(figures)}" for verdict, figures in one.items())
+        for spec, one in said.items()
+    }

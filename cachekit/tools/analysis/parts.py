@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from cachekit.applying import apply, sites
+from cachekit.errors import first_line
+from cachekit.models.architectures import guided_by_default
 from cachekit.models.loading import scheduler_for
 from cachekit.models.names import ModelError
 from cachekit.registry.notices import silent_log
@@ -16,13 +18,13 @@ from cachekit.tools.analysis.comparing import (
     GATED,
     LENGTHS,
     SCHEDULERS,
-    as_lines,
     cell_of,
     compared,
     first,
     gates,
     last,
     orders,
+    verdicts,
 )
 from cachekit.tools.analysis.noise import AFTER, BEFORE, HEADER, TITLE, WHOLE, mean_noise, order, rows
 from cachekit.tools.bench.cells import BenchError, Setting
@@ -42,6 +44,8 @@ __all__ = ["PARTS", "Analysis", "Found", "Table"]
 
 #: The figures of the tables of images.
 _FIGURES = ("mac_reduction", "psnr", "ssim", "caption_match", "frechet")
+_ORDER = "papers' order"
+_UNGUIDED = "without guidance there is no branch without text, so images with text in a part of the steps are left out"
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Analysis:
         self._subject = subject
         self._steps, self._seed = steps, seed
         self._schedulers = schedulers
+        self._is_guided = guided_by_default(self._pipe) and (setting.guidance is None or setting.guidance > 1)
         self._ran = ran
         self._done = self._total = 0
 
@@ -113,7 +118,7 @@ class Analysis:
 
     def noise(self) -> Found:
         """Compute the mean of the predicted noise with text throughout, before and from a gate on (figure 3)."""
-        gate = gates(self._steps)[-1:]
+        gate = gates(self._steps)[-1:] if self._is_guided else []
         named: dict[str, list[str]] = {WHOLE: []}
         for step in gate:
             named |= {BEFORE.format(step): [first(step)], AFTER.format(step): [last(step)]}
@@ -124,7 +129,7 @@ class Analysis:
             for name, specs in named.items():
                 found[name] = mean_noise(self._pipe, self._arguments, specs, self._steps, prompts, self._count)
         shown = {name: Curve(range(len(one["mean"])), one["mean"], one["spread"]) for name, one in found.items()}
-        tables = [Table(TITLE, HEADER, rows(found, step)) for step in gate]
+        tables = [Table(TITLE, HEADER, rows(found, step)) for step in gates(self._steps)[-1:]]
         pictures: dict[str, str | Image] = {"noise.svg": chart("Mean of the predicted noise", "mean", shown)}
         return Found(dict(found), tables, pictures, [order(found, step) for step in gate])
 
@@ -132,42 +137,52 @@ class Analysis:
 
     def text(self) -> Found:
         """Compare images with the text in a part of the steps (table 1, figure 3)."""
-        return self._compared(
-            "text", [("", self._steps, [spec for gate in gates(self._steps) for spec in _both(gate)])]
-        )
+        specs = [spec for gate in gates(self._steps) for spec in self._both(gate)]
+        return self._compared("text", [("", self._steps, specs)])
 
     def lengths(self) -> Found:
         """Compare images with the text in a part of the steps, for runs of several lengths (table 2)."""
-        return self._compared("lengths", [("", steps, _both(gate)) for steps, gate in LENGTHS.items()])
+        return self._compared("lengths", [("", steps, self._both(gate)) for steps, gate in LENGTHS.items()])
 
     def schedulers(self) -> Found:
         """Compare TGATE and images with the text in a part of the steps for several schedulers (tables 3 and 8)."""
         gate = gates(self._steps)[-1:]
-        specs = [spec for step in gate for spec in (f"{GATED}{step}", *_both(step))]
+        specs = [spec for step in gate for spec in (f"{GATED}{step}", *self._both(step))]
         return self._compared("schedulers", [(name, self._steps, specs) for name in self._usable_schedulers()])
 
     def _compared(self, part: str, trials: Sequence[tuple[str, int, list[str]]]) -> Found:
         images = len(self._setting.captions)
+        left_out = [] if all(specs for *_, specs in trials) else [_UNGUIDED]
+        trials = [trial for trial in trials if trial[-1]]
         self._begin(sum((1 + len(specs)) * (1 + images) for _, _, specs in trials))
         bench = Workbench(self._setting, self._subject, self._count)
         own = cell_of(self._setting, self._steps, self._seed)
-        groups, notes = [], []
+        groups = []
         for scheduler, steps, specs in trials:
             name = type(scheduler_for(self._pipe, scheduler)).__name__ if scheduler else own.scheduler
             cell = own.model_copy(update={"scheduler": name, "steps": steps, "uncached_steps": steps})
             try:
                 groups.append(compared(bench, cell, specs))
             except BenchError as error:
-                notes.append(str(error))
+                left_out.append(str(error))
+            except (ValueError, RuntimeError) as error:  # the pipeline's own, as where a scheduler takes fewer steps
+                left_out.append(f"{name}, {steps} steps, is left out: {first_line(error)}")
         self._ran(self._total, self._total)  # what is left out doesn't run
-        return _images(part, groups, notes)
+        return _images(part, groups, left_out)
 
     def _usable_schedulers(self) -> list[str]:
-        """List the schedulers that are compared; of the papers' those that the pipeline takes, or its own."""
+        """List the schedulers that are compared; of the papers' those that the pipeline takes, or its own.
+
+        A model without guidance is distilled, for its own scheduler.
+        """
         if self._schedulers:
             return list(self._schedulers)
-        found = [name for name in SCHEDULERS if _takes(self._pipe, name)]
+        found = [name for name in SCHEDULERS if self._is_guided and _takes(self._pipe, name)]
         return found or [type(self._pipe.scheduler).__name__]
+
+    def _both(self, gate: int) -> list[str]:
+        """Make the specs of S^F and S^L; none for a model without guidance."""
+        return [first(gate), last(gate)] if self._is_guided else []
 
     # -- progress -----------------------------------------------------------------------------------------
 
@@ -194,10 +209,6 @@ PARTS: Mapping[str, Callable[[Analysis], Found]] = {
 }
 
 
-def _both(gate: int) -> list[str]:
-    return [first(gate), last(gate)]
-
-
 def _takes(pipe: Any, scheduler: str) -> bool:
     try:
         scheduler_for(pipe, scheduler)
@@ -206,18 +217,26 @@ def _takes(pipe: Any, scheduler: str) -> bool:
     return True
 
 
-def _images(part: str, groups: Sequence[Group], notes: list[str]) -> Found:
+def _images(part: str, groups: Sequence[Group], left_out: Sequence[str]) -> Found:
     """Show groups of images: a table and a picture of each, and whether the papers' order holds."""
     found = [order for group in groups for order in orders(group)]
-    names = [CONFIGURATION, *headings(_FIGURES)]
     data = {"groups": [to_json(group) for group in groups], "orders": found}
-    shown = Found(data, notes=[*notes, *as_lines(found)])
+    shown = Found(data, notes=list(left_out))
     for group in groups:
-        rows = [texts(group, row) for row in (group.uncached, *group.rows)]
-        shown.tables.append(Table(title(group), names, [[row[name] for name in names] for row in rows]))
+        shown.tables.append(_table(group))
         shown.pictures[f"{part}-{group.cell.scheduler}-{group.cell.steps}.png"] = picture_grid(group)
         shown.notes += [*group.left_out, *(f"warning: {warning}" for warning in group.warnings)]
     return shown
+
+
+def _table(group: Group) -> Table:
+    """Tabulate images, and by which figures they are in the papers' order."""
+    names, said = [CONFIGURATION, *headings(_FIGURES)], verdicts(orders(group))
+    rows = []
+    for row in (group.uncached, *group.rows):
+        cells = texts(group, row)
+        rows.append([*(cells[name] for name in names), said.get("".join(row.cell.specs), "")])
+    return Table(title(group), [*names, _ORDER], rows)
 
 
 def _overall(found: Mapping[str, Any]) -> str:

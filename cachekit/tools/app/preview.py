@@ -12,14 +12,12 @@ from cachekit.driving.setup import Setup
 from cachekit.interface.specs import Spec, parse_all
 from cachekit.models.architectures import architecture, guided_by_default
 from cachekit.models.demo import DEMO_GUIDANCE, demo_steps, heldout_captions
-from cachekit.models.loading import class_of, default_steps, pipeline_from_config
+from cachekit.models.loading import class_of, default_scale, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.planning.plan import Plan
 from cachekit.registry.catalog import Catalog
-from cachekit.upstream.calling import call_parameters
 from cachekit.upstream.pipelines import denoisers_of
 from cachekit.upstream.prediction import planned_times
-from cachekit.upstream.scales import SCALE
 
 __all__ = ["Defaults", "Outline", "Preview"]
 
@@ -80,8 +78,8 @@ class Outline:
         if not self.has_weights:
             return Defaults(architecture(self.model).steps, None, guided, prompt="")
         kind = class_of(self._pipe)
-        steps = default_steps(kind) if kind else None
-        return Defaults(steps or _STEPS, _scale_of(kind), guided, prompt="a photograph of a lighthouse")
+        steps, scale = (default_steps(kind), default_scale(kind)) if kind else (None, None)
+        return Defaults(steps or _STEPS, scale, guided, prompt="a photograph of a lighthouse")
 
     def preview(self, specs: Spec | Sequence[Spec], steps: int, guided: bool) -> Preview:
         """Plan and estimate a run; raises a `CachekitError` as `apply` and `estimate` do."""
@@ -95,9 +93,3 @@ class Outline:
             subject = self._pipe if self.has_weights else self.model
             self._estimators[guided] = Estimator.of(subject, guided=guided, catalog=self._catalog)
         return self._estimators[guided]
-
-
-def _scale_of(kind: type[Any] | None) -> float | None:
-    """Read the guidance scale that pipelines of a class have by default."""
-    parameter = call_parameters(kind).get(SCALE) if kind else None
-    return float(parameter.default) if parameter and isinstance(parameter.default, (int, float)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -37,27 +38,30 @@ class Rules:
     its MAC reduction lies within `balanced`. Where the boldest line saves less than `least`, there are no lines.
 
     There are rules for each level where calibrations ship, where they would have to be made (a published setting comes
-    before the second), and where the scheduler adds noise in each step, so that lines through past outputs miss while
-    the clean sample holds still. Of several for one level, the first that saves more than the level before is taken.
+    before the second), the same under a scheduler of an order above one with a guidance scale above `high_guidance`,
+    where lines through past outputs miss by far, and where the scheduler adds noise in each step, so that only the
+    clean sample holds still. Of several for one level, the first that saves more than the level before is taken.
     """
 
     few_steps: int
     balanced: tuple[float, float]
     least: float
+    high_guidance: float
     calibrated: tuple[Rule, ...]
     uncalibrated: tuple[Rule, ...]
+    multistep: tuple[Rule, ...]
     noisy: tuple[Rule, ...]
 
     @classmethod
     def read(cls) -> Rules:
         """Read the rules; docs/choosing.md has the measurements behind them."""
         data = json.loads(resources.files("cachekit.tools.tuning").joinpath("rules.json").read_text())
-        kinds = {
-            name: tuple(Rule(**rule) for rule in data.pop(name)) for name in ("calibrated", "uncalibrated", "noisy")
-        }
-        return cls(data["few_steps"], tuple(data["balanced"]), data["least"], **kinds)
+        names = ("calibrated", "uncalibrated", "multistep", "noisy")
+        kinds = {name: tuple(Rule(**rule) for rule in data[name]) for name in names}
+        return cls(data["few_steps"], tuple(data["balanced"]), data["least"], data["high_guidance"], **kinds)
 
 
+_CALIBRATED = "calibrated"
 RULES = Rules.read()
 LEVELS = tuple(rule.level for rule in RULES.calibrated)
 
@@ -78,7 +82,11 @@ class Costs:
 
 @dataclass(frozen=True)
 class Setting:
-    """A preset that ships for the model, or for its class; `refused` is why it doesn't fit, "" where it does."""
+    """A preset that ships for the model, or for its class; `refused` is why it doesn't fit, "" where it does.
+
+    Its `costs` are those of the run that it was published for, `here` those of a run of the model's steps; None where
+    it doesn't fit such a run.
+    """
 
     name: str
     summary: str
@@ -86,6 +94,7 @@ class Setting:
     source: str
     published_for: str
     costs: Costs
+    here: Costs | None = None
     refused: str = ""
 
 
@@ -122,13 +131,14 @@ class Recommendation:
         return asdict(self)
 
 
-def recommend(model: str, steps: int | None = None) -> Recommendation:
+def recommend(model: str, steps: int | None = None, guidance: float | None = None) -> Recommendation:
     """Recommend settings for a model in seconds, without running it or reading its weights.
 
-    `model` is the name of an architecture, a folder, a hub id, or the name of an embedded model. `steps` are those of a
-    run, by default the pipeline's own. Raises a `CachekitError` for a model that can't be read or has no adapter.
+    `model` is the name of an architecture, a folder, a hub id, or the name of an embedded model. `steps` and `guidance`
+    are those of a run, by default the pipeline's own. Raises a `CachekitError` for a model that can't be read or has no
+    adapter.
     """
-    subject = Subject.of(model, steps)
+    subject = Subject.of(model, steps, guidance)
     price = _Prices(subject)
     settings = [_setting(name, preset, price) for name, preset in presets_for(subject).items()]
     lines = _rising(_lines(subject, settings, price))
@@ -192,14 +202,23 @@ def _estimator(subject: Subject) -> Estimator:
 
 def _setting(name: str, preset: Preset, price: _Prices) -> Setting:
     evidence = preset.evidence
-    costs, refused = Costs(evidence.steps or price.steps), ""
+    costs, here, refused = Costs(evidence.steps or price.steps), None, ""
     try:
         _, specs = read(f"{WORD}:{name}", installed().policies)
         costs = price(specs, evidence.steps)
+        here = _or_none(price, specs)
     except CachekitError as error:
         refused = str(error)
     kind = evidence.architecture or evidence.pipeline or evidence.denoiser or ""
-    return Setting(name, preset.summary, preset.specs, evidence.source or _measured(preset), kind, costs, refused)
+    source = evidence.source or _measured(preset)
+    return Setting(name, preset.summary, preset.specs, source, kind, costs, here, refused)
+
+
+def _or_none(price: _Prices, specs: Sequence[str]) -> Costs | None:
+    try:
+        return price(specs)
+    except CachekitError:
+        return None
 
 
 def _measured(preset: Preset) -> str:
@@ -244,15 +263,25 @@ def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> lis
         return [_line(rule, price) for rule in RULES.noisy]
     if all(_has_weights(rule.spec, subject, price) for rule in RULES.calibrated):
         return [_line(rule, price) for rule in RULES.calibrated]
-    careful, balanced, *bold = RULES.uncalibrated
+    careful, balanced, *bold = RULES.multistep if _bends(subject) else RULES.uncalibrated
     static = _balanced_setting(settings)
-    middle = _from_setting(balanced.level, static) if static else _line(balanced, price)
-    return [_line(careful, price), middle, *(_to_calibrate(rule, subject, price) for rule in bold)]
+    middle = _from_setting(balanced.level, static) if static else _unshipped(balanced, subject, price)
+    return [_unshipped(careful, subject, price), middle, *(_unshipped(rule, subject, price) for rule in bold)]
+
+
+def _bends(subject: Subject) -> bool:
+    """Whether outputs may bend so much between steps that lines through them miss by far."""
+    return subject.multistep and subject.guided and (subject.scale or math.inf) > RULES.high_guidance
+
+
+def _unshipped(rule: Rule, subject: Subject, price: _Prices) -> Line:
+    """Make the line of a rule where no calibration ships."""
+    return _to_calibrate(rule, subject, price) if rule.spec.startswith(_CALIBRATED) else _line(rule, price)
 
 
 def _has_weights(spec: str, subject: Subject, price: _Prices) -> bool:
     """Whether a spec needs no weights, or those that it needs ship."""
-    if not spec.startswith("calibrated"):
+    if not spec.startswith(_CALIBRATED):
         return True
     return bool(subject.weights) and ships(subject.weights, subject.scheduler, subject.steps, price.full_steps(spec))
 
@@ -272,22 +301,28 @@ def _to_calibrate(rule: Rule, subject: Subject, price: _Prices) -> Line:
 
 
 def _from_setting(level: str, setting: Setting) -> Line:
-    name = f"{WORD}:{setting.name}"
-    return Line(level, _code([name]), setting.specs, setting.costs, setting.summary)
+    name, costs = f"{WORD}:{setting.name}", setting.here or setting.costs
+    published = "" if costs.steps == setting.costs.steps else f", published for {setting.costs.steps} steps"
+    return Line(level, _code([name]), setting.specs, costs, f"{setting.summary}{published}")
 
 
 def _static(settings: Sequence[Setting]) -> list[Setting]:
     """List the settings that fit, save something, and have costs known before a run, the cheapest run last."""
-    fitting = [one for one in settings if not one.refused and not one.costs.open and (one.costs.mac_reduction or 0) > 1]
-    return sorted(fitting, key=lambda one: one.costs.mac_reduction or 0.0)
+    fitting = [one for one in settings if one.here and not one.here.open and _reduction(one) > 1]
+    return sorted(fitting, key=_reduction)
+
+
+def _reduction(setting: Setting) -> float:
+    """MAC reduction in a run of the model's steps; 0 where it isn't known."""
+    return (setting.here and setting.here.mac_reduction) or 0.0
 
 
 def _balanced_setting(settings: Sequence[Setting]) -> Setting | None:
     """Choose, of the published settings that count as balanced, the one that keeps the fewest bytes."""
     low, high = RULES.balanced
     long = [one for one in settings if one.costs.steps >= RULES.few_steps]
-    found = [one for one in _static(long) if low <= (one.costs.mac_reduction or 0.0) <= high]
-    return min(found, key=lambda one: one.costs.cache_bytes or 0, default=None)
+    found = [one for one in _static(long) if low <= _reduction(one) <= high]
+    return min(found, key=lambda one: (one.here and one.here.cache_bytes) or 0, default=None)
 
 
 def _published_lines(settings: Sequence[Setting]) -> list[Line]:

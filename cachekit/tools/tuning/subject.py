@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cachekit.interface.presets import Evidence, Preset, shipped
 from cachekit.models.architectures import Architecture, architecture, guided_by_default, recognised
-from cachekit.models.demo import demo_steps
-from cachekit.models.loading import class_of, default_steps, pipeline_from_config
+from cachekit.models.demo import DEMO_GUIDANCE, demo_steps
+from cachekit.models.loading import class_of, default_scale, default_steps, pipeline_from_config
 from cachekit.models.names import DEMOS, canonical, is_architecture
 from cachekit.registry.catalog import installed
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoiser_of, names_branches
-from cachekit.upstream.schedulers import adds_noise, scheduler_of
+from cachekit.upstream.schedulers import adds_noise, is_multistep, scheduler_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,8 @@ class Subject:
     """A model, its denoiser and a run of it, as far as configs show them.
 
     `source` is the pipeline, or the name of an architecture, that an estimate takes. `scheduler` is "" where none is
-    known, `weights` is the digest of the denoiser's weights, "" where they aren't loaded.
+    known, `weights` is the digest of the denoiser's weights, "" where they aren't loaded. `multistep` is whether the
+    scheduler has an order above one, `scale` the guidance scale of a guided run, None where it isn't known.
     """
 
     model: str
@@ -43,14 +44,18 @@ class Subject:
     architecture: Architecture | None
     scheduler: str
     noisy: bool
+    multistep: bool
     steps: int
     guidance: str
     guided: bool
+    scale: float | None
     weights: str
 
     @classmethod
-    def of(cls, model: str, steps: int | None = None) -> Subject:
+    def of(cls, model: str, steps: int | None = None, scale: float | None = None) -> Subject:
         """Describe a model by the name of an architecture, a folder, a hub id, or the name of an embedded one.
+
+        Steps and guidance scale are by default the pipeline's own.
 
         Raises `CachekitError` where it can't be read, or has no adapter.
         """
@@ -61,7 +66,7 @@ class Subject:
         known = named or recognised(denoiser, type(own).__name__)
         scheduler = known.published_scheduler if own is None and known else own
         adapter = installed().adapter_for(denoiser)
-        guided = guided_by_default(source)
+        guided = guided_by_default(source) and (scale is None or scale > 1)
         # Importing a pipeline's class takes seconds.
         kind = functools.cache(lambda: class_of(source, known.pipeline if known else ""))
         apart = guided and (bool(adapter.layout(denoiser).calls) or _names_branches(kind()))
@@ -74,9 +79,11 @@ class Subject:
             architecture=known,
             scheduler=type(scheduler).__name__ if scheduler is not None else "",
             noisy=adds_noise(scheduler),
+            multistep=is_multistep(scheduler),
             steps=steps or _steps(model, known, kind),
             guidance=_guidance(denoiser, guided, apart),
             guided=guided,
+            scale=(scale or _scale(model, kind)) if guided else None,
             weights=fingerprint(denoiser),
         )
 
@@ -88,6 +95,13 @@ def _steps(model: str, known: Architecture | None, kind: Callable[[], type[Any] 
         return known.steps
     made = kind()
     return (default_steps(made) if made else None) or _STEPS
+
+
+def _scale(model: str, kind: Callable[[], type[Any] | None]) -> float | None:
+    if canonical(model) in DEMOS:
+        return DEMO_GUIDANCE
+    made = kind()
+    return default_scale(made) if made else None
 
 
 def _names_branches(kind: type[Any] | None) -> bool:

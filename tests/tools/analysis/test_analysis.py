@@ -14,16 +14,18 @@ from PIL import Image
 from support import commands, tiny
 
 import cachekit
-from cachekit.models.demo import heldout_captions
+from cachekit.models.demo import LCM_STEPS, heldout_captions
 from cachekit.tools.analysis import noise
 from cachekit.tools.analysis.captions import usable_captions
 from cachekit.tools.analysis.changes import Changes, Notes, curves
 from cachekit.tools.analysis.charts import Curve, chart
-from cachekit.tools.analysis.comparing import as_lines, gates
+from cachekit.tools.analysis.comparing import gates, verdicts
+from cachekit.tools.analysis.parts import Analysis
 from cachekit.tools.bench import frechet
-from cachekit.tools.bench.cells import BenchError
+from cachekit.tools.bench.cells import BenchError, Setting
+from cachekit.tools.bench.subjects import load
 from cachekit.upstream.prediction import times_of
-from cachekit.upstream.stepping import StepCall, predicted_noise
+from cachekit.upstream.stepping import StepCall, predicted_noise, watched
 
 STEPS = 4
 
@@ -117,14 +119,18 @@ def test_the_line_on_noise_says_which_curve_stays_with_the_text_in_all_steps():
     assert noise.rows({"text": far}, 2) == [["text", *(f"{mean:.4f} +- 0.5000" for mean in (0, 0, 1.5, 1.5))]]
 
 
-def test_lines_of_orders():
-    order = {"scheduler": "DDIMScheduler", "steps": 25, "figure": "frechet", "spec": "null_text:after=3", "base": 2.0}
-    order |= {"row": 1.5, "text_last": 4.0, "is_tie": False, "is_papers_order": True}
-    wanted = "DDIMScheduler, 25 steps, frechet: 2.000 uncached, 1.500 null_text:after=3, 4.000 text from there on"
-    assert [*as_lines([order, {**order, "is_papers_order": False}])] == [
-        f"{wanted}: the papers' order",
-        f"{wanted}: not the papers' order",
+def test_verdicts_name_the_figures_by_which_the_papers_order_holds():
+    verdict = {"spec": "null_text:after=3", "is_tie": False, "is_papers_order": True}
+    found = [
+        {**verdict, "figure": "frechet"},
+        {**verdict, "figure": "psnr", "is_papers_order": False},
+        {**verdict, "figure": "caption_match", "is_papers_order": False},
+        {**verdict, "figure": "caption_match", "is_tie": True, "spec": "tgate:m=3"},
     ]
+    assert verdicts(found) == {
+        "null_text:after=3": "yes: Frechet; no: PSNR, caption match",
+        "tgate:m=3": "tie: caption match",
+    }
 
 
 def test_a_chart_has_a_line_and_a_band_for_each_curve():
@@ -220,10 +226,42 @@ def test_the_command_writes_figures_tables_and_pictures(written):
         "text from step 2 on",
         "cross_attention",
         "tgate:m=2",
-        "EulerDiscreteScheduler, 4 steps, caption match: ",
+        "papers' order",
     ):
         assert text in printed
         assert text in (folder / "tables.md").read_text()
+
+
+def test_without_guidance_there_are_no_images_with_text_in_a_part_of_the_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(frechet, "RENDERED", 2)
+    folder = tmp_path / "out"
+    captions = tmp_path / "captions.txt"
+    captions.write_text(heldout_captions(1, 78)[0])
+    parts = [word for part in ("noise", "lengths", "schedulers") for word in ("--only", part)]
+    printed = commands.printed("analyze", "demo-lcm", "--captions", captions, *parts, "--output", folder)
+    assert "without guidance there is no branch without text" in printed
+    data = json.loads((folder / "analysis.json").read_text())
+    assert data["settings"]["steps"] == LCM_STEPS
+    assert list(data["noise"]) == ["text in all steps"]
+    assert data["lengths"] == {"groups": [], "orders": []}
+    (group,) = data["schedulers"]["groups"]
+    assert (group["scheduler"], [row["specs"] for row in group["rows"]]) == ("LCMScheduler", [[], ["tgate:m=2"]])
+
+
+def test_a_run_that_the_scheduler_refuses_is_left_out_with_its_reason():
+    setting = Setting(model="demo-lcm", captions=tuple(heldout_captions(1, 78)))
+    found = Analysis(setting, load(setting), steps=51, seed=0).run("schedulers")
+    (note,) = found.notes
+    assert note.startswith("LCMScheduler, 51 steps, is left out: The combination of `original_steps x strength`: 50")
+    assert (found.tables, found.data["groups"]) == ([], [])
+
+
+def test_noise_that_a_scheduler_adds_is_of_the_seed_where_its_steps_are_watched():
+    pipe = cachekit.demo_pipeline("lcm")
+    call = {"prompt": "a red circle", "num_inference_steps": 2, "output_type": "latent"}
+    plain = pipe(**call, generator=torch.Generator().manual_seed(1)).images
+    twin = watched(pipe, lambda step: step.run())
+    assert torch.equal(twin(**call, generator=torch.Generator().manual_seed(1)).images, plain)
 
 
 @pytest.mark.parametrize(

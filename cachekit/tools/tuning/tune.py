@@ -111,19 +111,16 @@ def tune(
         pictures=0,
     )
     target_file = Path(output) if output is not None else None
-    if target_file is not None and (reason := unwritable_reason(target_file)):
-        raise TuningError(f"cannot write {str(target_file)!r}: {reason}")
-    # Candidates name the files of their weights, with their whole paths.
-    if target_file is not None and (misfit := misfit_of(str(_beside(target_file)))):
-        raise TuningError(f"cannot put weights beside {str(target_file)!r}: its path {misfit}; write it elsewhere")
+    if target_file is not None:
+        _check_file(target_file)
     # A search has too few images for Frechet distances.
     subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
     if not isinstance(captions, int):
         check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:
+        demos = ", ".join(DEMOS)
         raise TuningError(
-            f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"
-            " a similarity"
+            f"{setting.model}: whether images show captions can be checked for {demos} alone; ask for a similarity"
         )
     crew = Crew(executor, workers)
     with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe), crew:
@@ -131,6 +128,15 @@ def tune(
         measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, crew)
         work = _Tuning(measurer, targets, lots, policies)
         return work.run(Budget(trials, seconds), Path(journal) if journal is not None else None, target_file, progress)
+
+
+def _check_file(target: Path) -> None:
+    """Refuse a file that can't be written, or whose path can't stand in the specs of weights beside it."""
+    if reason := unwritable_reason(target):
+        raise TuningError(f"cannot write {str(target)!r}: {reason}")
+    # Candidates name the files of their weights, with their whole paths.
+    if misfit := misfit_of(str(_beside(target))):
+        raise TuningError(f"cannot put weights beside {str(target)!r}: its path {misfit}; write it elsewhere")
 
 
 class _Tuning:

@@ -47,14 +47,13 @@ def analyze(model: str) -> None:
 
 def tables(model: str) -> str:
     """Tables that the command wrote for an embedded model, after the command, seed and versions they are from."""
-    source = _tables(model)
-    if not source.exists():
+    if not _figures(model).exists():
         return ""
     made = json.loads(_figures(model).read_text())["settings"]
     used = made["environment"]
     return (
         f"`{' '.join(['cachekit', *_command(model)])}`, {made['steps']} steps, seed {made['seed']}, cachekit"
-        f" {used['cachekit']}, torch {used['torch']}, diffusers {used['diffusers']}:\n\n{source.read_text()}"
+        f" {used['cachekit']}, torch {used['torch']}, diffusers {used['diffusers']}:\n\n{_tables(model).read_text()}"
     )
 
 

@@ -35,7 +35,7 @@ def analyze(model: str) -> None:
     """Analyze a model, and keep its tables and its figures but for those of single sites and images."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder)
-        app([*_command(model), "--threads", "1", "--output", folder], standalone_mode=False)
+        app([*_command(model), "--output", folder], standalone_mode=False)
         _tables(model).write_text((output / "tables.md").read_text())
         data = json.loads((output / "analysis.json").read_text())
     for curve in data["changes"].values():
@@ -64,13 +64,18 @@ def read(model: str) -> str:
     data = json.loads(_figures(model).read_text())
     kind = next(kind for kind in ("cross_attention", "joint_attention") if kind in data["changes"])
     means = [mean for mean in data["changes"][kind]["relative"]["mean"] if mean is not None]
-    start, middle, end = (f"{mean:.1%}" for mean in (means[0], means[len(means) // 2], means[-1]))
+    start, middle, end = (f"{100 * mean:.1f} %" for mean in (means[0], means[len(means) // 2], means[-1]))
     changes = (
         f"{kind.replace('_', '-').capitalize()} changes by {start} of its norm after the first step, by {middle} half"
         f" way and by {end} in the last step."
     )
-    found = [order for part in _COMPARED for order in data[part]]
+    # The last gate under the model's own scheduler is in several parts.
+    found = [*{_place(order): order for part in _COMPARED for order in data[part]}.values()]
     return " ".join([changes, *_text_in_part(found), *_counts(found)])
+
+
+def _place(order: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(order[name] for name in ("spec", "scheduler", "steps", "figure"))
 
 
 def _text_in_part(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -86,7 +91,7 @@ def _counts(found: list[dict[str, Any]]) -> Iterator[str]:
         own = [one for one in found if one["spec"].startswith(TEXT_FIRST) == is_kind]
         counts = [_count(key, [one for one in own if one["figure"] == key]) for key in FIGURES]
         if own:
-            yield f"In the papers' order, {name}: {', '.join(filter(None, counts))}."
+            yield f"Comparisons in the papers' order, {name}: {', '.join(filter(None, counts))}."
 
 
 def _count(figure: str, found: list[Mapping[str, Any]]) -> str:
@@ -94,8 +99,8 @@ def _count(figure: str, found: list[Mapping[str, Any]]) -> str:
         return ""
     ties = sum(one["is_tie"] for one in found)
     holding = sum(one["is_papers_order"] and not one["is_tie"] for one in found)
-    tied = f" and {ties} level" if ties else ""
-    return f"{holding}{tied} of {len(found)} comparisons by {FIGURES[figure].name}"
+    tied = f" and {ties} {'tie' if ties == 1 else 'ties'}" if ties else ""
+    return f"{holding}{tied} of {len(found)} by {FIGURES[figure].name}"
 
 
 def _range(shares: list[float]) -> str:
@@ -104,7 +109,7 @@ def _range(shares: list[float]) -> str:
 
 
 def _command(model: str) -> list[str]:
-    return ["analyze", model, "--captions", str(_CAPTIONS)]
+    return ["analyze", model, "--captions", str(_CAPTIONS), "--threads", "1"]
 
 
 def _tables(model: str) -> Path:

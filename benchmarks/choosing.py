@@ -13,22 +13,25 @@ from cachekit.tools.tuning.recommend import LEVELS, RULES
 
 from .calibrations import NAMES, RESULTS
 
+_AFTER = ", after a calibration"
+
 
 def rules() -> str:
     """Table of the rules by which lines are chosen, and the bounds that they have."""
     low, high = RULES.balanced
     published = f"of published settings with a MAC reduction of {low:g}x to {high:g}x, the one that keeps least, else "
-    groups = (RULES.calibrated, RULES.uncalibrated, RULES.multistep, RULES.noisy)
+    groups = (RULES.calibrated, RULES.uncalibrated, RULES.high_order, RULES.noisy)
     rows = [
         [level, *(", else ".join(f"`{rule.spec}`" for rule in rules if rule.level == level) for rules in groups)]
         for level in LEVELS
     ]
-    for kind in (2, 3):
-        rows[1][kind] = published + rows[1][kind]
-        rows[2][kind] += ", after a calibration"
+    rows[1][2:4] = [published + cell for cell in rows[1][2:4]]
+    rows[2][2] += _AFTER
+    for row in rows:
+        row[3] += _AFTER
     scales = sorted({scale for path in FOLDER.glob("*.json") for scale in Calibration.load(path).scales})
-    bent = f"none, a multistep scheduler, guidance above {RULES.high_guidance:g}"
-    header = ["level", "a calibration ships", "none ships", bent, "the scheduler adds noise"]
+    far = f"none ships; DPM-Solver or UniPC, guidance above {RULES.high_guidance:g}"
+    header = ["level", "a calibration ships", "none ships", far, "the scheduler adds noise"]
     ends = f"{scales[0]:g} to {scales[-1]:g}"
     return f"""{markdown(header, rows, left=len(header))}
 - Below {RULES.few_steps} steps, as in consistency models, only settings that were published for so few steps are taken.

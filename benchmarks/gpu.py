@@ -43,7 +43,7 @@ END = 90
 #: Seconds that a row takes by expectation, where its model was not run yet, or where it compiles.
 UNKNOWN, COMPILING = 8.0, 40.0
 #: Compiled rows that need code of their own.
-_RECOMPILED = ("uncached", "taylorseer")
+_RECOMPILED = ("uncached", "taylorseer", "tgate")
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "cache-dit", "DeepCache", "tgate", "triton")
 
 
@@ -149,7 +149,7 @@ class Bench:
             return UNKNOWN
         model = self._models.get(row.model)
         seconds = model.plain_seconds[-1] if model and model.plain_seconds else None
-        compiling = COMPILING if row.kind == COMPILED and row.text in _RECOMPILED else 0.0
+        compiling = COMPILING if row.kind == COMPILED and row.text.partition(":")[0] in _RECOMPILED else 0.0
         return compiling + (UNKNOWN if seconds is None else 2.5 * seconds)
 
     def _attempt(self, row: Row) -> dict[str, Any]:

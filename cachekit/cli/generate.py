@@ -142,8 +142,7 @@ def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: P
     from cachekit.registry.catalog import installed
     from cachekit.registry.notices import silent_log
     from cachekit.tools.batch.drawing import call, check_arguments, unread_lines
-    from cachekit.upstream.calling import STEPS
-    from cachekit.upstream.scales import SCALE
+    from cachekit.upstream.calling import SCALE, STEPS
 
     # Refused here before the model is loaded; `apply` is given the specs, whose presets it compares with the pipeline.
     parse_all(defaults.specs, installed())

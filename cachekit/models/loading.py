@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from cachekit.errors import first_line, nearest
 from cachekit.models.hub import hub_arguments
 from cachekit.models.names import ModelError, Sort, is_architecture, named, unreadable, without_weights
-from cachekit.upstream.calling import STEPS, call_parameters
-from cachekit.upstream.scales import SCALE
+from cachekit.upstream.calling import SCALE, STEPS, call_parameters
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,6 +9,8 @@ from typing import Any
 
 #: Number of steps, and what the call returns: "latent", "pil" or "np".
 STEPS, OUTPUT = "num_inference_steps", "output_type"
+#: The scale of guidance in most pipelines.
+SCALE = "guidance_scale"
 #: What the image shall not show, with which the names of its embeddings begin.
 NEGATIVE_PROMPT = "negative_prompt"
 _STEP_ENDED, _CALLED_BACK = "callback_on_step_end", "callback"

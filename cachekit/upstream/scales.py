@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cachekit.upstream.calling import SCALE
 from cachekit.upstream.guidance import has_true_guidance
 
-#: The argument that holds the scale of guidance in most pipelines.
-SCALE = "guidance_scale"
 _TRUE = "true_cfg_scale"
 #: Arguments that hold the scale, the first of them that a call has.
 _SCALES = (SCALE, "max_guidance_scale")

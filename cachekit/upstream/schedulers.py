@@ -99,11 +99,9 @@ def adds_noise(scheduler: Any) -> bool:
     return own or name in _NOISY or "Ancestral" in name or "SDE" in name
 
 
-def is_multistep(scheduler: Any) -> bool:
-    """Whether a scheduler of the DPM-Solver family, UniPC included, has an order above one."""
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    own = 2 if "Multistep" in name else 1
-    return int(config.get("solver_order") or own) > 1
+def is_high_order(scheduler: Any) -> bool:
+    """Whether a scheduler is set to an order above one, as DPM-Solver and UniPC are by default."""
+    return int(getattr(scheduler, "config", {}).get("solver_order", 1)) > 1
 
 
 def step_index(scheduler: Any) -> int | None:

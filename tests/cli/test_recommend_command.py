@@ -47,6 +47,11 @@ def test_the_lines_for_an_embedded_model_run_as_they_are():
             assert report.baseline_macs / report.macs == pytest.approx(line.costs.mac_reduction)
 
 
+def test_a_calibration_that_ships_is_for_some_scales_of_guidance():
+    assert recommend("demo", guidance=7.5).lines[0].specs == ["calibrated:interval=2"]
+    assert recommend("demo", guidance=10).lines[0].first.endswith("--guidance 10 --output calibration-2.json")
+
+
 def test_costs_are_those_of_the_estimate(found):
     careful, _, bold = found.lines
     cost = cachekit.estimate(tiny.pixart(), careful.specs, num_inference_steps=20)
@@ -56,7 +61,7 @@ def test_costs_are_those_of_the_estimate(found):
 
 def test_weights_that_have_to_be_made_first_come_with_their_command(found):
     bold = found.lines[-1]
-    assert "file=calibration.json" in bold.code
+    assert "file=calibration-4.json" in bold.code
     command, arguments = commands.parsed(bold.first)
     assert (command, arguments["prompts"]) == ("calibrate", "prompts.txt")
     assert (arguments["spec"], arguments["steps"]) == ("calibrated:interval=4", 20)
@@ -118,13 +123,16 @@ def test_a_bold_line_saves_more_than_the_balanced_one():
 
 
 def test_where_lines_without_weights_miss_weights_come_first():
-    plain, bent = recommend("pixart-alpha"), recommend("pixart-alpha", steps=40, guidance=7.5)
+    plain, bent = (recommend("pixart-alpha", steps=40, guidance=scale) for scale in (3.5, 7.5))
     assert plain.scheduler == "DPMSolverMultistepScheduler"
-    assert plain.lines[0].specs == ["forecast:interval=2"]  # its pipeline's own scale is 4.5
+    assert plain.lines[0].specs == ["forecast:interval=2"]
     assert [line.specs for line in bent.lines] == [
-        [f"calibrated:interval={interval},file=calibration.json"] for interval in (2, 3, 4)
+        [f"calibrated:interval={interval},file=calibration-{interval}.json"] for interval in (2, 3, 4)
     ]
-    assert all("--steps 40" in line.first for line in bent.lines)
+    for interval, line in zip((2, 3, 4), bent.lines):
+        _, arguments = commands.parsed(line.first)
+        assert (arguments["steps"], arguments["guidance"]) == (40, "7.5")
+        assert str(arguments["output"]) == f"calibration-{interval}.json"
     assert recommend("pixart-alpha", guidance=1.0).guidance == "no guidance"
 
 
@@ -136,7 +144,7 @@ def test_a_published_setting_is_priced_in_a_run_of_the_steps_asked_for():
     assert (balanced.costs.steps, longer.costs.steps) == (25, 50)
     assert longer.why == f"{balanced.why}, published for 25 steps"
     own = next(one for one in asked.settings if one.name == "sdxl-deepcache-3")
-    assert (own.costs.mac_reduction, own.here) == (balanced.costs.mac_reduction, longer.costs)
+    assert (own.costs.mac_reduction, own.asked_costs) == (balanced.costs.mac_reduction, longer.costs)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from cachekit.upstream.scales import SCALE
+from cachekit.upstream.calling import SCALE
 
 __all__ = ["LatentConsistencyModelPipeline", "PixArtAlphaPipeline", "StableDiffusion3Pipeline", "projecting"]
 

@@ -114,6 +114,6 @@ def verdicts(found: Iterable[dict[str, Any]]) -> dict[str, str]:
         figure = FIGURES[order["figure"]].name
         said.setdefault(order["spec"], {}).setdefault(verdict, []).append(figure)
     return {
-        spec: "; ".join(f"{verdict}: {', '.join(figures)}" for verdict, figures in one.items())
+        spec: "; ".join(f"{verdict}: {', '.join(one[verdict])}" for verdict in ("yes", "no", "tie") if verdict in one)
         for spec, one in said.items()
     }

@@ -45,7 +45,7 @@ __all__ = ["PARTS", "Analysis", "Found", "Table"]
 #: The figures of the tables of images.
 _FIGURES = ("mac_reduction", "psnr", "ssim", "caption_match", "frechet")
 _ORDER = "papers' order"
-_UNGUIDED = "without guidance there is no branch without text, so images with text in a part of the steps are left out"
+_UNGUIDED = "without guidance there is no branch without text, so runs with text in a part of the steps are left out"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Analysis:
         shown = {name: Curve(range(len(one["mean"])), one["mean"], one["spread"]) for name, one in found.items()}
         tables = [Table(TITLE, HEADER, rows(found, step)) for step in gates(self._steps)[-1:]]
         pictures: dict[str, str | Image] = {"noise.svg": chart("Mean of the predicted noise", "mean", shown)}
-        return Found(dict(found), tables, pictures, [order(found, step) for step in gate])
+        notes = [order(found, step) for step in gate] if self._is_guided else [f"noise: {_UNGUIDED}"]
+        return Found(dict(found), tables, pictures, notes)
 
     # -- images beside the uncached pipeline --------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Analysis:
 
     def _compared(self, part: str, trials: Sequence[tuple[str, int, list[str]]]) -> Found:
         images = len(self._setting.captions)
-        left_out = [] if all(specs for *_, specs in trials) else [_UNGUIDED]
+        left_out = [] if all(specs for *_, specs in trials) else [f"{part}: {_UNGUIDED}"]
         trials = [trial for trial in trials if trial[-1]]
         self._begin(sum((1 + len(specs)) * (1 + images) for _, _, specs in trials))
         bench = Workbench(self._setting, self._subject, self._count)
@@ -165,7 +166,7 @@ class Analysis:
                 groups.append(compared(bench, cell, specs))
             except BenchError as error:
                 left_out.append(str(error))
-            except (ValueError, RuntimeError) as error:  # the pipeline's own, as where a scheduler takes fewer steps
+            except ValueError as error:  # the pipeline's own, as where its scheduler takes fewer steps
                 left_out.append(f"{name}, {steps} steps, is left out: {first_line(error)}")
         self._ran(self._total, self._total)  # what is left out doesn't run
         return _images(part, groups, left_out)
@@ -173,11 +174,11 @@ class Analysis:
     def _usable_schedulers(self) -> list[str]:
         """List the schedulers that are compared; of the papers' those that the pipeline takes, or its own.
 
-        A model without guidance is distilled, for its own scheduler.
+        A model that has no guidance by default is distilled, for its own scheduler.
         """
         if self._schedulers:
             return list(self._schedulers)
-        found = [name for name in SCHEDULERS if self._is_guided and _takes(self._pipe, name)]
+        found = [name for name in SCHEDULERS if guided_by_default(self._pipe) and _takes(self._pipe, name)]
         return found or [type(self._pipe.scheduler).__name__]
 
     def _both(self, gate: int) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cachekit.amounts import table
 from cachekit.models.names import DEMOS, is_architecture
 from cachekit.tools.bench.figures import FIGURES
-from cachekit.upstream.scales import SCALE
+from cachekit.upstream.calling import SCALE
 
 if TYPE_CHECKING:
     from cachekit.tools.app.drawing import Comparison, Picture, Request

@@ -22,9 +22,8 @@ from cachekit.registry.notices import silent_log
 from cachekit.tools.batch.images import encoded
 from cachekit.tools.batch.rows import BatchError, Task
 from cachekit.tools.workers import FAILURES
-from cachekit.upstream.calling import STEPS, call_parameters, results_of
+from cachekit.upstream.calling import SCALE, STEPS, call_parameters, results_of
 from cachekit.upstream.pipelines import hide_progress
-from cachekit.upstream.scales import SCALE
 from cachekit.upstream.versions import versions
 from cachekit.version import __version__
 

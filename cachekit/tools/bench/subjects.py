@@ -17,9 +17,8 @@ from cachekit.models.names import DEMOS, canonical, unreadable
 from cachekit.tools.bench.cells import BenchError, Setting, digest
 from cachekit.tools.bench.measuring import Arguments
 from cachekit.tools.bench.untrained import scheduler_of, untrained_pipeline, untrained_text
-from cachekit.upstream.calling import OUTPUT, call_parameters
+from cachekit.upstream.calling import OUTPUT, SCALE, call_parameters
 from cachekit.upstream.pipelines import denoiser_of, hide_progress
-from cachekit.upstream.scales import SCALE
 from cachekit.upstream.weights import dtype_of
 
 __all__ = [

@@ -192,9 +192,13 @@ def path_of(key: Key) -> Path:
     return _path(key.model, key.scheduler, key.steps, len(key.full))
 
 
-def ships(model: str, scheduler: str, steps: int, full: Sequence[int]) -> bool:
-    """Whether a calibration ships for runs of `steps` steps, with the steps `full`, of a model with this digest."""
-    return bool(model) and _serves(_path(model, scheduler, steps, len(full)), full)
+def ships(model: str, scheduler: str, steps: int, full: Sequence[int], scale: float | None) -> bool:
+    """Whether a calibration ships for a run of a model with this digest: its steps, those in full, its guidance."""
+    path = _path(model, scheduler, steps, len(full))
+    if not model or not _serves(path, full):
+        return False
+    served = Calibration.load(path).scales
+    return scale is None or served[0] <= scale <= served[-1]
 
 
 def _path(model: str, scheduler: str, steps: int, full: int | str) -> Path:

@@ -38,8 +38,8 @@ class Rules:
     its MAC reduction lies within `balanced`. Where the boldest line saves less than `least`, there are no lines.
 
     There are rules for each level where calibrations ship, where they would have to be made (a published setting comes
-    before the second), the same under a scheduler of an order above one with a guidance scale above `high_guidance`,
-    where lines through past outputs miss by far, and where the scheduler adds noise in each step, so that only the
+    before the second), the same under a scheduler of an order above one at a guidance scale above `high_guidance`,
+    where a forecast without weights can miss by far, and where the scheduler adds noise in each step, so that only the
     clean sample holds still. Of several for one level, the first that saves more than the level before is taken.
     """
 
@@ -49,14 +49,14 @@ class Rules:
     high_guidance: float
     calibrated: tuple[Rule, ...]
     uncalibrated: tuple[Rule, ...]
-    multistep: tuple[Rule, ...]
+    high_order: tuple[Rule, ...]
     noisy: tuple[Rule, ...]
 
     @classmethod
     def read(cls) -> Rules:
         """Read the rules; docs/choosing.md has the measurements behind them."""
         data = json.loads(resources.files("cachekit.tools.tuning").joinpath("rules.json").read_text())
-        names = ("calibrated", "uncalibrated", "multistep", "noisy")
+        names = ("calibrated", "uncalibrated", "high_order", "noisy")
         kinds = {name: tuple(Rule(**rule) for rule in data[name]) for name in names}
         return cls(data["few_steps"], tuple(data["balanced"]), data["least"], data["high_guidance"], **kinds)
 
@@ -84,8 +84,8 @@ class Costs:
 class Setting:
     """A preset that ships for the model, or for its class; `refused` is why it doesn't fit, "" where it does.
 
-    Its `costs` are those of the run that it was published for, `here` those of a run of the model's steps; None where
-    it doesn't fit such a run.
+    Its `costs` are those of the run that it was published for, `asked_costs` those of the run that is asked about; None
+    where it doesn't fit such a run.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Setting:
     source: str
     published_for: str
     costs: Costs
-    here: Costs | None = None
+    asked_costs: Costs | None = None
     refused: str = ""
 
 
@@ -202,16 +202,16 @@ def _estimator(subject: Subject) -> Estimator:
 
 def _setting(name: str, preset: Preset, price: _Prices) -> Setting:
     evidence = preset.evidence
-    costs, here, refused = Costs(evidence.steps or price.steps), None, ""
+    costs, asked, refused = Costs(evidence.steps or price.steps), None, ""
     try:
         _, specs = read(f"{WORD}:{name}", installed().policies)
         costs = price(specs, evidence.steps)
-        here = _or_none(price, specs)
+        asked = _or_none(price, specs)
     except CachekitError as error:
         refused = str(error)
     kind = evidence.architecture or evidence.pipeline or evidence.denoiser or ""
     source = evidence.source or _measured(preset)
-    return Setting(name, preset.summary, preset.specs, source, kind, costs, here, refused)
+    return Setting(name, preset.summary, preset.specs, source, kind, costs, asked, refused)
 
 
 def _or_none(price: _Prices, specs: Sequence[str]) -> Costs | None:
@@ -263,15 +263,15 @@ def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> lis
         return [_line(rule, price) for rule in RULES.noisy]
     if all(_has_weights(rule.spec, subject, price) for rule in RULES.calibrated):
         return [_line(rule, price) for rule in RULES.calibrated]
-    careful, balanced, *bold = RULES.multistep if _bends(subject) else RULES.uncalibrated
+    careful, balanced, *bold = RULES.high_order if _is_far(subject) else RULES.uncalibrated
     static = _balanced_setting(settings)
     middle = _from_setting(balanced.level, static) if static else _unshipped(balanced, subject, price)
     return [_unshipped(careful, subject, price), middle, *(_unshipped(rule, subject, price) for rule in bold)]
 
 
-def _bends(subject: Subject) -> bool:
-    """Whether outputs may bend so much between steps that lines through them miss by far."""
-    return subject.multistep and subject.guided and (subject.scale or math.inf) > RULES.high_guidance
+def _is_far(subject: Subject) -> bool:
+    """Whether a forecast without weights can miss by far."""
+    return subject.high_order and subject.guided and (subject.scale or math.inf) > RULES.high_guidance
 
 
 def _unshipped(rule: Rule, subject: Subject, price: _Prices) -> Line:
@@ -283,7 +283,8 @@ def _has_weights(spec: str, subject: Subject, price: _Prices) -> bool:
     """Whether a spec needs no weights, or those that it needs ship."""
     if not spec.startswith(_CALIBRATED):
         return True
-    return bool(subject.weights) and ships(subject.weights, subject.scheduler, subject.steps, price.full_steps(spec))
+    full = price.full_steps(spec)
+    return bool(subject.weights) and ships(subject.weights, subject.scheduler, subject.steps, full, subject.scale)
 
 
 def _line(rule: Rule, price: _Prices) -> Line:
@@ -294,27 +295,31 @@ def _to_calibrate(rule: Rule, subject: Subject, price: _Prices) -> Line:
     """Make the line of a rule whose weights have to be measured first, with the command that does so."""
     model = "FOLDER_OR_HUB_ID" if is_architecture(subject.model) else subject.model
     prompts = "" if canonical(model) in DEMOS else " --prompts prompts.txt"
-    options = f"--spec {rule.spec} --steps {subject.steps} --output calibration.json"
-    command = f"cachekit calibrate {model}{prompts} {options}"
-    specs = [f"{rule.spec},file=calibration.json"]
+    # Each interval has a file of its own, for the scale of the run.
+    file = f"calibration-{rule.spec.rpartition('=')[2]}.json"
+    guidance = f" --guidance {subject.scale:g}" if subject.scale else ""
+    command = (
+        f"cachekit calibrate {model}{prompts} --spec {rule.spec} --steps {subject.steps}{guidance} --output {file}"
+    )
+    specs = [f"{rule.spec},file={file}"]
     return Line(rule.level, _code(specs), specs, price([rule.spec]), rule.why, command)
 
 
 def _from_setting(level: str, setting: Setting) -> Line:
-    name, costs = f"{WORD}:{setting.name}", setting.here or setting.costs
+    name, costs = f"{WORD}:{setting.name}", setting.asked_costs or setting.costs
     published = "" if costs.steps == setting.costs.steps else f", published for {setting.costs.steps} steps"
     return Line(level, _code([name]), setting.specs, costs, f"{setting.summary}{published}")
 
 
 def _static(settings: Sequence[Setting]) -> list[Setting]:
     """List the settings that fit, save something, and have costs known before a run, the cheapest run last."""
-    fitting = [one for one in settings if one.here and not one.here.open and _reduction(one) > 1]
+    fitting = [one for one in settings if one.asked_costs and not one.asked_costs.open and _reduction(one) > 1]
     return sorted(fitting, key=_reduction)
 
 
 def _reduction(setting: Setting) -> float:
     """MAC reduction in a run of the model's steps; 0 where it isn't known."""
-    return (setting.here and setting.here.mac_reduction) or 0.0
+    return (setting.asked_costs and setting.asked_costs.mac_reduction) or 0.0
 
 
 def _balanced_setting(settings: Sequence[Setting]) -> Setting | None:
@@ -322,7 +327,7 @@ def _balanced_setting(settings: Sequence[Setting]) -> Setting | None:
     low, high = RULES.balanced
     long = [one for one in settings if one.costs.steps >= RULES.few_steps]
     found = [one for one in _static(long) if low <= _reduction(one) <= high]
-    return min(found, key=lambda one: (one.here and one.here.cache_bytes) or 0, default=None)
+    return min(found, key=lambda one: (one.asked_costs and one.asked_costs.cache_bytes) or 0, default=None)
 
 
 def _published_lines(settings: Sequence[Setting]) -> list[Line]:

@@ -16,7 +16,7 @@ from cachekit.registry.catalog import installed
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.guidance import takes_scale
 from cachekit.upstream.pipelines import denoiser_of, names_branches
-from cachekit.upstream.schedulers import adds_noise, is_multistep, scheduler_of
+from cachekit.upstream.schedulers import adds_noise, is_high_order, scheduler_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,8 +32,9 @@ class Subject:
     """A model, its denoiser and a run of it, as far as configs show them.
 
     `source` is the pipeline, or the name of an architecture, that an estimate takes. `scheduler` is "" where none is
-    known, `weights` is the digest of the denoiser's weights, "" where they aren't loaded. `multistep` is whether the
-    scheduler has an order above one, `scale` the guidance scale of a guided run, None where it isn't known.
+    known, `weights` is the digest of the denoiser's weights, "" where they aren't loaded. `high_order` is whether the
+    scheduler's order is above one. `scale` is the guidance scale of a guided run: the one asked for, or of a model
+    under such a scheduler its pipeline's own; None where it isn't known.
     """
 
     model: str
@@ -44,7 +45,7 @@ class Subject:
     architecture: Architecture | None
     scheduler: str
     noisy: bool
-    multistep: bool
+    high_order: bool
     steps: int
     guidance: str
     guided: bool
@@ -69,6 +70,7 @@ class Subject:
         guided = guided_by_default(source) and (scale is None or scale > 1)
         # Importing a pipeline's class takes seconds.
         kind = functools.cache(lambda: class_of(source, known.pipeline if known else ""))
+        high_order = is_high_order(scheduler)
         apart = guided and (bool(adapter.layout(denoiser).calls) or _names_branches(kind()))
         return cls(
             model=model,
@@ -79,11 +81,11 @@ class Subject:
             architecture=known,
             scheduler=type(scheduler).__name__ if scheduler is not None else "",
             noisy=adds_noise(scheduler),
-            multistep=is_multistep(scheduler),
+            high_order=high_order,
             steps=steps or _steps(model, known, kind),
             guidance=_guidance(denoiser, guided, apart),
             guided=guided,
-            scale=(scale or _scale(model, kind)) if guided else None,
+            scale=(scale or _scale(model, high_order, kind)) if guided else None,
             weights=fingerprint(denoiser),
         )
 
@@ -97,10 +99,10 @@ def _steps(model: str, known: Architecture | None, kind: Callable[[], type[Any] 
     return (default_steps(made) if made else None) or _STEPS
 
 
-def _scale(model: str, kind: Callable[[], type[Any] | None]) -> float | None:
+def _scale(model: str, is_needed: bool, kind: Callable[[], type[Any] | None]) -> float | None:
     if canonical(model) in DEMOS:
         return DEMO_GUIDANCE
-    made = kind()
+    made = kind() if is_needed else None
     return default_scale(made) if made else None
 
 

@@ -118,9 +118,9 @@ def tune(
     if not isinstance(captions, int):
         check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:
-        demos = ", ".join(DEMOS)
         raise TuningError(
-            f"{setting.model}: whether images show captions can be checked for {demos} alone; ask for a similarity"
+            f"{setting.model}: whether images show their captions can be checked for {', '.join(DEMOS)} alone; ask for"
+            " a similarity"
         )
     crew = Crew(executor, workers)
     with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe), crew:

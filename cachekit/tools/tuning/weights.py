@@ -21,10 +21,9 @@ from cachekit.tools.bench.measuring import timed_call
 from cachekit.tools.bench.subjects import Subject, set_scheduler
 from cachekit.tools.calibrating.calibrate import calibrate
 from cachekit.tools.tuning.candidates import Candidate
-from cachekit.upstream.calling import OUTPUT, STEPS
+from cachekit.upstream.calling import OUTPUT, SCALE, STEPS
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
-from cachekit.upstream.scales import SCALE
 
 __all__ = ["Weights", "precision_of"]
 

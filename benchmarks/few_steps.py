@@ -8,7 +8,12 @@ from cachekit.tools.bench.summary import Row, groups
 
 from .ship import RESULTS
 
-_GATES, _FORECASTS = ("tgate:m=1", "tgate:m=2"), ("forecast", "forecast:order=0,of=x0")
+_GATES = ("tgate:m=1", "tgate:m=2")
+#: Forecasts and plain steps of equal MACs.
+_EQUAL = (
+    ("forecast", "forecast:order=0,of=x0", "3 plain steps"),
+    ("forecast:interval=3", "forecast:interval=3,order=0,of=x0", "2 plain steps"),
+)
 _FEWER = "3 plain steps"
 
 
@@ -25,12 +30,13 @@ def gates() -> str:
 
 
 def forecasts() -> str:
-    """Compare forecasts of lines and of the last x0 with a step less."""
+    """Compare forecasts of lines and of the last x0 with fewer steps."""
     rows = _rows()
-    return (
+    return "\n\n".join(
         "At equal MACs: "
-        + "; ".join(f"{_line(rows[name])}, {FIGURES['psnr'].text(rows[name])} dB" for name in (*_FORECASTS, _FEWER))
+        + "; ".join(f"{_line(rows[name])}, {FIGURES['psnr'].text(rows[name])} dB" for name in names)
         + "."
+        for names in _EQUAL
     )
 
 

@@ -50,6 +50,7 @@ def test_the_lines_for_an_embedded_model_run_as_they_are():
 def test_a_calibration_that_ships_is_for_some_scales_of_guidance():
     assert recommend("demo", guidance=7.5).lines[0].specs == ["calibrated:interval=2"]
     assert recommend("demo", guidance=10).lines[0].first.endswith("--guidance 10 --output calibration-2.json")
+    assert recommend("demo", guidance=1).lines[-1].first.endswith("--guidance 1 --output calibration-4.json")
 
 
 def test_costs_are_those_of_the_estimate(found):

@@ -195,10 +195,10 @@ def path_of(key: Key) -> Path:
 def ships(model: str, scheduler: str, steps: int, full: Sequence[int], scale: float | None) -> bool:
     """Whether a calibration ships for a run of a model with this digest: its steps, those in full, its guidance."""
     path = _path(model, scheduler, steps, len(full))
-    if not model or not _serves(path, full):
+    if scale is None or not model or not _serves(path, full):
         return False
     served = Calibration.load(path).scales
-    return scale is None or served[0] <= scale <= served[-1]
+    return served[0] <= scale <= served[-1]
 
 
 def _path(model: str, scheduler: str, steps: int, full: int | str) -> Path:

@@ -271,7 +271,8 @@ def _lines(subject: Subject, settings: Sequence[Setting], price: _Prices) -> lis
 
 def _is_far(subject: Subject) -> bool:
     """Whether a forecast without weights can miss by far."""
-    return subject.high_order and subject.guided and (subject.scale or math.inf) > RULES.high_guidance
+    scale = math.inf if subject.scale is None else subject.scale
+    return subject.high_order and subject.guided and scale > RULES.high_guidance
 
 
 def _unshipped(rule: Rule, subject: Subject, price: _Prices) -> Line:
@@ -297,7 +298,7 @@ def _to_calibrate(rule: Rule, subject: Subject, price: _Prices) -> Line:
     prompts = "" if canonical(model) in DEMOS else " --prompts prompts.txt"
     # Each interval has a file of its own, for the scale of the run.
     file = f"calibration-{rule.spec.rpartition('=')[2]}.json"
-    guidance = f" --guidance {subject.scale:g}" if subject.scale else ""
+    guidance = "" if subject.scale is None else f" --guidance {subject.scale:g}"
     command = (
         f"cachekit calibrate {model}{prompts} --spec {rule.spec} --steps {subject.steps}{guidance} --output {file}"
     )

@@ -33,8 +33,8 @@ class Subject:
 
     `source` is the pipeline, or the name of an architecture, that an estimate takes. `scheduler` is "" where none is
     known, `weights` is the digest of the denoiser's weights, "" where they aren't loaded. `high_order` is whether the
-    scheduler's order is above one. `scale` is the guidance scale of a guided run: the one asked for, or of a model
-    under such a scheduler its pipeline's own; None where it isn't known.
+    scheduler's order is above one. `scale` is the guidance scale that is asked for, or that a guided pipeline has by
+    default, read for such schedulers and embedded models alone; else None.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Subject:
             steps=steps or _steps(model, known, kind),
             guidance=_guidance(denoiser, guided, apart),
             guided=guided,
-            scale=(scale or _scale(model, high_order, kind)) if guided else None,
+            scale=_scale(model, high_order, kind) if guided and scale is None else scale,
             weights=fingerprint(denoiser),
         )
 

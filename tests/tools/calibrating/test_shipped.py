@@ -53,9 +53,16 @@ def test_the_pipeline_runs_with_its_own_guidance(pipe):
 
 def test_a_file_serves_its_own_full_steps_and_no_others_of_the_same_number():
     key = Calibration.load(FILES[0]).key
-    assert ships(key.model, key.scheduler, key.steps, key.full)
-    assert not ships(key.model, key.scheduler, key.steps, [0, *(step - 1 for step in key.full[1:])])
-    assert not ships("", key.scheduler, key.steps, key.full)
+    assert ships(key.model, key.scheduler, key.steps, key.full, 3.5)
+    assert not ships(key.model, key.scheduler, key.steps, [0, *(step - 1 for step in key.full[1:])], 3.5)
+    assert not ships("", key.scheduler, key.steps, key.full, 3.5)
+
+
+def test_a_file_serves_the_guidance_that_it_was_made_for():
+    made = Calibration.load(FILES[0])
+    run = (made.key.model, made.key.scheduler, made.key.steps, made.key.full)
+    assert all(ships(*run, scale) for scale in made.scales)
+    assert not any(ships(*run, scale) for scale in (None, 1.0, made.scales[-1] + 1))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def adds_noise(scheduler: Any) -> bool:
 
 def is_high_order(scheduler: Any) -> bool:
     """Whether a scheduler is set to an order above one, as DPM-Solver and UniPC are by default."""
-    return int(getattr(scheduler, "config", {}).get("solver_order", 1)) > 1
+    return int(getattr(scheduler, "config", {}).get("solver_order") or 1) > 1
 
 
 def step_index(scheduler: Any) -> int | None:

@@ -9,12 +9,12 @@ from cachekit.tools.bench.summary import Row, groups
 from .ship import RESULTS
 
 _GATES = ("tgate:m=1", "tgate:m=2")
+_FEWER = "3 plain steps"
 #: Forecasts and plain steps of equal MACs.
 _EQUAL = (
-    ("forecast", "forecast:order=0,of=x0", "3 plain steps"),
+    ("forecast", "forecast:order=0,of=x0", _FEWER),
     ("forecast:interval=3", "forecast:interval=3,order=0,of=x0", "2 plain steps"),
 )
-_FEWER = "3 plain steps"
 
 
 def gates() -> str:

@@ -156,12 +156,14 @@ def recognised(denoiser: nn.Module, scheduler: str = "") -> Architecture | None:
     return max(fitting, key=lambda one: (len(one.config), one.scheduler == scheduler, one.guided), default=None)
 
 
-def guided_by_default(model: Any) -> bool:
-    """Whether runs of a model have two guidance branches unless another scale is asked for.
+def guided_by_default(model: Any, scale: float | None = None) -> bool:
+    """Whether runs of a model have two guidance branches, at the scale that is asked for or at their own.
 
     `model` is the name of an architecture, or a pipeline, or a denoiser. An architecture runs as it was published, and
     so does what is recognised as one. All else has branches, unless the guidance scale is an input of a denoiser.
     """
+    if scale is not None and scale <= 1:
+        return False
     if isinstance(model, str):
         return architecture(model).guided
     scheduler = type(scheduler_of(model)).__name__

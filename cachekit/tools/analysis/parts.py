@@ -89,7 +89,7 @@ class Analysis:
         self._subject = subject
         self._steps, self._seed = steps, seed
         self._schedulers = schedulers
-        self._is_guided = guided_by_default(self._pipe) and (setting.guidance is None or setting.guidance > 1)
+        self._is_guided = guided_by_default(self._pipe, setting.guidance)
         self._ran = ran
         self._done = self._total = 0
 
@@ -178,7 +178,8 @@ class Analysis:
         """
         if self._schedulers:
             return list(self._schedulers)
-        found = [name for name in SCHEDULERS if guided_by_default(self._pipe) and _takes(self._pipe, name)]
+        papers = SCHEDULERS if guided_by_default(self._pipe) else ()
+        found = [name for name in papers if _takes(self._pipe, name)]
         return found or [type(self._pipe.scheduler).__name__]
 
     def _both(self, gate: int) -> list[str]:
@@ -220,20 +221,19 @@ def _takes(pipe: Any, scheduler: str) -> bool:
 
 def _images(part: str, groups: Sequence[Group], left_out: Sequence[str]) -> Found:
     """Show groups of images: a table and a picture of each, and whether the papers' order holds."""
-    found = [order for group in groups for order in orders(group)]
-    data = {"groups": [to_json(group) for group in groups], "orders": found}
+    found = [orders(group) for group in groups]
+    data = {"groups": [to_json(group) for group in groups], "orders": [order for one in found for order in one]}
     shown = Found(data, notes=list(left_out))
-    for group in groups:
-        shown.tables.append(_table(group))
+    for group, own in zip(groups, found):
+        shown.tables.append(_table(group, verdicts(own)))
         shown.pictures[f"{part}-{group.cell.scheduler}-{group.cell.steps}.png"] = picture_grid(group)
         shown.notes += [*group.left_out, *(f"warning: {warning}" for warning in group.warnings)]
     return shown
 
 
-def _table(group: Group) -> Table:
-    """Tabulate images, and by which figures they are in the papers' order."""
-    names, said = [CONFIGURATION, *headings(_FIGURES)], verdicts(orders(group))
-    rows = []
+def _table(group: Group, said: Mapping[str, str]) -> Table:
+    """Tabulate images, with what is said of their order by spec."""
+    names, rows = [CONFIGURATION, *headings(_FIGURES)], []
     for row in (group.uncached, *group.rows):
         cells = texts(group, row)
         rows.append([*(cells[name] for name in names), said.get("".join(row.cell.specs), "")])

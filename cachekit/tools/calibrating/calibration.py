@@ -197,7 +197,7 @@ def ships(model: str, scheduler: str, steps: int, full: Sequence[int], scale: fl
     path = _path(model, scheduler, steps, len(full))
     if scale is None or not model or not _serves(path, full):
         return False
-    served = Calibration.load(path).scales
+    served = read(str(path)).scales
     return served[0] <= scale <= served[-1]
 
 

@@ -67,7 +67,7 @@ class Subject:
         known = named or recognised(denoiser, type(own).__name__)
         scheduler = known.published_scheduler if own is None and known else own
         adapter = installed().adapter_for(denoiser)
-        guided = guided_by_default(source) and (scale is None or scale > 1)
+        guided = guided_by_default(source, scale)
         # Importing a pipeline's class takes seconds.
         kind = functools.cache(lambda: class_of(source, known.pipeline if known else ""))
         high_order = is_high_order(scheduler)

@@ -117,7 +117,7 @@ def cells(
             )
             # Tables show specs as they were given, and not as policies write them.
             cell = suite.cells()[0].model_copy(update={"specs": specs_given})
-            yield cell, bench.plan(cell, cell.specs)
+            yield cell, bench.plan(cell, cell.specs, cell.steps)
         except CachekitError as error:
             print(f"left out: {error}", flush=True)
 
@@ -199,7 +199,7 @@ def _led(name: str, rows: Sequence[tuple[Group, Row]]) -> str:
 
 
 def _lost(rows: Sequence[tuple[Group, Row]]) -> str:
-    """Where more than three captions in a hundred are lost against the uncached images."""
+    """Where more than a share `LOST` of captions is lost against the uncached images."""
     lost = []
     for group, row in rows:
         own, whole = row.caption_match, group.uncached.caption_match

@@ -21,11 +21,11 @@ def table() -> str:
     return markdown(header, [row(name) for name in methods()], left=len(header))
 
 
-def policies() -> str:
-    """Make the table of all policies that ship."""
+def policies(plugins: str) -> str:
+    """Make the table of all policies that ship, with links into the folder `plugins`."""
     rows = []
     for name, made in sorted(installed().policies.items()):
-        rows.append([f"[`{name}`](../plugins/{_folder(made)}/README.md)", made.summary, made.paper or "-"])
+        rows.append([f"[`{name}`]({plugins}/{_folder(made)}/README.md)", made.summary, made.paper or "-"])
     return markdown(["policy", "summary", "paper"], rows, left=3)
 
 

@@ -1,7 +1,8 @@
-"""Write the presets of the embedded models, with what `benchmarks.frontier` measured: `python -m benchmarks.presets`.
+"""Write the presets of the embedded models: `python -m benchmarks.presets`.
 
-Without results of the model's present weights, a preset has no figures. `--check` writes nothing, and fails where a
-file is stale.
+They are the forecasts that `benchmarks.frontier` measured, and what `benchmarks.tuned` found for each target. Without
+results of the model's present weights, a forecast has no figures, and what was found for a target is left out.
+`--check` writes nothing, and fails where a file is stale.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from cachekit.interface.presets import FOLDER, Evidence, Figures, PlainSteps, Preset
+from cachekit.interface.presets import FOLDER, HERE, Evidence, Figures, PlainSteps, Preset
 from cachekit.models.demo import DEMO_GUIDANCE, DEMO_STEPS
 from cachekit.models.demo.pipeline import PIPELINES
 from cachekit.models.loading import pipeline
@@ -22,10 +23,11 @@ from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of
 
+from . import tuned
 from .frontier import MODELS, stored
 from .ship import RESULTS
 
-#: What ships for each model, and what it is.
+#: The forecasts that ship for each model, and what they are.
 SPECS = {
     "forecast:interval=2": "A line through the last two outputs in every second step",
     "calibrated:interval=2": "Calibrated forecasts in every second step",
@@ -34,6 +36,11 @@ SPECS = {
     "calibrated:interval=5": "Calibrated forecasts, with a full step in five",
     "calibrated:interval=6": "Calibrated forecasts, with a full step in six",
 }
+#: What tunings were for: the end of the preset's name, and what it is.
+TUNED = {
+    "-1%": ("captions", "The cheapest found that shows at most one caption in a hundred fewer"),
+    "35dB": ("35db", "The cheapest found with at least 35 dB"),
+}
 
 
 def main() -> None:
@@ -41,9 +48,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail where a preset is stale")
     options = parser.parse_args()
-    stale = {name: preset for name, preset in made() if not _is_current(name, preset)}
-    if options.check and stale:
-        raise SystemExit(f"stale: {', '.join(stale)}; run python -m benchmarks.presets")
+    wanted = dict(made())
+    stale = {name: preset for name, preset in wanted.items() if not _is_current(name, preset)}
+    gone = [path for path in FOLDER.glob("*-tuned-*.json") if path.stem not in wanted]
+    if options.check and (stale or gone):
+        names = [*stale, *(path.stem for path in gone)]
+        raise SystemExit(f"stale: {', '.join(names)}; run python -m benchmarks.presets")
+    for path in gone:
+        path.unlink()
+        print(f"removed {path.stem}")
     for name, preset in stale.items():
         preset.save(FOLDER / f"{name}.json")
         print(f"wrote {name}")
@@ -52,25 +65,42 @@ def main() -> None:
 def made() -> Iterator[tuple[str, Preset]]:
     """Make each preset, with its name."""
     for model in MODELS:
-        pipe = pipeline(model)
-        found = group_of(model, type(scheduler_of(pipe)).__name__)
-        shared: dict[str, Any] = {
-            "pipeline": PIPELINES[DEMOS[model]],
-            "denoiser": type(denoiser_of(pipe)).__name__,
-            "model": fingerprint(denoiser_of(pipe)),
-            "scheduler": type(scheduler_of(pipe)).__name__,
-            "steps": DEMO_STEPS,
-            "reference_steps": DEMO_STEPS,
-            "guidance": DEMO_GUIDANCE,
-        }
-        for spec, summary in SPECS.items():
-            policy, _, keys = spec.partition(":")
-            evidence = Evidence(**shared, **(measured(found, spec) if found else {}))
-            requires = {policy: "cachekit-diffusion"}
-            yield (
-                f"{model}-{policy}-{keys.rpartition('=')[2]}",
-                Preset(summary=summary, specs=[spec], requires=requires, evidence=evidence),
-            )
+        yield from _forecasts(model)
+    yield from _tuned()
+
+
+def _forecasts(model: str) -> Iterator[tuple[str, Preset]]:
+    pipe = pipeline(model)
+    found = group_of(model, type(scheduler_of(pipe)).__name__)
+    shared: dict[str, Any] = {
+        "pipeline": PIPELINES[DEMOS[model]],
+        "denoiser": type(denoiser_of(pipe)).__name__,
+        "model": fingerprint(denoiser_of(pipe)),
+        "scheduler": type(scheduler_of(pipe)).__name__,
+        "steps": DEMO_STEPS,
+        "reference_steps": DEMO_STEPS,
+        "guidance": DEMO_GUIDANCE,
+    }
+    for spec, summary in SPECS.items():
+        policy, _, keys = spec.partition(":")
+        evidence = Evidence(**shared, **(measured(found, spec) if found else {}))
+        requires = {policy: "cachekit-diffusion"}
+        yield (
+            f"{model}-{policy}-{keys.rpartition('=')[2]}",
+            Preset(summary=summary, specs=[spec], requires=requires, evidence=evidence),
+        )
+
+
+def _tuned() -> Iterator[tuple[str, Preset]]:
+    """Give what was found for each target a name; that of other weights is left out."""
+    for row in tuned.stored():
+        preset = row["preset"] and Preset.model_validate(row["preset"])
+        if not preset or preset.evidence.model != fingerprint(denoiser_of(pipeline(row["model"]))):
+            continue
+        # Weights that were made for a tuning don't ship.
+        if not any(HERE in spec for spec in preset.specs):
+            name, summary = TUNED[row["target"]]
+            yield f"{row['model']}-tuned-{name}", preset.model_copy(update={"summary": summary})
 
 
 def _is_current(name: str, preset: Preset) -> bool:

@@ -16,14 +16,15 @@ from typing import Any
 
 from cachekit.cli import app
 from cachekit.models.demo import demo_steps
-from cachekit.tools.bench.summary import Group, Row
+from cachekit.tools.bench.cells import spelled
 from cachekit.tools.bench.tables import markdown
 
-from . import frontier, presets
 from .ship import RESULTS
 
 MODELS = ("demo", "demo-dit", "demo-flow", "demo-lcm")
 TARGETS = {"--caption-match": "-1%", "--at-least": "35dB"}
+#: Captions of each verdict: one of them is a point.
+FRESH = 100
 RESULT = RESULTS / "tuned.json"
 _FOUND = ["found", "MAC reduction", "speedup", "PSNR", "caption match"]
 _FOUND += ["plain steps beside it", "their speedup", "PSNR", "caption match"]
@@ -45,7 +46,8 @@ def tune(model: str, target: str, folder: Path) -> None:
     folder = folder / model
     folder.mkdir(exist_ok=True)
     data, begun = folder / "data.json", time.perf_counter()
-    given = [target, TARGETS[target], "--steps", f"{demo_steps(model)}", "--executor", "process", "--workers", "2"]
+    given = [target, TARGETS[target], "--fresh", f"{FRESH}", "--steps", f"{demo_steps(model)}"]
+    given += ["--executor", "process", "--workers", "2"]
     files = {"journal": folder / "study.log", "output": folder / "preset.json", "json": data}
     written = [part for name, path in files.items() for part in (f"--{name}", str(path))]
     app(["tune", model, *given, *written], standalone_mode=False)
@@ -54,12 +56,8 @@ def tune(model: str, target: str, folder: Path) -> None:
 
 def add(model: str, target: str, data: dict[str, Any], seconds: float) -> None:
     """Add what a tuning has found to the results."""
-    preset = data["preset"] or {}
-    row = {"model": model, "target": target, "seconds": round(seconds), "specs": preset.get("specs")}
-    evidence = preset.get("evidence", {})
-    row |= {name: evidence.get(name) for name in ("scheduler", "guidance", "steps", "figures", "plain", "versions")}
-    # Where no cached candidate reaches the target, plain steps may, or what comes near is described.
-    row |= {"plain": row["plain"] or data["rival"], "nearest": data["nearest"]}
+    found = {name: data[name] for name in ("preset", "rival", "nearest")}
+    row = {"model": model, "target": target, "seconds": round(seconds), **found}
     RESULT.write_text(json.dumps([*stored(), row], indent=1) + "\n")
 
 
@@ -77,46 +75,23 @@ def table() -> str:
     return "\n\n".join([markdown(header, rows, left=3).rstrip(), *missed]) + "\n" if rows else ""
 
 
-def on_more_captions() -> str:
-    """Table of the forecasts that save most and show at most one caption fewer, on the captions of `frontier`."""
-    found = []
-    for model in frontier.MODELS:
-        scheduler = next((row["scheduler"] for row in stored() if row["model"] == model and row["scheduler"]), "")
-        group = presets.group_of(model, scheduler)
-        if group is not None:
-            best = _cheapest(group)
-            figures = presets.measured(group, best.cell.specs[0])
-            plain = figures["plain"] and figures["plain"].model_dump()
-            found.append([model, *_cells(best.label, figures["figures"].model_dump(), plain)])
-    return markdown(["model", *_FOUND], found, left=2) if found else ""
-
-
-def _cheapest(group: Group) -> Row:
-    """Choose the greatest MAC reduction of the rows that show at most one caption fewer than the uncached one."""
-    uncached = group.uncached
-    least = (uncached.caption_match or 0.0) - 1.01 / uncached.checked_images
-    rows = [row for row in group.rows if row.cell.specs and (row.caption_match or 0.0) >= least]
-    return max(rows, key=lambda row: row.mac_reduction)
-
-
 def _row(row: dict[str, Any]) -> list[str]:
     option = next(name for name, target in TARGETS.items() if target == row["target"])
     asked = [row["model"], f"`{option} {row['target']}`"]
-    if not row["figures"]:
-        return [*asked, "no cached candidate", *["-"] * 4, *_beside(row["plain"])]
-    steps = "" if row["steps"] == demo_steps(row["model"]) else f", {row['steps']} steps"
-    return [*asked, *_cells(" + ".join(row["specs"]), row["figures"], row["plain"], steps)]
-
-
-def _cells(specs: str, own: dict[str, Any], plain: dict[str, Any] | None, steps: str = "") -> list[str]:
+    if not row["preset"]:
+        return [*asked, "no cached candidate", *["-"] * 4, *_beside(row["rival"])]
+    evidence = row["preset"]["evidence"]
+    own, steps = evidence["figures"], evidence["steps"]
+    others = "" if steps == evidence["reference_steps"] else f", {steps} steps"
     cost = [f"{own['mac_reduction']:.2f}x", f"{own['speedup']:.2f}x"]
-    return [f"`{specs}`{steps}", *cost, *_quality(own), *_beside(plain)]
+    specs = f"`{' + '.join(row['preset']['specs'])}`{others}"
+    return [*asked, specs, *cost, *_quality(own), *_beside(evidence["plain"])]
 
 
 def _beside(plain: dict[str, Any] | None) -> list[str]:
     if not plain:
         return ["-"] * 4
-    steps = f"{plain['steps']}, {plain['spacing']}" if plain["spacing"] else f"{plain['steps']}"
+    steps = f"{plain['steps']}, {spelled(plain['spacing'])}" if plain["spacing"] else f"{plain['steps']}"
     return [steps, f"{plain['figures']['speedup']:.2f}x", *_quality(plain["figures"])]
 
 

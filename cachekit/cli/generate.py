@@ -77,8 +77,9 @@ class GenerateSettings:
     def job(self) -> Job:
         """Make what a worker draws with."""
         from cachekit.tools.batch.drawing import Job
+        from cachekit.tools.workers import threads_of
 
-        shared = self.threads if self.prompts is None else self.threads or _threads(self.executor, self.workers)
+        executor = self.executor if self.prompts is not None else "serial"
         return Job(
             model=self.pipeline,
             scheduler=self.scheduler,
@@ -88,7 +89,7 @@ class GenerateSettings:
             cache_device=self.cache_device,
             load=json.dumps(_pairs(self.load)),
             arguments=json.dumps(_pairs(self.set_)),
-            threads=shared,
+            threads=self.threads or threads_of(executor, self.workers),
         )
 
     def defaults(self) -> Defaults:
@@ -124,15 +125,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
         return size_of(text) if text is not None else None
     except ValueError as error:
         raise ArgumentError(f"--size {text!r}: {error}") from None
-
-
-def _threads(executor: str, workers: int | None) -> int | None:
-    """Share the processors of this machine among the processes of one command, unless the user has."""
-    from cachekit.tools.workers import default_workers
-
-    if executor != "process" or "OMP_NUM_THREADS" in os.environ:
-        return None
-    return max(1, (os.cpu_count() or 1) // (workers or default_workers(executor)))
 
 
 def _one(job: Job, defaults: Defaults, prompt: str | None, output: Path, file: Path | None) -> None:

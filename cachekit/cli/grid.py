@@ -134,12 +134,14 @@ def _open(settings: GridSettings) -> Results:
 def _suite(model: str, settings: GridSettings) -> Suite:
     from cachekit.tools.bench.quality import METRICS
     from cachekit.tools.bench.suite import Suite, fitting
-    from cachekit.tools.workers import check_executor, default_workers
+    from cachekit.tools.workers import check_executor, default_workers, threads_of
 
     compositions = settings.parse_specs(SPECS)
     check_executor(settings.executor)
+    setting = settings.setting(model, METRICS)
+    threads = setting.threads or threads_of(settings.executor, settings.workers)
     return Suite(
-        setting=settings.setting(model, METRICS),
+        setting=setting.model_copy(update={"threads": threads}),
         compositions=compositions if settings.spec else fitting(model, compositions),
         schedulers=settings.scheduler,
         steps=settings.steps,

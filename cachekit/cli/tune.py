@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -66,7 +67,9 @@ def tune(settings: TuneSettings) -> None:
     from cachekit.tools.tuning.tune import tune as search
 
     asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
-    check_writable(settings.output)
+    if settings.output == _picture(settings.output):
+        raise CachekitError(f"--output {str(settings.output)!r} is the name of the picture beside it; end it in .json")
+    check_writable(settings.output, _picture(settings.output))
     with json_results(settings.json) as give:
         with progress_bar(f"tuning {settings.model}") as show:
             tuned = search(
@@ -146,19 +149,22 @@ def print_report(tuned: Tuned, output: Path) -> None:
         for number, one in enumerate(tuned.front, 1)
     ]
     print_table(["", "candidate", "steps", *_HEADINGS], rows, "The search: what no other candidate beats.")
-    picture = output.with_suffix(".png")
+    picture = _picture(output)
     pareto_picture(tuned.measured, tuned.front, tuned.targets).save(picture)
     say(f"wrote {picture}")
     _print_verdict(tuned)
-    reasons = [*dict.fromkeys(tuned.refused)]
-    if reasons:
-        say(f"{len(reasons)} candidates were refused or failed, such as {reasons[0]}")
+    if tuned.refused:
+        say(f"{len(tuned.refused)} candidates were refused or failed, such as {tuned.refused[0]}")
     best, rival = tuned.verdict.best, tuned.verdict.rival
     if rival:
         say(f"plain steps are the better choice: {_plain_label(rival)} ({_line(rival.figures, tuned.targets)})")
     if best and tuned.preset:
         say(f"preset:{output}, {best.candidate.steps} steps: {_line(best.figures, tuned.targets)}")
         say(f"wrote {output}, which stands for {best.candidate.label}")
+
+
+def _picture(output: Path) -> Path:
+    return output.with_suffix(".png")
 
 
 def _print_verdict(tuned: Tuned) -> None:
@@ -172,7 +178,9 @@ def _print_verdict(tuned: Tuned) -> None:
 
 
 def _plain_label(plain: PlainSteps) -> str:
-    return f"{plain.steps} plain steps" + (f", {plain.spacing}" if plain.spacing else "")
+    from cachekit.tools.tuning.candidates import Candidate
+
+    return Candidate((), plain.steps, plain.spacing).label
 
 
 _HEADINGS = ("MAC reduction", "speedup", "s/image", "PSNR", "SSIM", "caption match", "images")
@@ -193,6 +201,7 @@ def _texts(figures: Figures) -> Sequence[str]:
 
 
 def _line(figures: Figures, targets: Targets) -> str:
-    shown = [target.shown.format(target.value(figures)) for target in targets.listed]
+    values = [(target, target.value(figures)) for target in targets.listed]
+    shown = [target.shown.format(value) if math.isfinite(value) else "identical" for target, value in values]
     costs = f"{figures.mac_reduction or 0:.2f}x MAC reduction, {figures.speedup or 0:.2f}x speedup"
     return ", ".join([*shown, f"{costs}, n={figures.images}"])

@@ -22,6 +22,7 @@ __all__ = [
     "check_executor",
     "default_workers",
     "share_out",
+    "threads_of",
 ]
 
 #: Exceptions that fail a single item and not the others: memory, shapes, a published package that is too old.
@@ -122,6 +123,13 @@ def default_workers(name: str) -> int:
     if name == "serial":
         return 1
     return torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+
+
+def threads_of(name: str, workers: int | None = None) -> int | None:
+    """Threads of each process that shares this machine with others; None where they are left as the user has them."""
+    if name != "process" or "OMP_NUM_THREADS" in os.environ:
+        return None
+    return max(1, (os.cpu_count() or 1) // (workers or default_workers(name)))
 
 
 def _spread(team: Team, work: Work, items: Sequence[Any], count: int, tries: int, again: Again) -> Iterator[Outcome]:

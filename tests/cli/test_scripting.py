@@ -311,6 +311,7 @@ def test_where_nothing_fulfils_the_nearest_is_named_and_the_exit_code_is_one(sto
         ("PSNR", "not a condition; write the heading of a column and a bound, 'PSNR>=35'"),
         ("PSNR>=high", "not a condition"),
         ("PSNR>=3 apples", "not a condition"),
+        ("caption match>=90", "a share above 1; write 'caption match>=90%'"),
     ],
 )
 def test_a_wrong_condition_is_refused(text, said, stored):

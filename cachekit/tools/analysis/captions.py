@@ -14,7 +14,7 @@ def usable_captions(source: str, limit: int | None, pipe: Any) -> tuple[str, ...
     """Read captions as the bench does; raises `BenchError` for the first line that is empty or too long for `pipe`."""
     texts = read_captions(source, limit).texts
     lines = list(_lines(source)) or list(enumerate(texts, 1))
-    for number, line in lines[: None if limit is None else limit]:
+    for number, line in lines[:limit]:
         if not line.strip():
             raise BenchError(f"captions {source!r}: line {number} is empty; write a caption in each line")
         if reason := cut_off(line, pipe):

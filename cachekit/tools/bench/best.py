@@ -25,6 +25,8 @@ _SIGNS: dict[str, Callable[[float, float], bool]] = {
 _CONDITION = re.compile(r"\s*(.+?)\s*(>=|<=|>|<)\s*([+-]?\d+(?:\.\d+)?)\s*(\S*)\s*")
 #: What a number without a unit is in, where the table shows another unit than the value has.
 _PLAIN_UNITS = {"macs": 1e9, "cache_bytes": 1 << 20, "peak_memory": 1 << 20, "deciding_seconds": 1e-3}
+#: Figures that are shares, which the table shows as percentages.
+_SHARES = ("caption_match",)
 _UNITS = {"": 0.0, "db": 1.0, "x": 1.0, "s": 1.0, "ms": 1e-3, "%": 1e-2, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -108,6 +110,8 @@ def _condition(text: str, metrics: Sequence[str]) -> Condition:
         names = [*(figure.name for figure in FIGURES.values()), *metrics]
         raise BenchError(f"--best {text!r}: unknown column {name!r}{nearest(name, names)}; known: {', '.join(names)}")
     key = known[name.lower()]
+    if key in _SHARES and not unit and float(number) > 1:
+        raise BenchError(f"--best {text!r}: a share above 1; write '{name}{sign}{number}%'")
     return Condition(text.strip(), key, sign, float(number) * (_UNITS[unit.lower()] or _PLAIN_UNITS.get(key, 1.0)))
 
 

@@ -59,6 +59,8 @@ class Setting(_Frozen):
     width: int | None = None
     guidance: float | None = None
     threads: int | None = None
+    #: Whether images of scenes are compared with rendered ones too, by the Frechet distance.
+    reference: bool = True
     metrics: tuple[tuple[str, str], ...] = ()
     pictures: int = 4
 
@@ -117,13 +119,18 @@ class Cell(_Frozen):
     @property
     def spelled(self) -> str:
         """The spacing in words."""
-        if self.spacing.startswith(FULL_STEPS):
-            return f"timesteps of {self.spacing.removeprefix(FULL_STEPS)}"
-        return self.spacing
+        return spelled(self.spacing)
 
     def plain(self, steps: int, spacing: str = "") -> Cell:
         """Cell of that many plain steps, with all else the same."""
         return self.model_copy(update={"method": Method.PLAIN, "specs": (), "steps": steps, "spacing": spacing})
+
+
+def spelled(spacing: str) -> str:
+    """Write a spacing in words."""
+    if spacing.startswith(FULL_STEPS):
+        return f"timesteps of {spacing.removeprefix(FULL_STEPS)}"
+    return spacing
 
 
 def expand(texts: Iterable[str], words: Vocabulary) -> list[tuple[Policy, ...]]:

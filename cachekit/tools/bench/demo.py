@@ -151,7 +151,7 @@ def _plain_cells(bench: Workbench, contenders: Sequence[Contender]) -> list[Cell
     for contender in contenders:
         cell = contender.cell
         steps = steps_at(contender.first.macs / bench.uncached_macs(cell), cell.uncached_steps)
-        wanted.append((cell, steps, bench.plan(cell, cell.specs)))
+        wanted.append((cell, steps, bench.plan(cell, cell.specs, cell.steps)))
     return [cell for cell in rivals(wanted) if not absent(cell)]
 
 

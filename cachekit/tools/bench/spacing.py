@@ -28,14 +28,14 @@ Rivalry = tuple[Cell, int, "Mapping[str, Any] | None"]
 def rivals(wanted: Iterable[Rivalry]) -> list[Cell]:
     """List the cells of plain steps that contenders are compared with, each once, with every spacing.
 
-    Where a contender computes the denoiser in as many steps, their timesteps are a spacing too. See `absent` for
-    spacings that a scheduler lacks.
+    Where a contender of the uncached number of steps computes the denoiser in as many, their timesteps are a spacing
+    too. See `absent` for spacings that a scheduler lacks.
     """
     found: dict[tuple[Any, ...], Cell] = {}
     for cell, steps, plan in wanted:
         if steps >= cell.uncached_steps:
             continue
-        computed = computed_steps(plan or {})
+        computed = computed_steps(plan or {}) if cell.steps == cell.uncached_steps else ()
         for spacing in ("", *_SETTINGS):
             found.setdefault((cell.group, cell.seed, steps, spacing), cell.plain(steps, spacing))
         if len(computed) == steps:
@@ -52,8 +52,8 @@ def computed_steps(plan: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(step for step, actions in enumerate(zip(*marks)) if set(actions) != {"r"})
 
 
-def absent(cell: Cell, pipeline: str = "") -> str:
-    """Reason why the scheduler, or the pipeline of that class, lacks the spacing of a cell; "" where it has it."""
+def absent(cell: Cell, pipeline: type | None = None) -> str:
+    """Reason why the scheduler, or that class of pipelines, lacks the spacing of a cell; "" where it has it."""
     import diffusers
 
     kind = getattr(diffusers, cell.scheduler)
@@ -65,8 +65,8 @@ def absent(cell: Cell, pipeline: str = "") -> str:
     own = [name for name in _TABLES if _takes(kind.set_timesteps, name)]
     if not own:
         return f"{cell.scheduler} takes no custom timesteps"
-    if pipeline and not any(_takes(getattr(diffusers, pipeline).__call__, name) for name in own):
-        return f"{pipeline} takes no custom {' or '.join(own)}"
+    if pipeline and not any(_takes(pipeline.__call__, name) for name in own):
+        return f"{pipeline.__name__} takes no custom {' or '.join(own)}"
     return ""
 
 

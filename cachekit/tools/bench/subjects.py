@@ -40,21 +40,20 @@ _AS_RUN = ("pipeline", "scheduler", "steps")
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions.
-
-    `has_reference` is whether they are compared with scenes rendered from the captions too, by the Frechet distance.
-    """
+    """A loaded pipeline, its arguments for a caption, and whether its images can be checked against captions."""
 
     pipe: Any
     arguments: Arguments
     draws_scenes: bool = False
-    has_reference: bool = True
 
 
 def load(setting: Setting) -> Subject:
-    """Load the model of a setting onto its device and in its precision."""
+    """Load the model of a setting onto its device and in its precision, and take its number of threads."""
+    import torch
     from diffusers.utils.logging import disable_progress_bar
 
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
     disable_progress_bar()
     if setting.model in architectures():
         pipe = untrained_pipeline(architecture(setting.model))

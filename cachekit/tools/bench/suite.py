@@ -124,6 +124,8 @@ def _fits(denoiser: nn.Module, policies: tuple[Policy, ...]) -> bool:
 
 def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[str]:
     """Measure the cells that `results` lacks, and add each as soon as it is done; return a line for each failure."""
+    import diffusers
+
     from cachekit.tools.bench.summary import groups
 
     cells = suite.cells()
@@ -132,7 +134,7 @@ def measure_suite(suite: Suite, results: Results, progress: Progress) -> list[st
         run = partial(_run, crew, suite.setting, results)
         failures = [*run(cells, _Images(progress, suite.setting, len(cells)))]
         measured = [result for result in results.all if result.id in chosen]
-        pipeline = class_of_pipeline(suite.setting.model)
+        pipeline = getattr(diffusers, class_of_pipeline(suite.setting.model), None)
         baselines = [cell for group in groups(measured) for cell in group.baselines()]
         reasons = {cell: absent(cell, pipeline) for cell in baselines}
         present = [cell for cell in baselines if not reasons[cell]]

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, median_low, quantiles
 from typing import Any
 
 from cachekit.tools.bench.cells import Cell, Method
@@ -90,8 +90,13 @@ class Row:
 
     @property
     def psnr(self) -> float | None:
-        """Median PSNR to the uncached image in dB, infinite where most images are identical."""
-        return _median(sample.psnr for sample in self.samples)
+        """Median PSNR to the uncached image in dB, infinite where most images are identical.
+
+        Where half of them are, it is the greatest of the others.
+        """
+        known = [sample.psnr for sample in self.samples if sample.psnr is not None]
+        found = _median(known)
+        return median_low(known) if found == math.inf else found
 
     @property
     def ssim(self) -> float | None:

@@ -52,8 +52,9 @@ def measure(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result:
     return result
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _workbench(setting: Setting) -> Workbench:
+    """Keep what ran for the last two lots of captions: a tuning goes from one to the other and back."""
     return Workbench(setting, _subject(setting.model_copy(update={"captions": ()})))
 
 
@@ -80,10 +81,6 @@ class Workbench:
 
         Raises `BenchError` for a caption that images of an embedded model can't be checked against.
         """
-        import torch
-
-        if setting.threads:
-            torch.set_num_threads(setting.threads)
         self._setting = setting
         self._subject = subject or load(setting)
         if self._subject.draws_scenes:
@@ -140,9 +137,9 @@ class Workbench:
             first_seconds=contender.first.seconds,
             samples=[self._sample(caption, *pair) for caption, pair in zip(captions, pairs)],
             counts=[asdict(count) for count in pairs[0][0].counts],
-            plan=self.plan(cell, cell.specs) if cell.method is Method.CACHEKIT else None,
+            plan=self.plan(cell, cell.specs, cell.steps) if cell.method is Method.CACHEKIT else None,
             pictures=pictures[: self._setting.pictures],
-            reference=rendered(captions) if self._subject.draws_scenes and self._subject.has_reference else None,
+            reference=rendered(captions) if self._subject.draws_scenes and self._setting.reference else None,
             warnings=list(dict.fromkeys(warning for result, _ in pairs for warning in result.warnings)),
         )
 
@@ -168,7 +165,7 @@ class Workbench:
         scheduler, table = scheduler_with(pipe, cell.scheduler, cell.spacing), {}
         if cell.spacing.startswith(FULL_STEPS):
             specs = Configuration.parse(cell.spacing.removeprefix(FULL_STEPS), cell.steps).specs
-            computed = computed_steps(self.plan(cell, specs))
+            computed = computed_steps(self.plan(cell, specs, cell.uncached_steps))
             table = table_of(pipe, scheduler, cell.uncached_steps, computed)
         runner = ImageRunner(pipe, lambda prompt: {**arguments(prompt), **table})
 
@@ -221,11 +218,11 @@ class Workbench:
             "uncached_metrics": {name: metric(plain, plain, caption) for name, metric in self._metrics.items()},
         }
 
-    def plan(self, cell: Cell, specs: Sequence[str]) -> dict[str, Any]:
-        """Plan of specs with a cell's scheduler and uncached steps: the number of branches of each row, the columns."""
+    def plan(self, cell: Cell, specs: Sequence[str], steps: int) -> dict[str, Any]:
+        """Plan of specs with a cell's scheduler: the number of branches of each row, the columns."""
         set_scheduler(self._subject.pipe, cell.scheduler)
         with apply(self._subject.pipe, specs) as attachment:
-            plan = attachment.plan(cell.uncached_steps)
+            plan = attachment.plan(steps)
         return {"branches": [len(row.branches) for row in plan.rows], "columns": plan.columns()}
 
 

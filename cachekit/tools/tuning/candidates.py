@@ -20,8 +20,10 @@ from cachekit.interface.parts import Part, Schedule, StandIn, Where
 from cachekit.interface.policy import PARTS, Policy
 from cachekit.interface.specs import alternatives, parse_all
 from cachekit.registry.catalog import Catalog
+from cachekit.tools.bench.cells import spelled
+from cachekit.tools.bench.measuring import Configuration
 
-__all__ = ["PLAIN", "Candidate", "Chooser", "Space"]
+__all__ = ["FILE", "PLAIN", "Candidate", "Chooser", "Space"]
 
 #: The value of the parameter that chooses the policy, for none.
 PLAIN = "(plain steps)"
@@ -31,6 +33,8 @@ NUMBER = ""
 _RUNGS = (3, 4, 5, 6)
 #: Whole numbers of which greater ones save more.
 _RISING = ("interval", "longest")
+#: The key of policies and parts that read a file of weights.
+FILE = "file"
 #: How often values are drawn for a policy that has no defaults, to find out whether it fits a model.
 _DRAWS = 16
 
@@ -46,9 +50,8 @@ class Candidate:
     @property
     def label(self) -> str:
         """The name in tables."""
-        if self.specs:
-            return " + ".join(self.specs)
-        return f"{self.steps} plain steps" + (f", {self.spacing}" if self.spacing else "")
+        spacing = f", {spelled(self.spacing)}" if self.spacing else ""
+        return f"{Configuration(self.steps, self.specs).label}{spacing}"
 
 
 class Chooser(Protocol):
@@ -100,6 +103,11 @@ class Space:
         self._spacings = tuple(spacings)
         self._sites = catalog.adapter_for(denoiser).sites(denoiser)
         self.policies = tuple(name for name in sorted(policies or catalog.policies) if self._fits(denoiser, name))
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts that may be tried."""
+        return sorted({*self._catalog.places, *self._catalog.schedules, *self._catalog.stand_ins})
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -211,7 +219,7 @@ class Space:
     def _part(self, chooser: Chooser, base: type[Part], path: str) -> str:
         parts = self._parts(base)
         spelled = [word for kind in parts.values() for word, part in kind.spellings().items() if self._finds(part)]
-        alone = [name for name, kind in parts.items() if _stands(kind) and self._finds(kind())]
+        alone = [name for name, kind in parts.items() if _stands_alone(kind) and self._finds(kind())]
         name = str(chooser.suggest_categorical(path, sorted([*alone, *spelled])))
         if name in spelled:
             return name
@@ -234,7 +242,7 @@ class Space:
     def _replacements(self) -> list[str]:
         """List the parts, as they are by default, that can take the place of a policy's own."""
         pairs = (("when", self._catalog.schedules), ("what", self._catalog.stand_ins))
-        return [f"{key}={name}" for key, parts in pairs for name, part in sorted(parts.items()) if _stands(part)]
+        return [f"{key}={name}" for key, parts in pairs for name, part in sorted(parts.items()) if _stands_alone(part)]
 
 
 def _stands(kind: type[Part]) -> bool:
@@ -244,6 +252,11 @@ def _stands(kind: type[Part]) -> bool:
     except CachekitError:
         return False
     return True
+
+
+def _stands_alone(kind: type[Part]) -> bool:
+    """Whether a part can be made without any key, and needs no file of weights: those of policies alone are made."""
+    return _stands(kind) and FILE not in kind.model_fields
 
 
 def _takes_parts(kind: type[Part]) -> bool:

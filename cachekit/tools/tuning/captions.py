@@ -41,7 +41,7 @@ def lots_of(captions: int | Sequence[str], fresh: int | None, is_embedded: bool)
         if reason := not_a_scene(text):
             raise TuningError(f"captions, line {number}: {reason}; or give a number of held-out captions")
     different = tuple(dict.fromkeys(texts))
-    kept = fresh or -(-len(different) // 2)
+    kept = -(-len(different) // 2) if fresh is None else fresh
     if not 0 < kept < len(different):
         raise TuningError(
             f"of {len(different)} different captions {kept} are for the verdict, and none would be left for the search;"
@@ -57,6 +57,8 @@ def _drawn(count: int, fresh: int | None, is_embedded: bool) -> Lots:
         raise TuningError(f"captions {count}: numbers are for embedded models; give texts, or a file with one per line")
     if count < 1:
         raise TuningError(f"captions {count}: give a number above 0")
+    if fresh is not None and fresh < 1:
+        raise TuningError(f"fresh={fresh}: give a number above 0")
     drawn = heldout_captions(count + _WEIGHTS + (fresh or max(count, _FRESH)), 0)
     return Lots(tuple(drawn[:count]), tuple(drawn[count : count + _WEIGHTS]), tuple(drawn[count + _WEIGHTS :]))
 

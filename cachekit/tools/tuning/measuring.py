@@ -15,9 +15,10 @@ from cachekit.tools.bench.subjects import Subject
 from cachekit.tools.bench.suite import shared_fields
 from cachekit.tools.bench.summary import groups
 from cachekit.tools.bench.workbench import Contender, Workbench
+from cachekit.tools.clusters import ClusterError
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.weights import Weights
-from cachekit.tools.workers import FAILURES, Crew
+from cachekit.tools.workers import FAILURES, Crew, WorkersError
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -65,18 +66,21 @@ class Measurer:
             **shared_fields(setting, self.model, around),
         )
 
-    def measure(self, candidates: Sequence[Candidate], captions: Sequence[str]) -> list[Result | str]:
-        """Measure candidates over captions, together; the reason stands for the result of one that fails."""
+    def measure(self, candidates: Sequence[Candidate], captions: Sequence[str], place: int = 0) -> list[Result | str]:
+        """Measure candidates over captions, together; the reason stands for the result of one that fails.
+
+        `place` is that of the first caption among all that they are measured over: it counts for the noise.
+        """
         specs = [self._resolved(candidate) for candidate in candidates]
         cells = [
             found if isinstance(found, str) else self.cell(candidate, captions, found)
             for candidate, found in zip(candidates, specs)
         ]
-        return self.measure_cells(cells, captions)
+        return self.measure_cells(cells, captions, place)
 
-    def measure_cells(self, cells: Sequence[Cell | str], captions: Sequence[str]) -> list[Result | str]:
-        """Measure cells, in which reasons stand for those that can't be."""
-        there = [cell for cell in cells if isinstance(cell, Cell)]
+    def measure_cells(self, cells: Sequence[Cell | str], captions: Sequence[str], place: int = 0) -> list[Result | str]:
+        """Measure cells, in which reasons stand for those that can't be; otherwise as `measure`."""
+        there = [one.model_copy(update={"seed": one.seed + place}) for one in cells if isinstance(one, Cell)]
         measured = iter((self._here if self.crew.name == "serial" else self._elsewhere)(there, captions))
         return [cell if isinstance(cell, str) else next(measured) for cell in cells]
 
@@ -86,6 +90,8 @@ class Measurer:
             return self.weights.resolved(candidate)
         except CachekitError as error:
             return str(error)
+        except FAILURES as error:
+            return f"{type(error).__name__}: {first_line(error)}"
 
     def _here(self, cells: Sequence[Cell], captions: Sequence[str]) -> list[Result | str]:
         bench = self._bench(tuple(captions))
@@ -112,6 +118,8 @@ class Measurer:
         setting = self.setting.model_copy(update={"captions": tuple(captions)})
         try:
             found = {cell.id: outcome for cell, outcome in outcomes(self.crew, setting, cells)}
+        except (ClusterError, WorkersError):
+            raise
         except CachekitError as error:
             # A refusal ends the executor's run, and does not name its cell.
             if len(cells) == 1:

@@ -41,9 +41,10 @@ def pareto_picture(measured: Sequence[Measured], front: Sequence[Measured], targ
         pen.line(line, fill=_CACHED, width=1)
     for one in shown:
         _draw_point(pen, place(one), bool(one.candidate.specs))
-    for number, one in enumerate(one for one in front if math.isfinite(similarity_of(one.figures))):
-        x, y = place(one)
-        pen.text((x + 7, y - 15 + 3 * (number % 2)), str(number + 1), fill=_INK, font=font)
+    for number, one in enumerate(front, 1):
+        if math.isfinite(similarity_of(one.figures)):
+            x, y = place(one)
+            pen.text((x + 7, y - 12 - 3 * (number % 2)), str(number), fill=_INK, font=font)
     return picture
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -294,8 +295,8 @@ def _line(rule: Rule, price: _Prices) -> Line:
 
 def _to_calibrate(rule: Rule, subject: Subject, price: _Prices) -> Line:
     """Make the line of a rule whose weights have to be measured first, with the command that does so."""
-    model = "FOLDER_OR_HUB_ID" if is_architecture(subject.model) else subject.model
-    prompts = "" if canonical(model) in DEMOS else " --prompts prompts.txt"
+    model = "FOLDER_OR_HUB_ID" if is_architecture(subject.model) else shlex.quote(subject.model)
+    prompts = "" if canonical(subject.model) in DEMOS else " --prompts prompts.txt"
     # Each interval has a file of its own, for the scale of the run.
     file = f"calibration-{rule.spec.rpartition('=')[2]}.json"
     guidance = "" if subject.scale is None else f" --guidance {subject.scale:g}"

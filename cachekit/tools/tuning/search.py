@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cachekit.costs.estimate import estimate
+from cachekit.costs.estimate import Estimator
 from cachekit.errors import CachekitError
 from cachekit.tools.bench.results import Result
 from cachekit.tools.tuning.candidates import Candidate, Space
@@ -47,15 +47,14 @@ class Search:
     measurer: Measurer
     targets: Targets
     captions: Sequence[str]
-    guided: bool = True
+    estimator: Estimator
     _refused: dict[Candidate, str] = field(default_factory=dict, init=False)
 
     def run(self, budget: Budget, progress: Progress) -> None:
         """Try candidates until the budget is spent; what is measured is in the journal at once."""
         end = math.inf if budget.seconds is None else time.monotonic() + budget.seconds
-        if self.journal.is_new:
-            for ladder in self.space.beginnings():
-                self.journal.enqueue(ladder)
+        for ladder in self.space.beginnings():
+            self.journal.enqueue(ladder)
         refused, most = 0, _REFUSALS * budget.trials
         while (done := len(self.journal.measured)) < budget.trials and time.monotonic() < end:
             if refused > most:
@@ -63,22 +62,23 @@ class Search:
                 progress(done, budget.trials, f"the rest: {reason}")
                 return
             progress(done, budget.trials, "")
-            chosen: list[tuple[Any, Candidate]] = []
-            with self.journal.begun_again(chosen):
+            with self.journal.begun_again():
                 wanted = min(self.measurer.batch, budget.trials - done)
-                refused += self._choose(chosen, wanted, most - refused, end)
+                chosen, more = self._choose(wanted, most - refused, end)
+                refused += more
                 refused += _REFUSALS * self._measure(chosen, progress, done, budget.trials)
         progress(len(self.journal.measured), budget.trials, "")
 
-    def _choose(self, chosen: list[tuple[Any, Candidate]], wanted: int, most: int, end: float) -> int:
+    def _choose(self, wanted: int, most: int, end: float) -> tuple[list[tuple[Any, Candidate]], int]:
         """Choose candidates until so many are `wanted`, more than `most` are refused, or time ends; count refusals."""
+        chosen: list[tuple[Any, Candidate]] = []
         refused = 0
         while len(chosen) < wanted and refused <= most and time.monotonic() < end:
             trial = self.journal.ask()
             found = self._accepted(trial, [candidate for _, candidate in chosen])
             refused += found is None
             chosen += [(trial, found)] if found else []
-        return refused
+        return chosen, refused
 
     # -- before anything is drawn -------------------------------------------------------------------------
 
@@ -113,9 +113,7 @@ class Search:
         steps = self.measurer.steps
         if not candidate.specs:
             return steps / candidate.steps, True
-        found = estimate(
-            self.measurer.subject.pipe, candidate.specs, num_inference_steps=candidate.steps, guided=self.guided
-        )
+        found = self.estimator(candidate.specs, candidate.steps)
         certain = not any("?" in marks for *_, marks in found.plan.columns())
         return found.baseline_macs * steps / candidate.steps / found.macs, certain
 
@@ -132,7 +130,7 @@ class Search:
         }
         surviving = [place for place in held if self._may_win(held, place)]
         if surviving and more:
-            outcomes = self.measurer.measure([chosen[place][1] for place in surviving], more)
+            outcomes = self.measurer.measure([chosen[place][1] for place in surviving], more, _FEW)
             for place, outcome in zip(surviving, outcomes):
                 held[place] += [outcome] if isinstance(outcome, Result) else []
         for place, (trial, candidate) in enumerate(chosen):

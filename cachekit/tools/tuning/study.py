@@ -53,11 +53,11 @@ class Journal:
             raise TuningError(
                 f"journal {str(path)!r} is not a study of cachekit tune: {error}; name another"
             ) from error
-        self.is_new = _KEY not in self.study.user_attrs
+        self._begun: list[Any] = []
         self._refuse_others(path, dict(key))
 
     def _refuse_others(self, path: Path | None, key: dict[str, Any]) -> None:
-        if self.is_new:
+        if _KEY not in self.study.user_attrs:
             self.study.set_user_attr(_KEY, key)
             return
         there = self.study.user_attrs[_KEY]
@@ -79,13 +79,14 @@ class Journal:
         self.enqueue(trial.user_attrs.get(_HIGHER, ()))
 
     @contextmanager
-    def begun_again(self, trials: Sequence[tuple[Any, Candidate]]) -> Iterator[None]:
-        """Have those of the trials that an exception leaves unfinished tried later, with their ladders."""
+    def begun_again(self) -> Iterator[None]:
+        """Have those trials begun in this block that an exception leaves unfinished tried later, with their ladders."""
+        self._begun.clear()
         try:
             yield
         except BaseException:
             finished = {one.number for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()}
-            for trial, _ in trials:
+            for trial in self._begun:
                 if trial.number not in finished:
                     self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
                     higher = {_HIGHER: trial.user_attrs.get(_HIGHER, [])}
@@ -94,7 +95,9 @@ class Journal:
 
     def ask(self) -> Any:
         """Begin a trial."""
-        return self.study.ask()
+        trial = self.study.ask()
+        self._begun.append(trial)
+        return trial
 
     def refuse(self, trial: Any, candidate: Candidate | None, reason: str) -> None:
         """End a trial of what can't be, or needn't be measured."""
@@ -132,9 +135,11 @@ class Journal:
 
     @property
     def reasons(self) -> list[str]:
-        """Why trials were refused."""
-        trials = self.study.get_trials(deepcopy=False)
-        return [str(trial.user_attrs[_REASON]) for trial in trials if _REASON in trial.user_attrs]
+        """Why trials were refused, but for those of what was measured before."""
+        measured = {one.candidate for one in self.measured}
+        trials = [one for one in self.study.get_trials(deepcopy=False) if _REASON in one.user_attrs]
+        found = {str(one.user_attrs[_REASON]): one.user_attrs.get(_CANDIDATE) for one in trials}
+        return [reason for reason, written in found.items() if not (written and _read(written) in measured)]
 
     def front(self) -> list[Measured]:
         """Those measured that no other beats in similarity, cost and caption match, the cheapest first."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cachekit.costs.estimate import Estimator
 from cachekit.files import unwritable_reason
 from cachekit.interface.presets import HERE, Evidence, Preset, misfit_of
 from cachekit.interface.specs import parse
+from cachekit.models.architectures import guided_by_default
 from cachekit.models.names import DEMOS, canonical
 from cachekit.registry.catalog import installed
 from cachekit.tools.bench.cells import Cell, Method, Setting, Spacing
 from cachekit.tools.bench.spacing import absent
 from cachekit.tools.bench.subjects import load, set_scheduler, subject_of
+from cachekit.tools.bench.workbench import environment
 from cachekit.tools.tuning.candidates import Candidate, Space
 from cachekit.tools.tuning.captions import Lots, check_lengths, lots_of
 from cachekit.tools.tuning.measuring import Measurer
@@ -25,13 +28,13 @@ from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
 from cachekit.tools.tuning.verdict import Judged, Verdict, judge
 from cachekit.tools.tuning.weights import Weights, precision_of
-from cachekit.tools.workers import Crew, check_executor
+from cachekit.tools.workers import Crew, check_executor, threads_of
 from cachekit.upstream.calling import with_scheduler
 from cachekit.upstream.pipelines import call_arguments, denoiser_of, without_progress
 from cachekit.upstream.scales import scale_of
 from cachekit.upstream.versions import versions
 
-__all__ = ["Tuned", "tune"]
+__all__ = ["Tuned", "movable", "tune"]
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,15 @@ def tune(
         device=device,
         dtype=dtype,
         guidance=guidance_scale,
+        threads=threads_of(executor, workers),
+        # A search has too few images for Frechet distances.
+        reference=False,
         pictures=0,
     )
     target_file = Path(output) if output is not None else None
     if target_file is not None:
         _check_file(target_file)
-    # A search has too few images for Frechet distances.
-    subject = replace(load(setting) if named else subject_of(model, setting), has_reference=False)
+    subject = load(setting) if named else subject_of(model, setting)
     if not isinstance(captions, int):
         check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:
@@ -124,7 +129,7 @@ def tune(
         )
     crew = Crew(executor, workers)
     with _scheduler_of(subject.pipe, scheduler) as name, without_progress(subject.pipe), crew:
-        weights = Weights(subject, name, lots.weights, _beside(target_file))
+        weights = Weights(subject, name, lots.weights, target_file and _beside(target_file))
         measurer = Measurer(setting, subject, name, num_inference_steps, seed, weights, crew)
         work = _Tuning(measurer, targets, lots, policies)
         return work.run(Budget(trials, seconds), Path(journal) if journal is not None else None, target_file, progress)
@@ -151,18 +156,20 @@ class _Tuning:
         measurer, targets, show = self._measurer, self._targets, progress or (lambda done, total, line: None)
         spacings = [*self._spacings()]
         space = Space(denoiser_of(self._pipe), installed(), measurer.steps, spacings, self._policies)
-        study = Journal(journal, self._key(), targets, measurer.subject.draws_scenes, measurer.seed)
-        Search(space, study, measurer, targets, self._lots.search, self._scale != 1).run(budget, show)
+        study = Journal(journal, self._key(space), targets, measurer.subject.draws_scenes, measurer.seed)
+        estimator = Estimator.of(self._pipe, guided=guided_by_default(self._pipe, self._scale))
+        Search(space, study, measurer, targets, self._lots.search, estimator).run(budget, show)
         show(budget.trials, budget.trials, "")
-        verdict = judge(study, measurer, targets, self._lots.fresh, type(self._pipe).__name__)
+        verdict = judge(study, measurer, targets, self._lots.fresh, type(self._pipe))
         preset = self._preset(verdict.best, output) if verdict.best else None
         if preset and output:
             preset.save(output)
         return Tuned(study.measured, study.front(), verdict, preset, study.reasons, targets)
 
-    def _key(self) -> dict[str, Any]:
-        """List what the figures of a study are of: a study of anything else is another."""
+    def _key(self, space: Space) -> dict[str, Any]:
+        """List what the figures of a study are of, and what it may try: a study of anything else is another."""
         measurer = self._measurer
+        words = [str(value) for value in environment(measurer.setting).values()] if self._targets.by_time else []
         return {
             "model": measurer.model,
             "precision": precision_of(denoiser_of(self._pipe)),
@@ -170,7 +177,11 @@ class _Tuning:
             "steps": measurer.steps,
             "guidance": self._scale,
             "captions": list(self._lots.search),
+            "seed": measurer.seed,
             "cost": "wall time" if self._targets.by_time else "MACs",
+            "environment": words,
+            "policies": list(space.policies),
+            "parts": space.parts,
         }
 
     @property
@@ -181,14 +192,14 @@ class _Tuning:
     def _spacings(self) -> Iterator[str]:
         cell = self._measurer.cell(Candidate((), 1), self._lots.search)
         for spacing in ("", *(one.value for one in Spacing)):
-            if not spacing or not absent(_plain(cell, spacing), type(self._pipe).__name__):
+            if not spacing or not absent(_plain(cell, spacing), type(self._pipe)):
                 yield spacing
 
     def _preset(self, best: Judged, output: Path | None) -> Preset:
         measurer, pipe = self._measurer, self._pipe
         specs = measurer.weights.resolved(best.candidate)
         if output is not None:
-            specs = tuple(spec.replace(str(output.absolute().parent), HERE) for spec in specs)
+            specs = tuple(movable(spec, output) for spec in specs)
         evidence = Evidence(
             pipeline=type(pipe).__name__,
             denoiser=type(denoiser_of(pipe)).__name__,
@@ -217,9 +228,15 @@ def _plain(cell: Cell, spacing: str) -> Cell:
     return cell.model_copy(update={"method": Method.PLAIN, "specs": (), "spacing": spacing})
 
 
-def _beside(output: Path | None) -> Path | None:
+def _beside(output: Path) -> Path:
     """Folder for the weights of a preset."""
-    return output.absolute().with_name(f"{output.stem}-weights") if output is not None else None
+    return output.absolute().with_name(f"{output.stem}-weights")
+
+
+def movable(spec: str, output: Path) -> str:
+    """Write the path of weights beside a preset so that they may be moved together."""
+    beside = _beside(output)
+    return spec.replace(str(beside), f"{HERE}/{beside.name}")
 
 
 def _owners(specs: Sequence[str]) -> dict[str, str]:

@@ -48,7 +48,7 @@ class Verdict:
     nearest: str
 
 
-def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: str) -> Verdict:
+def judge(journal: Journal, measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: type) -> Verdict:
     """Measure the most promising candidates of a study, in a few rounds, until one reaches the targets."""
     left = _promising(journal, targets)
     judged: list[Judged] = []
@@ -105,7 +105,7 @@ def _ranked(measured: Sequence[Measured], targets: Targets) -> list[Measured]:
 
 
 def _on_fresh(
-    candidates: Sequence[Candidate], measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: str
+    candidates: Sequence[Candidate], measurer: Measurer, targets: Targets, captions: Sequence[str], pipeline: type
 ) -> list[Judged]:
     """Measure candidates, and the best plain steps that cost as much as those that reach the targets."""
     outcomes = measurer.measure(candidates, captions)
@@ -133,16 +133,16 @@ def _best_plain(
     """Measure plain steps: with each spacing on a few captions, and with the best for each number on the others."""
     few = _results(cells, measurer, captions[:_FEW])
     best = _by_number({cell: figures_of([one]) for cell, one in few.items()}, targets)
-    more = _results([*best.values()], measurer, captions[_FEW:]) if captions[_FEW:] else {}
+    more = _results([*best.values()], measurer, captions[_FEW:], _FEW) if captions[_FEW:] else {}
     found = {steps: [results[cell] for results in (few, more) if cell in results] for steps, cell in best.items()}
     return {
-        steps: PlainSteps(steps=steps, spacing=cell.spelled, figures=figures_of(found[steps]))
+        steps: PlainSteps(steps=steps, spacing=cell.spacing, figures=figures_of(found[steps]))
         for steps, cell in best.items()
     }
 
 
-def _results(cells: Sequence[Cell], measurer: Measurer, captions: Sequence[str]) -> dict[Cell, Result]:
-    outcomes = zip(cells, measurer.measure_cells(cells, captions))
+def _results(cells: Sequence[Cell], measurer: Measurer, captions: Sequence[str], place: int = 0) -> dict[Cell, Result]:
+    outcomes = zip(cells, measurer.measure_cells(cells, captions, place))
     return {cell: outcome for cell, outcome in outcomes if isinstance(outcome, Result)}
 
 
@@ -183,4 +183,5 @@ def _described(target: Target, candidate: Candidate, figures: Figures) -> str:
     shown = target.shown.format(value) if math.isfinite(value) else "identical"
     quality = f"{similar:.1f} dB" if math.isfinite(similar) else "identical"
     beside = "" if "dB" in target.shown else f", {quality}"
-    return f"{candidate.label} in {candidate.steps} steps ({shown}{beside}, {figures.mac_reduction or 0:.2f}x MACs)"
+    steps = f" in {candidate.steps} steps" if candidate.specs else ""
+    return f"{candidate.label}{steps} ({shown}{beside}, {figures.mac_reduction or 0:.2f}x MACs)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,12 @@ from cachekit.tools.bench.cells import digest
 from cachekit.tools.bench.measuring import timed_call
 from cachekit.tools.bench.subjects import Subject, set_scheduler
 from cachekit.tools.calibrating.calibrate import calibrate
-from cachekit.tools.tuning.candidates import Candidate
+from cachekit.tools.tuning.candidates import FILE, Candidate
 from cachekit.upstream.calling import OUTPUT, SCALE, STEPS
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 
 __all__ = ["Weights", "precision_of"]
-
-#: The key of policies and parts that read a file of weights.
-_FILE = "file"
 
 
 @dataclass
@@ -39,6 +36,7 @@ class Weights:
     scheduler: str
     prompts: Sequence[str]
     folder: Path | None
+    _found: dict[tuple[str, int], bool] = field(default_factory=dict, init=False)
 
     def resolved(self, candidate: Candidate) -> tuple[str, ...]:
         """Specs of a candidate, with a file for each that needs one which does not ship.
@@ -49,16 +47,18 @@ class Weights:
 
     def _with_file(self, spec: str, steps: int) -> str:
         policy = parse(spec, installed())
-        if _FILE not in type(policy).model_fields or getattr(policy, _FILE) is not None:
+        if FILE not in type(policy).model_fields or getattr(policy, FILE) is not None:
             return spec
         path = self._file(spec, steps)
         if path is None or not path.is_file():
-            if self._runs(policy, steps):
+            if (spec, steps) not in self._found:
+                self._found[spec, steps] = self._runs(policy, steps)
+            if self._found[spec, steps]:
                 return spec
             if path is None:
                 raise CalibrationError(f"{spec}: needs weights for {steps} steps; name an output, to put them beside")
             self._make(policy, steps, path)
-        return str(policy.model_copy(update={_FILE: str(path)}))
+        return str(policy.model_copy(update={FILE: str(path)}))
 
     def _file(self, spec: str, steps: int) -> Path | None:
         """File of the weights for a spec, of a name that no other run's weights have."""
@@ -90,7 +90,8 @@ class Weights:
             {name: value for name, value in self.subject.arguments(text).items() if name not in (SCALE, OUTPUT)}
             for text in self.prompts
         ]
-        made = calibrate(self.subject.pipe, policy, prompts, num_inference_steps=steps, guidance_scale=scale)
+        # One image at a time: what fits into memory for measuring fits here.
+        made = calibrate(self.subject.pipe, policy, prompts, num_inference_steps=steps, guidance_scale=scale, batch=1)
         made.save(path)
 
     def _arguments(self, steps: int) -> dict[str, Any]:

@@ -264,6 +264,15 @@ def plain_row(spacing, psnr, shown=True):
     return Row(made, [Result(id=made.id, cell=made, environment={}, first_seconds=None, samples=samples)])
 
 
+@pytest.mark.parametrize(
+    ("values", "psnr"), [((math.inf, 30.0), 30.0), ((math.inf, math.inf, 30.0), math.inf), ((20.0, 30.0), 25.0)]
+)
+def test_similarity_is_finite_unless_most_images_are_identical(values, psnr):
+    samples = [sample("first", 0.25, 10**9, True).model_copy(update={"psnr": value}) for value in values]
+    made = cell(("a",))
+    assert Row(made, [Result(id="", cell=made, environment={}, first_seconds=None, samples=samples)]).psnr == psnr
+
+
 def test_the_best_spacing_stands_for_its_number_of_steps(drawn):
     drawn.rows += [plain_row("", 20.0), plain_row("lu_lambdas", 23.5), plain_row("karras", 21.0)]
     *_, cached, plain = demo.table(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -27,6 +28,7 @@ from cachekit.tools.tuning.captions import lots_of
 from cachekit.tools.tuning.search import Budget, Search
 from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
+from cachekit.tools.tuning.tune import movable
 from cachekit.tools.tuning.verdict import _best_plain, _promising
 from cachekit.tools.tuning.weights import Weights
 from cachekit.upstream.fingerprints import fingerprint
@@ -192,6 +194,32 @@ def test_an_output_whose_path_specs_cannot_hold_is_refused():
         cachekit.tune("demo", 1, at_least=30, output="a,b.json")
 
 
+def test_a_study_of_other_policies_is_refused(tuned, folder):
+    given = {**SMALL, "policies": ["tgate"]}
+    with pytest.raises(TuningError, match="has a study of policies, where number 1 is 'forecast', not 'tgate'"):
+        cachekit.tune("demo", 1, at_least=10, journal=folder / "study.log", **given)
+
+
+def test_a_cluster_that_is_not_there_is_no_fault_of_the_candidates(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CachekitError, match="the ray executor needs Ray"):
+        cachekit.tune("demo", 1, at_least=10, trials=1, executor="ray", **SMALL)
+
+
+def test_a_picture_never_takes_the_place_of_the_preset(tmp_path):
+    result = commands.run("tune", "demo", "--at-least", "10dB", "--output", tmp_path / "fast.png")
+    assert result.exit_code == 2
+    assert "is the name of the picture beside it; end it in .json" in result.stderr
+
+
+@pytest.mark.parametrize("output", ["/fast.json", "/fast/fast.json"])
+def test_a_preset_finds_its_weights_wherever_it_is_moved(output):
+    weights = Path(output).with_name("fast-weights") / "a.json"
+    assert movable(f"calibrated:interval=3,file={weights}", Path(output)) == (
+        "calibrated:interval=3,file={folder}/fast-weights/a.json"
+    )
+
+
 def test_a_file_that_is_no_journal_is_refused(folder):
     path = folder / "notes.txt"
     path.write_text("not a journal\n")
@@ -260,6 +288,16 @@ def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
     assert [spec.partition(":")[0] for spec in made.specs] == ["deepcache", "tgate"]
     assert "what=linear" in made.specs[0]
     assert "m=7" in made.specs[1]
+
+
+def test_parts_that_need_weights_are_left_to_their_policies(space):
+    catalog = installed()
+    parts = [*catalog.schedules.items(), *catalog.stand_ins.items()]
+    with_files = {name for name, part in parts if "file" in part.model_fields}
+    tried = {text.partition("=")[2] for text in space._replacements()}
+    assert "linear" in tried
+    assert with_files
+    assert not with_files & tried
 
 
 def test_places_without_targets_in_the_model_are_left_out(space):
@@ -344,12 +382,13 @@ def test_what_shows_one_caption_too_few_in_the_search_is_judged_beside_what_show
 class IntervalsMeasured:
     """Measures forecasts that save much and stay near, and all else as far off and dear; it may be stopped."""
 
-    batch, steps, subject = 3, 25, None
+    batch, steps = 3, 25
 
     def __init__(self, stop_at=""):
-        self.stop_at = stop_at
+        self.stop_at, self.places = stop_at, set()
 
-    def measure(self, candidates, captions):
+    def measure(self, candidates, captions, place=0):
+        self.places.add((place, *captions))
         if self.stop_at in [candidate.label for candidate in candidates]:
             self.stop_at = ""
             raise KeyboardInterrupt
@@ -366,17 +405,42 @@ class IntervalsMeasured:
 TRIED = {"forecast", "forecast:interval=3", "calibrated:interval=3", "12 plain steps"}
 
 
-def searched(measurer, journal):
+class HalfThePrice:
+    """Estimates that every candidate saves half; it may be stopped at one."""
+
+    plan = SimpleNamespace(columns=list)
+    baseline_macs, macs = 2, 1
+
+    def __init__(self, stop_at=()):
+        self.stop_at = stop_at
+
+    def __call__(self, specs, num_inference_steps):
+        if specs == self.stop_at:
+            self.stop_at = ()
+            raise KeyboardInterrupt
+        return self
+
+
+def searched(measurer, journal, estimator=None):
     space = Space(tiny.unet(), installed(), 25, ("",), policies=["forecast", "calibrated"])
-    search = Search(space, journal, measurer, Targets(at_least=20), ["a", "b", "c"])
-    search._promised = lambda candidate: (2.0, True)
+    search = Search(space, journal, measurer, Targets(at_least=20), ["a", "b", "c"], estimator or HalfThePrice())
     search.run(Budget(4), lambda done, total, line: None)
     return {one.candidate.label for one in journal.measured}
 
 
 def test_greater_intervals_are_tried_only_where_smaller_ones_may_win():
-    journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
-    assert searched(IntervalsMeasured(), journal) == TRIED
+    journal, measurer = Journal(None, {}, Targets(at_least=20), judged=False, seed=0), IntervalsMeasured()
+    assert searched(measurer, journal) == TRIED
+    assert measurer.places == {(0, "a", "b"), (2, "c")}
+
+
+def test_what_a_stopped_search_was_checking_is_tried_again(tmp_path):
+    journal = Journal(tmp_path / "study.log", {"steps": 25}, Targets(at_least=20), judged=False, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        searched(IntervalsMeasured(), journal, HalfThePrice(stop_at=("forecast",)))
+    assert journal.measured == []
+    resumed = Journal(tmp_path / "study.log", {"steps": 25}, Targets(at_least=20), judged=False, seed=0)
+    assert searched(IntervalsMeasured(), resumed) == TRIED
 
 
 def test_what_a_stopped_search_was_measuring_is_tried_again(tmp_path):
@@ -393,8 +457,8 @@ class SpacingsMeasured:
     def __init__(self, similar, shown=()):
         self.similar, self.shown, self.seen = similar, shown, []
 
-    def measure_cells(self, cells, captions):
-        self.seen += [len(captions)] * len(cells)
+    def measure_cells(self, cells, captions, place=0):
+        self.seen += [(len(captions), place)] * len(cells)
         return [self._result(cell) for cell in cells]
 
     def _result(self, cell):
@@ -418,25 +482,25 @@ def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge(targets,
     measurer = SpacingsMeasured(SIMILAR, shown={(3, ""), (4, ""), (4, "karras")})
     best = _best_plain(cells, measurer, targets, ["a caption"] * 9)
     assert {steps: plain.spacing for steps, plain in best.items()} == spacings
-    assert measurer.seen == [8] * 5 + [1] * 2
+    # The noise goes on where the first captions end, as it does for the cached candidates.
+    assert measurer.seen == [(8, 0)] * 5 + [(1, 8)] * 2
     few = SpacingsMeasured(SIMILAR)
     assert _best_plain(cells, few, Targets(at_least=20), ["a caption"] * 8)[4].figures.psnr == 30
-    assert few.seen == [8] * 5
+    assert few.seen == [(8, 0)] * 5
 
 
 class FailingMeasurer:
     """Has no figures for any candidate."""
 
-    batch, steps, subject = 2, 25, None
+    batch, steps = 2, 25
 
-    def measure(self, candidates, captions):
+    def measure(self, candidates, captions, place=0):
         return ["out of memory" for _ in candidates]
 
 
 def test_a_search_ends_where_all_candidates_fail(space):
     journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
-    search, lines = Search(space, journal, FailingMeasurer(), Targets(at_least=20), ["a", "b"]), []
-    search._promised = lambda candidate: (2.0, True)
+    search, lines = Search(space, journal, FailingMeasurer(), Targets(at_least=20), ["a", "b"], HalfThePrice()), []
     search.run(Budget(1), lambda done, total, line: lines.append(line))
     assert journal.measured == []
     failures = [line for line in lines if line.endswith(": out of memory")]

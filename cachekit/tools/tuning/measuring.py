@@ -15,10 +15,9 @@ from cachekit.tools.bench.subjects import Subject
 from cachekit.tools.bench.suite import shared_fields
 from cachekit.tools.bench.summary import groups
 from cachekit.tools.bench.workbench import Contender, Workbench
-from cachekit.tools.clusters import ClusterError
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.weights import Weights
-from cachekit.tools.workers import FAILURES, Crew, WorkersError
+from cachekit.tools.workers import FAILURES, Crew
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -116,15 +115,7 @@ class Measurer:
 
     def _elsewhere(self, cells: Sequence[Cell], captions: Sequence[str]) -> list[Result | str]:
         setting = self.setting.model_copy(update={"captions": tuple(captions)})
-        try:
-            found = {cell.id: outcome for cell, outcome in outcomes(self.crew, setting, cells)}
-        except (ClusterError, WorkersError):
-            raise
-        except CachekitError as error:
-            # A refusal ends the executor's run, and does not name its cell.
-            if len(cells) == 1:
-                return [str(error)]
-            return [outcome for cell in cells for outcome in self._elsewhere([cell], captions)]
+        found = {cell.id: outcome for cell, outcome in outcomes(self.crew, setting, cells, lenient=True)}
         return [found[cell.id] for cell in cells]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cachekit.interface.presets import Preset, shipped
+from cachekit.models import architectures as published
 from cachekit.tools.bench.tables import markdown
 from cachekit.tools.calibrating.calibration import FOLDER, Calibration
 from cachekit.tools.tuning.recommend import LEVELS, RULES
@@ -86,6 +87,15 @@ def _figures(cells: dict[Any, Any], key: tuple[Any, ...]) -> Iterator[str]:
         yield f"{row['calibrated']:.1f}"
         yield f"{row['forecast']:.1f}"
         yield f"{max(row['plain'].values()):.1f}"
+
+
+def architectures() -> str:
+    """Table of the architectures that commands know by name, and how they run by default."""
+    rows = []
+    for name, known in published.architectures().items():
+        guided = "two branches" if known.guided else "one branch"
+        rows.append([f"`{name}`", f"`{known.pipeline}`", f"`{known.scheduler}`", f"{known.steps}", guided])
+    return markdown(["name", "pipeline", "scheduler", "steps", "guidance"], rows, left=5)
 
 
 def presets() -> str:

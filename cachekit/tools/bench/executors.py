@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cachekit.errors import CachekitError
 from cachekit.tools.bench.cells import Cell, Setting
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.workbench import Ran, measure, no_news
@@ -17,15 +16,12 @@ __all__ = ["Outcome", "outcomes"]
 Outcome = tuple[Cell, "Result | str"]
 
 
-def outcomes(
-    crew: Crew, setting: Setting, cells: Sequence[Cell], ran: Ran = no_news, lenient: bool = False
-) -> Iterator[Outcome]:
+def outcomes(crew: Crew, setting: Setting, cells: Sequence[Cell], ran: Ran = no_news) -> Iterator[Outcome]:
     """Measure cells with a crew; yield each as soon as it is done.
 
-    `ran` is called after each image, where cells are measured in this process. A refusal is raised and ends the others,
-    unless `lenient` takes it as the reason why its cell alone has no result.
+    `ran` is called after each image, where cells are measured in this process.
     """
-    work = _Measuring(setting, ran if crew.name == "serial" else no_news, lenient)
+    work = _Measuring(setting, ran if crew.name == "serial" else no_news)
     for cell, found in crew.share_out(work, cells):
         yield cell, f"{cell.label}: {found.reason}" if isinstance(found, Lost) else found
 
@@ -45,7 +41,6 @@ class _Measuring:
 
     setting: Setting
     ran: Ran
-    lenient: bool
 
     @property
     def threads(self) -> int | None:
@@ -56,9 +51,4 @@ class _Measuring:
         return self.setting.device
 
     def do(self, cell: Cell) -> Result | str:
-        try:
-            return attempt(self.setting, cell, self.ran)
-        except CachekitError as error:
-            if self.lenient:
-                return str(error)
-            raise
+        return attempt(self.setting, cell, self.ran)

@@ -30,7 +30,7 @@ from cachekit.upstream.versions import versions
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Contender", "Ran", "Workbench", "environment", "measure", "no_news"]
+__all__ = ["Contender", "Ran", "Workbench", "environment", "measure", "no_news", "workbench"]
 
 #: Generates the image of a caption with a seed.
 Run = Callable[[str, int], RunResult]
@@ -46,15 +46,18 @@ def no_news() -> None:
 
 def measure(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result:
     """Measure a cell in this process, which keeps the pipeline for the next one; `ran` is called after each image."""
-    bench = _workbench(setting)
+    bench = workbench(setting)
     bench.ran = ran
     (result,) = bench.measure([bench.prepare(cell)])
     return result
 
 
-@lru_cache(maxsize=2)
-def _workbench(setting: Setting) -> Workbench:
-    """Keep what ran for the last two lots of captions: a tuning goes from one to the other and back."""
+@lru_cache(maxsize=8)
+def workbench(setting: Setting) -> Workbench:
+    """Make the workbench of a setting, with one pipeline for all captions.
+
+    Some are kept with what ran on them: a tuning goes from one lot of captions to another and back.
+    """
     return Workbench(setting, _subject(setting.model_copy(update={"captions": ()})))
 
 

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 from cachekit.errors import CachekitError, first_line
 from cachekit.interface.presets import Figures
 from cachekit.tools.bench.cells import Cell, Method, Setting
-from cachekit.tools.bench.executors import outcomes
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.subjects import Subject
 from cachekit.tools.bench.suite import shared_fields
 from cachekit.tools.bench.summary import groups
-from cachekit.tools.bench.workbench import Contender, Workbench
+from cachekit.tools.bench.workbench import Contender, Workbench, workbench
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.weights import Weights
-from cachekit.tools.workers import FAILURES, Crew
+from cachekit.tools.workers import FAILURES, Crew, Lost
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -79,8 +79,9 @@ class Measurer:
 
     def measure_cells(self, cells: Sequence[Cell | str], captions: Sequence[str], place: int = 0) -> list[Result | str]:
         """Measure cells, in which reasons stand for those that can't be; otherwise as `measure`."""
-        there = [one.model_copy(update={"seed": one.seed + place}) for one in cells if isinstance(one, Cell)]
-        measured = iter((self._here if self.crew.name == "serial" else self._elsewhere)(there, captions))
+        there = [cell for cell in cells if isinstance(cell, Cell)]
+        found = self._shared_out(there, captions, place) if there else []
+        measured = iter([_whole(outcomes) for outcomes in zip(*found)])
         return [cell if isinstance(cell, str) else next(measured) for cell in cells]
 
     def _resolved(self, candidate: Candidate) -> tuple[str, ...] | str:
@@ -90,33 +91,90 @@ class Measurer:
         except CachekitError as error:
             return str(error)
         except FAILURES as error:
-            return f"{type(error).__name__}: {first_line(error)}"
+            return _reason(error)
 
-    def _here(self, cells: Sequence[Cell], captions: Sequence[str]) -> list[Result | str]:
-        bench = self._bench(tuple(captions))
-        prepared = [self._prepared(bench, cell) for cell in cells]
-        contenders = [one for one in prepared if isinstance(one, Contender)]
-        results = iter(bench.measure(contenders) if contenders else [])
-        return [one if isinstance(one, str) else next(results) for one in prepared]
-
-    def _prepared(self, bench: Workbench, cell: Cell) -> Contender | str:
-        try:
-            return bench.prepare(cell)
-        except CachekitError as error:
-            return str(error)
-        except FAILURES as error:
-            return f"{type(error).__name__}: {first_line(error)}"
+    def _shared_out(self, cells: Sequence[Cell], captions: Sequence[str], place: int) -> list[list[Result | str]]:
+        """Measure all cells over each worker's share of the captions, beside the same uncached images."""
+        if self.crew.name == "serial":
+            share = _Share(tuple(cells), tuple(captions), place)
+            return [share.measure(self._bench(share.captions))]
+        count = min(self.crew.workers, len(captions))
+        bounds = [worker * len(captions) // count for worker in range(count + 1)]
+        shares = [_Share(tuple(cells), tuple(captions[first:stop]), place + first) for first, stop in pairwise(bounds)]
+        outcomes = dict(self.crew.share_out(_Measuring(self.setting), shares))
+        lost = {share: found.reason for share, found in outcomes.items() if isinstance(found, Lost)}
+        return [[lost[share]] * len(cells) if share in lost else outcomes[share] for share in shares]
 
     def _bench(self, captions: tuple[str, ...]) -> Workbench:
         if captions not in self._benches:
-            setting = self.setting.model_copy(update={"captions": captions})
-            self._benches[captions] = Workbench(setting, self.subject)
+            self._benches[captions] = Workbench(_with(self.setting, captions), self.subject)
         return self._benches[captions]
 
-    def _elsewhere(self, cells: Sequence[Cell], captions: Sequence[str]) -> list[Result | str]:
-        setting = self.setting.model_copy(update={"captions": tuple(captions)})
-        found = {cell.id: outcome for cell, outcome in outcomes(self.crew, setting, cells, lenient=True)}
-        return [found[cell.id] for cell in cells]
+
+@dataclass(frozen=True)
+class _Share:
+    """Cells, and the captions over which one worker measures all of them; `place` is that of the first caption."""
+
+    cells: tuple[Cell, ...]
+    captions: tuple[str, ...]
+    place: int
+
+    def measure(self, bench: Workbench) -> list[Result | str]:
+        """Measure the cells in turns; the reason stands for the result of one that doesn't run."""
+        cells = [cell.model_copy(update={"seed": cell.seed + self.place}) for cell in self.cells]
+        prepared = [_prepared(bench, cell) for cell in cells]
+        contenders = [one for one in prepared if isinstance(one, Contender)]
+        try:
+            results = iter(bench.measure(contenders) if contenders else [])
+        except FAILURES as error:
+            if len(contenders) == 1:
+                return [one if isinstance(one, str) else _reason(error) for one in prepared]
+            return [replace(self, cells=(cell,)).measure(bench)[0] for cell in self.cells]
+        return [one if isinstance(one, str) else next(results) for one in prepared]
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """The measuring of shares with one setting; the pipeline is loaded with the first share of a worker."""
+
+    setting: Setting
+
+    @property
+    def threads(self) -> int | None:
+        return self.setting.threads
+
+    @property
+    def device(self) -> str | None:
+        return self.setting.device
+
+    def do(self, share: _Share) -> list[Result | str]:
+        return share.measure(workbench(_with(self.setting, share.captions)))
+
+
+def _with(setting: Setting, captions: tuple[str, ...]) -> Setting:
+    return setting.model_copy(update={"captions": captions})
+
+
+def _prepared(bench: Workbench, cell: Cell) -> Contender | str:
+    try:
+        return bench.prepare(cell)
+    except CachekitError as error:
+        return str(error)
+    except FAILURES as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _whole(outcomes: Sequence[Result | str]) -> Result | str:
+    """Put together the results of one cell over all shares; the first reason, where there is one."""
+    reasons = [one for one in outcomes if isinstance(one, str)]
+    results = [one for one in outcomes if isinstance(one, Result)]
+    if reasons:
+        return reasons[0]
+    return results[0].model_copy(update={"samples": [sample for one in results for sample in one.samples]})
 
 
 def figures_of(results: Sequence[Result]) -> Figures:

@@ -443,17 +443,6 @@ def test_a_cell_that_fails_is_told_and_the_others_go_on(folder):
     assert outcomes[good].cell == good
 
 
-def test_a_refusal_ends_the_others_unless_it_is_taken_for_its_cell_alone(folder):
-    setting = Setting(model=folder, captions=("a",), threads=1)
-    good, bad = Suite(setting, expand(["tgate:m=2|3"], installed()), steps=(4,), peers=False).cells()
-    bad = bad.model_copy(update={"specs": ("teacache",)})
-    with pytest.raises(CachekitError, match="teacache: looked for"):
-        list(executors.outcomes(Crew("serial", 1), setting, [bad, good]))
-    outcomes = dict(executors.outcomes(Crew("serial", 1), setting, [bad, good], lenient=True))
-    assert outcomes[bad].startswith("teacache: looked for")
-    assert outcomes[good].cell == good
-
-
 def test_two_workers_measure_what_one_does_and_one_that_dies_loses_nothing(folder):
     setting = Setting(model=folder, captions=("a",), device="cpu", threads=1)
     wanted = Suite(setting, expand(["tgate:m=1|2|3|4"], installed()), steps=(4, 5, 6), peers=False).cells()

@@ -23,8 +23,10 @@ from cachekit.registry.catalog import installed
 from cachekit.tools.bench.cells import Setting
 from cachekit.tools.bench.results import Result, Sample
 from cachekit.tools.bench.subjects import subject_of
+from cachekit.tools.bench.workbench import Contender
 from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tools.tuning.captions import lots_of
+from cachekit.tools.tuning.measuring import _Share
 from cachekit.tools.tuning.search import Budget, Search
 from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
@@ -487,6 +489,38 @@ def test_a_few_fresh_captions_choose_the_spacing_that_all_of_them_judge(targets,
     few = SpacingsMeasured(SIMILAR)
     assert _best_plain(cells, few, Targets(at_least=20), ["a caption"] * 8)[4].figures.psnr == 30
     assert few.seen == [(8, 0)] * 5
+
+
+class HalfBroken:
+    """A bench on which one cell fails in the middle of a measurement, and everything that is measured with it."""
+
+    def prepare(self, cell):
+        if cell.specs == ("refused",):
+            raise CachekitError("refused: no sites")
+        return Contender(cell, run=None, first=None)
+
+    def measure(self, contenders):
+        if any(one.cell.specs == ("broken",) for one in contenders):
+            raise RuntimeError("out of memory\nin a kernel")
+        return [Result(id="", cell=one.cell, environment={}, first_seconds=None, samples=[]) for one in contenders]
+
+
+def test_what_fails_is_told_and_the_others_are_measured():
+    share = _Share(tuple(cell((name,)) for name in ("good", "broken", "refused", "fine")), ("a caption",), place=8)
+    good, broken, refused, fine = share.measure(HalfBroken())
+    assert (broken, refused) == ("RuntimeError: out of memory", "refused: no sites")
+    assert (good.cell.specs, fine.cell.specs) == (("good",), ("fine",))
+    assert good.cell.seed == cell(("good",)).seed + 8
+
+
+def test_workers_measure_what_one_process_does(tuned, tmp_path):
+    given = {**SMALL, "at_least": 10, "trials": 2}
+    with_two = cachekit.tune("demo", 3, **given, executor="process", workers=2)
+    alone = cachekit.tune("demo", 3, **given)
+    assert with_two.refused == alone.refused
+    for one, other in zip(with_two.measured, alone.measured, strict=True):
+        assert (one.candidate, one.figures.images) == (other.candidate, other.figures.images)
+        assert (one.figures.psnr, one.figures.macs) == (other.figures.psnr, other.figures.macs)
 
 
 class FailingMeasurer:

@@ -14,6 +14,7 @@ from typing import Any
 
 from cachekit.cli import app
 from cachekit.tools.analysis.comparing import TEXT_FIRST
+from cachekit.tools.analysis.parts import changes_chart, noise_chart
 from cachekit.tools.bench.figures import FIGURES
 
 from .ship import RESULTS
@@ -72,6 +73,17 @@ def read(model: str) -> str:
     # The last gate under the model's own scheduler is in several parts.
     found = [*{_place(order): order for part in _COMPARED for order in data[part]}.values()]
     return " ".join([changes, *_text_in_part(found), *_counts(found)])
+
+
+def pictures() -> dict[str, str]:
+    """Draw the curves of each model, by name: the changes of its outputs, and the noise that it predicts."""
+    found = {}
+    for model in MODELS:
+        if _figures(model).exists():
+            data = json.loads(_figures(model).read_text())
+            found |= {f"changes-{model}": changes_chart(data["changes"])}
+            found |= {f"noise-{model}": noise_chart(data["noise"])} if data["noise"] else {}
+    return found
 
 
 def _place(order: Mapping[str, Any]) -> tuple[Any, ...]:

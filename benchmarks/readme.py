@@ -131,6 +131,7 @@ def filled() -> dict[Path, str]:
     documents = {
         ROOT / "docs" / "coverage.md": coverage_page(read_coverage(ROOT / "docs" / "coverage.json")),
         ROOT / "docs" / "pictures" / "plan.svg": pictures.plan(),
+        **{ROOT / "docs" / "pictures" / f"{name}.svg": drawn for name, drawn in analyses.pictures().items()},
     }
     for document in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = document.read_text()

@@ -110,7 +110,7 @@ class Analysis:
                 notes.read()
                 self._count()
         found = curves(notes)
-        pictures: dict[str, str | Image] = {"changes.svg": _overall(found)}
+        pictures: dict[str, str | Image] = {"changes.svg": changes_chart(found)}
         for kind, curve in found.items():
             if curve["sites"] > 1:
                 pictures[f"changes-{kind}.svg"] = _by_site(kind, curve)
@@ -128,9 +128,8 @@ class Analysis:
         with silent_log():
             for name, specs in named.items():
                 found[name] = mean_noise(self._pipe, self._arguments, specs, self._steps, prompts, self._count)
-        shown = {name: Curve(range(len(one["mean"])), one["mean"], one["spread"]) for name, one in found.items()}
         tables = [Table(TITLE, HEADER, rows(found, step)) for step in gates(self._steps)[-1:]]
-        pictures: dict[str, str | Image] = {"noise.svg": chart("Mean of the predicted noise", "mean", shown)}
+        pictures: dict[str, str | Image] = {"noise.svg": noise_chart(found)}
         notes = [order(found, step) for step in gate] if self._is_guided else [f"noise: {_UNGUIDED}"]
         return Found(dict(found), tables, pictures, notes)
 
@@ -240,7 +239,14 @@ def _table(group: Group, said: Mapping[str, str]) -> Table:
     return Table(title(group), [*names, _ORDER], rows)
 
 
-def _overall(found: Mapping[str, Any]) -> str:
+def noise_chart(found: Mapping[str, Any]) -> str:
+    """Draw the mean of the predicted noise over the steps, a line for each of the ways in which the text is given."""
+    shown = {name: Curve(range(len(one["mean"])), one["mean"], one["spread"]) for name, one in found.items()}
+    return chart("Mean of the predicted noise", "mean", shown)
+
+
+def changes_chart(found: Mapping[str, Any]) -> str:
+    """Draw the relative change of outputs between steps, a line for each kind."""
     shown = {f"{kind} x {curve['sites']}": _curve(curve) for kind, curve in found.items()}
     return chart("Change of outputs from step to step", "relative L2", shown)
 

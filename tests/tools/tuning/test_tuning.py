@@ -12,6 +12,7 @@ import pytest
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 from support import commands, tiny
 from support.cells import cell
 
@@ -19,6 +20,7 @@ import cachekit
 from cachekit import CachekitError, Preset
 from cachekit.cli.tune import print_report
 from cachekit.interface.presets import Figures
+from cachekit.models.demo import DEMO_GUIDANCE
 from cachekit.registry.catalog import installed
 from cachekit.tools.bench.cells import Setting
 from cachekit.tools.bench.results import Result, Sample
@@ -436,6 +438,26 @@ def test_greater_intervals_are_tried_only_where_smaller_ones_may_win():
     assert measurer.places == {(0, "a", "b"), (2, "c")}
 
 
+def test_what_lies_far_behind_on_a_few_images_is_measured_on_no_more():
+    journal = Journal(None, {}, Targets(at_least=20), judged=False, seed=0)
+    searched(IntervalsMeasured(), journal)
+    images = {one.candidate.label: one.figures.images for one in journal.measured}
+    assert images["forecast"] > images["calibrated:interval=3"]
+
+
+def test_what_saves_too_little_by_the_estimate_is_never_measured():
+    journal, estimator = Journal(None, {}, Targets(at_least=20), judged=False, seed=0), HalfThePrice()
+    estimator.macs = estimator.baseline_macs
+    searched(IntervalsMeasured(), journal, estimator)
+    assert all(one.candidate.steps < 25 for one in journal.measured)
+    (refused,) = [
+        one for one in journal.study.get_trials() if str(one.user_attrs.get("reason")).startswith("forecast:")
+    ]
+    assert refused.user_attrs["reason"] == "forecast: saves 1.00x MACs by the estimate, less than 1.05x"
+    assert refused.state is TrialState.PRUNED
+    assert refused.constraints["refused"] > 0
+
+
 def test_what_a_stopped_search_was_checking_is_tried_again(tmp_path):
     journal = Journal(tmp_path / "study.log", {"steps": 25}, Targets(at_least=20), judged=False, seed=0)
     with pytest.raises(KeyboardInterrupt):
@@ -540,6 +562,19 @@ def test_a_search_ends_where_all_candidates_fail(space):
     failures = [line for line in lines if line.endswith(": out of memory")]
     assert len(set(failures)) == len(failures) > 0
     assert lines[-1].endswith("refused or failed; name policies that fit")
+
+
+def test_weights_that_do_not_ship_are_made_and_move_with_the_preset(tmp_path):
+    (tmp_path / "here").mkdir()
+    output, given = tmp_path / "here" / "fast.json", {**SMALL, "policies": ["calibrated"]}
+    found = cachekit.tune("demo", 1, at_least=1, trials=1, output=output, **given)
+    assert found.preset is not None
+    assert "file={folder}/fast-weights/" in found.preset.specs[0]
+    (tmp_path / "here").rename(tmp_path / "there")
+    pipe = cachekit.demo_pipeline()
+    with cachekit.apply(pipe, f"preset:{tmp_path / 'there' / 'fast.json'}") as attachment:
+        pipe("a large red circle top left on white", num_inference_steps=4, guidance_scale=DEMO_GUIDANCE)
+        assert attachment.report().left_out > 0
 
 
 def test_weights_of_another_run_have_another_file(tmp_path):

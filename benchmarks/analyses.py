@@ -77,7 +77,7 @@ def read(model: str) -> str:
 
 def pictures() -> dict[str, str]:
     """Draw the curves of each model, by name: the changes of its outputs, and the noise that it predicts."""
-    found = {}
+    found: dict[str, str] = {}
     for model in MODELS:
         if _figures(model).exists():
             data = json.loads(_figures(model).read_text())

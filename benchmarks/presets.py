@@ -1,7 +1,8 @@
 """Write the presets of the embedded models: `python -m benchmarks.presets`.
 
 They are the forecasts that `benchmarks.frontier` measured, and what `benchmarks.tuned` found for each target. Without
-results of the model's present weights, a forecast has no figures, and what was found for a target is left out.
+results of the model's present weights, a forecast has no figures, and what was found for a target is left out, as it is
+where plain steps are better.
 `--check` writes nothing, and fails where a file is stale.
 """
 
@@ -97,8 +98,8 @@ def _tuned() -> Iterator[tuple[str, Preset]]:
         preset = row["preset"] and Preset.model_validate(row["preset"])
         if not preset or preset.evidence.model != fingerprint(denoiser_of(pipeline(row["model"]))):
             continue
-        # Weights that were made for a tuning don't ship.
-        if not any(HERE in spec for spec in preset.specs):
+        # Weights that were made for a tuning don't ship, nor does what plain steps are better than.
+        if not row["rival"] and not any(HERE in spec for spec in preset.specs):
             name, summary = TUNED[row["target"]]
             yield f"{row['model']}-tuned-{name}", preset.model_copy(update={"summary": summary})
 

@@ -131,16 +131,22 @@ class Space:
         """Yield ladders of parameters to begin a study with: policies, and plain steps of each spacing, in turns.
 
         What is higher on a ladder saves more, and is worth trying where what is below it may win: greater intervals,
-        and fewer plain steps. Other values of a policy's first whole number are ladders of their own.
+        and fewer plain steps.
         """
         rungs = sorted({max(1, round(self._steps / ratio)) for ratio in (2, 3, 4)} - {self._steps}, reverse=True)
         plain = [
             [{"policy": PLAIN, "plain.steps": steps, "plain.spacing": spacing} for steps in rungs]
             for spacing in self._spacings
         ]
-        ladders = [ladder for name in self.policies for ladder in self._ladders(name)]
+        ladders = [next(self._ladders(name)) for name in self.policies]
         for pair in zip_longest(ladders, plain):
             yield from filter(None, pair)
+
+    def variations(self) -> Iterator[list[dict[str, Any]]]:
+        """Yield ladders to go on with: other values of each policy's first whole number."""
+        for name in self.policies:
+            _, *others = self._ladders(name)
+            yield from others
 
     def _ladders(self, name: str) -> Iterator[list[dict[str, Any]]]:
         """Yield ladders of a policy alone, with parameters around its defaults."""

@@ -49,12 +49,14 @@ class Search:
     captions: Sequence[str]
     estimator: Estimator
     _refused: dict[Candidate, str] = field(default_factory=dict, init=False)
+    _variations: list[list[dict[str, Any]]] = field(default_factory=list, init=False)
 
     def run(self, budget: Budget, progress: Progress) -> None:
         """Try candidates until the budget is spent; what is measured is in the journal at once."""
         end = math.inf if budget.seconds is None else time.monotonic() + budget.seconds
         for ladder in self.space.beginnings():
             self.journal.enqueue(ladder)
+        self._variations = [*self.space.variations()]
         refused, most = 0, _REFUSALS * budget.trials
         while (done := len(self.journal.measured)) < budget.trials and time.monotonic() < end:
             if refused > most:
@@ -74,6 +76,9 @@ class Search:
         chosen: list[tuple[Any, Candidate]] = []
         refused = 0
         while len(chosen) < wanted and refused <= most and time.monotonic() < end:
+            # Before anything is proposed freely.
+            while self._variations and not self.journal.has_waiting:
+                self.journal.enqueue(self._variations.pop(0))
             trial = self.journal.ask()
             found = self._accepted(trial, [candidate for _, candidate in chosen])
             refused += found is None

@@ -93,6 +93,12 @@ class Journal:
                     self.study.enqueue_trial(dict(trial.params), user_attrs=higher)
             raise
 
+    @property
+    def has_waiting(self) -> bool:
+        """Whether any trial is to be tried later."""
+        waiting = (self._optuna.trial.TrialState.WAITING,)
+        return bool(self.study.get_trials(deepcopy=False, states=waiting))
+
     def ask(self) -> Any:
         """Begin a trial."""
         trial = self.study.ask()

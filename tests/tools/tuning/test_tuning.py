@@ -274,7 +274,8 @@ def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
     assert {one.spacing for one in made if not one.specs} == {"", "karras"}
     caches = {one.specs[0] for one in made if one.specs}
     assert {"tgate", "forecast", "forecast:interval=3", "forecast:interval=4", "calibrated:interval=4"} <= caches
-    assert {"tgate:m=11", "tgate:m=20", "tgate:m=auto"} <= caches
+    varied = {space.choose(Scripted(**rung)).specs[0] for ladder in space.variations() for rung in ladder}
+    assert {"tgate:m=11", "tgate:m=20", "tgate:m=auto"} <= varied - caches
     assert not any("," in one for one in caches if one.startswith("deepcache"))
 
 
@@ -436,6 +437,16 @@ def test_greater_intervals_are_tried_only_where_smaller_ones_may_win():
     journal, measurer = Journal(None, {}, Targets(at_least=20), judged=False, seed=0), IntervalsMeasured()
     assert searched(measurer, journal) == TRIED
     assert measurer.places == {(0, "a", "b"), (2, "c")}
+
+
+def test_other_numbers_are_tried_after_greater_intervals():
+    journal, lines = Journal(None, {}, Targets(at_least=20), judged=False, seed=0), []
+    space = Space(tiny.unet(), installed(), 25, ("",), policies=["forecast", "tgate"])
+    search = Search(space, journal, IntervalsMeasured(), Targets(at_least=20), ["a", "b", "c"], HalfThePrice())
+    search.run(Budget(10), lambda done, total, line: lines.append(line))
+    found = [one.candidate.label for one in journal.measured]
+    assert found.index("forecast:interval=3") < found.index("tgate:m=20")
+    assert not any("+" in label for label in found[: found.index("tgate:m=20")])
 
 
 def test_what_lies_far_behind_on_a_few_images_is_measured_on_no_more():

@@ -67,9 +67,10 @@ def tune(settings: TuneSettings) -> None:
     from cachekit.tools.tuning.tune import tune as search
 
     asked = Targets.parse(settings.at_least, settings.caption_match, settings.at_most, settings.speedup)
+    check_writable(settings.output)
     if settings.output == _picture(settings.output):
         raise CachekitError(f"--output {str(settings.output)!r} is the name of the picture beside it; end it in .json")
-    check_writable(settings.output, _picture(settings.output))
+    check_writable(_picture(settings.output))
     with json_results(settings.json) as give:
         with progress_bar(f"tuning {settings.model}") as show:
             tuned = search(

@@ -129,7 +129,8 @@ def threads_of(name: str, workers: int | None = None) -> int | None:
     """Threads of each process that shares this machine with others; None where they are left as the user has them."""
     if name != "process" or "OMP_NUM_THREADS" in os.environ:
         return None
-    return max(1, (os.cpu_count() or 1) // (workers or default_workers(name)))
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // (workers or default_workers(name)))
 
 
 def _spread(team: Team, work: Work, items: Sequence[Any], count: int, tries: int, again: Again) -> Iterator[Outcome]:

@@ -52,19 +52,18 @@ def measure(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result:
     return result
 
 
-@lru_cache(maxsize=8)
 def workbench(setting: Setting) -> Workbench:
-    """Make the workbench of a setting, with one pipeline for all captions.
-
-    Some are kept with what ran on them: a tuning goes from one lot of captions to another and back.
-    """
-    return Workbench(setting, _subject(setting.model_copy(update={"captions": ()})))
+    """Make the workbench of a setting, or return that of before; one model is kept, with what ran for any captions."""
+    subject, benches = _loaded(setting.model_copy(update={"captions": ()}))
+    if setting.captions not in benches:
+        benches[setting.captions] = Workbench(setting, subject)
+    return benches[setting.captions]
 
 
 @lru_cache(maxsize=1)
-def _subject(setting: Setting) -> Subject:
+def _loaded(setting: Setting) -> tuple[Subject, dict[tuple[str, ...], Workbench]]:
     """Load a model once for all captions."""
-    return load(setting)
+    return load(setting), {}
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,8 @@ class Space:
         values = (usual, usual + 1, 2 * usual) if isinstance(usual, int) else _RUNGS
         within = [value for value in values if bounds and bounds[0] <= value <= bounds[1]]
         rungs = [{**alone, f"{path}.given": whole, f"{path}.{whole}": value} for value in within]
+        # A run may be too short for any of the values.
+        rungs = rungs or [alone]
         yield from [rungs] if whole in _RISING else [[rung] for rung in rungs]
         for word in _options(fields[whole]):
             yield [{**alone, f"{path}.{whole}.word": word}]

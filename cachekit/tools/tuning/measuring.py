@@ -88,9 +88,7 @@ class Measurer:
         """Specs with the files of their weights, which are made where they are needed; or why they can't be."""
         try:
             return self.weights.resolved(candidate)
-        except CachekitError as error:
-            return str(error)
-        except FAILURES as error:
+        except (CachekitError, *FAILURES) as error:
             return _reason(error)
 
     def _shared_out(self, cells: Sequence[Cell], captions: Sequence[str], place: int) -> list[list[Result | str]]:
@@ -98,12 +96,30 @@ class Measurer:
         if self.crew.name == "serial":
             share = _Share(tuple(cells), tuple(captions), place)
             return [share.measure(self._bench(share.captions))]
+        # Where there are fewer captions than workers, they share out the cells too.
         count = min(self.crew.workers, len(captions))
-        bounds = [worker * len(captions) // count for worker in range(count + 1)]
-        shares = [_Share(tuple(cells), tuple(captions[first:stop]), place + first) for first, stop in pairwise(bounds)]
-        outcomes = dict(self.crew.share_out(_Measuring(self.setting), shares))
-        lost = {share: found.reason for share, found in outcomes.items() if isinstance(found, Lost)}
-        return [[lost[share]] * len(cells) if share in lost else outcomes[share] for share in shares]
+        groups = min(self.crew.workers // count, len(cells))
+        bounds = [piece * len(captions) // count for piece in range(count + 1)]
+        shares = [
+            [_Share(tuple(cells[group::groups]), tuple(captions[first:stop]), place + first) for group in range(groups)]
+            for first, stop in pairwise(bounds)
+        ]
+        found = self._outcomes([share for piece in shares for share in piece])
+        return [[found[piece[index % groups]][index // groups] for index in range(len(cells))] for piece in shares]
+
+    def _outcomes(self, shares: Sequence[_Share]) -> dict[_Share, list[Result | str]]:
+        """Measure shares; where a worker dies of one, each of its cells is measured alone."""
+        found: dict[_Share, list[Result | str]] = {}
+        lost: list[_Share] = []
+        for share, outcome in self.crew.share_out(_Measuring(self.setting), shares):
+            found[share] = [outcome.reason] * len(share.cells) if isinstance(outcome, Lost) else outcome
+            if isinstance(outcome, Lost) and len(share.cells) > 1:
+                lost.append(share)
+        for share in lost:
+            alone = [replace(share, cells=(cell,)) for cell in share.cells]
+            again = self._outcomes(alone)
+            found[share] = [again[one][0] for one in alone]
+        return found
 
     def _bench(self, captions: tuple[str, ...]) -> Workbench:
         if captions not in self._benches:
@@ -124,12 +140,10 @@ class _Share:
         cells = [cell.model_copy(update={"seed": cell.seed + self.place}) for cell in self.cells]
         prepared = [_prepared(bench, cell) for cell in cells]
         contenders = [one for one in prepared if isinstance(one, Contender)]
-        try:
-            results = iter(bench.measure(contenders) if contenders else [])
-        except FAILURES as error:
-            if len(contenders) == 1:
-                return [one if isinstance(one, str) else _reason(error) for one in prepared]
+        found = _attempted(bench, contenders)
+        if isinstance(found, str) and len(contenders) > 1:
             return [replace(self, cells=(cell,)).measure(bench)[0] for cell in self.cells]
+        results = iter([found] if isinstance(found, str) else found)
         return [one if isinstance(one, str) else next(results) for one in prepared]
 
 
@@ -148,7 +162,11 @@ class _Measuring:
         return self.setting.device
 
     def do(self, share: _Share) -> list[Result | str]:
-        return share.measure(workbench(_with(self.setting, share.captions)))
+        try:
+            bench = workbench(_with(self.setting, share.captions))
+        except FAILURES as error:
+            return [_reason(error)] * len(share.cells)
+        return share.measure(bench)
 
 
 def _with(setting: Setting, captions: tuple[str, ...]) -> Setting:
@@ -158,14 +176,19 @@ def _with(setting: Setting, captions: tuple[str, ...]) -> Setting:
 def _prepared(bench: Workbench, cell: Cell) -> Contender | str:
     try:
         return bench.prepare(cell)
-    except CachekitError as error:
-        return str(error)
-    except FAILURES as error:
+    except (CachekitError, *FAILURES) as error:
+        return _reason(error)
+
+
+def _attempted(bench: Workbench, contenders: Sequence[Contender]) -> list[Result] | str:
+    try:
+        return bench.measure(contenders) if contenders else []
+    except (CachekitError, *FAILURES) as error:
         return _reason(error)
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    return str(error) if isinstance(error, CachekitError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _whole(outcomes: Sequence[Result | str]) -> Result | str:

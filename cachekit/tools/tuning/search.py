@@ -76,8 +76,10 @@ class Search:
         chosen: list[tuple[Any, Candidate]] = []
         refused = 0
         while len(chosen) < wanted and refused <= most and time.monotonic() < end:
-            # Before anything is proposed freely.
+            # Other numbers come before what is proposed freely, and after greater intervals that a batch may ask for.
             while self._variations and not self.journal.has_waiting:
+                if chosen:
+                    return chosen, refused
                 self.journal.enqueue(self._variations.pop(0))
             trial = self.journal.ask()
             found = self._accepted(trial, [candidate for _, candidate in chosen])

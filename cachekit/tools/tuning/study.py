@@ -85,12 +85,13 @@ class Journal:
         try:
             yield
         except BaseException:
-            finished = {one.number for one in self.study.get_trials(deepcopy=False) if one.state.is_finished()}
+            there = {one.number: one for one in self.study.get_trials(deepcopy=False)}
             for trial in self._begun:
-                if trial.number not in finished:
+                if not there[trial.number].state.is_finished():
                     self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-                    higher = {_HIGHER: trial.user_attrs.get(_HIGHER, [])}
-                    self.study.enqueue_trial(dict(trial.params), user_attrs=higher)
+                    # What was queued, too, where the trial hadn't yet asked for all of it.
+                    given = {**there[trial.number].system_attrs.get("fixed_params", {}), **trial.params}
+                    self.study.enqueue_trial(given, user_attrs={_HIGHER: trial.user_attrs.get(_HIGHER, [])})
             raise
 
     @property

@@ -119,7 +119,8 @@ def tune(
     target_file = Path(output) if output is not None else None
     if target_file is not None:
         _check_file(target_file)
-    subject = load(setting) if named else subject_of(model, setting)
+    # Threads are those of workers, not of the caller.
+    subject = load(setting.model_copy(update={"threads": None})) if named else subject_of(model, setting)
     if not isinstance(captions, int):
         check_lengths(captions, subject.pipe)
     if targets.caption_match is not None and not subject.draws_scenes:

@@ -28,13 +28,14 @@ from cachekit.tools.bench.subjects import subject_of
 from cachekit.tools.bench.workbench import Contender
 from cachekit.tools.tuning.candidates import PLAIN, Candidate, Space
 from cachekit.tools.tuning.captions import lots_of
-from cachekit.tools.tuning.measuring import _Share
+from cachekit.tools.tuning.measuring import Measurer, _Share
 from cachekit.tools.tuning.search import Budget, Search
 from cachekit.tools.tuning.study import Journal, Measured
 from cachekit.tools.tuning.targets import Targets, TuningError
 from cachekit.tools.tuning.tune import movable
 from cachekit.tools.tuning.verdict import _best_plain, _promising
 from cachekit.tools.tuning.weights import Weights
+from cachekit.tools.workers import Lost
 from cachekit.upstream.fingerprints import fingerprint
 
 SMALL = {"fresh": 1, "num_inference_steps": 4, "policies": ["forecast"]}
@@ -439,6 +440,14 @@ def test_greater_intervals_are_tried_only_where_smaller_ones_may_win():
     assert measurer.places == {(0, "a", "b"), (2, "c")}
 
 
+@pytest.mark.parametrize("steps", [2, 4])
+def test_short_runs_have_beginnings_too(steps):
+    space = Space(tiny.unet(), installed(), steps, ("",))
+    begun = {space.choose(Scripted(**ladder[0])).label.partition(":")[0] for ladder in space.beginnings()}
+    assert {"easycache", "forecast", "tgate"} <= begun
+    assert list(space.variations())
+
+
 def test_other_numbers_are_tried_after_greater_intervals():
     journal, lines = Journal(None, {}, Targets(at_least=20), judged=False, seed=0), []
     space = Space(tiny.unet(), installed(), 25, ("",), policies=["forecast", "tgate"])
@@ -542,6 +551,34 @@ def test_what_fails_is_told_and_the_others_are_measured():
     assert (broken, refused) == ("RuntimeError: out of memory", "refused: no sites")
     assert (good.cell.specs, fine.cell.specs) == (("good",), ("fine",))
     assert good.cell.seed == cell(("good",)).seed + 8
+
+
+class DyingCrew:
+    """Loses every share in which one cell is."""
+
+    name, workers = "process", 4
+
+    def __init__(self):
+        self.shares = []
+
+    def share_out(self, work, shares):
+        for share in shares:
+            self.shares.append(share)
+            is_deadly = any(one.specs == ("deadly",) for one in share.cells)
+            yield (
+                share,
+                Lost("a worker died") if is_deadly else [f"{share.captions} {one.specs}" for one in share.cells],
+            )
+
+
+def test_a_worker_that_dies_loses_the_cell_that_killed_it_alone():
+    crew = DyingCrew()
+    measurer = Measurer(Setting(model="demo", captions=()), None, "", 4, 0, None, crew)
+    cells = [cell((name,)) for name in ("good", "deadly", "fine")]
+    good, deadly, fine = measurer.measure_cells(cells, ["a", "b"])
+    assert (good, deadly, fine) == ("('a',) ('good',)", "a worker died", "('a',) ('fine',)")
+    # Two captions for four workers, so that the cells are in two groups.
+    assert [one.specs[0] for share in crew.shares[:4] for one in share.cells] == ["good", "fine", "deadly"] * 2
 
 
 def test_workers_measure_what_one_process_does(tuned, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -143,7 +143,7 @@ class _Share:
         found = _attempted(bench, contenders)
         if isinstance(found, str) and len(contenders) > 1:
             return [replace(self, cells=(cell,)).measure(bench)[0] for cell in self.cells]
-        results = iter([found] if isinstance(found, str) else found)
+        results: Iterator[Result | str] = iter([found] if isinstance(found, str) else found)
         return [one if isinstance(one, str) else next(results) for one in prepared]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from cachekit.errors import nearest
+from cachekit.errors import CachekitError, first_line, nearest
 from cachekit.tools.clusters import cluster, imported_ray
 from cachekit.tools.teams import Actors, Lost, Processes, Team, Work, WorkersError
 
@@ -21,6 +21,7 @@ __all__ = [
     "WorkersError",
     "check_executor",
     "default_workers",
+    "failure_line",
     "share_out",
     "threads_of",
 ]
@@ -114,6 +115,11 @@ class Crew:
     def _end(self) -> None:
         self._held.close()
         self._team = None
+
+
+def failure_line(error: Exception) -> str:
+    """Write a failure of a single item in one line: a refusal as it is, another library's error with its type."""
+    return str(error) if isinstance(error, CachekitError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def default_workers(name: str) -> int:

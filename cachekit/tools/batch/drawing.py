@@ -21,7 +21,7 @@ from cachekit.models.names import Sort, named
 from cachekit.registry.notices import silent_log
 from cachekit.tools.batch.images import encoded
 from cachekit.tools.batch.rows import BatchError, Task
-from cachekit.tools.workers import FAILURES
+from cachekit.tools.workers import FAILURES, failure_line
 from cachekit.upstream.calling import SCALE, STEPS, call_parameters, results_of
 from cachekit.upstream.pipelines import hide_progress
 from cachekit.upstream.versions import versions
@@ -99,10 +99,8 @@ class Drawing:
         try:
             with silent_log():
                 return studio.draw(task)
-        except CachekitError as error:
-            return str(error)
-        except FAILURES as error:
-            return f"{type(error).__name__}: {first_line(error)}"
+        except (CachekitError, *FAILURES) as error:
+            return failure_line(error)
 
 
 @lru_cache(maxsize=1)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from cachekit.tools.bench.cells import Cell, Setting
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.workbench import Ran, measure, no_news
-from cachekit.tools.workers import FAILURES, Crew, Lost
+from cachekit.tools.workers import FAILURES, Crew, Lost, failure_line
 
-__all__ = ["Outcome", "outcomes"]
+__all__ = ["Outcome", "SettingWork", "outcomes"]
 
 #: A cell, and its result or the reason why there is none.
 Outcome = tuple[Cell, "Result | str"]
@@ -31,24 +31,31 @@ def attempt(setting: Setting, cell: Cell, ran: Ran = no_news) -> Result | str:
     try:
         return measure(setting, cell, ran)
     except FAILURES as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{cell.label}: {type(error).__name__}: {lines[0]}"
+        return f"{cell.label}: {failure_line(error)}"
 
 
 @dataclass(frozen=True)
-class _Measuring:
-    """The measuring of cells with one setting; the pipeline is loaded with the first cell of a worker."""
+class SettingWork:
+    """Work with one setting; a worker loads the pipeline with its first item."""
 
     setting: Setting
-    ran: Ran
 
     @property
     def threads(self) -> int | None:
+        """Threads of each worker."""
         return self.setting.threads
 
     @property
     def device(self) -> str | None:
+        """Device of each worker."""
         return self.setting.device
+
+
+@dataclass(frozen=True)
+class _Measuring(SettingWork):
+    """The measuring of cells."""
+
+    ran: Ran
 
     def do(self, cell: Cell) -> Result | str:
         return attempt(self.setting, cell, self.ran)

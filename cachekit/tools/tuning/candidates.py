@@ -226,10 +226,10 @@ class Space:
 
     def _part(self, chooser: Chooser, base: type[Part], path: str) -> str:
         parts = self._parts(base)
-        spelled = [word for kind in parts.values() for word, part in kind.spellings().items() if self._finds(part)]
+        words = [word for kind in parts.values() for word, part in kind.spellings().items() if self._finds(part)]
         alone = [name for name, kind in parts.items() if _stands_alone(kind) and self._finds(kind())]
-        name = str(chooser.suggest_categorical(path, sorted([*alone, *spelled])))
-        if name in spelled:
+        name = str(chooser.suggest_categorical(path, sorted([*alone, *words])))
+        if name in words:
             return name
         keys = self._keys(chooser, parts[name], f"{path}.{name}") if base is not Where else []
         return f"{name}({','.join(keys)})" if keys else name

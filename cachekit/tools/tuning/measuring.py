@@ -1,4 +1,4 @@
-"""Measure candidates with the bench: on the pipeline of this process, or by the bench's executors."""
+"""Measure candidates with the bench: on the pipeline of this process, or by workers that share the captions."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
-from cachekit.errors import CachekitError, first_line
+from cachekit.errors import CachekitError
 from cachekit.interface.presets import Figures
 from cachekit.tools.bench.cells import Cell, Method, Setting
+from cachekit.tools.bench.executors import SettingWork
 from cachekit.tools.bench.results import Result
 from cachekit.tools.bench.subjects import Subject
 from cachekit.tools.bench.suite import shared_fields
@@ -17,7 +18,7 @@ from cachekit.tools.bench.summary import groups
 from cachekit.tools.bench.workbench import Contender, Workbench, workbench
 from cachekit.tools.tuning.candidates import Candidate
 from cachekit.tools.tuning.weights import Weights
-from cachekit.tools.workers import FAILURES, Crew, Lost
+from cachekit.tools.workers import FAILURES, Crew, Lost, failure_line
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 
@@ -53,7 +54,7 @@ class Measurer:
     def cell(self, candidate: Candidate, captions: Sequence[str], specs: Sequence[str] | None = None) -> Cell:
         """Make the cell of a candidate, with other `specs` in place of its own."""
         around = {"executor": self.crew.name, "workers": self.crew.workers}
-        setting = self.setting.model_copy(update={"captions": tuple(captions)})
+        setting = _with(self.setting, tuple(captions))
         return Cell(
             method=Method.CACHEKIT if candidate.specs else Method.PLAIN,
             specs=tuple(specs if specs is not None else candidate.specs),
@@ -89,7 +90,7 @@ class Measurer:
         try:
             return self.weights.resolved(candidate)
         except (CachekitError, *FAILURES) as error:
-            return _reason(error)
+            return failure_line(error)
 
     def _shared_out(self, cells: Sequence[Cell], captions: Sequence[str], place: int) -> list[list[Result | str]]:
         """Measure all cells over each worker's share of the captions, beside the same uncached images."""
@@ -147,25 +148,14 @@ class _Share:
         return [one if isinstance(one, str) else next(results) for one in prepared]
 
 
-@dataclass(frozen=True)
-class _Measuring:
-    """The measuring of shares with one setting; the pipeline is loaded with the first share of a worker."""
-
-    setting: Setting
-
-    @property
-    def threads(self) -> int | None:
-        return self.setting.threads
-
-    @property
-    def device(self) -> str | None:
-        return self.setting.device
+class _Measuring(SettingWork):
+    """The measuring of shares."""
 
     def do(self, share: _Share) -> list[Result | str]:
         try:
             bench = workbench(_with(self.setting, share.captions))
         except FAILURES as error:
-            return [_reason(error)] * len(share.cells)
+            return [failure_line(error)] * len(share.cells)
         return share.measure(bench)
 
 
@@ -177,18 +167,14 @@ def _prepared(bench: Workbench, cell: Cell) -> Contender | str:
     try:
         return bench.prepare(cell)
     except (CachekitError, *FAILURES) as error:
-        return _reason(error)
+        return failure_line(error)
 
 
 def _attempted(bench: Workbench, contenders: Sequence[Contender]) -> list[Result] | str:
     try:
         return bench.measure(contenders) if contenders else []
     except (CachekitError, *FAILURES) as error:
-        return _reason(error)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, CachekitError) else f"{type(error).__name__}: {first_line(error)}"
+        return failure_line(error)
 
 
 def _whole(outcomes: Sequence[Result | str]) -> Result | str:

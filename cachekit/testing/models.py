@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from cachekit.testing.tiny.calls import arguments, drawn, text
 from cachekit.testing.tiny.dit import pixart
@@ -131,8 +133,8 @@ def uncached(name: str, call: Call) -> torch.Tensor:
 
 
 def twin(pipe: Any) -> Any:
-    """Make a pipeline that shares the denoiser and has a scheduler of its own, as threads need."""
-    parts = {**pipe.components, "scheduler": type(pipe.scheduler).from_config(pipe.scheduler.config)}
+    """Make a pipeline that shares the models and has all else of its own, as threads need: scheduler, tokenizers."""
+    parts = {n: part if isinstance(part, nn.Module) else copy.deepcopy(part) for n, part in pipe.components.items()}
     if "requires_safety_checker" in inspect.signature(type(pipe).__init__).parameters:
         parts["requires_safety_checker"] = False
     made = type(pipe)(**parts)

@@ -43,6 +43,13 @@ def drawn(specs: Any, scale: float) -> tuple[bytes, int]:
     return image.tobytes(), attachment.report().calls if attachment else STEPS
 
 
+def test_a_thread_shares_models_and_nothing_else(server: Any) -> None:
+    """Two threads that share a tokenizer can get each other's padding, once in a while and without an error."""
+    mine, other = (ThreadPoolExecutor(1).submit(server.own_pipeline).result().components for _ in range(2))
+    shared = {name for name, part in mine.items() if part is not None and part is other[name]}
+    assert shared == {"unet", "vae", "text_encoder"}
+
+
 def test_requests_at_once_are_as_if_each_was_alone(server: Any) -> None:
     client = testclient.TestClient(server.app)
 

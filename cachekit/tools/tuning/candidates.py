@@ -143,10 +143,10 @@ class Space:
             yield from filter(None, pair)
 
     def variations(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield ladders to go on with: other values of each policy's first whole number."""
-        for name in self.policies:
-            _, *others = self._ladders(name)
-            yield from others
+        """Yield ladders to go on with, of the policies in turns: longer runs, and other values of the first number."""
+        others = [[*self._ladders(name)][1:] for name in self.policies]
+        for turn in zip_longest(*others):
+            yield from filter(None, turn)
 
     def _ladders(self, name: str) -> Iterator[list[dict[str, Any]]]:
         """Yield ladders of a policy alone, with parameters around its defaults."""
@@ -164,7 +164,14 @@ class Space:
         rungs = [{**alone, f"{path}.given": whole, f"{path}.{whole}": value} for value in within]
         # A run may be too short for any of the values.
         rungs = rungs or [alone]
-        yield from [rungs] if whole in _RISING else [[rung] for rung in rungs]
+        if whole in _RISING:
+            yield rungs
+            # As many calls of the denoiser, over twice as many steps.
+            doubled = [2 * value for value in within[1:] if 2 * value <= bounds[1]] if bounds else []
+            longer = {"steps": self.lengths[-1], f"{path}.given": whole}
+            yield [{**alone, **longer, f"{path}.{whole}": value} for value in doubled]
+        else:
+            yield from ([rung] for rung in rungs)
         for word in _options(fields[whole]):
             yield [{**alone, f"{path}.{whole}.word": word}]
 

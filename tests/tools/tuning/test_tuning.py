@@ -280,6 +280,12 @@ def test_beginnings_are_policies_as_they_are_and_plain_steps(space):
     assert not any("," in one for one in caches if one.startswith("deepcache"))
 
 
+def test_longer_runs_with_greater_intervals_go_on_from_beginnings(space):
+    ladders = [[space.choose(Scripted(**rung)) for rung in ladder] for ladder in space.variations()]
+    longer = [Candidate((f"calibrated:interval={interval}",), 50) for interval in (8, 10, 12)]
+    assert longer in ladders[: len(space.policies)]
+
+
 def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
     made = space.choose(
         Scripted(

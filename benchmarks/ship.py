@@ -25,7 +25,7 @@ TRANSFORMER = (
 )
 CONSISTENCY = (
     "--steps 4 --captions 96 --executor process --threads 1 --no-peers --scheduler LCMScheduler"
-    " --spec tgate:m=1|2 --spec deepcache:interval=2 --spec forecast:interval=2|3"
+    " --spec tgate:m=1|2 --spec deepcache:interval=2|3 --spec forecast:interval=2|3"
     " --spec forecast:interval=2|3,order=0,of=x0 --spec fora:interval=2"
 )
 TRUE_SIZE = (

@@ -148,6 +148,8 @@ def _serve(pipe: Any, device: str | None, place: int) -> None:
         try:
             work, item = pipe.recv()
         except (EOFError, OSError):
+            # It is ending already: an exit from within what runs at exit would print a traceback.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             return
         try:
             answer = (False, work.do(item))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -125,7 +126,7 @@ class Space:
         paired = len(self.policies) > 1 and chooser.suggest_categorical("paired", (False, True))
         names = [first, *([chooser.suggest_categorical("with", self.policies)] if paired else [])]
         written = [self._spec(chooser, name, f"{place}.{name}") for place, name in enumerate(names)]
-        return Candidate(tuple(sorted(map(str, parse_all(written, self._catalog)))), steps)
+        return Candidate(tuple(sorted(str(_simplest(policy)) for policy in parse_all(written, self._catalog))), steps)
 
     def beginnings(self) -> Iterator[list[dict[str, Any]]]:
         """Yield ladders of parameters to begin a study with: policies, and plain steps of each spacing, in turns.
@@ -258,6 +259,17 @@ class Space:
         """List the parts, as they are by default, that can take the place of a policy's own."""
         pairs = (("when", self._catalog.schedules), ("what", self._catalog.stand_ins))
         return [f"{key}={name}" for key, parts in pairs for name, part in sorted(parts.items()) if _stands_alone(part)]
+
+
+def _simplest(policy: Policy) -> Policy:
+    """Leave out the keys that change none of a policy's choices, such as those of a schedule that is not chosen."""
+    if policy.observes:  # by any of its fields
+        return policy
+    for key in [key for key, _ in policy.given() if key not in PARTS]:
+        with contextlib.suppress(CachekitError):  # of a key that is needed
+            simpler = type(policy)(**{name: value for name, value in policy.given() if name != key})
+            policy = simpler if simpler.chosen() == policy.chosen() else policy
+    return policy
 
 
 def _stands(kind: type[Part]) -> bool:

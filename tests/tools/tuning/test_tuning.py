@@ -302,6 +302,21 @@ def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
     assert "m=7" in made.specs[1]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "spec"),
+    [
+        ({"0.deepcache.center": 3, "0.deepcache.interval": 4}, "deepcache:interval=4"),
+        ({"0.deepcache.center": 3, "0.deepcache.schedule": "quadratic"}, "deepcache:schedule=quadratic,center=3"),
+        ({"0.forecast.replaced": True, "0.forecast.part": "when=every", "0.forecast.first": 4}, "forecast:when=every"),
+    ],
+)
+def test_numbers_that_change_nothing_are_left_out(space, chosen, spec):
+    defaults = {"0.deepcache.branch": 0, "0.deepcache.power": 1.4, "0.deepcache.center": 15, "0.deepcache.start": 0}
+    defaults |= {"0.deepcache.interval": 3, "0.forecast.order": 1, "0.forecast.last": True, "0.forecast.interval": 2}
+    policy = spec.partition(":")[0]
+    assert space.choose(Scripted(**{**defaults, **chosen, "policy": policy, "steps": 25})).specs == (spec,)
+
+
 def test_parts_that_need_weights_are_left_to_their_policies(space):
     catalog = installed()
     parts = [*catalog.schedules.items(), *catalog.stand_ins.items()]

@@ -2,13 +2,14 @@
 
 They are the forecasts that `benchmarks.frontier` measured, and what `benchmarks.tuned` found for each target. Without
 results of the model's present weights, a forecast has no figures, and what was found for a target is left out, as it is
-where plain steps are better.
+where plain steps are better, and for runs of few steps: what one set of captions shows there, another doesn't.
 `--check` writes nothing, and fails where a file is stale.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from cachekit.models.loading import pipeline
 from cachekit.models.names import DEMOS
 from cachekit.tools.bench.subjects import model_hash
 from cachekit.tools.bench.summary import Group, Row
+from cachekit.tools.tuning.recommend import RULES
 from cachekit.upstream.fingerprints import fingerprint
 from cachekit.upstream.pipelines import denoiser_of
 from cachekit.upstream.schedulers import scheduler_of
@@ -76,7 +78,7 @@ def _forecasts(model: str) -> Iterator[tuple[str, Preset]]:
     shared: dict[str, Any] = {
         "pipeline": PIPELINES[DEMOS[model]],
         "denoiser": type(denoiser_of(pipe)).__name__,
-        "model": fingerprint(denoiser_of(pipe)),
+        "model": _digest(model),
         "scheduler": type(scheduler_of(pipe)).__name__,
         "steps": DEMO_STEPS,
         "reference_steps": DEMO_STEPS,
@@ -96,12 +98,18 @@ def _tuned() -> Iterator[tuple[str, Preset]]:
     """Give what was found for each target a name; that of other weights is left out."""
     for row in tuned.stored():
         preset = row["preset"] and Preset.model_validate(row["preset"])
-        if not preset or preset.evidence.model != fingerprint(denoiser_of(pipeline(row["model"]))):
+        few = preset is not None and preset.evidence.steps < RULES.few_steps
+        if not preset or few or preset.evidence.model != _digest(row["model"]):
             continue
         # Weights that were made for a tuning don't ship, nor does what plain steps are better than.
         if not row["rival"] and not any(HERE in spec for spec in preset.specs):
             name, summary = TUNED[row["target"]]
             yield f"{row['model']}-tuned-{name}", preset.model_copy(update={"summary": summary})
+
+
+@functools.cache
+def _digest(model: str) -> str:
+    return fingerprint(denoiser_of(pipeline(model)))
 
 
 def _is_current(name: str, preset: Preset) -> bool:

@@ -25,7 +25,9 @@ MODELS = ("demo", "demo-dit")
 STEPS = 25
 FIXED = tuple(f"tgate:m={m}" for m in (3, 5, 8, 10, 15, 20))
 FOUND = ("tgate:m=auto", *(f"tgate:m=auto,settled={share}" for share in (0.2, 0.3, 0.5)))
-OWN = tuple(f"{spec},keep=cond,mean=false" for spec in ("tgate:m=10", "tgate:m=auto"))
+#: What happens at a gate, one thing after the other: guidance ends, and attention is kept, of both branches or of one.
+APART = ("adaptive_guidance:m=10", "tgate:m=10,keep=cond")
+OWN = (*APART, *(f"{spec},keep=cond,mean=false" for spec in ("tgate:m=10", "tgate:m=auto")))
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -10,7 +10,9 @@ from cachekit.tools.bench.cells import Method
 from cachekit.tools.bench.tables import markdown
 
 from .gpu import OUTPUT
-from .gpu_rows import CHECK, COMPILED
+from .gpu_checks import CHECKS
+from .gpu_rows import CHECK, COMPILED, Row
+from .gpu_rows import rows as wanted
 
 _HEADER = ("configuration", "seconds", "uncached beside", "speedup", "MAC reduction", "estimated") + (
     "kept, MiB",
@@ -43,7 +45,18 @@ def table() -> str:
     ]
     if failed:
         parts += ["**Rows that failed**", markdown(("row", "error"), failed, left=2)]
-    return "\n\n".join(part.strip() for part in parts)
+    return "\n\n".join(part.strip() for part in [*parts, _left(held)])
+
+
+def _left(held: list[dict[str, Any]]) -> str:
+    """List the rows of the script that nothing was measured for, by model."""
+    there = {Row(row["model"], row["kind"], row["text"]) for row in held}
+    left = [row for row in wanted(tiny=False, checks=tuple(CHECKS)) if row not in there]
+    lines = []
+    for model in dict.fromkeys(row.model for row in left):
+        names = (_name(vars(row)).replace("uncached", f"{row.kind} uncached") for row in left if row.model == model)
+        lines.append(f"- {model}: {'; '.join(names)}")
+    return "\n".join([f"{len(left)} rows of the script are not measured yet:\n", *lines]) if left else ""
 
 
 def _title(row: dict[str, Any]) -> str:

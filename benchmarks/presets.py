@@ -98,8 +98,7 @@ def _tuned() -> Iterator[tuple[str, Preset]]:
     """Give what was found for each target a name; that of other weights is left out."""
     for row in tuned.stored():
         preset = row["preset"] and Preset.model_validate(row["preset"])
-        few = preset is not None and preset.evidence.steps < RULES.few_steps
-        if not preset or few or preset.evidence.model != _digest(row["model"]):
+        if not preset or _has_few_steps(preset.evidence) or preset.evidence.model != _digest(row["model"]):
             continue
         # Weights that were made for a tuning don't ship, nor does what plain steps are better than.
         if not row["rival"] and not any(HERE in spec for spec in preset.specs):
@@ -110,6 +109,11 @@ def _tuned() -> Iterator[tuple[str, Preset]]:
 @functools.cache
 def _digest(model: str) -> str:
     return fingerprint(denoiser_of(pipeline(model)))
+
+
+def _has_few_steps(evidence: Evidence) -> bool:
+    steps = evidence.reference_steps or evidence.steps
+    return steps is not None and steps < RULES.few_steps
 
 
 def _is_current(name: str, preset: Preset) -> bool:

@@ -144,18 +144,19 @@ def _serve(pipe: Any, device: str | None, place: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _choose_gpu(place, device)
-    while True:
-        try:
-            work, item = pipe.recv()
-        except (EOFError, OSError):
-            # It is ending already: an exit from within what runs at exit would print a traceback.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            return
-        try:
-            answer = (False, work.do(item))
-        except Exception as error:  # noqa: BLE001 - raised again in the parent
-            answer = (True, _picklable(error))
-        pipe.send(answer)
+    with suppress(EOFError, OSError):  # where the parent has closed the pipe
+        while True:
+            pipe.send(_answer(*pipe.recv()))
+    # The process is ending already: to exit from within what runs at exit would print a traceback.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _answer(work: Work, item: Any) -> tuple[bool, Any]:
+    """Do an item: whether it has raised, and its result or the error."""
+    try:
+        return False, work.do(item)
+    except Exception as error:  # noqa: BLE001 - raised again in the parent
+        return True, _picklable(error)
 
 
 def _picklable(error: Exception) -> Exception:

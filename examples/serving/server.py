@@ -12,7 +12,8 @@ import cachekit
 
 pipe = cachekit.demo_pipeline()  # or any pipeline that you have loaded
 attachment = cachekit.apply(pipe, "forecast:interval=2")
-SPECS = {"full": [], "fast": "forecast:interval=2", "draft": "calibrated:interval=4"}  # by name: a spec may name a file
+# Names, not specs: a spec may name a file of the server.
+SPECS = {"full": [], "fast": "forecast:interval=2", "draft": "calibrated:interval=4"}
 GUIDANCE = 4  # calibrations are for some guidance scales
 Quality, Steps = Literal["full", "fast", "draft"], Annotated[int, Query(ge=1, le=50)]
 app, local = FastAPI(), threading.local()
@@ -22,8 +23,9 @@ def own_pipeline() -> Any:
     """Get this thread's pipeline: all of them share the models, but a scheduler or tokenizer serves one at a time."""
     if not hasattr(local, "pipe"):
         local.pipe = copy.copy(pipe)
-        for name in (name for name, part in pipe.components.items() if not isinstance(part, torch.nn.Module)):
-            setattr(local.pipe, name, copy.deepcopy(getattr(pipe, name)))
+        for name, part in pipe.components.items():
+            if not isinstance(part, torch.nn.Module):
+                setattr(local.pipe, name, copy.deepcopy(part))
     return local.pipe
 
 

@@ -68,4 +68,4 @@ def test_requests_at_once_are_as_if_each_was_alone(server: Any) -> None:
     assert "no calibration ships" in refused.json()["detail"]
     draft = client.get("/image", params={"prompt": PROMPT, "quality": "draft"})
     assert (draft.status_code, int(draft.headers["X-Denoiser-Calls"])) == (200, 7)
-    assert len(EXAMPLE.read_text().splitlines()) <= 40
+    assert len([line for line in EXAMPLE.read_text().splitlines() if line]) <= 40

@@ -167,7 +167,7 @@ class Space:
         rungs = rungs or [alone]
         if whole in _RISING:
             yield rungs
-            # As many calls of the denoiser, over twice as many steps.
+            # As many full steps, of twice as many in all.
             doubled = [2 * value for value in within[1:] if 2 * value <= bounds[1]] if bounds else []
             longer = {"steps": self.lengths[-1], f"{path}.given": whole}
             yield [{**alone, **longer, f"{path}.{whole}": value} for value in doubled]
@@ -263,13 +263,18 @@ class Space:
 
 def _simplest(policy: Policy) -> Policy:
     """Leave out the keys that change none of a policy's choices, such as those of a schedule that is not chosen."""
-    if policy.observes:  # by any of its fields
-        return policy
     for key in [key for key, _ in policy.given() if key not in PARTS]:
         with contextlib.suppress(CachekitError):  # of a key that is needed
             simpler = type(policy)(**{name: value for name, value in policy.given() if name != key})
-            policy = simpler if simpler.chosen() == policy.chosen() else policy
+            policy = simpler if _does_as(simpler, policy) else policy
     return policy
+
+
+def _does_as(policy: Policy, other: Policy) -> bool:
+    """Whether two policies of a kind do the same; what one observes may depend on any of its fields."""
+    if policy.observes or other.observes or bool(policy.caution) != bool(other.caution):
+        return False
+    return policy.chosen() == other.chosen()
 
 
 def _stands(kind: type[Part]) -> bool:

@@ -175,6 +175,17 @@ def test_captions_that_are_empty_or_cut_off_are_refused(tmp_path, text, reason):
     assert usable_captions(str(path), 1, Worded()) == (text.split("\n")[0],)
 
 
+def test_a_caption_beyond_what_the_pipeline_reads_is_refused(tmp_path):
+    class Shorter(Worded):
+        def __call__(self, prompt=None, max_sequence_length=5):
+            """Read fewer tokens than the tokenizer gives, as PixArt does of T5's."""
+
+    path = tmp_path / "captions.txt"
+    path.write_text("a red star on white\n")
+    with pytest.raises(BenchError, match="line 1 has 7 tokens; Shorter takes at most 5"):
+        usable_captions(str(path), None, Shorter())
+
+
 def test_a_caption_that_one_of_several_encoders_reads_to_its_end_is_taken(tmp_path):
     class Longer(Words):
         model_max_length = 8

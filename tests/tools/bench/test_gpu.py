@@ -11,6 +11,8 @@ from benchmarks.gpu_rows import rows
 
 FORECAST = "pixart-alpha | cachekit | forecast:interval=3"
 GATES = ("pixart-alpha | cachekit | tgate:m=3", "pixart-alpha | published | tgate:m=3")
+COMPILED, PEER = "flux | compiled | forecast:interval=3", "flux | diffusers | FirstBlockCache:threshold=1e9"
+LIMITED = "all | check | max_cache_bytes holds"
 UNMEASURED = "all | check | model offloading changes no bit"
 
 
@@ -22,7 +24,7 @@ def run(output, *more):
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
     output = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    for row in (FORECAST, *GATES, UNMEASURED, "pixart-alpha | plain"):
+    for row in (FORECAST, *GATES, UNMEASURED, "pixart-alpha | plain", COMPILED, PEER, LIMITED):
         run(output, "--only", row)
     return output
 
@@ -37,6 +39,14 @@ def test_the_published_package_is_as_far_from_the_uncached_run(output):
     own, theirs = (json.loads(output.read_text())["rows"][row] for row in GATES)
     assert (own["difference"], own["macs"]) == (theirs["difference"], theirs["macs"])
     assert own["difference"] > 0
+
+
+def test_compiled_rows_other_caches_and_checks_are_measured(output):
+    compiled, peer, limited = (json.loads(output.read_text())["rows"][row] for row in (COMPILED, PEER, LIMITED))
+    assert (compiled["finite"], compiled["equal"]) == (True, False)
+    assert (peer["finite"], peer["equal"]) == (True, False)
+    assert peer["mac_reduction"] > 2
+    assert "kept at a limit of" in limited["detail"]
 
 
 def test_a_row_that_fails_gives_its_reason_and_is_tried_again_on_request(output, monkeypatch):
@@ -67,5 +77,9 @@ def test_estimates_equal_what_was_counted_and_both_are_in_the_table(output, monk
     found = run(output, "--estimate")["rows"][FORECAST]
     assert found["estimated_mac_reduction"] == pytest.approx(found["mac_reduction"])
     monkeypatch.setattr(gpu_tables, "OUTPUT", output)
-    (row,) = [line for line in gpu_tables.table().splitlines() if "`forecast:interval=3`" in line]
+    table = gpu_tables.table()
+    (row,) = [line for line in table.splitlines() if line.startswith("| cachekit `forecast:interval=3`")]
     assert row.count("2.000") == 2
+    left = table.partition("rows of the script are not measured yet")[2]
+    assert "published package of `tgate:m=10`" in left
+    assert "cachekit `forecast:interval=3`" not in left.partition("pixart-alpha: ")[2].partition("\n")[0]

@@ -308,6 +308,12 @@ def test_a_candidate_may_have_two_policies_with_a_part_replaced(space):
         ({"0.deepcache.center": 3, "0.deepcache.interval": 4}, "deepcache:interval=4"),
         ({"0.deepcache.center": 3, "0.deepcache.schedule": "quadratic"}, "deepcache:schedule=quadratic,center=3"),
         ({"0.forecast.replaced": True, "0.forecast.part": "when=every", "0.forecast.first": 4}, "forecast:when=every"),
+        # With a line, it would warn.
+        (
+            {"0.forecast.replaced": True, "0.forecast.part": "what=reuse", "0.forecast.order": 0}
+            | {"0.forecast.interval": 3},
+            "forecast:interval=3,order=0,what=reuse",
+        ),
     ],
 )
 def test_numbers_that_change_nothing_are_left_out(space, chosen, spec):

@@ -104,6 +104,12 @@ def names_branches(kind: type[Any]) -> bool:
     return 'cache_context("uncond")' in inspect.getsource(inspect.unwrap(kind.__call__))
 
 
+def most_tokens(pipe: Any) -> int | None:
+    """How many tokens of a text a pipeline reads by default; None for as many as its tokenizers give."""
+    found: int | None = call_arguments(pipe, (), {}).get("max_sequence_length")
+    return found
+
+
 def plain_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """Select the arguments that a report may hold on to: numbers, texts and lists of texts."""
     plain = (str, int, float, bool)

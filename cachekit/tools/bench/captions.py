@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cachekit.tools.bench.cells import BenchError
-from cachekit.upstream.pipelines import call_arguments
+from cachekit.upstream.pipelines import most_tokens
 
 __all__ = ["Captions", "check_scenes", "cut_off", "images_in", "not_a_scene", "read_captions"]
 
@@ -100,7 +100,7 @@ def _annotated(source: str, text: str) -> list[tuple[str, str]]:
 def cut_off(text: str, pipe: Any) -> str:
     """Describe why no text encoder of `pipe` reads a caption to its end; "" where one does."""
     tokenizers = [found for name in _TOKENIZERS if (found := getattr(pipe, name, None)) is not None]
-    most = call_arguments(pipe, (), {}).get("max_sequence_length") or _NO_LIMIT
+    most = most_tokens(pipe) or _NO_LIMIT
     limits = {one: min(most, getattr(one, "model_max_length", _NO_LIMIT)) for one in tokenizers}
     if not limits or max(limits.values()) >= _NO_LIMIT:
         return ""

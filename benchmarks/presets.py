@@ -73,7 +73,7 @@ def made() -> Iterator[tuple[str, Preset]]:
 
 
 def _forecasts(model: str) -> Iterator[tuple[str, Preset]]:
-    pipe = pipeline(model)
+    pipe = _pipeline(model)
     found = group_of(model, type(scheduler_of(pipe)).__name__)
     shared: dict[str, Any] = {
         "pipeline": PIPELINES[DEMOS[model]],
@@ -107,8 +107,13 @@ def _tuned() -> Iterator[tuple[str, Preset]]:
 
 
 @functools.cache
+def _pipeline(model: str) -> Any:
+    return pipeline(model)
+
+
+@functools.cache
 def _digest(model: str) -> str:
-    return fingerprint(denoiser_of(pipeline(model)))
+    return fingerprint(denoiser_of(_pipeline(model)))
 
 
 def _has_few_steps(evidence: Evidence) -> bool:

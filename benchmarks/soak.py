@@ -8,7 +8,6 @@ Then two threads run two pipelines over one denoiser, and every image is compare
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import hashlib
 import json
@@ -26,6 +25,7 @@ import torch
 import cachekit
 from cachekit.attaching.lookup import attachment_of
 from cachekit.models.demo import heldout_captions
+from cachekit.testing.models import twin
 
 SPECS: tuple[tuple[str, ...], ...] = (
     ("tgate:m=2",),
@@ -202,10 +202,7 @@ def _first(runner: Runner, way: Way) -> str:
 def in_threads(runs: int) -> dict[str, int]:
     """Count the images of two threads over one denoiser that differ from those generated alone."""
     chance, first = random.Random(1), cachekit.demo_pipeline()
-    # Tokenizers are not thread-safe.
-    own = {name: copy.deepcopy(getattr(first, name)) for name in ("tokenizer", "scheduler")}
-    second = type(first)(**{**first.components, **own}, requires_safety_checker=False)
-    runners = (Runner(first), Runner(second))
+    runners = (Runner(first), Runner(twin(first)))
     todo = [[_way(number, chance) for number in range(runs)] for _ in runners]
     runners[0].attach(SPECS[4])
     alone = list(map(_run_all, runners, todo))
